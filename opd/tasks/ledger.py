@@ -1,0 +1,127 @@
+"""Ledger word problems with worked solutions and a strict verifier; every entry is `(numbers, text) -> text or float`.
+
+A problem opens an account, books one gain or loss a month, and asks for the balance:
+
+    Mia has 47 coins. Nov: wins 35. Dec: loses 18. How many coins does Mia have?
+
+A solution goes through four stages. Sums run over the columns from the ones up, and `^` or `_` between two columns
+says whether one is carried (or borrowed) into the next:
+
+    <plan>Nov +35
+    Dec -18
+    <work>Nov 7+5=2^4+3=8
+    Dec 2-8=4^8-1=6
+    <check>64+18=82
+    <answer>64
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+MONTHS = tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
+GAINS = tuple("wins earns finds gets gains buys makes saves collects receives borrows adds".split())
+LOSSES = tuple("loses spends drops gives lends sells eats breaks pays trades donates removes".split())
+NAMES = tuple(
+    "Ada Ali Amy Ana Ben Bob Cal Dan Dee Eli Eva Fay Gus Hal Ian Ida Ivy Jim Joe Kai Kim Lea Leo Lin Liz "
+    "Max Meg Mia Ned Nia Noa Oli Pam Pia Ray Rob Roy Sam Sue Tim Tom Uma Val Wes Yan Zoe".split()
+)
+OBJECTS = tuple(
+    "apples balls beads books bulbs cards coins cups eggs figs hats jars keys kites lamps maps mugs nuts pears "
+    "pens pins plums ropes rings seeds shells stamps stones toys tiles".split()
+)
+STAGES = ("<plan>", "<work>", "<check>", "<answer>")
+HELDOUT_SHARE = 8  # one prompt in this many belongs to the held-out split
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what the model reads, the bare answer, and one right response without its end token."""
+
+    prompt: str
+    answer: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """The digits of every amount and balance, and the numbers of entries to draw from (repeats are weights)."""
+
+    digits: int
+    entries: tuple[int, ...]
+
+
+LEVELS = {
+    "short": Level(digits=1, entries=(1, 1, 2, 3)),  # 20 to 41 response tokens
+    "full": Level(digits=2, entries=(2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)),  # 51 to 160 response tokens
+}
+
+
+def problem(rng: random.Random, *, level: str) -> Problem:
+    """Draw one problem; every balance and amount has exactly the level's number of digits."""
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
+    shape = LEVELS[level]
+    low, high = 10 ** (shape.digits - 1), 10**shape.digits - 1
+    entries, first = rng.choice(shape.entries), rng.randrange(len(MONTHS))
+    balances = [rng.randint(low, high)]
+    for _ in range(entries):
+        balances.append(rng.choice([b for b in range(low, high + 1) if abs(b - balances[-1]) >= low]))
+    months = tuple(MONTHS[(first + i) % len(MONTHS)] for i in range(entries))
+    name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
+    booked = ""
+    for month, before, after in zip(months, balances, balances[1:], strict=False):
+        booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
+    prompt = f"{name} has {balances[0]} {thing}. {booked}How many {thing} does {name} have?"
+    return Problem(prompt, str(balances[-1]), _solution(months, balances))
+
+
+def _solution(months: tuple[str, ...], balances: list[int]) -> str:
+    """Write the four stages of the response for the balances before and after each month."""
+    steps = [after - before for before, after in zip(balances, balances[1:], strict=False)]
+    plan = "".join(f"{month} {step:+d}\n" for month, step in zip(months, steps, strict=True))
+    work = "".join(f"{month} {_columns(b, s)}\n" for month, b, s in zip(months, balances, steps, strict=False))
+    check = f"{balances[-1]}{-steps[-1]:+d}={balances[-2]}\n"
+    return "".join(tag + text for tag, text in zip(STAGES, (plan, work, check, str(balances[-1])), strict=True))
+
+
+def _columns(balance: int, step: int) -> str:
+    """Write `balance + step` column by column, ones first, with a carry or borrow mark between the columns."""
+    sign, carry, text = (1 if step > 0 else -1), 0, ""
+    for a, b in zip(reversed(str(balance)), reversed(str(abs(step))), strict=True):
+        total = int(a) + sign * (int(b) + carry)
+        mark = "" if not text else "^" if carry else "_"
+        carry = int(not 0 <= total <= 9)
+        text += f"{mark}{a}{step:+d}"[: len(mark) + 2] + f"{b}={total % 10}"
+    return text
+
+
+def verify(response: str, answer: str) -> float:
+    """Return 1.0 if the response, read strictly, closes with the answer tag and the answer, else 0.0.
+
+    All four stage tags must stand once and in order, and nothing but the answer may follow the last: leave the end
+    token out of `response`.
+    """
+    tags = tuple(re.findall(r"<[a-z]+>", response))
+    return float(tags == STAGES and response.partition(STAGES[-1])[2] == answer)
+
+
+def problem_at(seed: int, index: int, *, level: str, heldout: bool = False) -> Problem:
+    """Return problem `index` of stream `seed`: the same one at each call, in any order of calls.
+
+    The two splits share no prompt whatever the seeds: a hash of the prompt says which split it belongs to, and draws
+    from the other split are thrown back.
+    """
+    rng = random.Random(f"{seed}/{index}/{level}/{heldout}")
+    while True:
+        drawn = problem(rng, level=level)
+        if (zlib.crc32(drawn.prompt.encode()) % HELDOUT_SHARE == 0) == heldout:
+            return drawn
+
+
+def problems(seed: int, *, level: str, heldout: bool = False) -> Iterator[Problem]:
+    """Yield `problem_at(seed, 0)`, `problem_at(seed, 1)`, … without end."""
+    return (problem_at(seed, index, level=level, heldout=heldout) for index in count())

@@ -1,0 +1,113 @@
+"""The nouns, and how a leaf is called: a leaf names the columns it reads as its parameters.
+
+Shape letters, in every signature:
+    B  sequences   T  response positions, right padded   V  vocabulary   N  tokens, flat   H  hidden width
+
+Alignment: column t is about response token t.  `student_logp[b, t]` is log p(ids[b, t] | prompt, ids[b, :t]).
+The shift happens once, in `vocabulary.py`.  Log-probs are in nats, fp32 (or wider).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from inspect import signature
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+STUDENT, TEACHER, DATA = 0, 1, 2  # who spoke: values of the `source` column
+
+
+class Refusal(ValueError):
+    """What the user asked cannot be done: one line naming the field, the value, why, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question: chat turns or plain text, the expected answer, and the other columns of its row."""
+
+    messages: tuple[Mapping[str, str], ...] = ()  # chat turns, {"role", "content"}; rendered by each model's template
+    text: str = ""  # used as it is, where there are no messages
+    answer: str = ""  # what the verifier compares with
+    response: str = ""  # a reference response, where the data has one
+    columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.  Estimators are unbiased only at temperature 1 without truncation."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    max_new_tokens: int = 512  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One response, and the prompt as each model reads it."""
+
+    prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]  # the response, its stop token included
+    sampler_logp: tuple[float, ...]  # nats, of what the engine drew from (after temperature and truncation)
+    index: int  # place in the step's batch, over all processes
+    group: int  # rollouts of one prompt share it
+    stopped: bool  # ended by a stop token, not by the length limit
+    source: int = STUDENT
+    outcome: float = 0.0  # verifier's score
+    mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
+    prompt: Prompt = field(default_factory=Prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rollouts and what was measured of them.  Data: nothing here depends on the weights being trained.
+
+    Field names are the vocabulary of the toolkit: a transform or weight reads the columns its parameters name.
+    """
+
+    ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]  # True on the tokens that are trained on
+    group: Int[Tensor, " B"]  # rollouts of one prompt share a group
+    source: Int[Tensor, " B"]  # STUDENT, TEACHER or DATA
+    stopped: Bool[Tensor, " B"]  # ended by a stop token
+    outcome: Float[Tensor, " B"]  # verifier, rubric or judge
+    sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
+    student_logp: Float[Tensor, "B T"] | None = None  # the trainer's own
+    student_entropy: Float[Tensor, "B T"] | None = None
+    teacher_logp: Float[Tensor, "B T"] | None = None
+    teacher_entropy: Float[Tensor, "B T"] | None = None
+    reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) of the whole distribution
+    scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
+
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        """The same columns on some rows."""
+        column = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut = {k: v[rows] for k, v in column.items() if isinstance(v, Tensor)}
+        return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores))
+
+
+GIVEN = frozenset({"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp"})  # known before any scoring
+MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
+COLUMNS = GIVEN | MEASURED
+
+Column = Callable[..., Tensor]  # a pure function; which columns it reads is its signature
+
+
+def reads(leaf: Column) -> frozenset[str]:
+    """The columns a leaf names among its parameters."""
+    return frozenset(signature(leaf).parameters) & COLUMNS
+
+
+def call(leaf: Column, batch: Batch, *args: Tensor) -> Tensor:
+    """Apply a leaf to the columns it names."""
+    columns = {name: getattr(batch, name) for name in reads(leaf)}
+    absent = [name for name, column in columns.items() if column is None]
+    assert not absent, f"{leaf} reads {absent}, which nobody measured"
+    return leaf(*args, **columns)
+
+
+def pad(rows: list[Tensor], fill: float | int | bool) -> Tensor:
+    """Stack ragged rows to the right-padded [B, T]."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
