@@ -2,15 +2,15 @@
 
 A problem opens an account, books one gain or loss a month, and asks for the balance:
 
-    Mia has 47 coins. Nov: wins 35. Dec: loses 18. How many coins does Mia have?
+    Mia has 47 coins. Nov: wins 35. Dec: loses 18. How many does Mia have?
 
 A solution goes through four stages. Sums run over the columns from the ones up, and `^` or `_` between two columns
 says whether one is carried (or borrowed) into the next:
 
-    <plan>Nov +35
-    Dec -18
-    <work>Nov 7+5=2^4+3=8
-    Dec 2-8=4^8-1=6
+    <plan>Nov: +35
+    Dec: -18
+    <work>Nov: 7+5=2^4+3=8
+    Dec: 2-8=4^8-1=6
     <check>64+18=82
     <answer>64
 """
@@ -75,15 +75,15 @@ def problem(rng: random.Random, *, level: str) -> Problem:
     booked = ""
     for month, before, after in zip(months, balances, balances[1:], strict=False):
         booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
-    prompt = f"{name} has {balances[0]} {thing}. {booked}How many {thing} does {name} have?"
+    prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
     return Problem(prompt, str(balances[-1]), _solution(months, balances))
 
 
 def _solution(months: tuple[str, ...], balances: list[int]) -> str:
     """Write the four stages of the response for the balances before and after each month."""
     steps = [after - before for before, after in zip(balances, balances[1:], strict=False)]
-    plan = "".join(f"{month} {step:+d}\n" for month, step in zip(months, steps, strict=True))
-    work = "".join(f"{month} {_columns(b, s)}\n" for month, b, s in zip(months, balances, steps, strict=False))
+    plan = "".join(f"{month}: {step:+d}\n" for month, step in zip(months, steps, strict=True))
+    work = "".join(f"{month}: {_columns(b, s)}\n" for month, b, s in zip(months, balances, steps, strict=False))
     check = f"{balances[-1]}{-steps[-1]:+d}={balances[-2]}\n"
     return "".join(tag + text for tag, text in zip(STAGES, (plan, work, check, str(balances[-1])), strict=True))
 
@@ -93,10 +93,9 @@ def _columns(balance: int, step: int) -> str:
     sign, carry, text = (1 if step > 0 else -1), 0, ""
     for a, b in zip(reversed(str(balance)), reversed(str(abs(step))), strict=True):
         total = int(a) + sign * (int(b) + carry)
-        mark = "" if not text else "^" if carry else "_"
         carry = int(not 0 <= total <= 9)
-        text += f"{mark}{a}{step:+d}"[: len(mark) + 2] + f"{b}={total % 10}"
-    return text
+        text += f"{a}{'+' if step > 0 else '-'}{b}={total % 10}{'^' if carry else '_'}"
+    return text[:-1]  # nothing is carried out of the last column
 
 
 def verify(response: str, answer: str) -> float:

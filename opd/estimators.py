@@ -1,0 +1,141 @@
+"""How a reward becomes a gradient: what is subtracted (baselines), and what is summed instead of sampled (estimators).
+
+A baseline is `(reward, student_logp [*N V], teacher_logp [*N V], exact [*N V]) -> [*N]`, where `exact` marks the tokens
+that the estimator sums exactly; it never sees the sampled token, so it is unbiased.
+An estimator says which tokens are summed exactly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd.rewards import Reward
+
+
+def top(k: int, logp: Float[Tensor, "*N V"]) -> Int[Tensor, "*N k"]:
+    """The k most probable tokens; all of them where k exceeds the vocabulary."""
+    return logp.topk(min(k, logp.shape[-1]), -1, sorted=False).indices
+
+
+def mean(p: Float[Tensor, "*N V"], f: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    """sum_v p_v f_v, where an infinite f on a token of probability 0 counts nothing."""
+    return (p * f.where(p > 0, 0)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Value:
+    """E_p[f], for the log ratio -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        return mean(student_logp.exp(), reward(student_logp, teacher_logp))
+
+
+@dataclass(frozen=True)
+class TopKValue:
+    """`Value` on the student's top k, both models renormalised on it, no tail.  arXiv:2605.07865, Eq. 14-15.
+
+    The sampled token is never added to the set: that would make the baseline depend on it.
+    """
+
+    k: int = 20
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: the top-k baseline needs k >= 1 (k = 1 is `opd`, k = V is `vopd`)")
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        ids = top(self.k, student_logp)
+        return Value()(reward, *(x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp)), None)
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """The baseline of least variance in logit space, for any reward.
+
+    b = (sum p f s - G_f . G_1) / (sum p s - |G_1|^2) over the sampled tokens, where s_v = |1_v - p|^2 and
+    G_x = sum p x (1_v - p); with nothing summed exactly, G_1 = 0 and b = E[f s] / E[s].
+    Where the denominator underflows (p a point mass) the score vanishes and E_p[f] stands in.
+    """
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        p = student_logp.exp()
+        f = reward(student_logp, teacher_logp).where(p > 0, 0)
+        # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the others instead.
+        largest, at = p.max(-1, keepdim=True)
+        others = p.scatter(-1, at, 0)
+        rest, rest2 = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
+        norm2 = (1 - p).square() + (rest2 + largest.square() - p.square()).clamp(min=0)
+        norm2 = norm2.scatter(-1, at, rest.square() + rest2)
+        if exact is None:
+            above, below = (p * norm2 * f).sum(-1), (p * norm2).sum(-1)
+        else:
+            tail = p.where(~exact, 0)
+            score = lambda x: tail * x - p * (tail * x).sum(-1, keepdim=True)
+            one, valued = score(torch.ones_like(f)), score(f)
+            above = (tail * norm2 * f).sum(-1) - (valued * one).sum(-1)
+            below = (tail * norm2).sum(-1) - one.square().sum(-1)
+        return torch.where(below > torch.finfo(p.dtype).tiny, above / below, mean(p, f))
+
+
+Baseline = Callable[[Reward, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """-A(y) log p(y): only the sampled token.  REINFORCE."""
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
+        """The tokens summed exactly: none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """Exact on the student's k most probable tokens, sampled elsewhere; same expectation for every k.
+
+    k = 0 is `Sampled`, k = V is `Full`.
+    """
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ValueError(f"k={self.k}: the stratified estimator needs k >= 0 (0 is `opd`)")
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
+        """The tokens summed exactly: the student's top k."""
+        none = torch.zeros_like(student_logp, dtype=torch.bool)
+        return none.scatter(-1, top(self.k, student_logp), True) if self.k else none
+
+
+@dataclass(frozen=True)
+class Full:
+    """-sum_v p_v A_v log p_v, the p_v A_v detached: the whole vocabulary, nothing sampled."""
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
+        """The tokens summed exactly: all."""
+        return torch.ones_like(student_logp, dtype=torch.bool)
+
+
+Estimator = Sampled | Stratified | Full

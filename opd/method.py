@@ -1,0 +1,185 @@
+"""A method is a value: who speaks, what is rewarded, what is matched, which tokens count.
+
+    prepare(batch)           -> targets   once per optimizer step, whole batch, no gradient
+    loss(positions, targets) -> [*N]      inside the head pass, differentiable, additive over tokens
+
+Targets that carry no advantage are scored inside the head pass itself: the fast path of methods whose leaves are all
+token-local.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import mul
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.divergences import Divergence, ReverseKL
+from opd.estimators import Baseline, Estimator, Sampled
+from opd.rewards import LogRatio, Reward
+from opd.rollouts import OnPolicy, Rollouts
+from opd.surrogates import Reinforce
+from opd.types import GIVEN, Batch, Column, call, reads
+from opd.weights import TokenMean
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Both models' next-token distributions at some positions: a chunk in the head pass, all of a small world in tests."""
+
+    ids: Int[Tensor, "*N"]  # the token that was sampled
+    student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
+    teacher_logp: Float[Tensor, "*N V"]
+
+    def sampled(self, x: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        """x at the sampled token."""
+        return x.gather(-1, self.ids[..., None])[..., 0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one term asks of each token."""
+
+    weight: Float[Tensor, "*N"]
+    advantage: Float[Tensor, "*N"] | None  # None: scored in the head pass
+    old: Float[Tensor, "*N"] | None  # log p when the batch was measured, for surrogates with a ratio
+
+    def __getitem__(self, at: slice | Tensor) -> "Target":
+        """The same target at some rows or tokens."""
+        cut = lambda x: x if x is None else x[at]
+        return Target(self.weight[at], cut(self.advantage), cut(self.old))
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Raise the tokens that were rewarded: loss = -w sg[A] log p(y).  The reward never carries gradient."""
+
+    reward: Reward = LogRatio()
+    baseline: Baseline | None = None
+    estimator: Estimator = Sampled()
+    transforms: tuple[Column, ...] = ()
+    surrogate: Column = Reinforce()
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.estimator != Sampled() and (self.transforms or self.surrogate != Reinforce()):
+            raise ValueError(
+                f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the surrogate "
+                f"{self.surrogate} act on the sampled token alone: use Sampled(), or neither"
+            )
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """The leaves that look at [B, T] columns."""
+        return (*self.transforms, self.surrogate, *self.weights)
+
+    def local(self) -> bool:
+        """Whether the head pass can score this term by itself."""
+        return not self.transforms and not reads(self.surrogate)
+
+    @torch.no_grad()
+    def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
+        """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
+        if self.estimator != Sampled():
+            return None
+        value = self.reward(at.sampled(at.student_logp), at.sampled(at.teacher_logp))
+        if self.baseline is None:
+            return value
+        return value - self.baseline(self.reward, at.student_logp, at.teacher_logp, None)
+
+    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """Unweighted loss of each token."""
+        if self.estimator == Sampled():
+            advantage = self.score(at) if target.advantage is None else target.advantage
+            old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
+            return self.surrogate(at.sampled(at.student_logp), advantage, **old)
+        with torch.no_grad():
+            p, exact = at.student_logp.exp(), self.estimator.exact(at.student_logp)
+            f = self.reward(at.student_logp, at.teacher_logp)
+            if self.baseline is not None:
+                f = f - self.baseline(self.reward, at.student_logp, at.teacher_logp, exact)[..., None]
+            drawn = torch.zeros_like(exact).scatter(-1, at.ids[..., None], True) & ~exact
+            coefficient = torch.where(exact & (p > 0), p * f, 0) + f.where(drawn, 0)
+        return -(coefficient * at.student_logp).sum(-1)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Differentiate the divergence itself."""
+
+    divergence: Divergence = ReverseKL()
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """The leaves that look at [B, T] columns."""
+        return self.weights
+
+    def local(self) -> bool:
+        """Whether the head pass can score this term by itself: always."""
+        return True
+
+    def score(self, at: Positions) -> None:
+        """Nothing is rewarded."""
+        return None
+
+    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """Unweighted loss of each token."""
+        return self.divergence(at.student_logp, at.teacher_logp)
+
+
+Term = PolicyGradient | Match
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sum of terms over the same rollouts."""
+
+    terms: tuple[Term, ...] = (PolicyGradient(),)
+    reduction: Column = TokenMean()
+    rollouts: Rollouts = OnPolicy()
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("a method needs at least one term")
+        for term in self.terms:
+            if isinstance(term, PolicyGradient):
+                if not isinstance(self.rollouts, OnPolicy):
+                    raise ValueError(
+                        f"{self.rollouts} lets others speak, and a policy gradient is a sum over the student's own "
+                        "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
+                    )
+                if self.rollouts.updates > 1 and not reads(term.surrogate):
+                    raise ValueError(
+                        f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
+                        "policy; a policy gradient then needs a surrogate with a ratio (ImportanceSampling, Clipped)"
+                    )
+
+    def reads(self) -> frozenset[str]:
+        """The columns that prepare looks at."""
+        leaves = (self.reduction, *(leaf for term in self.terms for leaf in term.column_leaves()))
+        return frozenset().union(*map(reads, leaves))
+
+    def local(self) -> bool:
+        """Whether every leaf is token-local: then measure, prepare and loss are one head pass."""
+        return self.reads() <= GIVEN and all(term.local() for term in self.terms)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> tuple[Target, ...]:
+        """One target per term; advantages where the batch was measured."""
+        scale = call(self.reduction, batch).where(batch.mask, 0)
+        scores = batch.scores or (None,) * len(self.terms)
+        out = []
+        for term, score in zip(self.terms, scores, strict=True):
+            weight = reduce(mul, (call(w, batch) for w in term.weights), term.coef * scale).where(batch.mask, 0)
+            if score is not None:
+                score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))
+                score = score.where(batch.mask, 0)
+            out.append(Target(weight, score, batch.student_logp))
+        return tuple(out)
+
+    def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
+        """Weighted sum over terms; the denominators are inside the weights."""
+        parts = [x.weight * term.loss(at, x) for term, x in zip(self.terms, targets, strict=True)]
+        return reduce(torch.add, parts)

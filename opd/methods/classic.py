@@ -1,0 +1,104 @@
+"""The reference points: sampled-token OPD, full-vocabulary and top-k matching, GKD, post-hoc reward shaping."""
+
+from typing import Literal
+
+from opd.divergences import JSD, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
+from opd.method import Match, Method, PolicyGradient
+from opd.rewards import Clip, Tanh
+from opd.rollouts import Mixture, OnPolicy, Rollouts
+from opd.transforms import Discount, DiscountExpected, Whiten
+from opd.types import DATA, TEACHER
+
+
+def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") -> Method:
+    """Log-ratio reward on the student's own tokens.  Thinking Machines, "On-Policy Distillation" (2025).
+
+    Args:
+        gamma: 0 rewards each token alone; above 0 adds the discounted future (1: the sequence-KL gradient, unbiased
+            with --reduction constant).
+        future: sampled uses the later tokens' own log ratios, expected their conditional means -KL.
+    """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma}: the discount lies in [0, 1]")
+    step = {"sampled": Discount, "expected": DiscountExpected}[future]
+    return Method((PolicyGradient(transforms=(step(gamma),) if gamma else ()),))
+
+
+def opd_full() -> Method:
+    """Reverse KL over the whole vocabulary, differentiated.  MiniLLM's single step, arXiv:2306.08543."""
+    return Method((Match(ReverseKL()),))
+
+
+def opd_topk(
+    k: int = 16,
+    support: Literal["student", "teacher"] = "student",
+    tail: Literal["bucket", "renorm", "generalised"] = "bucket",
+) -> Method:
+    """Reverse KL on k tokens.  Rethinking OPD, arXiv:2604.13016 (k = 16); generalised is MOPD's, arXiv:2606.30406, Eq. 5.
+
+    Args:
+        k: tokens of the support.
+        support: whose most probable tokens (MOPD: the teacher's 64).
+        tail: bucket adds one class for the rest, renorm rescales both models to the support, generalised adds -p + q.
+    """
+    leaf = {"bucket": BucketKL, "renorm": RenormalisedKL, "generalised": GeneralisedKL}[tail]
+    return Method((Match(leaf(Support(k, support))),))
+
+
+def _mixture(share: float, other: Literal["teacher", "response"]) -> Rollouts:
+    return OnPolicy() if share == 1 else Mixture(share, {"teacher": TEACHER, "response": DATA}[other])
+
+
+def gkd(beta: float = 0.5, share: float = 1.0, other: Literal["teacher", "response"] = "teacher") -> Method:
+    """Jensen-Shannon matching of whole distributions.  GKD, arXiv:2306.13649, Eq. 1 and Algorithm 1.
+
+    Args:
+        beta: weight of the teacher in the mixture, inside (0, 1).
+        share: share of rollouts written by the student (the paper's lambda).
+        other: who writes the rest: the teacher, or the data's response column.
+    """
+    return Method((Match(JSD(beta)),), rollouts=_mixture(share, other))
+
+
+def gkd_forward(share: float = 1.0, other: Literal["teacher", "response"] = "teacher") -> Method:
+    """KL(teacher || student) over the whole vocabulary: mass covering.  GKD, arXiv:2306.13649, Section 3.
+
+    Args:
+        share: share of rollouts written by the student (the paper's lambda).
+        other: who writes the rest: the teacher, or the data's response column.
+    """
+    return Method((Match(ForwardKL()),), rollouts=_mixture(share, other))
+
+
+def gkd_reverse(share: float = 1.0, other: Literal["teacher", "response"] = "teacher") -> Method:
+    """KL(student || teacher) over the whole vocabulary: mode seeking.  GKD, arXiv:2306.13649, Section 3.
+
+    Args:
+        share: share of rollouts written by the student (the paper's lambda).
+        other: who writes the rest: the teacher, or the data's response column.
+    """
+    return Method((Match(ReverseKL()),), rollouts=_mixture(share, other))
+
+
+def opd_clip(low: float = -1.0, high: float = 1.0) -> Method:
+    """Log-ratio reward clipped to [low, high].  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
+
+    Args:
+        low: lower bound of the reward (nats).
+        high: upper bound of the reward (nats).
+    """
+    return Method((PolicyGradient(Clip(low, high)),))
+
+
+def opd_tanh(scale: float = 5.0) -> Method:
+    """Log-ratio reward through tanh(r / scale).  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
+
+    Args:
+        scale: where tanh bends (nats); 5 is the authors' code, the paper names none.
+    """
+    return Method((PolicyGradient(Tanh(scale)),))
+
+
+def opd_zscore() -> Method:
+    """Log-ratio reward standardised over the batch.  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1."""
+    return Method((PolicyGradient(transforms=(Whiten(),)),))

@@ -1,0 +1,18 @@
+"""vOPD: the value of a state is known in closed form.  arXiv:2605.07865."""
+
+from opd.estimators import TopKValue, Value
+from opd.method import Method, PolicyGradient
+
+
+def vopd() -> Method:
+    """Log-ratio reward minus its mean over the vocabulary, A = r + KL.  vOPD, arXiv:2605.07865, Eq. 9-10."""
+    return Method((PolicyGradient(baseline=Value()),))
+
+
+def vopd_topk(k: int = 20) -> Method:
+    """vOPD with the baseline on the student's top k, both models renormalised there.  arXiv:2605.07865, Eq. 14-15.
+
+    Args:
+        k: tokens of the baseline (paper 20, released configuration 100; 1 is `opd`, the vocabulary size is `vopd`).
+    """
+    return Method((PolicyGradient(baseline=TopKValue(k)),))

@@ -1,0 +1,39 @@
+"""Policy-gradient surrogates: `(new log p, advantage, columns) -> loss`, elementwise; gradient flows to `new`."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A log p(y): exact for one optimizer step per rollout batch."""
+
+    def __call__(self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return -advantage * new
+
+
+@dataclass(frozen=True)
+class ImportanceSampling:
+    """-(p / p_old) A, for several optimizer steps per rollout batch; on policy its gradient is `Reinforce`'s."""
+
+    def __call__(
+        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], student_logp: Float[Tensor, "*A"]
+    ) -> Float[Tensor, "*A"]:
+        return -(new - student_logp).exp() * advantage
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """PPO, arXiv:1707.06347; high > low is the clip-higher of DAPO, arXiv:2503.14476."""
+
+    low: float = 0.2
+    high: float = 0.2
+
+    def __call__(
+        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], student_logp: Float[Tensor, "*A"]
+    ) -> Float[Tensor, "*A"]:
+        ratio = (new - student_logp).exp()
+        return -torch.minimum(ratio * advantage, ratio.clamp(1 - self.low, 1 + self.high) * advantage)

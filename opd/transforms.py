@@ -1,0 +1,56 @@
+"""From scores to advantages, with statistics of the whole batch: `(x [B T], columns) -> [B T]`, applied in order.
+
+Elementwise shaping (clip, tanh) is a reward (`rewards.py`); here are the functions that look beyond one token.
+Masked tokens may hold anything on entry, infinities included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
+    """sum_k gamma^k x_{t+k}."""
+    out = [x[:, -1]]
+    for column in x[:, :-1].flip(1).unbind(1):
+        out.append(column + gamma * out[-1])
+    return torch.stack(out[::-1], 1)
+
+
+@dataclass(frozen=True)
+class Discount:
+    """Reward to go, sum_k gamma^k x_{t+k} over trained tokens."""
+
+    gamma: float = 1.0
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return reward_to_go(x.where(mask, 0), self.gamma)
+
+
+@dataclass(frozen=True)
+class DiscountExpected:
+    """Reward to go whose future log ratios are replaced by their conditional means -KL_s: unbiased for `LogRatio`.
+
+    Usually, not always, of lower variance than `Discount`: later KLs covary with the current ratio.
+    """
+
+    gamma: float = 1.0
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        future = reward_to_go(-reverse_kl.where(mask, 0), self.gamma)
+        return x.where(mask, 0) + self.gamma * torch.nn.functional.pad(future[:, 1:], (0, 1))
+
+
+@dataclass(frozen=True)
+class Whiten:
+    """(x - mean) / std over the trained tokens of the batch.  Z-score baseline of arXiv:2606.17199, Table 1."""
+
+    eps: float = 1e-8
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        trained = x[mask]
+        return (x.where(mask, 0) - trained.mean()) / (trained.std(correction=0) + self.eps)
