@@ -58,7 +58,9 @@ class JSD:
             )
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-        m = torch.logaddexp(teacher_logp + math.log(self.beta), student_logp + math.log1p(-self.beta))
+        some = (student_logp > -math.inf) | (teacher_logp > -math.inf)  # logaddexp(-inf, -inf) has gradient nan
+        s, t = student_logp.where(some, 0), teacher_logp.where(some, 0)
+        m = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
         return self.beta * kl(teacher_logp, m) + (1 - self.beta) * kl(student_logp, m)
 
 

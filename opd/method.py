@@ -26,7 +26,7 @@ from opd.weights import TokenMean
 
 @dataclass(frozen=True)
 class Positions:
-    """Both models' next-token distributions at some positions: a chunk in the head pass, all of a small world in tests."""
+    """Both models' next-token distributions: of a chunk in the head pass, of a whole small world in tests."""
 
     ids: Int[Tensor, "*N"]  # the token that was sampled
     student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
@@ -50,6 +50,11 @@ class Target:
         cut = lambda x: x if x is None else x[at]
         return Target(self.weight[at], cut(self.advantage), cut(self.old))
 
+    def to(self, device: torch.device) -> "Target":
+        """The same target on a device."""
+        move = lambda x: x if x is None else x.to(device)
+        return Target(self.weight.to(device), move(self.advantage), move(self.old))
+
 
 @dataclass(frozen=True)
 class PolicyGradient:
@@ -66,8 +71,8 @@ class PolicyGradient:
     def __post_init__(self) -> None:
         if self.estimator != Sampled() and (self.transforms or self.surrogate != Reinforce()):
             raise ValueError(
-                f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the surrogate "
-                f"{self.surrogate} act on the sampled token alone: use Sampled(), or neither"
+                f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
+                f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
             )
 
     def column_leaves(self) -> tuple[Column, ...]:
@@ -101,7 +106,7 @@ class PolicyGradient:
                 f = f - self.baseline(self.reward, at.student_logp, at.teacher_logp, exact)[..., None]
             drawn = torch.zeros_like(exact).scatter(-1, at.ids[..., None], True) & ~exact
             coefficient = torch.where(exact & (p > 0), p * f, 0) + f.where(drawn, 0)
-        return -(coefficient * at.student_logp).sum(-1)
+        return -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ class Method:
         scores = batch.scores or (None,) * len(self.terms)
         out = []
         for term, score in zip(self.terms, scores, strict=True):
+            assert score is not None or term.local(), f"{term} reads the whole batch, and its scores were not measured"
             weight = reduce(mul, (call(w, batch) for w in term.weights), term.coef * scale).where(batch.mask, 0)
             if score is not None:
                 score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))

@@ -1,21 +1,22 @@
 """Counter-based noise: one uniform per (seed, step, rollout, token), the same whoever draws it and in whatever order.
 
-splitmix64's finaliser, folded over the key: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", 2014.
+splitmix64's finaliser, folded over the key.  Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
+2014.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(z: np.uint64 | NDArray[np.uint64]) -> np.uint64 | NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def uniform(*key: ArrayLike) -> NDArray[np.float64]:
+def uniform(*key: int | np.integer | NDArray[np.integer]) -> np.float64 | NDArray[np.float64]:
     """U[0, 1) with 53 bits, for integer keys that broadcast together."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the generator

@@ -52,5 +52,6 @@ class Whiten:
     eps: float = 1e-8
 
     def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        trained = x[mask]
-        return (x.where(mask, 0) - trained.mean()) / (trained.std(correction=0) + self.eps)
+        count = mask.sum().clamp(min=1)
+        centred = (x - x.where(mask, 0).sum() / count).where(mask, 0)
+        return centred / ((centred.square().sum() / count).sqrt() + self.eps)

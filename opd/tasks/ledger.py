@@ -20,18 +20,23 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
-MONTHS = tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
-GAINS = tuple("wins earns finds gets gains buys makes saves collects receives borrows adds".split())
-LOSSES = tuple("loses spends drops gives lends sells eats breaks pays trades donates removes".split())
-NAMES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+MONTHS = _words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
+GAINS = _words("wins earns finds gets gains buys makes saves collects receives borrows adds")
+LOSSES = _words("loses spends drops gives lends sells eats breaks pays trades donates removes")
+NAMES = _words(
     "Ada Ali Amy Ana Ben Bob Cal Dan Dee Eli Eva Fay Gus Hal Ian Ida Ivy Jim Joe Kai Kim Lea Leo Lin Liz "
-    "Max Meg Mia Ned Nia Noa Oli Pam Pia Ray Rob Roy Sam Sue Tim Tom Uma Val Wes Yan Zoe".split()
+    "Max Meg Mia Ned Nia Noa Oli Pam Pia Ray Rob Roy Sam Sue Tim Tom Uma Val Wes Yan Zoe"
 )
-OBJECTS = tuple(
+OBJECTS = _words(
     "apples balls beads books bulbs cards coins cups eggs figs hats jars keys kites lamps maps mugs nuts pears "
-    "pens pins plums ropes rings seeds shells stamps stones toys tiles".split()
+    "pens pins plums ropes rings seeds shells stamps stones toys tiles"
 )
 STAGES = ("<plan>", "<work>", "<check>", "<answer>")
 HELDOUT_SHARE = 8  # one prompt in this many belongs to the held-out split
@@ -73,7 +78,7 @@ def problem(rng: random.Random, *, level: str) -> Problem:
     months = tuple(MONTHS[(first + i) % len(MONTHS)] for i in range(entries))
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
     booked = ""
-    for month, before, after in zip(months, balances, balances[1:], strict=False):
+    for month, (before, after) in zip(months, pairwise(balances), strict=True):
         booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
     prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
     return Problem(prompt, str(balances[-1]), _solution(months, balances))
@@ -81,7 +86,7 @@ def problem(rng: random.Random, *, level: str) -> Problem:
 
 def _solution(months: tuple[str, ...], balances: list[int]) -> str:
     """Write the four stages of the response for the balances before and after each month."""
-    steps = [after - before for before, after in zip(balances, balances[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(balances)]
     plan = "".join(f"{month}: {step:+d}\n" for month, step in zip(months, steps, strict=True))
     work = "".join(f"{month}: {_columns(b, s)}\n" for month, b, s in zip(months, balances, steps, strict=False))
     check = f"{balances[-1]}{-steps[-1]:+d}={balances[-2]}\n"

@@ -1,0 +1,204 @@
+"""The command line: `opd train | eval | methods`."""
+
+import difflib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from opd.config import Train
+from opd.method import Method
+from opd.methods import METHODS
+from opd.presets import settings
+from opd.types import Refusal
+
+USAGE = """usage: opd COMMAND ...
+
+  opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
+  opd eval --model M --prompts P [flags]
+  opd methods [NAME] [--json]
+  opd --version
+
+`opd COMMAND --help` explains the flags; `opd train METHOD --help` those of a method."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods}
+    try:
+        match args:
+            case [] | ["-h" | "--help"]:
+                print(USAGE)
+                return 0
+            case ["--version"]:
+                print(f"opd {version('opd')}")
+                return 0
+            case [name, *rest] if name in commands:
+                return commands[name](rest)
+            case [name, *_]:
+                raise Refusal(f"{name}: unknown command{_near(name, list(commands))}; there are {', '.join(commands)}")
+    except Refusal as error:
+        print(f"opd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("opd: stopped; what was saved is whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainFlags:
+    preset: str = "none"
+    """Start from settings of a name: paper (the method's publication), embedded (tuned on the embedded pair)."""
+    also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME:weight of another method whose terms are added; repeat for more."""
+    run: Train
+
+
+def _train(args: list[str]) -> int:
+    asked = next((a for a in args if a in METHODS), None)
+    if asked and {"-h", "--help"} & set(args[args.index(asked) :]):
+        _method(asked, ["--help"])
+    parse = lambda **default: tyro.cli(
+        _TrainFlags,
+        args=args,
+        prog="opd train",
+        description="Distil a student from a teacher on the student's own samples:\n"
+        "opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
+        f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
+        "`opd methods` explains them, `opd train METHOD --help` lists a method's flags.",
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+        **default,
+    )
+    flags, left = parse()
+    if not left:
+        raise Refusal(f"METHOD is missing: name one of {', '.join(METHODS)}, or module:factory")
+    name, *rest = left
+    method = _method(name, rest)
+    for other in flags.also:
+        method = _plus(method, other)
+    if flags.preset != "none":
+        run = replace(flags.run, **settings(flags.preset, name))
+        flags, _ = parse(default=replace(flags, run=run))  # a second reading: what the user set wins
+    from opd.train import train  # after parsing: help and mistakes answer at once
+
+    print(train(replace(flags.run, method=method)))
+    return 0
+
+
+def _method(name: str, flags: list[str]) -> Method:
+    """The method of that name with its flags."""
+    factory = METHODS[name] if name in METHODS else _imported(name)
+    documented = inspect.getdoc(factory) or ""
+    try:
+        method = tyro.cli(factory, args=flags, prog=f"opd train {name}", description=documented.split("\n\nArgs:")[0])
+    except ValueError as error:
+        raise Refusal(f"{name}: {error}") from error
+    if not isinstance(method, Method):
+        raise Refusal(f"{name}: the factory returned a {type(method).__name__}, not an opd.Method")
+    return method
+
+
+def _imported(name: str) -> Callable[..., Method]:
+    module, colon, attribute = name.partition(":")
+    if name.startswith("-"):
+        raise Refusal(f"{name}: unknown flag; run flags are listed by `opd train --help`")
+    if not colon:
+        raise Refusal(f"{name}: unknown method{_near(name, list(METHODS))}; `opd methods` lists them")
+    sys.path.insert(0, "")  # a factory in the folder one works in
+    try:
+        return vars(importlib.import_module(module))[attribute]
+    except ImportError as error:
+        raise Refusal(f"{name}: {error}; METHOD as module:factory needs a module on the Python path") from error
+    except KeyError:
+        raise Refusal(f"{name}: the module {module} has no {attribute}") from None
+
+
+def _plus(method: Method, other: str) -> Method:
+    """The method with the terms of another, at a weight."""
+    name, colon, weight = other.rpartition(":")
+    try:
+        coef = float(weight)
+    except ValueError:
+        raise Refusal(f"--also {other}: write NAME:weight, such as gkd-forward:0.1") from None
+    if not colon or not coef > 0:
+        raise Refusal(f"--also {other}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
+    more = _method(name, [])
+    if more.rollouts != method.rollouts:
+        raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
+    return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
+
+
+def _near(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def source(factory: Callable[..., Method]) -> str:
+    """Where a method comes from: what its docstring says after the first sentence."""
+    return " ".join((inspect.getdoc(factory) or "").split("\n\n")[0].split()).split(".  ", 1)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MethodsFlags:
+    name: tyro.conf.Positional[str] = ""
+    """One method, explained."""
+    json: bool = False
+    """Print as json."""
+
+
+def _methods(args: list[str]) -> int:
+    flags = tyro.cli(_MethodsFlags, args=args, prog="opd methods", description="List the methods, or explain one.")
+    if flags.name and flags.name not in METHODS:
+        raise Refusal(f"{flags.name}: unknown method{_near(flags.name, list(METHODS))}; there are {', '.join(METHODS)}")
+    rows = [_explained(name) for name in METHODS if flags.name in ("", name)]
+    if flags.json:
+        print(json.dumps(rows if not flags.name else rows[0], indent=2))
+        return 0
+    console = Console()
+    if flags.name:
+        for key, value in rows[0].items():
+            console.print(f"[bold]{key}[/bold]", highlight=False)
+            text = value if isinstance(value, str) else json.dumps(value, indent=2)
+            console.print(f"  {text}", markup=False, highlight=False)
+        return 0
+    table = Table("method", "what", "source", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(f"[bold]{row['name']}[/bold]", row["what"], row["source"])
+    console.print(table)
+    return 0
+
+
+def _explained(name: str) -> dict[str, object]:
+    factory = METHODS[name]
+    method = factory()
+    document = inspect.getdoc(factory) or ""
+    presets = {p: {k: str(v) for k, v in settings(p, name).items()} for p in ("paper", "embedded") if _has(p, name)}
+    return {
+        "name": name,
+        "what": " ".join(document.split("\n\n")[0].split()).split(".  ")[0] + ".",
+        "source": source(factory),
+        "value": repr(method),
+        "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
+        "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
+        "token_local": method.local(),
+        "reads": sorted(method.reads()),
+        "presets": presets,
+    }
+
+
+def _has(preset: str, name: str) -> bool:
+    try:
+        settings(preset, name)
+    except Refusal:
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""Everything about a run that is not the mathematics of its method: one value, the same for Python and command line."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from opd.collect import StopToken, Truncated
+from opd.method import Method
+from opd.methods import METHODS
+from opd.tasks import Data
+from opd.types import Refusal, Sampling
+from opd.weights import Constant, SequenceMean, TokenMean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A run."""
+
+    student: str
+    """The model to train: hub id, local folder, .gguf file, run folder, or embedded:NAME."""
+    teacher: str
+    """The model to learn from, with the same vocabulary; same kinds of name."""
+    prompts: str
+    """Training prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    method: Method = field(default_factory=METHODS["vopd"])
+    """What is learnt; on the command line the METHOD and its flags."""
+    out: Path = Path("outputs/opd")
+    """The run folder: configuration, metrics, checkpoints."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, bitwise; start it where there is none."""
+    steps: int = 100
+    """Rollout batches to train on."""
+    batch: int = 64
+    """Rollouts in a batch, over all processes."""
+    per_prompt: int = 0
+    """Rollouts of each prompt; 0 is the method's own number."""
+    updates: int = 0
+    """Optimizer steps on each rollout batch; 0 is the method's own number."""
+    reduction: Literal["method", "token", "sequence", "constant"] = "method"
+    """What the loss is averaged over: every token, every sequence, or a constant (batch x longest response)."""
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    loss_temperature: float = 1.0
+    """Divides both models' logits in the loss; --temperature changes only the sampler."""
+    stop_token: StopToken = "canonical"
+    """Terminal token: canonical merges both models' stop tokens into one class, train keeps them apart, mask skips it."""
+    truncated: Truncated = "train"
+    """Rollouts that hit the length limit: train on them, or drop them."""
+    teacher_prompt: Literal["own", "same"] = "own"
+    """The teacher reads the prompt in its own chat template, or the same ids as the student."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up; cosine and linear fall to 0 at the last step."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """LoRA's scale is alpha / rank."""
+    lora_targets: str = "all-linear"
+    """Layers that get an adapter, comma separated; the head never does."""
+    precision: Literal["fp32", "bf16"] = field(default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32")
+    """Compute type; trained weights and optimizer state stay fp32."""
+    teacher_precision: Literal["fp32", "bf16"] = field(
+        default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32"
+    )
+    """Type of the teacher's weights."""
+    teacher_device: str = "same"
+    """Where the teacher lives: same as the student, cpu, cuda:1, ..."""
+    micro_batch_tokens: int = 16384
+    """Padded tokens that go through a model at once; lower it when memory runs out."""
+    chunk_mb: int = 256
+    """Memory for logits in the head pass, MB."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    eval_prompts: str = ""
+    """Held-out prompts, same kinds of name as --prompts; empty: no evaluation."""
+    eval_every: int = 50
+    """Steps between evaluations; also before the first step and after the last."""
+    eval_limit: int = 256
+    """Held-out prompts used."""
+    eval_temperature: float = 0.0
+    """Sampling temperature of evaluations; 0 is greedy."""
+    save_every: int = 50
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Checkpoints kept."""
+    rollouts_every: int = 50
+    """Steps between saved rollouts (texts and columns)."""
+    trackers: tuple[str, ...] = ()
+    """Also log to these: tensorboard, wandb, trackio, mlflow, ... (what Accelerate knows and is installed)."""
+    seed: int = 0
+    """Seed of data order, sampling and initialisation."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+    quiet: bool = False
+    """No progress output."""
+
+    def resolved(self) -> Method:
+        """The method with the run's overrides of its rollouts and reduction."""
+        who = self.method.rollouts
+        who = replace(who, per_prompt=self.per_prompt or who.per_prompt, updates=self.updates or who.updates)
+        reductions = {
+            "method": lambda: self.method.reduction,
+            "token": TokenMean,
+            "sequence": SequenceMean,
+            "constant": lambda: Constant(self.sampling.max_new_tokens),
+        }
+        return replace(self.method, rollouts=who, reduction=reductions[self.reduction]())
+
+    def check(self) -> None:
+        """Refuse impossible settings before anything loads."""
+        positive = ("steps", "batch", "lr", "micro_batch_tokens", "chunk_mb", "decode_rows", "eval_every", "eval_limit")
+        for name in (*positive, "save_every", "keep", "rollouts_every", "loss_temperature", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        for name in ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates"):
+            if not getattr(self, name) >= 0:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if not self.sampling.temperature > 0:
+            raise Refusal(
+                f"--temperature {self.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
+            )
+        who = self.resolved().rollouts
+        if self.batch % (who.per_prompt * who.updates):
+            raise Refusal(
+                f"--batch {self.batch}: must be a multiple of {who.per_prompt} rollouts per prompt "
+                f"x {who.updates} updates"
+            )
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and change what the estimator means, each with the reason."""
+        out, s = [], self.sampling
+        if s.temperature != 1 or s.top_p < 1 or s.top_k:
+            out.append(
+                f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
+                "distribution than the loss assumes: gradients are biased (1, 1, 0 is unbiased)"
+            )
+        if self.resolved().rollouts.updates > 1:
+            out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
+        return out

@@ -1,0 +1,159 @@
+"""Models by name: a hub id, a local folder, a GGUF file, a run folder, or `embedded:NAME`; and their heads."""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.types import Refusal
+from opd.vocabulary import Head
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are."""
+
+    folder: str  # local folder, or a hub id
+    hub: bool = False  # looked up on the hub, with network
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, bool]:
+        """Arguments of every from_pretrained."""
+        return {"local_files_only": not self.hub, "trust_remote_code": self.trust_remote_code}
+
+
+def locate(name: str, *, field: str, trust_remote_code: bool = False) -> Source:
+    """Find the files of a model; `field` is the flag that named it, for the error."""
+    if name.startswith("embedded:"):
+        folder = EMBEDDED / name.removeprefix("embedded:")
+        if not (folder / "config.json").is_file():
+            known = ", ".join(f"embedded:{p.parent.name}" for p in sorted(EMBEDDED.glob("*/config.json")))
+            raise Refusal(f"--{field} {name}: no such embedded model; there are {known}")
+        return Source(str(folder))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(str(_dequantised(path)))
+    if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            path = newest_checkpoint(path) or path
+        if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
+            raise Refusal(f"--{field} {name}: the folder holds no config.json; name the folder of a saved model")
+        return Source(str(path), trust_remote_code=trust_remote_code)
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix or name.count("/") != 1:
+        raise Refusal(f"--{field} {name}: no such folder or .gguf file; a hub id looks like owner/name")
+    return Source(name, hub=True, trust_remote_code=trust_remote_code)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The last complete checkpoint of a run folder."""
+    found = sorted((run / "checkpoints").glob("step-[0-9]*"))
+    return found[-1] if found else None
+
+
+def tokenizer(source: Source, *, field: str) -> Tokenizer:
+    """The model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, **source.options())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--{field} {source.folder}: its tokenizer does not load: {_first_line(error)}") from error
+
+
+def generation_config(source: Source) -> GenerationConfig:
+    """Read for its EOS ids alone; nothing else of it is inherited."""
+    try:
+        return GenerationConfig.from_pretrained(source.folder, local_files_only=not source.hub)
+    except OSError:
+        return GenerationConfig()
+
+
+def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
+    """The weights, in eval mode (dropout is off in every pass)."""
+    adapter = Path(source.folder) / "adapter_config.json"
+    try:
+        if adapter.is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, is_trainable=True, local_files_only=not source.hub
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, use_safetensors=True, **source.options()
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"--{field} {source.folder}: its weights do not load: {_first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, adapters inside its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head(model: PreTrainedModel | PeftModel) -> Head:
+    """The output head as a value; shares storage with the model."""
+    plain = base(model)
+    linear = plain.get_output_embeddings()
+    if type(linear) is not torch.nn.Linear:
+        raise Refusal(
+            f"{type(plain).__name__}: its output head is a {type(linear).__name__}; opd needs a plain Linear "
+            "(no adapter and no quantisation on lm_head)"
+        )
+    options = plain.config.get_text_config().to_dict()
+    scale = (options.get("logit_scale") or 1.0) * (options.get("lm_head_multiplier") or 1.0)
+    scale /= options.get("logits_scaling") or 1.0
+    return Head(linear.weight, linear.bias, scale, options.get("final_logit_softcapping") or 0.0)
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
+    """Refuse an architecture whose logits our head does not reproduce: a wrong head trains silently wrong."""
+    plain, ours = base(model), head(model)
+    ids = torch.arange(1, 9, device=plain.device)[None] % len(ours.weight)
+    hidden = plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    raw = torch.nn.functional.linear(hidden, ours.weight, ours.bias).float() * ours.scale
+    if ours.softcap:
+        raw = torch.tanh(raw / ours.softcap) * ours.softcap
+    wanted = plain(input_ids=ids, use_cache=False).logits.float()
+    tolerance = 1e-3 if plain.dtype == torch.float32 else 5e-2
+    if (raw - wanted).abs().max() > tolerance * wanted.abs().max().clamp(min=1):
+        raise Refusal(
+            f"--{field}: {type(plain).__name__} computes its logits in a way opd does not know "
+            f"(they differ by {(raw - wanted).abs().max():.3g}); please report the architecture"
+        )
+
+
+def _dequantised(file: Path) -> Path:
+    """A GGUF file as a safetensors folder, converted once and cached under the file's own fingerprint."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd" / f"{file.stem}-{key}"
+    if (cache / "config.json").is_file():
+        return cache
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"{file}: not a GGUF file that transformers can read: {_first_line(error)}") from error
+    part = cache.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    text.save_pretrained(part)
+    part.replace(cache)
+    return cache
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

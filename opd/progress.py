@@ -1,0 +1,74 @@
+"""What a person watching sees: a bar on a terminal, plain lines elsewhere; and Ctrl-C, which saves before it stops."""
+
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Steps, health and time left; SIGINT and SIGTERM ask the run to stop after the step, a second one stops it now."""
+
+    def __init__(self, steps: int, start: int, *, quiet: bool) -> None:
+        self.steps, self.quiet, self.interrupted = steps, quiet, False
+        self.console = Console(stderr=True, quiet=quiet)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[health]}"),
+            console=self.console,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task("train", total=steps, completed=start, health="")
+        self.said = 0.0
+        self.handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "Progress":
+        for name in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[name] = signal.signal(name, self._interrupt)
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.say("stopping after this step; again to stop now without saving")
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def stepped(self, step: int, numbers: dict[str, float]) -> None:
+        """A step is done."""
+        health = (
+            f"KL {numbers.get('reverse_kl', 0):.4f}  |g| {numbers['grad_norm']:.2f}  "
+            f"length {numbers['length']:.0f}  stopped {numbers['stopped']:.0%}  right {numbers['outcome']:.0%}"
+        )
+        self.bar.update(self.task, completed=step, health=health)
+        if numbers["refused"]:
+            self.say(f"step {step}: the gradient is not finite; the step is refused, the weights stay as they were")
+        if self.bar.disable and not self.quiet and (time.monotonic() - self.said > LINE_EVERY or step == self.steps):
+            self.said = time.monotonic()
+            self.say(f"step {step}/{self.steps}  {health}")
+
+    def evaluated(self, step: int, numbers: dict[str, float]) -> None:
+        """An evaluation is done."""
+        low, high = 100 * numbers["eval_low"], 100 * numbers["eval_high"]
+        self.say(
+            f"step {step}: held-out accuracy {100 * numbers['eval_accuracy']:.1f} % [{low:.1f}, {high:.1f}], "
+            f"reverse KL {numbers['eval_reverse_kl']:.4f} nats/token, length {numbers['eval_length']:.0f}"
+        )

@@ -1,0 +1,180 @@
+"""The run folder: configuration, metrics, sampled rollouts, checkpoints; what is on disk is always whole.
+
+config.json  method.txt  environment.json   what ran, where
+metrics.jsonl                               reproducible numbers, one line a step
+perf.jsonl                                  seconds, tokens/s, bytes
+rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches
+checkpoints/step-N/                         a model folder, optimizer.safetensors, state.json
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opd.method import Method
+from opd.types import Batch, Refusal, Rollout
+
+
+def plain(value: object) -> object:
+    """A configuration value as json: dataclasses become dicts, leaves their repr."""
+    if isinstance(value, Method):
+        return repr(value)  # prints as the code that makes it
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def disk(doing: str) -> Iterator[None]:
+    """Turn a full disk or a folder one may not write into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        raise Refusal(f"{doing}: {error.strerror}; free some space or name another --out, then --resume") from error
+    except Exception as error:  # safetensors wraps the OS error in its own type, with the reason in its text
+        if not any(reason in str(error) for reason in ("No space left", "StorageFull", "Permission denied")):
+            raise
+        raise Refusal(f"{doing}: {error}; free some space or name another --out, then --resume") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, written by the main process alone."""
+
+    folder: Path
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.folder / "config.json").is_file()
+
+    def empty(self) -> bool:
+        """Whether a run may start here."""
+        return not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))
+
+    def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
+        """Refuse to resume under other settings than the run's own, but for those in `free`."""
+        before = json.loads((self.folder / "config.json").read_text())
+        for name, value in json.loads(json.dumps(settings)).items():
+            if name not in free and before.get(name) != value:
+                raise Refusal(
+                    f"--resume: {name} was {before.get(name)!r} in {self.folder} and is {value!r} now; "
+                    "repeat the run's own command, or start another --out"
+                )
+
+    def start(self, settings: Mapping[str, object], method: str, step: int) -> None:
+        """Write what runs, where; cut the logs back to `step`, the one that the run goes on from."""
+        with disk(f"--out {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("config.json", json.dumps(settings, indent=2))
+            self._write("method.txt", method + "\n")
+            self._write("environment.json", json.dumps(environment(), indent=2))
+            for name in ("metrics.jsonl", "perf.jsonl"):
+                path = self.folder / name
+                # A killed process may leave half a line; whole ones up to the checkpoint stay.
+                lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step and step > 0]
+                self._write(name, "".join(kept))
+
+    def newest(self) -> Path | None:
+        """The last checkpoint."""
+        found = sorted((self.folder / "checkpoints").glob("step-[0-9]*"))
+        return found[-1] if found else None
+
+    def log(self, name: str, row: Mapping[str, object]) -> None:
+        """Append one line to metrics or perf."""
+        with disk(f"writing {self.folder / name}.jsonl"), (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save_rollouts(self, step: int, rollouts: list[Rollout], texts: list[str], batch: Batch) -> None:
+        """Texts and columns of one batch, to be read token by token later."""
+        folder = self.folder / "rollouts"
+        columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        tensors = {k: v.contiguous().cpu() for k, v in columns.items() if isinstance(v, Tensor)}
+        rows = [
+            {
+                "index": r.index,
+                "prompt": r.prompt.text or list(map(dict, r.prompt.messages)),
+                "answer": r.prompt.answer,
+                "response": text,
+                "outcome": r.outcome,
+                "stopped": r.stopped,
+            }
+            for r, text in zip(rollouts, texts, strict=True)
+        ]
+        with disk(f"writing {folder}"):
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / f"step-{step:06d}.safetensors")
+            self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
+        """A folder to fill; it appears under its name only once it is whole, and only then do the oldest go."""
+        root = self.folder / "checkpoints"
+        final, part = root / f"step-{step:06d}", root / f".part-{step:06d}"
+        if not main:
+            yield part
+            return
+        try:
+            with disk(f"checkpoint {final}"):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                yield part
+                (part / "state.json").write_text(json.dumps({"step": step}))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(part, final)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        for old in sorted(root.glob("step-[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
+
+
+def save_optimizer(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """Optimizer state by parameter name, as safetensors."""
+    save_file({f"{name}/{key}": x.contiguous().cpu() for name, row in state.items() for key, x in row.items()}, path)
+
+
+def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What `save_optimizer` wrote."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, x in load_file(path).items():
+        name, field = key.rsplit("/", 1)
+        out.setdefault(name, {})[field] = x
+    return out
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine; nothing secret."""
+    names = ("opd", "torch", "transformers", "accelerate", "peft", "datasets")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        **{name: version(name) for name in names},
+    }

@@ -1,0 +1,95 @@
+r"""Finding the answer in a text: `(text) -> str`, or a number; "" or None where there is none.
+
+A marked answer is the last of \boxed{...}, <answer>...</answer> and a line that ends in "#### 42"; a said one follows
+"answer is" or "answer:".
+"""
+
+import re
+from fractions import Fraction
+
+TAIL = 500  # characters at the end of a response in which an answer that is neither marked nor said is looked for
+
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_HASHES = re.compile(r"####[ \t]*([-+$€£]*\d[\d.,/%]*)[ \t]*$", re.MULTILINE)  # not the heading "#### Step 1"
+_SAID = re.compile(r"\banswer\b[\s*_]*(?:\bis\b|[:=])[\s*_:]*(\S[^\n]*)", re.IGNORECASE)
+_DIGITS = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(rf"((?<![\w)\].])-)?(?:\$(-)?)?({_DIGITS})(?:[eE]([+-]?\d{{1,2}})(?!\d))?(?:/({_DIGITS}))?")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_STYLE = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\b")
+_LETTER = re.compile(r"\s*(?:option |choice )?([a-z])(?:\s*$|\s*[.:),;]|\s+(?![a-z\s]))", re.IGNORECASE)
+
+
+def spoken(response: str) -> str:
+    """Return the response after its thinking."""
+    return response.rpartition("</think>")[2].strip()
+
+
+def marked(text: str) -> str:
+    """Return the marked answer."""
+    found = [(0, "")]
+    for box in list(_BOX.finditer(text))[:-9:-1]:  # a few: unclosed ones must not cost a scan each
+        if content := _braced(text, box.end()):
+            found.append((box.end() + len(content), content))
+            break
+    close = text.rfind("</answer>")
+    if close >= 0 and (start := text.rfind("<answer>", 0, close)) >= 0:
+        found.append((close, text[start + len("<answer>") : close]))
+    found += [(line.end(), line[1]) for line in _HASHES.finditer(text)]
+    content = max(found)[1].strip()
+    return (marked(content) or content) if content else ""
+
+
+def _braced(text: str, start: int) -> str:
+    """Return the text up to the brace that closes the one before `start`, "" if there is none within reach."""
+    depth = 1
+    for i in range(start, min(len(text), start + 4 * TAIL)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start:i]
+    return ""
+
+
+def said(text: str) -> str:
+    """Return what the last "answer is" or "answer:" is followed by on its line."""
+    phrases = _SAID.findall(text)
+    return phrases[-1].strip(" *_") if phrases else ""
+
+
+def reference(answer: str) -> str:
+    """Return the expected answer alone, where a data set gives a worked solution that ends in a marked one."""
+    return marked(answer) or answer.strip()
+
+
+def number(text: str, *, first: bool = False) -> Fraction | None:
+    """Return the last number of a text, or its first: 1,234 and -$5 and 3/4 and 2e3; a percent sign is dropped."""
+    text = _FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")  # the minus sign of typeset text
+    hits = list(_NUMBER.finditer(text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "")))
+    if not hits:
+        return None
+    minus, minus_too, top, power, bottom = hits[0 if first else -1].groups(default="")
+    if len(top) + len(bottom) > TAIL:
+        return None  # Python refuses to read thousands of digits
+    value = Fraction(top.replace(",", "")) * Fraction(10) ** int(power or 0)
+    below = Fraction(bottom.replace(",", "") or 1)
+    return (-value if minus or minus_too else value) / below if below else None
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is one number and nothing else."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def letter(text: str) -> str:
+    """Return the option that a text opens with: "B", "(B)", "B. text"; "A dog" opens with a word."""
+    opening = _LETTER.match(re.sub(r"[\s$*_{}\\(\[]+", " ", _STYLE.sub(" ", text)))
+    return opening[1].upper() if opening else ""
+
+
+def plain(text: str) -> str:
+    """Return a text without the LaTeX that carries no meaning: spacing, sizes, dollar signs, text boxes, a full stop.
+
+    Spaces go too, but those between words and digits.
+    """
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,!;:$ ]|\$", "", text)
+    text = re.sub(rf"{_STYLE.pattern}\s*\{{([^{{}}]*)\}}", r"\1", text.replace("\\dfrac", "\\frac"))
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split())).rstrip(".")

@@ -1,0 +1,120 @@
+"""Whether a response is right: pure functions `(response, answer) -> score from 0 to 1` that no text makes raise.
+
+What is scored is the marked answer, else the said one, else the end of the response (`answers.py` has the rules); what
+stands before </think> is not looked at.  The expected answer may itself be a worked solution with a marked answer.
+"""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache, partial
+
+from opd.tasks import guarded
+from opd.tasks.answers import TAIL, is_number, letter, marked, number, plain, reference, said, spoken
+from opd.types import Refusal
+
+Verifier = Callable[[str, str], float]
+
+
+def math(response: str, answer: str) -> float:
+    """Score 1 if the final answer equals the expected one as mathematics, by math-verify.
+
+    It runs in child processes; a comparison that takes more than `guarded.CPU_LIMIT` seconds scores 0.  50 and 50% are
+    one, and so is 0.5 where the percent sign is in the expected answer.
+    """
+    text, gold = spoken(response), reference(answer)
+    content = marked(text)
+    if not gold or not text:
+        return 0.0
+    if content and plain(content) == plain(gold):
+        return 1.0
+    if content and all(re.fullmatch(r"-?\d{1,9}", c) for c in (content, gold)):
+        return float(int(content) == int(gold))
+    if not content and is_number(gold) and numeric(response, answer):
+        return 1.0
+    return _equal(gold, content or said(text) or text[-TAIL:], bool(content))
+
+
+@lru_cache(maxsize=4096)  # the rollouts of one prompt repeat each other's answers
+def _equal(gold: str, candidate: str, bare: bool) -> float:
+    return guarded.score("math", gold, candidate, bare)
+
+
+def numeric(response: str, answer: str) -> float:
+    """Score 1 if the final number is the expected one: the last of a marked answer, the first of a said one, or the last.
+
+    Whole numbers must be equal; others agree to five digits.
+    """
+    text, gold = spoken(response), number(reference(answer))
+    if content := marked(text):
+        value = number(content)
+    else:
+        value = number(said(text).rpartition("=")[2], first=True)
+        value = number(text[-TAIL:]) if value is None else value
+    return float(value is not None and gold is not None and _close(value, gold))
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    """Return whether two numbers are the same, or both broken and the same to five digits."""
+    return a == b or (1 not in (a.denominator, b.denominator) and abs(a - b) * 10**5 <= abs(b))
+
+
+def exact(response: str, answer: str) -> float:
+    """Score 1 if the final answer, the last line or the whole response is the expected text.
+
+    Case, spacing, quotes and the punctuation at the ends do not count, so "CO" and "Co" are one.
+    """
+    text, gold = spoken(response), _tidy(reference(answer))
+    content = marked(text)
+    candidates = (content,) if content else (said(text), text.rpartition("\n")[2], text)
+    return float(gold != "" and gold in map(_tidy, candidates))
+
+
+def _tidy(text: str) -> str:
+    return " ".join(re.sub(r"[\"'`“”‘’]", "", plain(text)).casefold().split()).strip(" .!*:;")  # noqa: RUF001
+
+
+def choice(response: str, answer: str) -> float:
+    """Score 1 if the response picks the expected letter: "B", "(B)", "B. text" or "the answer is B"."""
+    text, gold = spoken(response), letter(reference(answer))
+    if content := marked(text) or said(text):
+        picked = letter(content)
+    else:
+        picked = letter(text.rpartition("\n")[2]) or letter(text) or ["", *re.findall(r"\(([A-Z])\)", text)][-1]
+    return float(gold != "" and picked == gold)
+
+
+def none(response: str, answer: str) -> float:
+    """Score 0: nothing is verified."""
+    return 0.0
+
+
+VERIFIERS: dict[str, Verifier] = {"math": math, "numeric": numeric, "exact": exact, "choice": choice, "none": none}
+
+
+def find(name: str) -> Verifier:
+    """Return the verifier of that name, or the function that `module:function` names, from the working folder too."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise Refusal(f"verifier={name!r} is not known: choose {', '.join(VERIFIERS)}, or module:function for your own")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a file there shadows nothing
+    try:
+        return partial(_checked, vars(importlib.import_module(module))[function], name)
+    except ImportError as error:
+        raise Refusal(f"verifier={name!r}: {error}; give module:function, from an installed module or one here") from error
+    except KeyError as error:
+        raise Refusal(f"verifier={name!r}: the module {module} has no {function}; name one of its functions") from error
+
+
+def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:
+    """Score with a user's function; its own errors are left to rise, they are bugs that a score of 0 would hide."""
+    score = theirs(response, answer)
+    if not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise Refusal(f"verifier={name!r} returned {score!r}: return a number from 0 to 1")
+    return float(score)

@@ -1,0 +1,444 @@
+"""Do two models mean the same by a token, and how does each read a prompt?  Tokenizers and ids only, no weights.
+
+`agreement` compares, `require` refuses, `render` turns a Prompt into one model's token ids, `stop_ids` reads its EOS.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from opd.types import Prompt, Refusal
+
+
+class Severity(StrEnum):
+    """What a difference asks of the user: nothing, a look, or another pair of models."""
+
+    NOTE = "note"
+    WARNING = "warning"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One finding about two models: both values, and one line saying what differs, why it matters, what to do."""
+
+    field: str
+    student: str
+    teacher: str
+    severity: Severity
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.field}: {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What two models share.  `vocabulary` means nothing for training where a difference refuses: call `require`."""
+
+    vocabulary: int  # both heads and the sampler keep ids 0 .. vocabulary - 1
+    stop: tuple[int, ...]  # ids that end a response: the student's own, then those only the teacher has
+    differences: tuple[Difference, ...]
+
+    @property
+    def refusals(self) -> tuple[Difference, ...]:
+        """The differences that make training meaningless."""
+        return tuple(d for d in self.differences if d.severity is Severity.REFUSE)
+
+    def __str__(self) -> str:
+        head = f"{self.vocabulary} ids in common; a response stops at {', '.join(map(str, self.stop)) or 'nothing'}"
+        return "\n".join((head, *map(str, self.differences)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """One model as `agreement` sees it."""
+
+    who: str
+    tokenizer: PreTrainedTokenizerBase
+    rows: int
+    eos: tuple[int, ...]
+    ids: Mapping[str, int]  # the whole map, added tokens included
+    names: Mapping[int, str]
+
+    def show(self, ids: Iterable[int]) -> str:
+        """Ids as a person reads them."""
+        return ", ".join(f"{self.names[i]!r} ({i})" if i in self.names else f"no token ({i})" for i in ids) or "none"
+
+    @property
+    def named(self) -> set[str]:
+        """BOS, EOS, padding and unknown; a tokenizer's map may name others, of pictures or sounds."""
+        return {token for field, token in self.tokenizer.special_tokens_map.items() if field in _ADVICE}
+
+
+_ASK = {"role": "user", "content": "What is 2 + 3?"}
+_CONVERSATIONS: Mapping[str, tuple[Mapping[str, str], ...]] = {
+    "one question": (_ASK,),
+    "a system turn": ({"role": "system", "content": "Be brief."}, _ASK),
+    "three turns": (_ASK, {"role": "assistant", "content": "5"}, _ASK),
+}
+# Where tokenizers with one map part ways: digits, blanks, accents (composed or not), CJK, contractions.
+_SAMPLES = (
+    "\\boxed{12345.67}",
+    "  f(x):\n\treturn x**2\n\n",
+    "naïve e\u0301",
+    "3\u00d74=12; 数学 🙂",
+    "I don't  know.",
+)
+_ADVICE = {
+    "bos_token": "a teacher that reads the student's prompt lacks its own first token and scores badly: let each model "
+    "render its own prompt (--teacher-prompt own)",
+    "eos_token": "nothing to do: where a response stops is read from the generation configs (see eos)",
+    "pad_token": "nothing to do: padding is masked and never scored",
+    "unk_token": "text that neither can spell reads differently to each: look for it in your prompts",
+}
+
+
+def agreement(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    *,
+    student_rows: int,
+    teacher_rows: int,
+    student_eos: tuple[int, ...],
+    teacher_eos: tuple[int, ...],
+) -> Agreement:
+    """Compare token maps, rows of the heads, stop ids, special tokens and chat templates; refuses nothing itself.
+
+    The cut is at the last shared token, not at the smaller head: a padding row beyond it has a logit but no text, and
+    engines do draw them (vllm#13175, NeMo-RL#237).  So the numbers do not depend on how a head was padded.  The cut is
+    a prefix: an id below it that has no token stays in (see the note `holes`).
+    """
+    s, t = _side("student", student, student_rows, student_eos), _side("teacher", teacher, teacher_rows, teacher_eos)
+    top = max((*s.names, *t.names)) + 1
+    shared = next((i for i in range(top) if s.names.get(i) != t.names.get(i)), top)
+    vocabulary = min(shared, student_rows, teacher_rows)
+    own = sorted(i for i in set(student_eos) if i in s.names and i < vocabulary)
+    theirs = sorted(i for i in set(teacher_eos) - set(own) if i in t.names and i < vocabulary)
+    stop = (*own, *theirs)
+    found = [*_map(s, t, shared), *_rows(s, t, vocabulary), *_stops(s, t, stop), *_specials(s, t)]
+    return Agreement(vocabulary=vocabulary, stop=stop, differences=(*found, *_segmentation(s, t), *_templates(s, t)))
+
+
+def require(agreed: Agreement) -> Agreement:
+    """The agreement itself, where nothing refuses; raises Refusal with the first refusing difference."""
+    if not agreed.refusals:
+        return agreed
+    first, *others = agreed.refusals
+    more = f" (and {len(others)} more: {', '.join(d.field for d in others)})" if others else ""
+    raise Refusal(f"{first.field}: {first.text}{more}")
+
+
+def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids at which a model stops: its generation config's, else its tokenizer's; nothing else is inherited."""
+    eos = generation_config.eos_token_id
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not ids and "eos_token" in tokenizer.special_tokens_map:
+        ids = (tokenizer.eos_token_id,)
+    if not ids:
+        raise Refusal(
+            f"eos_token_id: {_name(tokenizer)} has none, in its generation config or its tokenizer, so it would never "
+            "stop: set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any], system: str
+) -> tuple[int, ...]:
+    """A prompt's token ids as this model reads it, ready for its answer; never two BOS, never a closing EOS.
+
+    Messages go through the model's own chat template; without one, their contents joined by blank lines are its plain
+    text.  A text without messages is used as it is.  `system` is for rows that bring no system turn of their own.
+    """
+    if prompt.messages:
+        turns = _turns(prompt.messages, system)
+        if tokenizer.chat_template:
+            return _ids(tokenizer, _templated(tokenizer, turns, chat_template_kwargs), special=False)
+        text = "\n\n".join(turn["content"] for turn in turns)
+    elif system:
+        raise Refusal(f"system: {_cut(system)} has no place in a plain-text row: give `messages`, or no system prompt")
+    else:
+        text = prompt.text
+    if chat_template_kwargs:
+        reason = f"{_name(tokenizer)} has no chat template" if prompt.messages else "a plain-text row uses no template"
+        raise Refusal(f"chat_template_kwargs: {_cut(dict(chat_template_kwargs))} would be ignored: {reason}; drop them")
+    return _ids(tokenizer, text, special=True)
+
+
+def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether text survives ids and back; where not, a verifier or judge reads another text than the model wrote."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """A diff, for people, of how two models read the same conversations (no template arguments); empty if alike."""
+    out: list[str] = []
+    for title, turns in _CONVERSATIONS.items():
+        (a, ids), (b, other) = _read(student, turns), _read(teacher, turns)
+        if ids == other:
+            continue
+        left, right = a.replace("\n", "⏎\n").split("\n"), b.replace("\n", "⏎\n").split("\n")
+        if a == b:  # one text, cut differently
+            left = [f"{token} ({i})" for token, i in zip(student.convert_ids_to_tokens(list(ids)), ids, strict=True)]
+            right = [
+                f"{token} ({i})" for token, i in zip(teacher.convert_ids_to_tokens(list(other)), other, strict=True)
+            ]
+        out += difflib.unified_diff(left, right, f"student, {title}", f"teacher, {title}", lineterm="")
+    return "\n".join(out)
+
+
+def _side(who: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[int, ...]) -> _Side:
+    ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+    return _Side(who=who, tokenizer=tokenizer, rows=rows, eos=eos, ids=ids, names={i: t for t, i in ids.items()})
+
+
+def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
+    """Tokens under another id, or known to one model only: its log-prob would be of another token."""
+    moved = sorted((x for x in s.ids.keys() & t.ids.keys() if s.ids[x] != t.ids[x]), key=s.ids.__getitem__)
+    mine = sorted(s.ids.keys() - t.ids.keys(), key=s.ids.__getitem__)
+    theirs = sorted(t.ids.keys() - s.ids.keys(), key=t.ids.__getitem__)
+    if not (moved or mine or theirs):
+        return
+    shown = [f"{x!r} is {s.ids[x]} to the student, {t.ids[x]} to the teacher" for x in moved[:3]]
+    shown += [f"{x!r} ({s.ids[x]}) only the student has" for x in mine[:3]]
+    shown += [f"{x!r} ({t.ids[x]}) only the teacher has" for x in theirs[:3]]
+    nested = not moved and not (mine and theirs)
+    copy = (
+        f"; ids below {shared} agree, so if the extra tokens may be lost, replace the tokenizer files of the model "
+        "that has more by the other's"
+    )
+    yield Difference(
+        field="tokens",
+        student=f"{len(s.ids)} tokens",
+        teacher=f"{len(t.ids)} tokens",
+        severity=Severity.REFUSE,
+        text=f"{len(moved)} tokens have another id, {len(mine)} only the student has, {len(theirs)} only the teacher: "
+        f"{'; '.join(shown)}. An id would be scored as another token: take a teacher with the student's tokenizer, or "
+        f"one that reads text (a judge){copy if nested else ''}",
+    )
+
+
+def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
+    """Rows of the heads against tokens: padding is cut, a token without a row cannot be used."""
+
+    def found(field: str, severity: Severity, text: str) -> Difference:
+        return Difference(field=field, student=f"{s.rows}", teacher=f"{t.rows}", severity=severity, text=text)
+
+    for side in (s, t):
+        lost = sorted(i for i in side.names if i >= side.rows)
+        if not lost:
+            continue
+        added, template = side.tokenizer.get_added_vocab(), str(side.tokenizer.chat_template or "")
+        # A text-only Gemma 3 has '<image_soft_token>' one past its last row; it works, unless that token is written.
+        used = [x for x in map(side.names.__getitem__, lost) if x not in added or x in side.named or x in template]
+        yield found(
+            "rows",
+            Severity.REFUSE if used else Severity.WARNING,
+            f"the {side.who}'s head has {side.rows} rows, and {len(lost)} of its tokens none: "
+            f"{side.show(lost[:3])}; they are never drawn, and a prompt that holds one fails: use the tokenizer these "
+            f"weights came with, or resize_token_embeddings({lost[-1] + 1}) and train the new rows",
+        )
+    if s.ids == t.ids and vocabulary < max(s.rows, t.rows):
+        yield found(
+            "rows",
+            Severity.NOTE,
+            f"{s.rows} rows (student) and {t.rows} (teacher) for one vocabulary: both heads and the sampler are cut to "
+            f"the first {vocabulary} ids, since a row without a token could be drawn but not read; nothing to do",
+        )
+    holes = [i for i in range(vocabulary) if i not in s.names]
+    if holes:
+        yield found(
+            "holes",
+            Severity.NOTE,
+            f"{len(holes)} ids below {vocabulary} have a row but no token (first {holes[0]}): they decode to nothing; "
+            "nothing to do unless such ids turn up in responses",
+        )
+
+
+def _stops(s: _Side, t: _Side, stop: tuple[int, ...]) -> Iterator[Difference]:
+    """Where responses end: a teacher that ends elsewhere finds the student's stop token next to impossible."""
+
+    def found(severity: Severity, text: str) -> Difference:
+        return Difference(field="eos", student=s.show(s.eos), teacher=t.show(t.eos), severity=severity, text=text)
+
+    if not stop:
+        yield found(
+            Severity.REFUSE,
+            f"no stop id of the student ({s.show(s.eos)}) or teacher ({t.show(t.eos)}) is a token of both, so no "
+            "response would end: correct eos_token_id in generation_config.json",
+        )
+    elif set(s.eos) != set(t.eos):
+        yield found(
+            Severity.WARNING,
+            f"the student stops at {s.show(s.eos)}, the teacher at {t.show(t.eos)}; rollouts stop at any of them. "
+            "Scored apart, the teacher calls the student's ending impossible and responses grow without end: keep the "
+            "stop token `canonical` (one class) or `mask` it",
+        )
+    for side in (s, t):
+        absent = [i for i in side.eos if stop and i not in stop]
+        if absent:
+            yield found(
+                Severity.WARNING,
+                f"{side.show(absent)} in the {side.who}'s generation config cannot be used (no token, or no row in "
+                "both heads) and is dropped from the stop set: correct its eos_token_id",
+            )
+        last = side.ids.get(side.tokenizer.special_tokens_map.get("eos_token", ""))
+        if last is not None and last not in side.eos:
+            yield found(
+                Severity.WARNING,
+                f"the {side.who}'s tokenizer ends with {side.show((last,))} but its generation config stops at "
+                f"{side.show(side.eos)}: responses may run to the length limit: add {last} to its eos_token_id",
+            )
+
+
+def _specials(s: _Side, t: _Side) -> Iterator[Difference]:
+    """The named special tokens, and the set of all of them."""
+    a, b = s.tokenizer.special_tokens_map, t.tokenizer.special_tokens_map
+    for field, advice in _ADVICE.items():
+        mine, theirs = (x.get(field, "none") for x in (a, b))
+        if mine != theirs:
+            severity = Severity.WARNING if field == "bos_token" else Severity.NOTE
+            text = f"{mine!r} (student) and {theirs!r} (teacher): {advice}"
+            yield Difference(field=field, student=mine, teacher=theirs, severity=severity, text=text)
+    left, right = ({*x.tokenizer.all_special_tokens} - s.named - t.named for x in (s, t))
+    if left != right:
+        yield Difference(
+            field="special tokens",
+            student=", ".join(sorted(left)),
+            teacher=", ".join(sorted(right)),
+            severity=Severity.NOTE,
+            text=f"special to one model only: {', '.join(map(repr, sorted(left ^ right)))}; verifiers read the "
+            "student's decoding, which drops the student's special tokens: nothing to do unless an answer uses one",
+        )
+
+
+def _segmentation(s: _Side, t: _Side) -> Iterator[Difference]:
+    """The same map can still cut text in other places (merges, normaliser, digits)."""
+    if s.ids != t.ids:
+        return
+    for sample in _SAMPLES:
+        mine, theirs = (x.tokenizer(sample, add_special_tokens=False)["input_ids"] for x in (s, t))
+        if mine == theirs:
+            continue
+        mine, theirs = (" ".join(repr(s.names[i]) for i in ids) for ids in (mine, theirs))
+        yield Difference(
+            field="segmentation",
+            student=mine,
+            teacher=theirs,
+            severity=Severity.WARNING,
+            text=f"the same tokens, but {sample!r} is {mine} to the student and {theirs} to the teacher: the teacher "
+            "scores spellings it never saw and pulls the student away from its own: take a teacher whose "
+            "tokenizer.json is the student's",
+        )
+        return
+
+
+def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
+    """How each model is asked; compared by what the templates write, for their source differs in harmless ways."""
+    mine, theirs = s.tokenizer.chat_template, t.tokenizer.chat_template
+    values = {"student": "template" if mine else "none", "teacher": "template" if theirs else "none"}
+
+    def found(severity: Severity, text: str) -> Difference:
+        return Difference(field="chat template", severity=severity, text=text, **values)
+
+    plain = "reads the plain text of the messages, joined by blank lines"
+    if not mine and not theirs:
+        yield found(Severity.NOTE, f"neither model has one: each {plain}; nothing to do for base models")
+    elif not mine or not theirs:
+        yield found(
+            Severity.WARNING,
+            f"the {'student' if not mine else 'teacher'} has none and {plain}; the other reads its template. The "
+            "teacher then scores in another context than the student wrote in: give the one without a template the "
+            "other's (chat_template in tokenizer_config.json), or use --teacher-prompt same",
+        )
+    elif mine != theirs:
+        for title, turns in _CONVERSATIONS.items():
+            (a, ids), (b, other) = _read(s.tokenizer, turns), _read(t.tokenizer, turns)
+            if a == b or not (ids or other):
+                continue
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            yield found(
+                Severity.WARNING,
+                f"{title}: the student reads ...{_cut(a[at:])}, the teacher ...{_cut(b[at:])}: each model is asked in "
+                "its own words unless --teacher-prompt same; see the whole difference with `opd doctor`, and set "
+                "system prompts or template arguments so that both are asked for the same thing",
+            )
+            return
+        yield found(Severity.NOTE, "written differently, but they read the probed conversations alike; nothing to do")
+
+
+def _turns(messages: tuple[Mapping[str, str], ...], system: str) -> list[dict[str, str]]:
+    """Chat turns checked and, where the row has no system turn, headed by `system`."""
+    for i, turn in enumerate(messages):
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise Refusal(f"messages[{i}]: {_cut(dict(turn))} needs a `role` and a `content`, both text")
+    if messages[-1]["role"] == "assistant":
+        raise Refusal(
+            "messages: the last turn is the assistant's, which shows the model an answer instead of asking for one: "
+            "take that turn off (keep it in the `response` column if a method needs it)"
+        )
+    head = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+    return head + [dict(turn) for turn in messages]
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
+) -> str:
+    """The conversation as the chat template writes it, up to where the answer begins."""
+    # As text first: what tokenize=True returns changed between versions, and a template's own BOS must stay the only.
+    try:
+        template = tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
+    except Exception as error:  # a template is a program of the model's author and raises what it likes
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise Refusal(
+            f"messages: the chat template of {_name(tokenizer)} refuses turns ({roles}): {type(error).__name__}: "
+            f"{' '.join(str(error).split())}: change the turns (a template without system turns wants that text in the "
+            "user's), or set another chat_template"
+        ) from error
+    unread = [name for name in chat_template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unread:
+        raise Refusal(
+            f"chat_template_kwargs: {', '.join(unread)}: the chat template of {_name(tokenizer)} never reads it, so it "
+            "would be ignored: correct the name, or give it only to the model that knows it"
+        )
+    return str(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
+    """Text as ids, headed by the tokenizer's own special tokens where asked."""
+    ids, bare = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (special, False))
+    if not bare:
+        raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
+    named = tokenizer.special_tokens_map
+    if "eos_token" in named and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]:
+        ids = ids[:-1]  # put there by the tokenizer: the prompt would have ended
+    while "bos_token" in named and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]  # once from the text, once from the tokenizer
+    return tuple(ids)
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
+    """What a model reads of a conversation, as text and ids; the reason and no ids where its template refuses."""
+    try:
+        ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={}, system="")
+    except Refusal as refusal:
+        return f"(refused: {refusal})", ()
+    return str(tokenizer.decode(list(ids))), ids
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which model a message is about."""
+    return tokenizer.name_or_path or "this model"
+
+
+def _cut(value: object) -> str:
+    """A value short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

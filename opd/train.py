@@ -1,0 +1,257 @@
+"""Distil a student from a teacher on the student's own samples: `train(Train(...)) -> run folder`.
+
+One step: collect rollouts, measure what the method reads, prepare its targets on the whole batch, run micro-batches
+through student and head pass, step.  Methods whose leaves are all token-local skip the measuring pass.
+"""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from opd.collect import Rendered, assemble, collate, masks
+from opd.config import Train
+from opd.evaluate import interval
+from opd.method import Method, Target
+from opd.metrics import summary
+from opd.progress import Progress
+from opd.rollouts import OnPolicy, Rollouts
+from opd.runs import Run, plain
+from opd.session import Session, learning_rate, open_session
+from opd.student import rows
+from opd.tasks.task import Task
+from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.vocabulary import Columns
+
+FREE = frozenset({"resume", "quiet", "out", "keep", "trackers"})  # settings that may change when a run resumes
+PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase of a step."""
+
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def row(self, tokens: float) -> dict[str, float]:
+        """The line of perf.jsonl: seconds by phase, trained tokens a second, peak memory."""
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        total = sum(self.seconds.values())
+        phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
+        return {**phases, "seconds": total, "tokens_per_s": tokens / total, "peak_mb": peak / 2**20}
+
+
+def train(config: Train) -> Path:
+    """Run it all; returns the run folder.  Raises Refusal for what the user can mend."""
+    config.check()
+    method, run = config.resolved(), Run(Path(config.out))
+    settings = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if run.exists() and config.resume:
+        run.matches(settings, FREE)
+    elif not run.empty():
+        raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
+    checkpoint = run.newest()
+    session = open_session(config, method, checkpoint)
+    start = 0 if checkpoint is None else session.restore(checkpoint)
+    accelerator, main = session.accelerator, session.accelerator.is_main_process
+    if main:
+        run.start(settings, repr(method), start)
+    if config.trackers:
+        accelerator.init_trackers("opd", config={name: str(value) for name, value in settings.items()})
+    accelerator.wait_for_everyone()
+
+    loop = Loop(config, method, session, run)
+    with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
+        for line in (*config.warnings(), *map(str, session.agreement.warnings)):
+            progress.say(f"warning: {line}")
+        if config.eval_prompts and start == 0:
+            progress.evaluated(0, loop.evaluate(0))
+        for step in range(start + 1, config.steps + 1):
+            progress.stepped(step, loop.step(step))
+            last = step == config.steps or progress.interrupted
+            if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
+                progress.evaluated(step, loop.evaluate(step))
+            if last or step % config.save_every == 0:
+                with run.checkpoint(step, config.keep, main) as folder:
+                    session.save(folder)
+                accelerator.wait_for_everyone()
+            if progress.interrupted:
+                progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
+                break
+    accelerator.end_training()
+    return run.folder
+
+
+@dataclass
+class Loop:
+    """The steps of a run."""
+
+    config: Train
+    method: Method
+    session: Session
+    run: Run
+    refused: int = 0  # steps in a row whose gradients were not finite
+
+    def step(self, step: int) -> dict[str, float]:
+        """One rollout batch: sample, score, update; returns its numbers."""
+        config, session, who = self.config, self.session, self.method.rollouts
+        clock = Clock({})
+        with clock("rollout"):
+            prompts = session.prompts.batch(step, config.batch // who.per_prompt)
+            rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task)
+            batch = collate(rollouts, stop_token=config.stop_token, truncated=config.truncated)
+        if not self.method.local():
+            with clock("measure"):
+                batch, _ = self._pass(batch, rollouts, None)
+        numbers: dict[str, float] = {}
+        share = config.batch // who.updates
+        for update in range(who.updates):
+            part = slice(update * share, (update + 1) * share)
+            with clock("update"):
+                measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
+        self._log("metrics", step, numbers)
+        self._log("perf", step, clock.row(numbers["tokens"]))
+        if session.accelerator.is_main_process and (step == 1 or step % config.rollouts_every == 0):
+            self.run.save_rollouts(
+                step, rollouts[part], [session.collector.text(r.ids) for r in rollouts[part]], measured
+            )
+        return numbers
+
+    def _collect(
+        self, prompts: Sequence[Rendered], who: Rollouts, sampling: Sampling, step: int, task: Task
+    ) -> list[Rollout]:
+        """This process's share of the prompts, sampled and verified; then everyone's, in order."""
+        accelerator = self.session.accelerator
+        share = -(-len(prompts) // accelerator.num_processes)
+        first = accelerator.process_index * share
+        with accelerator.autocast():
+            mine = self.session.collector.collect(
+                prompts[first : first + share],
+                who,
+                sampling,
+                task.verify,
+                seed=self.config.seed,
+                step=step,
+                first=first * who.per_prompt,
+            )
+        return gather_object(mine)
+
+    def _pass(
+        self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
+    ) -> tuple[Batch, float]:
+        """All rows through student and teacher in micro-batches, backward where there are targets.
+
+        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
+        """
+        session, accelerator = self.session, self.session.accelerator
+        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+        micro = micro_batches({i: _width(rollouts[i]) for i in mine}, self.config.micro_batch_tokens)
+        # Every process runs as many micro-batches, empty ones included: wrappers wait for each other in forward.
+        most = max(gather_object([len(micro)]))
+        parts: list[tuple[list[int], Columns, float]] = []
+        for k in range(most):
+            at = micro[k] if k < len(micro) else []
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
+            flat = targets and tuple(
+                t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
+            )
+            teacher = session.teacher.hidden(rolls, trained)
+            last = accelerator.no_sync(session.student) if k + 1 < most else contextlib.nullcontext()
+            with torch.set_grad_enabled(targets is not None), last:
+                loss, columns = session.student(inputs, teacher, self.method, flat, session.vocabulary)
+                if targets is not None:
+                    # Wrappers average over processes; the denominators are the whole batch's already.
+                    accelerator.backward(loss * accelerator.num_processes)
+            parts.append((at, columns.cpu(), float(loss)))
+        everyone = gather_object(parts)
+        return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
+
+    def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
+        """One optimizer step; refused, and said so, where a gradient is not finite."""
+        config, session = self.config, self.session
+        batch, loss = self._pass(batch, rollouts, self.method.prepare(batch))
+        self._check(batch)
+        norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
+        lr = learning_rate(config, update, config.steps * self.method.rollouts.updates)
+        finite = bool(norm.isfinite())
+        if finite:
+            for group in session.optimizer.param_groups:
+                group["lr"] = lr
+            session.optimizer.step()
+        session.optimizer.zero_grad()
+        self.refused = 0 if finite else self.refused + 1
+        if self.refused == PATIENCE:
+            raise Refusal(
+                f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
+                "or look at the saved rollouts"
+            )
+        numbers = {"loss": loss, "grad_norm": float(norm), "lr": lr, "refused": float(not finite)}
+        return batch, numbers | summary(batch)
+
+    def _check(self, batch: Batch) -> None:
+        bad = batch.mask & (batch.teacher_logp == -torch.inf)
+        if bad.any():
+            token = int(batch.ids[bad][0])
+            text = self.session.collector.tokenizer.decode([token])
+            raise Refusal(
+                f"the teacher gives probability 0 to token {token} ({text!r}), which the student said: the log ratio "
+                "is infinite; is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+            )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Accuracy on held-out prompts, and the reverse KL along those responses."""
+        config, session = self.config, self.session
+        sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
+        clock = Clock({})
+        with clock("evaluate"):
+            prompts = session.held_out.first(config.eval_limit)
+            # Step -1: every evaluation draws with the same noise.
+            rollouts = self._collect(prompts, OnPolicy(), sampling, -1, session.held_out.task)
+            batch, _ = self._pass(collate(rollouts, stop_token="train", truncated="train"), rollouts, None)
+        accuracy = interval([r.outcome for r in rollouts])
+        numbers = {
+            "eval_accuracy": accuracy.value,
+            "eval_low": accuracy.low,
+            "eval_high": accuracy.high,
+            "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),
+            "eval_length": float(batch.mask.sum(1).float().mean()),
+            "eval_stopped": float(batch.stopped.float().mean()),
+        }
+        self._log("metrics", step, numbers)
+        self._log("perf", step, clock.row(float(batch.mask.sum())))
+        return numbers
+
+    def _log(self, name: str, step: int, row: dict[str, float]) -> None:
+        if self.session.accelerator.is_main_process:
+            self.run.log(name, {"step": step, **row})
+        self.session.accelerator.log(row, step=step)
+
+
+def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
+    """Rows, longest first, in groups whose padded size stays within `budget` tokens; a longer row goes alone."""
+    out: list[list[int]] = []
+    for row in sorted(widths, key=lambda i: (-widths[i], i)):
+        if out and (len(out[-1]) + 1) * widths[out[-1][0]] <= budget:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+def _width(rollout: Rollout) -> int:
+    return max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) + len(rollout.ids)

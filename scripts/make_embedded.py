@@ -1,0 +1,218 @@
+"""Make `opd/embedded`: the tokenizer, the teacher and the two students, trained from nothing on the ledger task.
+
+python scripts/make_embedded.py                                  # everything, one CPU core, about 20 minutes
+python scripts/make_embedded.py --only small --out /tmp/try      # one model
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opd.tasks import ledger
+
+WORDS = r"<[a-z]+>|[A-Za-z]+[:.?]? ?|[0-9]|\. |\s|[^\sA-Za-z0-9]"
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}{{ eos_token }}"
+    "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HELDOUT = 512  # held-out problems behind each accuracy
+README = """# Embedded models
+
+A teacher and two students for the ledger task (`opd/tasks/ledger.py`), small enough to ship with the package. Each
+folder loads with `AutoModelForCausalLM` and `AutoTokenizer`; the three share one tokenizer. The students are trained
+on gold solutions like the teacher, on other seeds, and stopped early. Accuracies are over {rows} held-out problems of
+seed 0, half of them asked bare and half as chat.
+
+{table}
+
+Made from nothing by `python scripts/make_embedded.py` on one CPU core; `card.json` in each folder has its recipe.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: its shape and its supervised training, which ends at `steps` or at greedy accuracy `stop`."""
+
+    hidden: int
+    layers: int
+    seed: int
+    steps: int
+    stop: float
+    every: int  # steps between two evaluations
+    heads: int = 4
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 30
+    decay: float = 0.3  # the last part of the steps, over which the rate falls to zero
+
+
+RECIPES = {
+    "teacher": Recipe(hidden=128, layers=3, seed=1, steps=1500, stop=2.0, every=100),
+    "student": Recipe(hidden=128, layers=3, seed=2, steps=1500, stop=0.2, every=25, decay=0.0),
+    "small": Recipe(hidden=96, layers=2, seed=3, steps=3000, stop=0.2, every=25, decay=0.0),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word-level tokenizer; tokens keep the space that follows them, so that decoding only joins them."""
+    words = [f"{month}: " for month in ledger.MONTHS]
+    words += [f"{word} " for word in ledger.NAMES + ledger.GAINS + ledger.LOSSES]
+    words += [f"{thing}. " for thing in ledger.OBJECTS]
+    words += ["has ", "How ", "many ", "does ", "have?", " ", ". ", "\n", *"0123456789+-=^_"]
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *ledger.STAGES, *words))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT,
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model(recipe: Recipe, tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Initialise a Llama; a wide initialisation and untied embeddings are what keeps it from a long plateau."""
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.hidden * 11 // 4 // 8 * 8,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def render(problem: ledger.Problem, tok: PreTrainedTokenizerFast, *, chat: bool) -> str:
+    """Return the prompt as text, either bare or as a user turn with the generation prompt."""
+    if not chat:
+        return tok.bos_token + problem.prompt
+    turn = [{"role": "user", "content": problem.prompt}]
+    return tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def batches(recipe: Recipe, tok: PreTrainedTokenizerFast):
+    """Yield (tokens, labels) without end; every pool of eight batches is sorted by length, which halves the padding."""
+    rng = random.Random(recipe.seed)
+    stream = ledger.problems(recipe.seed, level="full"), ledger.problems(recipe.seed, level="short")
+    while True:
+        rows = []
+        for _ in range(8 * recipe.batch):
+            problem = next(stream[rng.random() < 0.1])
+            prompt = tok.encode(render(problem, tok, chat=rng.random() < 0.5), add_special_tokens=False)
+            response = [*tok.encode(problem.solution, add_special_tokens=False), tok.eos_token_id]
+            rows.append((prompt + response, [-100] * len(prompt) + response))
+        rows.sort(key=lambda row: len(row[0]))
+        cuts = list(range(0, len(rows), recipe.batch))
+        for cut in rng.sample(cuts, len(cuts)):
+            part = rows[cut : cut + recipe.batch]
+            width = max(len(tokens) for tokens, _ in part)
+            yield (
+                torch.tensor([tokens + [tok.pad_token_id] * (width - len(tokens)) for tokens, _ in part]),
+                torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in part]),
+            )
+
+
+@torch.no_grad()
+def accuracy(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, *, level: str, rows: int, greedy: bool) -> float:
+    """Return the share of held-out problems that are solved, by the arg-max or by a sample at temperature 1."""
+    torch.manual_seed(0)
+    drawn = [ledger.problem_at(0, i, level=level, heldout=True) for i in range(rows)]
+    drawn.sort(key=lambda problem: len(problem.solution))
+    solved = 0.0
+    for start in range(0, rows, 128):
+        part = drawn[start : start + 128]
+        texts = [render(problem, tok, chat=i % 2 == 0) for i, problem in enumerate(part)]
+        inputs = tok(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)
+        room = max(len(tok.encode(problem.solution)) for problem in part) + 8
+        choice = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        out = net.generate(**inputs, max_new_tokens=room, **choice)
+        responses = tok.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        solved += sum(ledger.verify(r, problem.answer) for r, problem in zip(responses, part, strict=True))
+    return solved / rows
+
+
+def train(name: str, recipe: Recipe, tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Train one model on gold solutions: warm-up, constant rate, linear decay; stop early once it is good enough."""
+    net, source, begun = model(recipe, tok), batches(recipe, tok), time.time()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(1, recipe.steps + 1):
+        left = (recipe.steps - step + 1) / (recipe.decay * recipe.steps) if recipe.decay else 1.0
+        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, step / recipe.warmup, left)
+        tokens, labels = next(source)
+        loss = net(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if step % recipe.every == 0:
+            full = accuracy(net, tok, level="full", rows=128, greedy=True)
+            print(f"{name} step {step} loss {loss.item():.4f} full {full:.3f} {time.time() - begun:.0f} s", flush=True)
+            if full >= recipe.stop:
+                break
+    return net
+
+
+def readme(folder: Path) -> str:
+    """Write the table of the models in the folder from their cards."""
+    made = [name for name in RECIPES if (folder / name / "card.json").exists()]
+    cards = {name: json.loads((folder / name / "card.json").read_text()) for name in made}
+    columns = list(cards[made[0]]["accuracy"])
+    lines = ["| " + " | ".join(["model", "parameters", "MB", "layers x width", "seed", *columns]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 5))
+    for name, card in cards.items():
+        size = sum(path.stat().st_size for path in (folder / name).iterdir()) / 1e6
+        shape = f"{card['recipe']['layers']} x {card['recipe']['hidden']}"
+        scores = [f"{card['accuracy'][column]:.3f}" for column in columns]
+        cells = [name, f"{card['parameters']:,}", f"{size:.2f}", shape, str(card["recipe"]["seed"]), *scores]
+        lines.append("| " + " | ".join(cells) + " |")
+    return README.format(rows=HELDOUT, table="\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(ledger.__file__).parents[1] / "embedded")
+    parser.add_argument("--only", choices=tuple(RECIPES), action="append", help="may be repeated; default all")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tok = tokenizer()
+    for name in args.only or RECIPES:
+        net = train(name, RECIPES[name], tok).eval()
+        net.save_pretrained(args.out / name)
+        tok.save_pretrained(args.out / name)
+        scores = {
+            f"{level}, {'greedy' if greedy else 'T=1'}": accuracy(net, tok, level=level, rows=HELDOUT, greedy=greedy)
+            for level in ledger.LEVELS
+            for greedy in (True, False)
+        }
+        card = {"parameters": net.num_parameters(), "accuracy": scores, "recipe": asdict(RECIPES[name])}
+        (args.out / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        (args.out / "README.md").write_text(readme(args.out))
+        print(name, card, flush=True)
+
+
+if __name__ == "__main__":
+    main()

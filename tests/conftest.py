@@ -1,0 +1,20 @@
+"""Fixtures of all tests; shapes are enforced by the jaxtyping option in pyproject.toml."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """For the mathematics: new tensors are float64, and one thread, as waking another costs more than tiny tensors do."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
