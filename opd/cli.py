@@ -12,8 +12,11 @@ from importlib.metadata import version
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from opd.config import Train
+from opd.evaluate import Evaluate, evaluate
 from opd.method import Method
 from opd.methods import METHODS
 from opd.presets import settings
@@ -31,6 +34,7 @@ USAGE = """usage: opd COMMAND ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
+    disable_progress_bar()
     args = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods}
     try:
@@ -143,9 +147,42 @@ def _near(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def source(factory: Callable[..., Method]) -> str:
-    """Where a method comes from: what its docstring says after the first sentence."""
-    return " ".join((inspect.getdoc(factory) or "").split("\n\n")[0].split()).split(".  ", 1)[1]
+def _summary(factory: Callable[..., Method]) -> tuple[str, str]:
+    """The first sentence of a docstring, and what follows it in its first paragraph: the source."""
+    what, _, where = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ").partition(".  ")
+    return what + ".", where
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalFlags:
+    json: bool = False
+    """Print as json."""
+    what: Evaluate
+
+
+def _eval(args: list[str]) -> int:
+    flags = tyro.cli(
+        _EvalFlags,
+        args=args,
+        prog="opd eval",
+        description="Accuracy of a model on problems with a verifier: avg@k, pass@k, 95 % intervals over prompts.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    scores = evaluate(flags.what)
+    table = {"model": flags.what.model, "task": flags.what.prompts, **scores.table()}
+    if flags.json:
+        print(json.dumps(table, indent=2))
+        return 0
+    shown = Table("", "value", "95 % interval", box=None, pad_edge=False)
+    for name, value in table.items():
+        if isinstance(value, dict):
+            shown.add_row(
+                name, f"{100 * value['value']:.1f} %", f"[{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+            )
+        else:
+            shown.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value), "")
+    Console().print(shown, markup=False)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +210,7 @@ def _methods(args: list[str]) -> int:
         return 0
     table = Table("method", "what", "source", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(f"[bold]{row['name']}[/bold]", row["what"], row["source"])
+        table.add_row(Text(str(row["name"]), "bold"), Text(str(row["what"])), Text(str(row["source"])))
     console.print(table)
     return 0
 
@@ -185,8 +222,8 @@ def _explained(name: str) -> dict[str, object]:
     presets = {p: {k: str(v) for k, v in settings(p, name).items()} for p in ("paper", "embedded") if _has(p, name)}
     return {
         "name": name,
-        "what": " ".join(document.split("\n\n")[0].split()).split(".  ")[0] + ".",
-        "source": source(factory),
+        "what": _summary(factory)[0],
+        "source": _summary(factory)[1],
         "value": repr(method),
         "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
         "arguments": document.split("Args:\n")[1] if "Args:" in document else "",

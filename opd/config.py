@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from opd.collect import StopToken, Truncated
 from opd.method import Method
 from opd.methods import METHODS
-from opd.tasks import Data
+from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
 from opd.weights import Constant, SequenceMean, TokenMean
 
@@ -24,7 +25,7 @@ class Train:
     """The model to learn from, with the same vocabulary; same kinds of name."""
     prompts: str
     """Training prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
-    method: Method = field(default_factory=METHODS["vopd"])
+    method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=METHODS["vopd"])
     """What is learnt; on the command line the METHOD and its flags."""
     out: Path = Path("outputs/opd")
     """The run folder: configuration, metrics, checkpoints."""

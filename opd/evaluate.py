@@ -1,11 +1,18 @@
-"""How good a model is: avg@k, pass@k, and their intervals."""
+"""How good a model is: avg@k, pass@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
+from typing import Literal
 
 import torch
+
+from opd import models, tokens
+from opd.engines.hf import HFEngine
+from opd.tasks.load import load
+from opd.tasks.task import Data
+from opd.types import Refusal, Sampling
 
 
 @dataclass(frozen=True)
@@ -75,3 +82,62 @@ class Scores:
 
 def _powers(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is evaluated, on what, and how."""
+
+    model: str
+    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    prompts: str
+    """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    data: Data = Data(split="test")
+    samples: int = 1
+    """Responses to each prompt (the k of avg@k and pass@k)."""
+    sampling: Sampling = Sampling(temperature=0.0)
+    precision: Literal["fp32", "bf16"] = field(default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32")
+    """Type of the weights."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """Where the model runs: cpu, cuda, cuda:1, ..."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Seed of the samples."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+def evaluate(config: Evaluate) -> Scores:
+    """Sample, verify, count.  Raises Refusal for what the user can mend."""
+    for name in ("samples", "decode_rows"):
+        if getattr(config, name) < 1:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.samples > 1 and config.sampling.temperature == 0:
+        raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
+    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    task = load(replace(config.data, source=config.prompts, seed=config.seed))
+    text = models.tokenizer(source, field="model")
+    stop = tokens.stop_ids(models.generation_config(source), text)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    model = models.load(source, field="model", dtype=dtype, device=torch.device(config.device))
+    models.small_threads(model)
+    ids = [tokens.render(text, p, chat_template_kwargs={}, system="") for p in task.prompts]
+    context = models.base(model).config.get_text_config().max_position_embeddings
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) + config.sampling.max_new_tokens > context:
+        raise Refusal(
+            f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
+            f"{config.sampling.max_new_tokens} it passes the model's context of {context}"
+        )
+    engine = HFEngine(model, len(text), stop, config.decode_rows)
+    asked = [i for i in ids for _ in range(config.samples)]
+    drawn = engine.generate(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
+    say = lambda i: text.decode(drawn[i].ids, skip_special_tokens=True)
+    outcomes = [task.verify(say(i), task.prompts[i // config.samples]) for i in range(len(asked))]
+    k = config.samples
+    return Scores(
+        tuple(tuple(outcomes[i : i + k]) for i in range(0, len(outcomes), k)),
+        tuple(len(s.ids) for s in drawn),
+        tuple(s.stopped for s in drawn),
+    )

@@ -20,6 +20,7 @@ from opd.estimators import Baseline, Estimator, Sampled
 from opd.rewards import LogRatio, Reward
 from opd.rollouts import OnPolicy, Rollouts
 from opd.surrogates import Reinforce
+from opd.transforms import Discount, DiscountExpected
 from opd.types import GIVEN, Batch, Column, call, reads
 from opd.weights import TokenMean
 
@@ -73,6 +74,15 @@ class PolicyGradient:
             raise ValueError(
                 f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
                 f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
+            )
+        if self.baseline is not None and any(isinstance(x, Discount) for x in self.transforms):
+            raise ValueError(
+                f"{self.baseline} under Discount: the baselines of later tokens depend on this one, which biases its "
+                "gradient: use DiscountExpected, or no baseline"
+            )
+        if self.reward != LogRatio() and any(isinstance(x, DiscountExpected) for x in self.transforms):
+            raise ValueError(
+                f"{self.reward} under DiscountExpected: -KL is the mean of log ratios alone: use Discount, or LogRatio"
             )
 
     def column_leaves(self) -> tuple[Column, ...]:

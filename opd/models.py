@@ -113,6 +113,13 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
     return Head(linear.weight, linear.bias, scale, options.get("final_logit_softcapping") or 0.0)
 
 
+def small_threads(*loaded: PreTrainedModel | PeftModel) -> None:
+    """One CPU thread where all models are small: there, more threads cost more than they compute."""
+    size = max(model.num_parameters() for model in loaded)
+    if size < 5_000_000 and all(m.device.type == "cpu" for m in loaded) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 @torch.no_grad()
 def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     """Refuse an architecture whose logits our head does not reproduce: a wrong head trains silently wrong."""

@@ -17,7 +17,7 @@ _EMBEDDED: Mapping[str, object] = {
     "batch": 64,
     "sampling": Sampling(max_new_tokens=256),
 }
-# vOPD, arXiv:2605.07865, released configuration; PowerOPD, arXiv:2606.17199, Section 5; GKD, arXiv:2306.13649, Appendix.
+# vOPD, arXiv:2605.07865, released configuration; PowerOPD, arXiv:2606.17199, Section 5 and the authors' scripts.
 _VOPD = {
     "lr": 1e-5,
     "schedule": "cosine",

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
-from opd.tasks import Task, load
+from opd.tasks.load import load
+from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
@@ -145,8 +146,12 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     if room < 1:
         raise Refusal(f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context is {context} tokens")
     reading = lambda task: Prompts(task, text, teacher_text, config, room)
-    prompts = reading(load(config.prompts, config.data, heldout=False))
-    held_out = reading(load(config.eval_prompts, config.data, heldout=True)) if config.eval_prompts else None
+    prompts = reading(load(replace(config.data, source=config.prompts, seed=config.seed)))
+    held_out = None
+    if config.eval_prompts:
+        # A random choice of the held-out rows, the same for every run.
+        chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
+        held_out = reading(load(chosen))
     prompts.first(4096)  # a prompt that does not fit is refused now, not an hour into the run
     if held_out is not None:
         held_out.first(config.eval_limit)
@@ -168,6 +173,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     student = Student(_trainable(config, source, checkpoint, device))
     on = device if config.teacher_device == "same" else torch.device(config.teacher_device)
     weights = models.load(teacher_source, field="teacher", dtype=DTYPES[config.teacher_precision], device=on)
+    models.small_threads(student.model, weights)
     models.verify_head(student.model, field="student")
     models.verify_head(weights, field="teacher")
     if config.gradient_checkpointing:
@@ -184,7 +190,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         teacher=LocalTeacher(weights, to=device),
         optimizer=wrapped_optimizer,
         vocabulary=Vocabulary(size, config.loss_temperature, stop, config.chunk_mb << 20),
-        collector=Collector(*engines, text, prompts.task.verify),
+        collector=Collector(*engines, text),
         prompts=prompts,
         held_out=held_out,
         agreement=agreed,

@@ -25,6 +25,7 @@ from opd.runs import Run, plain
 from opd.session import Session, learning_rate, open_session
 from opd.student import rows
 from opd.tasks.task import Task
+from opd.tokens import Severity
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.vocabulary import Columns
 
@@ -75,7 +76,8 @@ def train(config: Train) -> Path:
 
     loop = Loop(config, method, session, run)
     with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
-        for line in (*config.warnings(), *map(str, session.agreement.warnings)):
+        heard = [str(d) for d in session.agreement.differences if d.severity == Severity.WARNING]
+        for line in (*config.warnings(), *heard):
             progress.say(f"warning: {line}")
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
@@ -177,7 +179,7 @@ class Loop:
                 if targets is not None:
                     # Wrappers average over processes; the denominators are the whole batch's already.
                     accelerator.backward(loss * accelerator.num_processes)
-            parts.append((at, columns.cpu(), float(loss)))
+            parts.append((at, columns.cpu(), float(loss.detach())))
         everyone = gather_object(parts)
         return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
 

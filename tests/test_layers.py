@@ -12,12 +12,12 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "opd types noise rewards estimators divergences transforms weights surrogates rollouts method methods methods.* "
-        "metrics exact"
+        "opd types noise rewards estimators divergences transforms weights surrogates rollouts method methods "
+        "methods.* metrics exact"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
-    "edges": "tokens tasks tasks.* engines engines.* teachers teachers.* student models data adapters adapters.*",
-    "program": "train evaluate runs report report.* doctor inspect bench bench.* cli __main__",
+    "edges": "tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*",
+    "program": "config presets session progress runs train evaluate report report.* doctor inspect bench bench.* cli",
 }
 ORDER = tuple(FLOORS)
 FOREIGN = {"mathematics": {"torch", "numpy", "jaxtyping"}, "vocabulary": {"torch", "numpy", "jaxtyping", "triton"}}

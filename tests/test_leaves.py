@@ -12,9 +12,10 @@ from opd import divergences, estimators, rewards, surrogates, transforms, weight
 from opd.divergences import JSD, BucketKL, DensityPower, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
 from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
 from opd.rewards import Clip, LogRatio, Power, Tanh
+from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling, Reinforce
 from opd.transforms import Discount, DiscountExpected, Whiten
-from opd.types import DATA, STUDENT, Batch, call, pad, reads
+from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -134,7 +135,11 @@ def test_what_an_estimator_sums_exactly():
 DIVERGENCES = [
     (ReverseKL(), 1 / 2 * log(3 / 2) + 1 / 3 * log(2) - 1 / 6 * log(3)),
     (ForwardKL(), -1 / 3 * log(3 / 2) - 1 / 6 * log(2) + 1 / 2 * log(3)),
-    (JSD(0.5), (log(4 / 5) / 3 + log(2 / 3) / 6 + log(3 / 2) / 2 + log(6 / 5) / 2 + log(4 / 3) / 3 + log(1 / 2) / 6) / 2),
+    (  # M = (5, 3, 4) / 12
+        JSD(0.5),
+        1 / 2 * (1 / 3 * log(4 / 5) + 1 / 6 * log(2 / 3) + 1 / 2 * log(3 / 2))
+        + 1 / 2 * (1 / 2 * log(6 / 5) + 1 / 3 * log(4 / 3) + 1 / 6 * log(1 / 2)),
+    ),
     (  # M = (q + 3 p) / 4 = (11, 7, 6) / 24
         JSD(0.25),
         1 / 4 * (1 / 3 * log(8 / 11) + 1 / 6 * log(4 / 7) + 1 / 2 * log(2))
@@ -232,7 +237,9 @@ def test_kl_equals_torch():
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_equals_trl(beta, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    gkd = pytest.importorskip("trl.experimental.gkd", reason="trl (extra `bench`) is the reference", exc_type=ImportError)
+    gkd = pytest.importorskip(
+        "trl.experimental.gkd", reason="the reference is trl, extra `bench`", exc_type=ImportError
+    )
     theirs = gkd.GKDTrainer.generalized_jsd_loss
     x, y = torch.randn(2, 3, 4, 6)
     x.requires_grad_()
@@ -349,6 +356,24 @@ def test_on_policy_a_ratio_has_the_gradient_of_reinforce(surrogate):
     )
 
 
+# rollouts
+
+
+def test_student_speaks_on_policy():
+    assert {OnPolicy().source(step, rollout, 0) for step in range(9) for rollout in range(9)} == {STUDENT}
+
+
+@pytest.mark.parametrize("other", [TEACHER, DATA])
+def test_mixture_gives_the_student_its_share(other):
+    spoken = [Mixture(0.25, other).source(step, rollout, 1) for step in range(40) for rollout in range(100)]
+    assert set(spoken) == {STUDENT, other}
+    assert abs(spoken.count(STUDENT) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    for step in (0, 39):  # a step draws a coin for each rollout
+        assert len(set(spoken[100 * step : 100 * step + 100])) == 2
+    assert {Mixture(1.0, other).source(0, rollout, 1) for rollout in range(100)} == {STUDENT}
+    assert {Mixture(0.0, other).source(0, rollout, 1) for rollout in range(100)} == {other}
+
+
 # nouns
 
 
@@ -383,5 +408,5 @@ def test_a_leaf_reads_the_columns_among_its_parameters():
     assert reads(TruncatedImportance()) == {"student_logp", "sampler_logp", "mask"}
     assert reads(Discount()) == {"mask"} and reads(Reinforce()) == set()
     close(call(Discount(1.0), batch(), torch.ones(2, 3)), tensor([[3.0, 2, 1]] * 2))
-    with pytest.raises(AssertionError, match="reverse_kl.*nobody measured"):
+    with pytest.raises(AssertionError, match=r"reverse_kl.*nobody measured"):
         call(DiscountExpected(), batch(), torch.ones(2, 3))

@@ -34,7 +34,7 @@ def opd_topk(
     support: Literal["student", "teacher"] = "student",
     tail: Literal["bucket", "renorm", "generalised"] = "bucket",
 ) -> Method:
-    """Reverse KL on k tokens.  Rethinking OPD, arXiv:2604.13016 (k = 16); generalised is MOPD's, arXiv:2606.30406, Eq. 5.
+    """Reverse KL on k tokens.  Rethinking OPD, arXiv:2604.13016; generalised: MOPD, arXiv:2606.30406, Eq. 5.
 
     Args:
         k: tokens of the support.

@@ -1,6 +1,6 @@
 """Judges that may hang or eat memory on what a model wrote, run in child processes with hard limits.
 
-`score(kind, *question) -> float` asks a child.  Run as a script this file is the child: one pickled question a line
+`score(judge, *question) -> float` asks a child.  Run as a script this file is the child: one pickled question a line
 comes in (the parent's, so it is trusted), one number a line goes out.  It imports nothing of ours, which keeps torch
 out of the children.  The limit is a timer whose signal nobody handles: the kernel ends the child even inside one long
 step of C code such as 9**9**9, which neither a Python signal handler nor a thread can interrupt.
@@ -9,6 +9,7 @@ step of C code such as 9**9**9, which neither a Python signal handler nor a thre
 import atexit
 import base64
 import contextlib
+import json
 import os
 import pickle
 import queue
@@ -17,21 +18,20 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 CPU_LIMIT = 2.0  # seconds of the child's own work on one question; busy neighbours do not change a score
 WALL_LIMIT = 30  # seconds, should the child sleep instead of work
-START_LIMIT = 120  # seconds to import the judge
 MEMORY_LIMIT = 4 << 30  # bytes of address space
-CHILDREN = min(4, os.cpu_count() or 1)  # of each kind, started when calls overlap
+CHILDREN = min(4, os.cpu_count() or 1)  # of each judge, started when calls overlap
 
 
-def score(kind: str, *question: object) -> float:
-    """Return the score that the judge `kind` gives, 0.0 if it passes a limit; safe to call from many threads."""
+def score(judge: str, *question: object) -> float:
+    """Return the score that a judge of JUDGES gives, 0.0 if it passes a limit; safe to call from many threads."""
     line = base64.b64encode(pickle.dumps(question)) + b"\n"
     for _ in range(2):  # a child ended from outside says nothing about the question: ask another
-        reply, status = _children(kind).ask(line)
+        reply, status = _children(judge).ask(line)
         if reply:
             return float(reply)
         if status in (-signal.SIGPROF, -signal.SIGALRM):
@@ -40,10 +40,10 @@ def score(kind: str, *question: object) -> float:
 
 
 class Children:
-    """Child processes of one kind; an idle one is taken by one caller at a time."""
+    """Child processes of one judge; an idle one is taken by one caller at a time."""
 
-    def __init__(self, kind: str, *, size: int):
-        self.kind = kind
+    def __init__(self, judge: str, *, size: int):
+        self.judge = judge
         self.idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()  # the last used is the first taken
         for _ in range(size):
             self.idle.put(None)
@@ -52,7 +52,7 @@ class Children:
         """Return the reply and 0, or nothing and the exit status of the child."""
         child, reply, status = self.idle.get(), b"", 0
         try:
-            child = child or _start(self.kind)
+            child = child or _start(self.judge)
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(line)
                 child.stdin.flush()
@@ -70,13 +70,13 @@ class Children:
                 _end(child)
 
 
-def _start(kind: str) -> subprocess.Popen:
+def _start(judge: str) -> subprocess.Popen:
     """Start a child; -P keeps the modules beside this file from shadowing others."""
-    command = [sys.executable, "-P", os.path.abspath(__file__), kind]
+    command = [sys.executable, "-P", os.path.abspath(__file__), judge]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy's answers depend on the order of sets
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     if child.stdout.readline() != b"ready\n":
-        raise RuntimeError(f"the {kind} judge did not start (exit status {_end(child)}); its error is printed above")
+        raise RuntimeError(f"the {judge} judge did not start (exit status {_end(child)}); its error is printed above")
     return child
 
 
@@ -92,9 +92,9 @@ def _end(child: subprocess.Popen) -> int:
 
 
 @cache
-def _children(kind: str) -> Children:
-    """Return the children of one kind, which last as long as this process."""
-    children = Children(kind, size=CHILDREN)
+def _children(judge: str) -> Children:
+    """Return the children of one judge, which last as long as this process."""
+    children = Children(judge, size=CHILDREN)
     atexit.register(children.close)
     return children
 
@@ -111,27 +111,44 @@ def _math() -> Callable[[str, str, bool], bool]:
         return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)
 
     def equal(answer: str, candidate: str, bare: bool) -> bool:
-        return verify(read(answer, True), read(candidate, bare), timeout_seconds=None)  # not symmetric: reference first
+        with _limits():
+            return verify(read(answer, True), read(candidate, bare), timeout_seconds=None)  # the reference comes first
 
     return equal
 
 
-def _reasoning_gym() -> Callable[[str, dict, str, dict], float]:
-    """Return `(name, options, response, entry) -> score` by the scorer that reasoning-gym has for the dataset."""
+def _reasoning_gym() -> Callable[[str, str, str, dict], float]:
+    """Return `(name, options as JSON, response, entry) -> score` by the scorer that comes with each dataset."""
     import reasoning_gym
 
-    made = {}
+    @cache
+    def dataset(name: str, options: str) -> reasoning_gym.dataset.ProceduralDataset:
+        return reasoning_gym.create_dataset(name, seed=0, size=10, **json.loads(options))
 
-    def judge(name: str, options: dict, response: str, entry: dict) -> float:
-        key = repr((name, options))
-        if key not in made:
-            made[key] = reasoning_gym.create_dataset(name, seed=0, size=10, **options)
-        return min(max(float(made[key].score_answer(response, entry)), 0.0), 1.0)
+    def judge(name: str, options: str, response: str, entry: dict) -> float:
+        scorer = dataset(name, options)  # some take seconds to make; no text of a model is in that
+        with _limits():
+            return min(1.0, max(0.0, float(scorer.score_answer(response, entry))))  # in this order NaN is 0
 
     return judge
 
 
-def _serve(kind: str) -> None:
+JUDGES = {"math": _math, "reasoning-gym": _reasoning_gym}
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Let the kernel end this process if what is inside takes too long."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
+    signal.alarm(WALL_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+
+
+def _serve(judge: str) -> None:
     """Answer questions until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     for end in (signal.SIGALRM, signal.SIGPROF):
@@ -139,23 +156,17 @@ def _serve(kind: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGPROF})  # a parent's mask is inherited
     with contextlib.suppress(ValueError, OSError):  # a lower limit may be set already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    signal.alarm(START_LIMIT)
-    judge = {"math": _math, "reasoning-gym": _reasoning_gym}[kind]()
+    answer = JUDGES[judge]()
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # the libraries print warnings and parse errors
     os.dup2(nowhere, 2)
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
-        question = pickle.loads(base64.b64decode(line))
-        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
-        signal.alarm(WALL_LIMIT)
         try:
-            reply = float(judge(*question))
+            reply = float(answer(*pickle.loads(base64.b64decode(line))))
         except Exception:  # whatever a model wrote that no parser expected is a wrong answer
             reply = 0.0
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.alarm(0)
         replies.write(b"%r\n" % reply)
 
 

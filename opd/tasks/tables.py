@@ -15,8 +15,11 @@ KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"
 def read(data: Data) -> datasets.Dataset:
     """Load one split; a path that exists is read from disk, any other name is looked up on the hub."""
     path = Path(data.source).expanduser()
-    if not path.exists() and is_path(data.source):
-        raise Refusal(f"source={data.source!r} does not exist{_nearest(path)}")
+    if not path.exists():
+        if _is_path(data.source):
+            raise Refusal(f"source={data.source!r} does not exist{_nearest(path)}; correct the path")
+        if ":" in data.source:
+            raise Refusal(f"source={data.source!r}: before a colon only embedded and reasoning-gym are known")
     try:
         rows = _file(path) if path.is_file() else _folder(path, data) if path.is_dir() else _hub(data)
     except Refusal:
@@ -34,7 +37,7 @@ def read(data: Data) -> datasets.Dataset:
     return rows
 
 
-def is_path(source: str) -> bool:
+def _is_path(source: str) -> bool:
     """Return whether a name can only be meant as a path: hub ids are NAME or OWNER/NAME."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in KINDS
 

@@ -1,9 +1,14 @@
 """What a task is: prompts, a verifier `(response, prompt) -> score from 0 to 1`, and the options that choose them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from opd.types import Prompt, Refusal
+import tyro
+
+from opd.types import Prompt
+
+SIZES = {"train": 50_000, "test": 1_000}  # the splits of a procedural source, and their prompts without a limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,7 @@ class Task:
 class Data:
     """Where the prompts come from, how their rows are read, and how responses are scored."""
 
-    source: str = "embedded:ledger"
+    source: Annotated[str, tyro.conf.Suppress] = "embedded:ledger"  # --prompts and --eval-prompts on the command line
     """Where the prompts are: a .jsonl, .json, .parquet or .csv file, a folder of such files or one written by
     `Dataset.save_to_disk`, a dataset id of the Hugging Face hub, embedded:ledger, embedded:ledger-short, or
     reasoning-gym:NAME with options as reasoning-gym:NAME?key=value&key=value."""
@@ -52,7 +57,7 @@ class Data:
     limit: int = 0
     """Number of prompts to keep; 0 keeps all. Of rows, a random choice in the order of the file; a larger limit keeps
     the same ones and more. Of a procedural source, how many there are: 0 is 50000 for train, 1000 for test."""
-    seed: int = 0
+    seed: Annotated[int, tyro.conf.Suppress] = 0  # the run's --seed on the command line
     """Seed of the rows that `limit` keeps, and of procedural problems. Train and test differ at every seed."""
 
 
@@ -74,18 +79,16 @@ class Made(Sequence[Prompt]):
         return self.make(index % self.size)
 
 
-def ask(question: str, data: Data, **fields: object) -> Prompt:
-    """Make the prompt of a question given as text: the instruction after it, and a user message if `data.chat`."""
-    text = f"{question}\n{data.instruction}" if data.instruction else question
-    if not data.chat:
-        return Prompt(text=text, **fields)
-    system = ({"role": "system", "content": data.system},) if data.system else ()
-    return Prompt(messages=(*system, {"role": "user", "content": text}), **fields)
-
-
-def check(data: Data) -> None:
-    """Refuse options that contradict each other whatever the source is."""
-    if data.limit < 0:
-        raise Refusal(f"limit={data.limit}: a number of prompts is not negative; 0 keeps all of them")
-    if data.system and not data.chat:
-        raise Refusal("system is set and chat is off: plain text has no system message; leave one of the two out")
+def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: object) -> Prompt:
+    """Make the prompt of a question: the options and `data.instruction` end its last turn, `data.system` opens it."""
+    if isinstance(question, str):
+        text = "\n".join(filter(None, (question, options, data.instruction)))
+        if not data.chat:
+            return Prompt(text=text, **fields)
+        turns = [{"role": "user", "content": text}]
+    else:
+        *before, last = question
+        turns = [*before, {**last, "content": "\n".join(filter(None, (last["content"], options, data.instruction)))}]
+    if data.system:
+        turns = [{"role": "system", "content": data.system}, *(t for t in turns if t["role"] != "system")]
+    return Prompt(messages=tuple(turns), **fields)

@@ -26,16 +26,20 @@ def math(response: str, answer: str) -> float:
     one, and so is 0.5 where the percent sign is in the expected answer.
     """
     text, gold = spoken(response), reference(answer)
-    content = marked(text)
-    if not gold or not text:
+    if not plain(gold) or not text:
         return 0.0
-    if content and plain(content) == plain(gold):
+    content = marked(text)
+    final = content or said(text) or text.rpartition("\n")[2]
+    if plain(final) == plain(gold) or plain(text) == plain(gold):
         return 1.0
-    if content and all(re.fullmatch(r"-?\d{1,9}", c) for c in (content, gold)):
-        return float(int(content) == int(gold))
-    if not content and is_number(gold) and numeric(response, answer):
+    if content:
+        parts = (plain(content).strip("()"), plain(gold))  # (073) is a number, whatever the parentheses
+        if all(re.fullmatch(r"-?\d{1,9}", part) for part in parts):
+            return float(int(parts[0]) == int(parts[1]))
+        return _equal(gold, content, True)
+    if is_number(gold) and numeric(response, answer):
         return 1.0
-    return _equal(gold, content or said(text) or text[-TAIL:], bool(content))
+    return _equal(gold, said(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
 
 
 @lru_cache(maxsize=4096)  # the rollouts of one prompt repeat each other's answers
@@ -44,7 +48,7 @@ def _equal(gold: str, candidate: str, bare: bool) -> float:
 
 
 def numeric(response: str, answer: str) -> float:
-    """Score 1 if the final number is the expected one: the last of a marked answer, the first of a said one, or the last.
+    """Score 1 if the final number is the expected one: the last of a marked answer, first of a said one, else the last.
 
     Whole numbers must be equal; others agree to five digits.
     """
@@ -107,9 +111,9 @@ def find(name: str) -> Verifier:
     try:
         return partial(_checked, vars(importlib.import_module(module))[function], name)
     except ImportError as error:
-        raise Refusal(f"verifier={name!r}: {error}; give module:function, from an installed module or one here") from error
+        raise Refusal(f"verifier={name!r}: {error}; give module:function, installed or from this folder") from error
     except KeyError as error:
-        raise Refusal(f"verifier={name!r}: the module {module} has no {function}; name one of its functions") from error
+        raise Refusal(f"verifier={name!r}: the module {module} has no {function}; name one it has") from error
 
 
 def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:

@@ -1,0 +1,63 @@
+"""Tasks of reasoning-gym: `task(name, data) -> Task`, generated problems under the scorers that come with them."""
+
+import dataclasses
+import difflib
+import json
+from functools import partial
+from urllib.parse import parse_qsl
+
+import reasoning_gym
+from reasoning_gym.dataset import ProceduralDataset
+from reasoning_gym.factory import DATASETS
+
+from opd.tasks import guarded
+from opd.tasks.answers import marked, spoken
+from opd.tasks.task import SIZES, Data, Made, Task, ask
+from opd.types import Prompt, Refusal
+
+SEEDS = 2**10  # distinct ones; a stream keeps 2**21 problems, and all fit under 2**32, where numpy's seeds end
+
+
+def task(name: str, data: Data) -> Task:
+    """Make the task NAME?option=value&option=value.
+
+    Item i of seed s is item 0 of seed s + i in reasoning-gym, so that two neighbouring seeds share nearly all their
+    problems: seeds are spread here.  A generator with few distinct problems still repeats some in the other split.
+    """
+    name, _, query = name.partition("?")
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(sorted(DATASETS))}"
+        raise Refusal(f"source={data.source!r}: reasoning-gym has no {name!r}; {hint}")
+    options = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
+    known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+    if unknown := sorted(options.keys() - known):
+        raise Refusal(f"source={data.source!r}: {name} has no option {unknown[0]}; it has {', '.join(sorted(known))}")
+    size = data.limit or SIZES[data.split]
+    seed = (data.split == "test") * 2**31 + data.seed % SEEDS * 2**21
+    try:
+        made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
+        made[0]
+    except Exception as error:  # each generator checks its options in its own way
+        raise Refusal(f"source={data.source!r}, limit={size}: {name} refuses: {error!r}; change its options") from error
+    score = partial(_score, name, json.dumps(options))
+    return Task(name=name, prompts=Made(partial(_prompt, made, data), size), verify=score)
+
+
+def _value(text: str) -> object:
+    """Read an option as JSON where it is JSON, else as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _prompt(made: ProceduralDataset, data: Data, index: int) -> Prompt:
+    entry = made[index]
+    return ask(entry["question"], data, answer=entry["answer"] or "", columns=entry)
+
+
+def _score(name: str, options: str, response: str, prompt: Prompt) -> float:
+    """Score the final answer alone, as the scorers want it; some give partial credit to a wrong one."""
+    text = spoken(response)
+    return guarded.score("reasoning-gym", name, options, marked(text) or text, prompt.columns)
