@@ -13,10 +13,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
-from opd.config import Train
-from opd.evaluate import Evaluate, evaluate
+from opd.config import Evaluate, Train
 from opd.method import Method
 from opd.methods import METHODS
 from opd.presets import settings
@@ -34,7 +32,6 @@ USAGE = """usage: opd COMMAND ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
-    disable_progress_bar()
     args = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods}
     try:
@@ -93,7 +90,7 @@ def _train(args: list[str]) -> int:
     if flags.preset != "none":
         run = replace(flags.run, **settings(flags.preset, name))
         flags, _ = parse(default=replace(flags, run=run))  # a second reading: what the user set wins
-    from opd.train import train  # after parsing: help and mistakes answer at once
+    from opd.loop import train  # after parsing: help and mistakes answer at once
 
     print(train(replace(flags.run, method=method)))
     return 0
@@ -168,6 +165,8 @@ def _eval(args: list[str]) -> int:
         description="Accuracy of a model on problems with a verifier: avg@k, pass@k, 95 % intervals over prompts.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    from opd.evaluation import evaluate
+
     scores = evaluate(flags.what)
     table = {"model": flags.what.model, "task": flags.what.prompts, **scores.table()}
     if flags.json:

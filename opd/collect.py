@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import HFEngine, Sample
 from opd.rollouts import Rollouts
-from opd.types import DATA, STUDENT, TEACHER, Batch, Prompt, Refusal, Rollout, Sampling, pad
+from opd.types import DATA, STUDENT, TEACHER, Batch, Prompt, Refusal, Rollout, Sampling, StopToken, Truncated, pad
 from opd.vocabulary import Columns
-
-StopToken = Literal["canonical", "train", "mask"]
-Truncated = Literal["train", "drop"]
 
 
 @dataclass(frozen=True)

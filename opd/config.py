@@ -1,4 +1,4 @@
-"""Everything about a run that is not the mathematics of its method: one value, the same for Python and command line."""
+"""What a run and an evaluation are told: one value each, the same for Python and the command line."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,12 +7,19 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from opd.collect import StopToken, Truncated
 from opd.method import Method
 from opd.methods import METHODS
 from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
+from opd.types import Refusal, Sampling, StopToken, Truncated
 from opd.weights import Constant, SequenceMean, TokenMean
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def native() -> Precision:
+    """bf16 on a GPU, fp32 on a CPU: few CPUs compute bf16 faster."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,7 @@ class Train:
     loss_temperature: float = 1.0
     """Divides both models' logits in the loss; --temperature changes only the sampler."""
     stop_token: StopToken = "canonical"
-    """Terminal token: canonical merges both models' stop tokens into one class, train keeps them apart, mask skips it."""
+    """Terminal token: canonical merges both models' stop tokens, train keeps them apart, mask skips them."""
     truncated: Truncated = "train"
     """Rollouts that hit the length limit: train on them, or drop them."""
     teacher_prompt: Literal["own", "same"] = "own"
@@ -69,11 +76,9 @@ class Train:
     """LoRA's scale is alpha / rank."""
     lora_targets: str = "all-linear"
     """Layers that get an adapter, comma separated; the head never does."""
-    precision: Literal["fp32", "bf16"] = field(default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32")
+    precision: Precision = field(default_factory=native)
     """Compute type; trained weights and optimizer state stay fp32."""
-    teacher_precision: Literal["fp32", "bf16"] = field(
-        default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32"
-    )
+    teacher_precision: Precision = field(default_factory=native)
     """Type of the teacher's weights."""
     teacher_device: str = "same"
     """Where the teacher lives: same as the student, cpu, cuda:1, ..."""
@@ -151,3 +156,27 @@ class Train:
         if self.resolved().rollouts.updates > 1:
             out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
         return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is evaluated, on what, and how."""
+
+    model: str
+    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    prompts: str
+    """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    data: Data = Data(split="test")
+    samples: int = 1
+    """Responses to each prompt (the k of avg@k and pass@k)."""
+    sampling: Sampling = Sampling(temperature=0.0)
+    precision: Precision = field(default_factory=native)
+    """Type of the weights."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """Where the model runs: cpu, cuda, cuda:1, ..."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Seed of the samples."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""

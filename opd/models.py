@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from opd.types import Refusal
 from opd.vocabulary import Head
 
+disable_progress_bar()  # loading bars drown the lines that matter
 EMBEDDED = Path(__file__).parent / "embedded"
 
 

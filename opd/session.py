@@ -18,18 +18,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models, tokens
 from opd.collect import Collector, Rendered
-from opd.config import Train
+from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
 from opd.tasks.load import load
-from opd.tasks.task import Task
+from opd.tasks.task import Made, Task
 from opd.teachers.local import LocalTeacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -47,6 +46,15 @@ class Prompts:
         """The prompts of one step: a shuffled pass after another, a pure function of (seed, step)."""
         n, first = len(self.task.prompts), (step - 1) * count
         return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
+
+    def check(self, count: int = 256) -> None:
+        """Refuse a prompt that does not fit before the run, not an hour into it: looks at the longest of them."""
+        rows = range(len(self.task.prompts))
+        if isinstance(self.task.prompts, Made):  # made when asked for, all of a kind
+            rows = rows[:count]
+        written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
+        for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
+            self.render(row)
 
     def first(self, count: int) -> list[Rendered]:
         """The first prompts, unshuffled."""
@@ -152,9 +160,9 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         # A random choice of the held-out rows, the same for every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
         held_out = reading(load(chosen))
-    prompts.first(4096)  # a prompt that does not fit is refused now, not an hour into the run
+    prompts.check()
     if held_out is not None:
-        held_out.first(config.eval_limit)
+        held_out.check()
 
     set_seed(config.seed)
     accelerator = Accelerator(

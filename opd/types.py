@@ -10,6 +10,7 @@ The shift happens once, in `vocabulary.py`.  Log-probs are in nats, fp32 (or wid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +32,10 @@ class Prompt:
     answer: str = ""  # what the verifier compares with
     response: str = ""  # a reference response, where the data has one
     columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
+
+
+StopToken = Literal["canonical", "train", "mask"]  # what becomes of a response's terminal token
+Truncated = Literal["train", "drop"]  # what becomes of a response cut at the length limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class Recipe:
 RECIPES = {
     "teacher": Recipe(hidden=128, layers=3, seed=1, steps=1500, stop=2.0, every=100),
     "student": Recipe(hidden=128, layers=3, seed=2, steps=1500, stop=0.2, every=25, decay=0.0),
-    "small": Recipe(hidden=96, layers=2, seed=3, steps=3000, stop=0.2, every=25, decay=0.0),
+    "small": Recipe(hidden=96, layers=2, seed=3, steps=3000, stop=0.15, every=25, decay=0.0),
 }
 
 
@@ -114,7 +114,7 @@ def render(problem: ledger.Problem, tok: PreTrainedTokenizerFast, *, chat: bool)
     return tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def batches(recipe: Recipe, tok: PreTrainedTokenizerFast):
+def batches(recipe: Recipe, tok: PreTrainedTokenizerFast, *, rate: float):
     """Yield (tokens, labels) without end; every pool of eight batches is sorted by length, which halves the padding."""
     rng = random.Random(recipe.seed)
     stream = ledger.problems(recipe.seed, level="full"), ledger.problems(recipe.seed, level="short")
@@ -123,8 +123,9 @@ def batches(recipe: Recipe, tok: PreTrainedTokenizerFast):
         for _ in range(8 * recipe.batch):
             problem = next(stream[rng.random() < 0.1])
             prompt = tok.encode(render(problem, tok, chat=rng.random() < 0.5), add_special_tokens=False)
-            response = [*tok.encode(problem.solution, add_special_tokens=False), tok.eos_token_id]
-            rows.append((prompt + response, [-100] * len(prompt) + response))
+            written, right = ledger.slipped(problem, rng, rate=rate * rng.randrange(2))
+            written, right = (tok.encode(text, add_special_tokens=False) for text in (written, right))
+            rows.append((prompt + [*written, tok.eos_token_id], [-100] * len(prompt) + [*right, tok.eos_token_id]))
         rows.sort(key=lambda row: len(row[0]))
         cuts = list(range(0, len(rows), recipe.batch))
         for cut in rng.sample(cuts, len(cuts)):

@@ -127,6 +127,18 @@ def test_padding_is_invisible(m, junk, world, ids, given):
     close(gradient(m, world, other, targets), gradient(m, world, batch))
 
 
+def test_masking_does_not_rest_on_the_leaves(world, ids, given):
+    """Leaves that look at masked tokens: prepare hides from them what it can, and what they say there."""
+    seen = []
+    weight = lambda teacher_logp: teacher_logp
+    transform = lambda x, student_logp: seen.append(x) or x + student_logp
+    m = Method((PolicyGradient(transforms=(transform,), weights=(weight,)),))
+    batch = poisoned(world.measure(m, ids, **given), float("nan"), MEASURED)
+    (target,) = m.prepare(batch)
+    for x in (target.weight, target.advantage, *seen):
+        assert x.isfinite().all() and (x[~batch.mask] == 0).all()
+
+
 @every
 def test_longer_padding_is_invisible(m, world, ids, given):
     batch = world.measure(m, ids, **given)

@@ -104,15 +104,23 @@ os.register_at_fork(after_in_child=_children.cache_clear)  # a forked process mu
 
 def _math() -> Callable[[str, str, bool], bool]:
     """Return `(answer, candidate, bare) -> equal?` by math-verify; a bare candidate is the answer and nothing else."""
+    import sympy
     from math_verify import parse, verify
 
     def read(text: str, bare: bool) -> list:
         text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}", text)  # it would read 2e3 as 2 * e * 3
         return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)
 
+    def tiny(gold: sympy.Basic, said: sympy.Basic) -> bool:  # math-verify keeps 6 decimals: 1e-9 and 2e-9 would be one
+        numbers = all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, said))
+        return numbers and bool(0 < abs(gold.doit()) < 1e-3)
+
     def equal(answer: str, candidate: str, bare: bool) -> bool:
         with _limits():
-            return verify(read(answer, True), read(candidate, bare), timeout_seconds=None)  # the reference comes first
+            gold, said = read(answer, True), read(candidate, bare)
+            if gold and said and tiny(gold[0], said[0]):
+                return bool(abs(said[0].doit() / gold[0].doit() - 1) < 1e-5)
+            return verify(gold, said, timeout_seconds=None)  # the reference comes first
 
     return equal
 

@@ -18,7 +18,7 @@ says whether one is carried (or borrowed) into the next:
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
 
@@ -81,26 +81,78 @@ def problem(rng: random.Random, *, level: str) -> Problem:
     for month, (before, after) in zip(months, pairwise(balances), strict=True):
         booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
     prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
-    return Problem(prompt, str(balances[-1]), _solution(months, balances))
+    return Problem(prompt, str(balances[-1]), _write(*_read(prompt), str)[0])
 
 
-def _solution(months: tuple[str, ...], balances: list[int]) -> str:
-    """Write the four stages of the response for the balances before and after each month."""
-    steps = [after - before for before, after in pairwise(balances)]
-    plan = "".join(f"{month}: {step:+d}\n" for month, step in zip(months, steps, strict=True))
-    work = "".join(f"{month}: {_columns(b, s)}\n" for month, b, s in zip(months, balances, steps, strict=False))
-    check = f"{balances[-1]}{-steps[-1]:+d}={balances[-2]}\n"
-    return "".join(tag + text for tag, text in zip(STAGES, (plan, work, check, str(balances[-1])), strict=True))
+def _write(balance: str, entries: list[tuple[str, str, str]], slip: Callable[[str], str]) -> tuple[str, str]:
+    """Write the response to a ledger of (month, sign, amount) entries, in two texts of the same tokens' length.
+
+    Each sign, digit and mark passes through `slip`. The first text holds what came back, and goes on from it, as one
+    must who does not look back; the second holds what should have come. They are equal if `slip` changes nothing.
+    """
+    written, right = "", ""
+
+    def put(text: str) -> str:
+        nonlocal written, right
+        right, out = right + text, slip(text)
+        written += out
+        return out
+
+    def copy(text: str) -> str:
+        return "".join(map(put, text))
+
+    def fixed(text: str) -> None:
+        nonlocal written, right
+        written, right = written + text, right + text
+
+    plan, before = [], balance
+    fixed(STAGES[0])
+    for month, sign, amount in entries:
+        fixed(f"{month}: ")
+        plan.append((month, put(sign), copy(amount)))
+        fixed("\n")
+    fixed(STAGES[1])
+    for month, sign, amount in plan:
+        fixed(f"{month}: ")
+        before, balance, carry = balance, "", ""
+        for old, move in zip(reversed(before), reversed(amount), strict=True):
+            mark = put(carry) if carry else ""
+            a, op, b = put(old), put(sign), put(move)
+            total = int(a) + (1 if op == "+" else -1) * (int(b) + (mark == "^"))
+            carry = "_" if 0 <= total <= 9 else "^"
+            fixed("=")
+            balance = put(str(total % 10)) + balance
+        fixed("\n")
+    fixed(STAGES[2])
+    copy(balance)
+    put("-" if plan[-1][1] == "+" else "+")
+    copy(plan[-1][2])
+    fixed("=")
+    copy(before)
+    fixed("\n" + STAGES[3])
+    copy(balance)
+    return written, right
 
 
-def _columns(balance: int, step: int) -> str:
-    """Write `balance + step` column by column, ones first, with a carry or borrow mark between the columns."""
-    sign, carry, text = (1 if step > 0 else -1), 0, ""
-    for a, b in zip(reversed(str(balance)), reversed(str(abs(step))), strict=True):
-        total = int(a) + sign * (int(b) + carry)
-        carry = int(not 0 <= total <= 9)
-        text += f"{a}{'+' if step > 0 else '-'}{b}={total % 10}{'^' if carry else '_'}"
-    return text[:-1]  # nothing is carried out of the last column
+def slipped(problem: Problem, rng: random.Random, *, rate: float) -> tuple[str, str]:
+    """Return a response with slips, and the text of the same tokens that were right given what stands before each.
+
+    Training on the second with the first as input teaches how to go on after a slip, without teaching to slip: a
+    teacher so trained has sound advice for the students' own responses, which are full of slips.
+    """
+
+    def slip(text: str) -> str:
+        kind = next(kind for kind in ("0123456789", "+-", "^_") if text in kind)
+        return rng.choice(kind) if rng.random() < rate else text
+
+    return _write(*_read(problem.prompt), slip)
+
+
+def _read(prompt: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return the opening balance of the prompt and its entries, as (month, sign, amount)."""
+    booked = re.findall(r"(\w+): (\w+) (\d+)", prompt)
+    entries = [(month, "+" if verb in GAINS else "-", amount) for month, verb, amount in booked]
+    return re.findall(r"\d+", prompt)[0], entries
 
 
 def verify(response: str, answer: str) -> float:

@@ -46,7 +46,8 @@ class Data:
     verifier: str = "math"
     """How answers are compared: math (LaTeX and expressions), numeric (last number, as for GSM8K), exact (same text),
     choice (a letter), none (prompts without answers; nothing is scored), or module:function for your own
-    `(response, answer) -> score from 0 to 1`. Procedural sources bring their own."""
+    `(response, answer) -> score from 0 to 1`. Procedural sources bring their own, and it is used
+    whatever stands here."""
     chat: bool = True
     """Make a question given as text one user message; off: it is continued as plain text without a chat template."""
     system: str = ""

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
-from opd.evaluate import interval
+from opd.evaluation import interval
 from opd.method import Method, Target
 from opd.metrics import summary
 from opd.progress import Progress

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Literal
 
 import torch
 
 from opd import models, tokens
+from opd.config import DTYPES, Evaluate
 from opd.engines.hf import HFEngine
 from opd.tasks.load import load
-from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
+from opd.types import Refusal
 
 
 @dataclass(frozen=True)
@@ -84,30 +83,6 @@ def _powers(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """What is evaluated, on what, and how."""
-
-    model: str
-    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
-    prompts: str
-    """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
-    data: Data = Data(split="test")
-    samples: int = 1
-    """Responses to each prompt (the k of avg@k and pass@k)."""
-    sampling: Sampling = Sampling(temperature=0.0)
-    precision: Literal["fp32", "bf16"] = field(default_factory=lambda: "bf16" if torch.cuda.is_available() else "fp32")
-    """Type of the weights."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """Where the model runs: cpu, cuda, cuda:1, ..."""
-    decode_rows: int = 64
-    """Responses decoded at once."""
-    seed: int = 0
-    """Seed of the samples."""
-    trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
-
-
 def evaluate(config: Evaluate) -> Scores:
     """Sample, verify, count.  Raises Refusal for what the user can mend."""
     for name in ("samples", "decode_rows"):
@@ -119,8 +94,7 @@ def evaluate(config: Evaluate) -> Scores:
     task = load(replace(config.data, source=config.prompts, seed=config.seed))
     text = models.tokenizer(source, field="model")
     stop = tokens.stop_ids(models.generation_config(source), text)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    model = models.load(source, field="model", dtype=dtype, device=torch.device(config.device))
+    model = models.load(source, field="model", dtype=DTYPES[config.precision], device=torch.device(config.device))
     models.small_threads(model)
     ids = [tokens.render(text, p, chat_template_kwargs={}, system="") for p in task.prompts]
     context = models.base(model).config.get_text_config().max_position_embeddings

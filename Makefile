@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# Workers that spin while they wait steal the cores of the ones that work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/opd demo --out outputs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/opd bench
+
+clean:
+	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""Small random models with the embedded tokenizer: real files, real classes, no training."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from opd.models import EMBEDDED
+
+
+def tiny(
+    folder: Path, *, seed: int, width: int = 32, layers: int = 2, rows: int | None = None, tied: bool = False
+) -> Path:
+    """A random Llama in a folder, as save_pretrained writes it."""
+    text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=rows or len(text),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id)
+    model.save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder

@@ -1,0 +1,10 @@
+"""Every name a method prints itself with."""
+
+from opd.divergences import *  # noqa: F403
+from opd.estimators import *  # noqa: F403
+from opd.method import *  # noqa: F403
+from opd.rewards import *  # noqa: F403
+from opd.rollouts import *  # noqa: F403
+from opd.surrogates import *  # noqa: F403
+from opd.transforms import *  # noqa: F403
+from opd.weights import *  # noqa: F403

@@ -1,0 +1,156 @@
+"""The main job on real (small) models: it learns, it resumes bitwise, it refuses what cannot work in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import opd
+from opd.methods import METHODS
+from opd.types import Sampling
+from tests.models_for_tests import tiny
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
+
+
+def config(pair, out, **changes):
+    student, teacher = pair
+    whole = opd.Train(
+        student=str(student),
+        teacher=str(teacher),
+        prompts="embedded:ledger-short",
+        method=METHODS["vopd"](),
+        out=out,
+        steps=4,
+        batch=8,
+        sampling=Sampling(max_new_tokens=16),
+        lr=1e-2,
+        save_every=2,
+        quiet=True,
+        micro_batch_tokens=256,
+    )
+    return replace(whole, **changes)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_lowers_the_divergence_to_the_teacher(pair, tmp_path, name):
+    rows = metrics(opd.train(config(pair, tmp_path / "run", method=METHODS[name](), steps=12, save_every=100)))
+    assert all(row["grad_norm"] > 0 and row["refused"] == 0 for row in rows)
+    assert sum(r["reverse_kl"] for r in rows[-3:]) < 0.97 * sum(r["reverse_kl"] for r in rows[:3])
+
+
+def test_run_folder(pair, tmp_path):
+    folder = opd.train(config(pair, tmp_path / "run", eval_prompts="embedded:ledger-short", eval_limit=4, eval_every=2))
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "method.txt", "environment.json", "metrics.jsonl", "perf.jsonl", "rollouts", "checkpoints"
+    }  # fmt: skip
+    assert (
+        eval((folder / "method.txt").read_text(), vars(__import__("tests.names", fromlist=["x"]))) == METHODS["vopd"]()
+    )
+    assert [r["step"] for r in metrics(folder) if "eval_accuracy" in r] == [0, 2, 4]
+    columns = load_file(folder / "rollouts" / "step-000001.safetensors")
+    texts = [json.loads(x) for x in (folder / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert len(texts) == 8 and columns["reverse_kl"].shape == columns["ids"].shape
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    # The sampler's log-probs and the trainer's are two computations of one number.
+    assert all(r["sampler_gap"] < 1e-3 for r in metrics(folder) if "sampler_gap" in r)
+
+
+@pytest.mark.parametrize("name", ["vopd", "opd-zscore"])  # one pass, and two
+def test_micro_batches_do_not_change_the_run(pair, tmp_path, name):
+    runs = [
+        opd.train(config(pair, tmp_path / str(n), method=METHODS[name](), micro_batch_tokens=n)) for n in (100, 100_000)
+    ]
+    for a, b in zip(*map(metrics, runs), strict=True):
+        assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def command(pair, out, *more: str) -> list[str]:
+    student, teacher = pair
+    flags = f"--student {student} --teacher {teacher} --prompts embedded:ledger-short --out {out} --steps 8 --batch 8"
+    rest = "--max-new-tokens 16 --lr 1e-2 --save-every 2 --eval-prompts embedded:ledger-short --eval-limit 4 --eval-every 3"
+    return [sys.executable, "-m", "opd", "train", *flags.split(), *rest.split(), *more]
+
+
+def launch(args: list[str], **options) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, **options)
+
+
+def wait_for(path: Path, run: subprocess.Popen, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert run.poll() is None, run.stderr.read()
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", [["vopd"], ["opd-zscore"], ["--lora-rank", "4", "vopd"], ["gkd", "--share", "0.5"]])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, method):
+    whole = launch(command(pair, tmp_path / "whole", *method))
+    assert whole.wait(300) == 0, whole.stderr.read()
+    cut = launch(command(pair, tmp_path / "cut", *method))
+    wait_for(tmp_path / "cut" / "checkpoints" / "step-000004", cut)
+    cut.send_signal(signal.SIGKILL)
+    cut.wait(30)
+    again = launch(command(pair, tmp_path / "cut", "--resume", *method))
+    assert again.wait(300) == 0, again.stderr.read()
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    final = [sorted((tmp_path / n / "checkpoints").glob("step-*"))[-1] for n in ("whole", "cut")]
+    for file in ("model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
+        files = [folder / file for folder in final if (folder / file).exists()]
+        assert len(files) != 1
+        if files:
+            a, b = map(load_file, files)
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):
+    run = launch(command(pair, tmp_path / "run", "--save-every", "100", "--steps", "500", "vopd"))
+    wait_for(tmp_path / "run" / "rollouts" / "step-000001.jsonl", run)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 0
+    assert "--resume" in run.stderr.read()
+    step = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert json.loads((step / "state.json").read_text())["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_updates_on_one_rollout_batch(pair, tmp_path):
+    from opd.method import Method, PolicyGradient
+    from opd.rollouts import OnPolicy
+    from opd.surrogates import Clipped
+
+    method = Method((PolicyGradient(surrogate=Clipped()),), rollouts=OnPolicy(per_prompt=2, updates=2))
+    rows = metrics(opd.train(config(pair, tmp_path / "run", method=method)))
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(pair, tmp_path):
+    from opd.method import Method, PolicyGradient
+
+    broken = Method((PolicyGradient(coef=float("inf")),))
+    with pytest.raises(opd.Refusal, match="not finite 5 steps in a row"):
+        opd.train(config(pair, tmp_path / "run", method=broken, steps=8, save_every=2))
+    start = load_file(Path(pair[0]) / "model.safetensors")
+    assert all(torch.equal(start[k], x) for k, x in weights(tmp_path / "run").items())
