@@ -1,4 +1,4 @@
-"""The command line: `opd train | eval | methods`."""
+"""The command line: `opd train | eval | methods | demo`."""
 
 import difflib
 import importlib
@@ -25,6 +25,7 @@ USAGE = """usage: opd COMMAND ...
   opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
+  opd demo
   opd --version
 
 `opd COMMAND --help` explains the flags; `opd train METHOD --help` those of a method."""
@@ -33,7 +34,7 @@ USAGE = """usage: opd COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods}
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods, "demo": _demo}
     try:
         match args:
             case [] | ["-h" | "--help"]:
@@ -181,6 +182,13 @@ def _eval(args: list[str]) -> int:
         else:
             shown.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value), "")
     Console().print(shown, markup=False)
+    return 0
+
+
+def _demo(args: list[str]) -> int:
+    from opd.demo import Demo, demo
+
+    demo(tyro.cli(Demo, args=args, prog="opd demo", description="Watch the embedded student learn from its teacher."))
     return 0
 
 

@@ -21,7 +21,7 @@ from opd.tasks.task import SIZES, Data, Task
 from opd.types import Refusal
 
 ROOT = Path(__file__).parents[1]
-PLACES = (Path(os.environ.get("OPD_DATA", "-")), ROOT / "shared/data", ROOT.parent / "shared/data")
+PLACES = (Path(os.environ.get("OPD_DATA") or "-"), ROOT / "shared/data", ROOT.parent / "shared/data")
 REAL = next((place for place in PLACES if place.is_dir()), None)
 
 
@@ -371,9 +371,7 @@ def test_embedded(name):
     assert task.prompts[-1] == again.prompts[SIZES["train"] - 1] and task.prompts[7] != other.prompts[7]
     assert all(task.verify(p.response, p) == 1.0 for p in task.prompts[:5])
     assert task.verify(task.prompts[0].answer, task.prompts[0]) == 0.0
-    assert not {p.messages[0]["content"] for p in task.prompts[:300]} & {
-        p.messages[0]["content"] for p in test.prompts[:300]
-    }
+    assert not {str(p.messages) for p in task.prompts[:20]} & {str(p.messages) for p in test.prompts[:10]}
     assert load(Data(source=f"embedded:{name}", chat=False)).prompts[3].text == task.prompts[3].messages[0]["content"]
     assert {ledger.verify(p.response, p.answer) for p in test.prompts[:5]} == {1.0}
     with pytest.raises(IndexError):
@@ -499,10 +497,10 @@ def test_published_data(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two rows of math12k have no answer
         task = load(Data(source=str(REAL / name), **OPTIONS.get(name, {})))
-    prompts = [task.prompts[i] for i in range(0, len(task.prompts), 1 + len(task.prompts) // 40)]
+    prompts = [task.prompts[i] for i in range(0, len(task.prompts), 1 + len(task.prompts) // 25)]
     assert all(p.messages and p.answer for p in prompts)
     assert all(task.verify(p.answer, p) == 1.0 for p in prompts)
-    others = list(zip(prompts[1:], prompts, strict=False))[:12]
+    others = list(zip(prompts[1:], prompts, strict=False))[:8]
     assert sum(task.verify(p.answer, q) for p, q in others if reference(p.answer) != reference(q.answer)) <= 1
 
 

@@ -106,7 +106,7 @@ def wait_for(path: Path, run: subprocess.Popen, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("method", [["vopd"], ["opd-zscore"], ["--lora-rank", "4", "vopd"], ["gkd", "--share", "0.5"]])
+@pytest.mark.parametrize("method", [["vopd"], ["--lora-rank", "4", "opd-zscore"], ["gkd", "--share", "0.5"]])
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, method):
     whole = launch(command(pair, tmp_path / "whole", *method))
     assert whole.wait(300) == 0, whole.stderr.read()
