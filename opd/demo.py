@@ -145,7 +145,7 @@ def draw(runs: list[Path], picture: Path, method: str) -> None:
         right.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)
     left.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 100), title=f"{method}: accuracy, 95 % band")
     right.set(
-        xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher, on its own samples"
+        xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher"
     )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -17,8 +17,10 @@ FLOORS = {  # a floor imports itself and those above it in this list
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": "tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*",
-    "program": "config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli demo __main__ "
-    "__main__ opd",  # opd: the package's front door, which opens on all floors
+    "program": (
+        "config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli demo "
+        "__main__ opd"  # opd: the package's front door, which opens on all floors
+    ),
 }
 ORDER = tuple(FLOORS)
 FOREIGN = {"mathematics": {"torch", "numpy", "jaxtyping"}, "vocabulary": {"torch", "numpy", "jaxtyping", "triton"}}

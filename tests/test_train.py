@@ -89,7 +89,8 @@ def test_micro_batches_do_not_change_the_run(pair, tmp_path, name):
 def command(pair, out, *more: str) -> list[str]:
     student, teacher = pair
     flags = f"--student {student} --teacher {teacher} --prompts embedded:ledger-short --out {out} --steps 8 --batch 8"
-    rest = "--max-new-tokens 16 --lr 1e-2 --save-every 2 --eval-prompts embedded:ledger-short --eval-limit 4 --eval-every 3"
+    rest = "--max-new-tokens 16 --lr 1e-2 --save-every 2 --eval-limit 4 --eval-every 3"
+    rest += " --eval-prompts embedded:ledger-short"
     return [sys.executable, "-m", "opd", "train", *flags.split(), *rest.split(), *more]
 
 
