@@ -178,14 +178,12 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             f"x {method.rollouts.updates} updates)"
         )
     device = accelerator.device
-    student = Student(_trainable(config, source, checkpoint, device))
+    student = Student(_trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else torch.device(config.teacher_device)
     weights = models.load(teacher_source, field="teacher", dtype=DTYPES[config.teacher_precision], device=on)
     models.small_threads(student.model, weights)
     models.verify_head(student.model, field="student")
     models.verify_head(weights, field="teacher")
-    if config.gradient_checkpointing:
-        models.base(student.model).gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)

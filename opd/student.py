@@ -4,7 +4,8 @@ DDP, FSDP and DeepSpeed wrap this module, and nobody touches lm_head outside its
 resharded before backward gives silently wrong gradients.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.method import Method, Target
 from opd.models import base, head
@@ -48,11 +50,23 @@ def final_states(model: PreTrainedModel | PeftModel, at: Rows) -> Float[Tensor, 
 
 
 class Student(nn.Module):
-    """The model being trained."""
+    """The model being trained; with `checkpointing` its layers recompute their activations in the backward pass."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, *, checkpointing: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.layers = model, []
+        if checkpointing:
+            base(model).gradient_checkpointing_enable({"use_reentrant": False})
+            self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only; what is inside them stays in eval mode, no dropout."""
+        for layer in self.layers:
+            layer.training = True
+        yield
+        for layer in self.layers:
+            layer.training = False  # generation needs the KV cache, which checkpointing turns off
 
     def forward(
         self,
@@ -63,7 +77,8 @@ class Student(nn.Module):
         vocabulary: Vocabulary,
     ) -> tuple[Float[Tensor, ""], Columns]:
         """Loss and columns of the trained tokens; without targets (flat, [N]) only the columns are measured."""
-        states = final_states(self.model, at)
+        with self.recomputing():
+            states = final_states(self.model, at)
         student, ids = Hidden(states, head(self.model)), at.ids[at.trained]
         if targets is None:
             return states.new_zeros(()), measure(method, student, teacher, ids, vocabulary)
