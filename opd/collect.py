@@ -75,7 +75,7 @@ class Collector:
 
     def text(self, ids: Sequence[int]) -> str:
         """A response as a reader sees it."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _written(self, prompt: Prompt, budget: int) -> Sample:
         if not prompt.response:

@@ -1,5 +1,6 @@
 """What a run and an evaluation are told: one value each, the same for Python and the command line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ import tyro
 from opd.method import Method
 from opd.methods import METHODS
 from opd.tasks.task import Data
-from opd.types import Refusal, Sampling, StopToken, Truncated
+from opd.types import Column, Refusal, Sampling, StopToken, Truncated
 from opd.weights import Constant, SequenceMean, TokenMean
 
 Precision = Literal["fp32", "bf16"]
@@ -117,13 +118,16 @@ class Train:
         """The method with the run's overrides of its rollouts and reduction."""
         who = self.method.rollouts
         who = replace(who, per_prompt=self.per_prompt or who.per_prompt, updates=self.updates or who.updates)
-        reductions = {
+        reductions: dict[str, Callable[[], Column]] = {
             "method": lambda: self.method.reduction,
             "token": TokenMean,
             "sequence": SequenceMean,
             "constant": lambda: Constant(self.sampling.max_new_tokens),
         }
-        return replace(self.method, rollouts=who, reduction=reductions[self.reduction]())
+        try:
+            return replace(self.method, rollouts=who, reduction=reductions[self.reduction]())
+        except ValueError as error:
+            raise Refusal(str(error)) from error
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
@@ -134,6 +138,7 @@ class Train:
         for name in ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates"):
             if not getattr(self, name) >= 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        self.sampling.check()
         if not self.sampling.temperature > 0:
             raise Refusal(
                 f"--temperature {self.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"

@@ -126,7 +126,7 @@ def supervised(config: Train, folder: Path) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.steps)
         optimizer.step()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     text.save_pretrained(folder)
     return folder
 

@@ -102,6 +102,21 @@ class BucketKL:
 
 
 @dataclass(frozen=True)
+class BucketForwardKL:
+    """KL(teacher || student) over the support and one bucket for the rest: a true KL of k + 1 classes.
+
+    verl issue 7856.
+    """
+
+    support: Support = Support(16, "teacher")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        p, q = (torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in (student_logp, teacher_logp))
+        return kl(q, p)
+
+
+@dataclass(frozen=True)
 class RenormalisedKL:
     """Reverse KL of both models renormalised on the support: blind to the mass outside."""
 

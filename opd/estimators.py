@@ -60,7 +60,8 @@ class TopKValue:
         exact: Bool[Tensor, "*N V"] | None,
     ) -> Float[Tensor, "*N"]:
         ids = top(self.k, student_logp)
-        return Value()(reward, *(x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp)), None)
+        p, q = (x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp))
+        return Value()(reward, p, q, None)
 
 
 @dataclass(frozen=True)

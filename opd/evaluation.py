@@ -33,7 +33,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     does not collapse when every share is 0 or 1.  Wilson, JASA 1927.
     """
     x = torch.tensor(values, dtype=torch.float64)
-    n, m = len(x), float(x.mean())
+    n: float = len(x)
+    m = float(x.mean())
     spread = float(x.var(correction=1)) if n > 1 else 0.0
     # Shares inside (0, 1) vary less than coins of the same mean: that is worth more prompts.
     n = max(n, m * (1 - m) / spread * n) if spread > 0 else n
@@ -88,10 +89,13 @@ def evaluate(config: Evaluate) -> Scores:
     for name in ("samples", "decode_rows"):
         if getattr(config, name) < 1:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    config.sampling.check()
     if config.samples > 1 and config.sampling.temperature == 0:
         raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     task = load(replace(config.data, source=config.prompts, seed=config.seed))
+    if not task.scored:
+        raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
     stop = tokens.stop_ids(models.generation_config(source), text)
     model = models.load(source, field="model", dtype=DTYPES[config.precision], device=torch.device(config.device))
@@ -107,7 +111,7 @@ def evaluate(config: Evaluate) -> Scores:
     engine = HFEngine(model, len(text), stop, config.decode_rows)
     asked = [i for i in ids for _ in range(config.samples)]
     drawn = engine.generate(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
-    say = lambda i: text.decode(drawn[i].ids, skip_special_tokens=True)
+    say = lambda i: str(text.decode(list(drawn[i].ids), skip_special_tokens=True))
     outcomes = [task.verify(say(i), task.prompts[i // config.samples]) for i in range(len(asked))]
     k = config.samples
     return Scores(

@@ -218,6 +218,7 @@ class Loop:
     def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy on held-out prompts, and the reverse KL along those responses."""
         config, session = self.config, self.session
+        assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
         clock = Clock({})
         with clock("evaluate"):
@@ -225,15 +226,15 @@ class Loop:
             # Step -1: every evaluation draws with the same noise.
             rollouts = self._collect(prompts, OnPolicy(), sampling, -1, session.held_out.task)
             batch, _ = self._pass(collate(rollouts, stop_token="train", truncated="train"), rollouts, None)
-        accuracy = interval([r.outcome for r in rollouts])
+        assert batch.reverse_kl is not None
         numbers = {
-            "eval_accuracy": accuracy.value,
-            "eval_low": accuracy.low,
-            "eval_high": accuracy.high,
             "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),
             "eval_length": float(batch.mask.sum(1).float().mean()),
             "eval_stopped": float(batch.stopped.float().mean()),
         }
+        if session.held_out.task.scored:
+            accuracy = interval([r.outcome for r in rollouts])
+            numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}
         self._log("metrics", step, numbers)
         self._log("perf", step, clock.row(float(batch.mask.sum())))
         return numbers

@@ -105,7 +105,7 @@ class PolicyGradient:
 
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Unweighted loss of each token."""
-        if self.estimator == Sampled():
+        if isinstance(self.estimator, Sampled):
             advantage = self.score(at) if target.advantage is None else target.advantage
             old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
             return self.surrogate(at.sampled(at.student_logp), advantage, **old)
@@ -189,7 +189,7 @@ class Method:
         for term, score in zip(self.terms, scores, strict=True):
             assert score is not None or term.local(), f"{term} reads the whole batch, and its scores were not measured"
             weight = reduce(mul, (call(w, batch) for w in term.weights), term.coef * scale).where(batch.mask, 0)
-            if score is not None:
+            if isinstance(term, PolicyGradient) and score is not None:
                 score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))
                 score = score.where(batch.mask, 0)
             out.append(Target(weight, score, batch.student_logp))

@@ -5,9 +5,11 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -90,14 +92,14 @@ def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device
             model = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=dtype, use_safetensors=True, **source.options()
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Refusal(f"--{field} {source.folder}: its weights do not load: {_first_line(error)}") from error
     return model.to(device).eval()
 
 
 def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, adapters inside its layers."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def head(model: PreTrainedModel | PeftModel) -> Head:

@@ -18,8 +18,8 @@ def _mix(z: np.uint64 | NDArray[np.uint64]) -> np.uint64 | NDArray[np.uint64]:
 
 def uniform(*key: int | np.integer | NDArray[np.integer]) -> np.float64 | NDArray[np.float64]:
     """U[0, 1) with 53 bits, for integer keys that broadcast together."""
-    state = np.uint64(0)
+    state: np.uint64 | NDArray[np.uint64] = np.uint64(0)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the generator
         for part in key:
             state = _mix((state + _GAMMA) ^ _mix(np.asarray(part, dtype=np.int64).astype(np.uint64) + _GAMMA))
-    return (state >> np.uint64(11)) * 2.0**-53
+    return (state >> np.uint64(11)) * np.float64(2.0**-53)

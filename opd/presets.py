@@ -5,10 +5,11 @@ embedded pair.  What the user sets on the command line wins.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from opd.types import Refusal, Sampling
 
-_EMBEDDED: Mapping[str, object] = {
+_EMBEDDED: Mapping[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.95),
     "schedule": "linear",
@@ -34,7 +35,7 @@ _POWER = {
     "stop_token": "mask",
     "sampling": Sampling(top_p=0.95, top_k=20, max_new_tokens=1024),
 }
-PAPER: Mapping[str, Mapping[str, object]] = {
+PAPER: Mapping[str, Mapping[str, Any]] = {
     "vopd": _VOPD,
     "vopd-topk": _VOPD,
     "opd": _VOPD,
@@ -46,7 +47,7 @@ PAPER: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def settings(preset: str, method: str) -> Mapping[str, object]:
+def settings(preset: str, method: str) -> Mapping[str, Any]:
     """The Train fields that a preset sets for a method."""
     match preset:
         case "none":

@@ -3,12 +3,15 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
@@ -29,7 +32,7 @@ class Progress:
         )
         self.task = self.bar.add_task("train", total=steps, completed=start, health="")
         self.said = 0.0
-        self.handlers: dict[int, object] = {}
+        self.handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Progress":
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -67,8 +70,8 @@ class Progress:
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """An evaluation is done."""
-        low, high = 100 * numbers["eval_low"], 100 * numbers["eval_high"]
-        self.say(
-            f"step {step}: held-out accuracy {100 * numbers['eval_accuracy']:.1f} % [{low:.1f}, {high:.1f}], "
-            f"reverse KL {numbers['eval_reverse_kl']:.4f} nats/token, length {numbers['eval_length']:.0f}"
-        )
+        line = f"reverse KL {numbers['eval_reverse_kl']:.4f} nats/token, length {numbers['eval_length']:.0f}"
+        if "eval_accuracy" in numbers:
+            value, low, high = (100 * numbers[f"eval_{name}"] for name in ("accuracy", "low", "high"))
+            line = f"accuracy {value:.1f} % [{low:.1f}, {high:.1f}], {line}"
+        self.say(f"step {step}: held-out {line}")

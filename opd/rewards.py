@@ -4,9 +4,11 @@ Fields are hyper-parameters.  Any shape: the head pass evaluates a reward on the
 vocabulary where a baseline or an estimator asks for it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,3 +69,133 @@ class Tanh:
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return (self.of(student_logp, teacher_logp) / self.scale).tanh()
+
+
+@dataclass(frozen=True)
+class One:
+    """1 for every token: the policy gradient of it is the negative log-likelihood of what was sampled."""
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return torch.ones_like(student_logp)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """max(reward, log(share) / (1 - share)): what the teacher punishes is bounded.  Reopold, arXiv:2603.11137, Eq. 7.
+
+    The floor is the limit q/p -> 0 of log(share + (1 - share) q/p) / (1 - share), whose slope at q = p is 1.
+    """
+
+    share: float = 0.3
+    of: Reward = LogRatio()
+
+    def __post_init__(self) -> None:
+        _inside_unit("share", self.share)
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return self.of(student_logp, teacher_logp).clamp(min=math.log(self.share) / (1 - self.share))
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """log(alpha q/p + 1 - alpha): the log ratio to the teacher alpha q + (1 - alpha) p.  TOP-D, arXiv:2607.04751.
+
+    Never below log(1 - alpha).  In expectation it descends JSD(alpha) / (1 - alpha).
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _inside_unit("alpha", self.alpha)
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return _log_mixture(teacher_logp - student_logp, self.alpha)
+
+
+@dataclass(frozen=True)
+class SignedLog:
+    """sign(reward) log(1 + |reward|): large gaps compressed, small ones kept.  Demystifying OPD, arXiv:2607.13399."""
+
+    of: Reward = LogRatio()
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        reward = self.of(student_logp, teacher_logp)
+        return reward.sign() * reward.abs().log1p()
+
+
+@dataclass(frozen=True)
+class Sign:
+    """sign(log q - log p): direction without size; descends twice the total variation.  TV-OPD, arXiv:2609.08341."""
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return (teacher_logp - student_logp).sign()
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """min(q/p, 1) (log q - log p): the log ratio, as far as the teacher would accept the token.
+
+    The mean over the coin of TrOPD's mask times its reward, arXiv:2606.01249, Eq. 5-6; never below -1/e.
+    """
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        ratio = teacher_logp - student_logp
+        ratio = ratio.where(ratio > -math.inf, 0)  # u log u -> 0
+        return ratio.clamp(max=0).exp() * ratio
+
+
+# What follows is OPD+: the policy gradient of the divergence sum p f(u), u = q/p, has the reward u f'(u) - f(u).
+
+
+@dataclass(frozen=True)
+class ReverseKLPlus:
+    """log u - 1 for f = -log u, KL(student || teacher): `LogRatio` less a constant.  OPD+, arXiv:2606.01039."""
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return teacher_logp - student_logp - 1
+
+
+@dataclass(frozen=True)
+class ForwardKLPlus:
+    """u for f = u log u, KL(teacher || student).  OPD+, arXiv:2606.01039.  Unbounded: of heavy variance."""
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return (teacher_logp - student_logp).clamp(max=85).exp()  # beyond e^85 fp32 has no number
+
+
+@dataclass(frozen=True)
+class JSDPlus:
+    """(1 - beta) log(beta u + 1 - beta), of `JSD(beta)`; 1/2 log((1 + u) / 2) at 1/2.  OPD+, arXiv:2606.01039."""
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _inside_unit("beta", self.beta)
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        return (1 - self.beta) * _log_mixture(teacher_logp - student_logp, self.beta)
+
+
+@dataclass(frozen=True)
+class Plus:
+    """u f'(u) - f(u) of any f, given as a function of log u: its slope less its value.  OPD+, arXiv:2606.01039.
+
+    The named ones above are its closed forms; this one cancels where f grows faster than its reward.
+    """
+
+    f: Callable[[Tensor], Tensor]
+
+    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+        ratio = teacher_logp - student_logp
+        value, slope = torch.func.jvp(self.f, (ratio,), (torch.ones_like(ratio),))
+        return slope - value
+
+
+def _log_mixture(ratio: Float[Tensor, "*A"], share: float) -> Float[Tensor, "*A"]:
+    """log(share e^ratio + 1 - share)."""
+    return torch.logaddexp(ratio + math.log(share), torch.full_like(ratio, math.log1p(-share)))
+
+
+def _inside_unit(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value}: a mixture of teacher and student needs 0 < {name} < 1")

@@ -48,11 +48,11 @@ def disk(doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
             raise
-        raise Refusal(f"{doing}: {error.strerror}; free some space or name another --out, then --resume") from error
+        raise Refusal(f"{doing}: {error.strerror}; mend that, then run the same command with --resume") from error
     except Exception as error:  # safetensors wraps the OS error in its own type, with the reason in its text
-        if not any(reason in str(error) for reason in ("No space left", "StorageFull", "Permission denied")):
+        if not any(reason in str(error) for reason in ("No space left", "File too large", "Permission denied")):
             raise
-        raise Refusal(f"{doing}: {error}; free some space or name another --out, then --resume") from error
+        raise Refusal(f"{doing}: {error}; mend that, then run the same command with --resume") from error
 
 
 @dataclass(frozen=True)

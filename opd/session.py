@@ -5,15 +5,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models, tokens
@@ -104,17 +106,17 @@ class Session:
     def save(self, folder: Path) -> None:
         """Model, tokenizer and optimizer state; all processes call it, the main one writes."""
         weights = self.accelerator.get_state_dict(self.student)
-        state = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=WHOLE)["state"]
+        whole: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=WHOLE)
         if self.accelerator.is_main_process:
             named = {name.removeprefix("model."): x for name, x in weights.items()}
-            self.plain().model.save_pretrained(folder, state_dict=named)
+            self.plain().model.save_pretrained(str(folder), state_dict=named)
             self.collector.tokenizer.save_pretrained(folder)
-            save_optimizer(state, folder / "optimizer.safetensors")
+            save_optimizer(whole["state"], folder / "optimizer.safetensors")
 
     def restore(self, folder: Path) -> int:
         """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at."""
         optimizer = self.optimizer.optimizer
-        whole = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
+        whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
         whole["state"] = load_optimizer(folder / "optimizer.safetensors")
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
         return json.loads((folder / "state.json").read_text())["step"]
@@ -131,8 +133,10 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     trust = config.trust_remote_code
     source = models.locate(config.student, field="student", trust_remote_code=trust)
     teacher_source = models.locate(config.teacher, field="teacher", trust_remote_code=trust)
-    if source == teacher_source and config.lora_rank == 0 and config.teacher_prompt == "same":
-        raise Refusal("--teacher: the student itself under the same prompt; the KL between them is 0 everywhere")
+    if source == teacher_source and checkpoint is None:
+        raise Refusal(
+            f"--teacher {config.teacher}: the student itself; the KL between the two is 0 and nothing is learnt"
+        )
     text = models.tokenizer(source, field="student")
     teacher_text = models.tokenizer(teacher_source, field="teacher")
     shapes = [AutoConfig.from_pretrained(s.folder, **s.options()).get_text_config() for s in (source, teacher_source)]
@@ -165,6 +169,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         held_out.check()
 
     set_seed(config.seed)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
@@ -188,7 +193,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
     size = agreed.vocabulary
-    engines = [HFEngine(m, size, agreed.stop, config.decode_rows) for m in (student.model, weights)]
+    speaker, scorer = (HFEngine(m, size, agreed.stop, config.decode_rows) for m in (student.model, weights))
     stop = agreed.stop if config.stop_token == "canonical" and set(stops[0]) != set(stops[1]) else ()
     return Session(
         accelerator=accelerator,
@@ -196,14 +201,16 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         teacher=LocalTeacher(weights, to=device),
         optimizer=wrapped_optimizer,
         vocabulary=Vocabulary(size, config.loss_temperature, stop, config.chunk_mb << 20),
-        collector=Collector(*engines, text),
+        collector=Collector(speaker, scorer, text),
         prompts=prompts,
         held_out=held_out,
         agreement=agreed,
     )
 
 
-def _trainable(config: Train, source: models.Source, checkpoint: Path | None, device: torch.device) -> torch.nn.Module:
+def _trainable(
+    config: Train, source: models.Source, checkpoint: Path | None, device: torch.device
+) -> PreTrainedModel | PeftModel:
     start = source if checkpoint is None else models.Source(str(checkpoint))
     frozen_base = config.lora_rank > 0 and config.precision == "bf16"
     dtype = torch.bfloat16 if frozen_base else torch.float32  # what is trained stays fp32: peft keeps adapters so
@@ -212,7 +219,7 @@ def _trainable(config: Train, source: models.Source, checkpoint: Path | None, de
         targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
         adapter = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
             lora_dropout=0.0,
             target_modules=targets,
             task_type="CAUSAL_LM",

@@ -55,3 +55,13 @@ class Whiten:
         count = mask.sum().clamp(min=1)
         centred = (x - x.where(mask, 0).sum() / count).where(mask, 0)
         return centred / ((centred.square().sum() / count).sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class MeanFuture:
+    """x_t plus the mean of the later trained x of its rollout.  TOP-D, arXiv:2607.04751."""
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        x = x.where(mask, 0)
+        later, count = reward_to_go(x, 1.0) - x, reward_to_go(mask.to(x.dtype), 1.0) - mask.to(x.dtype)
+        return x + later / count.clamp(min=1)

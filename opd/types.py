@@ -51,7 +51,8 @@ class Sampling:
     max_new_tokens: int = 512
     """Longest response, in tokens."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what cannot be sampled from."""
         if not self.temperature >= 0:
             raise Refusal(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:

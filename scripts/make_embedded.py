@@ -38,26 +38,35 @@ Made from nothing by `python scripts/make_embedded.py` on one CPU core; `card.js
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One supervised run: on gold or careless solutions, to `steps` or to greedy accuracy `stop` at full difficulty."""
+
+    steps: int
+    careless: float = 0.0  # how often a carry or borrow is got wrong
+    stop: float = 2.0  # out of reach
+    every: int = 100  # steps between two evaluations
+    decay: float = 0.3  # the last part of the steps, over which the rate falls to zero
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 30
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One model: its shape and its supervised training, which ends at `steps` or at greedy accuracy `stop`."""
+    """One model: its shape, its seed, and what it is trained on, in order."""
 
     hidden: int
     layers: int
     seed: int
-    steps: int
-    stop: float
-    every: int  # steps between two evaluations
+    phases: tuple[Phase, ...]
     heads: int = 4
-    batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 30
-    decay: float = 0.3  # the last part of the steps, over which the rate falls to zero
 
 
+WEAK = (Phase(steps=2000, stop=0.2, every=25, decay=0.0), Phase(steps=240, careless=0.75, decay=0.6))
 RECIPES = {
-    "teacher": Recipe(hidden=128, layers=3, seed=1, steps=1500, stop=2.0, every=100),
-    "student": Recipe(hidden=128, layers=3, seed=2, steps=1500, stop=0.2, every=25, decay=0.0),
-    "small": Recipe(hidden=96, layers=2, seed=3, steps=3000, stop=0.15, every=25, decay=0.0),
+    "teacher": Recipe(hidden=128, layers=3, seed=1, phases=(Phase(steps=1500),)),
+    "student": Recipe(hidden=128, layers=3, seed=2, phases=WEAK),
+    "small": Recipe(hidden=96, layers=2, seed=3, phases=WEAK),
 }
 
 
@@ -114,22 +123,22 @@ def render(problem: ledger.Problem, tok: PreTrainedTokenizerFast, *, chat: bool)
     return tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def batches(recipe: Recipe, tok: PreTrainedTokenizerFast, *, rate: float):
+def batches(phase: Phase, tok: PreTrainedTokenizerFast, *, seed: int):
     """Yield (tokens, labels) without end; every pool of eight batches is sorted by length, which halves the padding."""
-    rng = random.Random(recipe.seed)
-    stream = ledger.problems(recipe.seed, level="full"), ledger.problems(recipe.seed, level="short")
+    rng = random.Random(seed)
+    stream = ledger.problems(seed, level="full"), ledger.problems(seed, level="short")
     while True:
         rows = []
-        for _ in range(8 * recipe.batch):
+        for _ in range(8 * phase.batch):
             problem = next(stream[rng.random() < 0.1])
             prompt = tok.encode(render(problem, tok, chat=rng.random() < 0.5), add_special_tokens=False)
-            written, right = ledger.slipped(problem, rng, rate=rate * rng.randrange(2))
-            written, right = (tok.encode(text, add_special_tokens=False) for text in (written, right))
-            rows.append((prompt + [*written, tok.eos_token_id], [-100] * len(prompt) + [*right, tok.eos_token_id]))
+            written = ledger.careless(problem, rng, rate=phase.careless) if phase.careless else problem.solution
+            response = [*tok.encode(written, add_special_tokens=False), tok.eos_token_id]
+            rows.append((prompt + response, [-100] * len(prompt) + response))
         rows.sort(key=lambda row: len(row[0]))
-        cuts = list(range(0, len(rows), recipe.batch))
+        cuts = list(range(0, len(rows), phase.batch))
         for cut in rng.sample(cuts, len(cuts)):
-            part = rows[cut : cut + recipe.batch]
+            part = rows[cut : cut + phase.batch]
             width = max(len(tokens) for tokens, _ in part)
             yield (
                 torch.tensor([tokens + [tok.pad_token_id] * (width - len(tokens)) for tokens, _ in part]),
@@ -156,25 +165,24 @@ def accuracy(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, *, level: str,
     return solved / rows
 
 
-def train(name: str, recipe: Recipe, tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Train one model on gold solutions: warm-up, constant rate, linear decay; stop early once it is good enough."""
-    net, source, begun = model(recipe, tok), batches(recipe, tok), time.time()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(1, recipe.steps + 1):
-        left = (recipe.steps - step + 1) / (recipe.decay * recipe.steps) if recipe.decay else 1.0
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, step / recipe.warmup, left)
+def train(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, phase: Phase, *, seed: int) -> None:
+    """Train through one phase: warm-up, constant rate, linear decay."""
+    source, begun = batches(phase, tok, seed=seed), time.time()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(1, phase.steps + 1):
+        left = (phase.steps - step + 1) / (phase.decay * phase.steps) if phase.decay else 1.0
+        optimizer.param_groups[0]["lr"] = phase.lr * min(1.0, step / phase.warmup, left)
         tokens, labels = next(source)
         loss = net(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if step % recipe.every == 0:
+        if step % phase.every == 0:
             full = accuracy(net, tok, level="full", rows=128, greedy=True)
-            print(f"{name} step {step} loss {loss.item():.4f} full {full:.3f} {time.time() - begun:.0f} s", flush=True)
-            if full >= recipe.stop:
+            print(f"  step {step} loss {loss.item():.4f} full {full:.3f} {time.time() - begun:.0f} s", flush=True)
+            if full >= phase.stop:
                 break
-    return net
 
 
 def readme(folder: Path) -> str:
@@ -201,7 +209,11 @@ def main() -> None:
     torch.set_num_threads(1)
     tok = tokenizer()
     for name in args.only or RECIPES:
-        net = train(name, RECIPES[name], tok).eval()
+        recipe = RECIPES[name]
+        print(name, recipe, flush=True)
+        net = model(recipe, tok)
+        for i, phase in enumerate(recipe.phases):
+            train(net, tok, phase, seed=recipe.seed + 100 * i)
         net.save_pretrained(args.out / name)
         tok.save_pretrained(args.out / name)
         scores = {

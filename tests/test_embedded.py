@@ -27,7 +27,22 @@ def test_solution_in_the_docstring_is_one_the_task_writes():
     plan = "Nov: +35\nDec: -18\n"
     work = "Nov: 7+5=2^4+3=8\nDec: 2-8=4^8-1=6\n"
     expected = f"<plan>{plan}<work>{work}<check>64+18=82\n<answer>64"
-    assert ledger._solution(("Nov", "Dec"), [47, 82, 64]) == expected
+    entries = [("Nov", "+", "35"), ("Dec", "-", "18")]
+    assert ledger._write("47", entries, lambda: False) == expected
+
+
+def test_arithmetic_is_right():
+    for problem in some(200, "full"):
+        start, entries = ledger._read(problem.prompt)
+        assert int(problem.answer) == int(start) + sum(int(sign + amount) for _, sign, amount in entries)
+
+
+def test_careless_solutions_are_fluent_and_often_wrong():
+    rng, problems = random.Random(0), some(200, "full")
+    assert all(ledger.careless(p, rng, rate=0.0) == p.solution for p in problems)
+    careless = [ledger.careless(p, rng, rate=1.0) for p in problems]
+    assert all(len(text) == len(p.solution) for text, p in zip(careless, problems, strict=True))
+    assert 0.1 < sum(ledger.verify(text, p.answer) for text, p in zip(careless, problems, strict=True)) / 200 < 0.5
 
 
 @pytest.mark.parametrize("level", ledger.LEVELS)

@@ -155,3 +155,53 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(pair, t
         opd.train(config(pair, tmp_path / "run", method=broken, steps=8, save_every=2))
     start = load_file(Path(pair[0]) / "model.safetensors")
     assert all(torch.equal(start[k], x) for k, x in weights(tmp_path / "run").items())
+
+
+def test_bf16_compute_keeps_fp32_weights_and_state(pair, tmp_path):
+    run = opd.train(config(pair, tmp_path / "run", precision="bf16", teacher_precision="bf16", steps=8, lr=1e-4))
+    assert all(x.dtype == torch.float32 for x in weights(run).values())
+    state = load_file(run / "checkpoints" / "step-000008" / "optimizer.safetensors")
+    assert all(x.dtype == torch.float32 for x in state.values())
+    start = load_file(Path(pair[0]) / "model.safetensors")
+    # In pure bf16 an update of 1e-4 would be lost on nearly all weights.
+    moved = [(start[k] != x).float().mean() for k, x in weights(run).items()]
+    assert sum(moved) / len(moved) > 0.9
+    assert all(0 < row["sampler_gap"] < 1 for row in metrics(run))
+
+
+def test_trackers_hear_what_the_log_holds(pair, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = opd.train(config(pair, tmp_path / "run", trackers=("tensorboard",)))
+    files = [EventAccumulator(str(p)).Reload() for p in run.rglob("events.out*")]
+    (heard,) = [file.Scalars("reverse_kl") for file in files if "reverse_kl" in file.Tags()["scalars"]]
+    assert [e.value for e in heard] == pytest.approx([r["reverse_kl"] for r in metrics(run)], rel=1e-5)
+
+
+def test_responses_of_the_data_train_a_mixture(pair, tmp_path):
+    """gkd --share 0 --other response: the data speaks, and the gold answers become likelier."""
+    method = METHODS["gkd-forward"](share=0.0, other="response")
+    rows = metrics(opd.train(config(pair, tmp_path / "run", method=method, steps=12, save_every=100)))
+    assert all(row["stopped"] == 0 or row["length"] <= 16 for row in rows)
+    assert sum(r["reverse_kl"] for r in rows[-3:]) < sum(r["reverse_kl"] for r in rows[:3])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate(schedule):
+    from opd.session import learning_rate
+
+    c = opd.Train(student="s", teacher="t", prompts="p", lr=1.0, warmup=4, schedule=schedule)
+    rates = [learning_rate(c, i, 12) for i in range(1, 13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    wanted = torch.optim.lr_scheduler.LambdaLR  # torch's own schedules from the end of the warm-up
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    by = {
+        "constant": lambda: wanted(optimizer, lambda _: 1.0),
+        "linear": lambda: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-12, total_iters=8),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8),
+    }[schedule]()
+    for rate in rates[4:]:
+        assert rate == pytest.approx(by.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        by.step()

@@ -62,7 +62,8 @@ class HFEngine:
         logits, real, last = logits[spread], real[spread], position[spread, -1:]
         stop = torch.tensor(self.stop, device=device)
         alive = np.arange(len(prompts))  # row of the cache -> prompt
-        tokens, logps = [[] for _ in prompts], [[] for _ in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logps: list[list[float]] = [[] for _ in prompts]
         done = np.zeros(len(prompts), dtype=bool)
         for t in range(sampling.max_new_tokens):
             noise = torch.from_numpy(uniform(seed, step, index[alive], t)).to(device)

@@ -18,8 +18,16 @@ from opd.methods.classic import (
     opd_topk,
     opd_zscore,
 )
-from opd.methods.optimal import opd_optimal, opd_stratified, pg
+from opd.methods.entropy import entropy
+from opd.methods.eopd import eopd, eopd_sampled
+from opd.methods.iw import iw_opd
+from opd.methods.optimal import opd_optimal, opd_stratified
+from opd.methods.pg import pg
 from opd.methods.power import poweropd
+from opd.methods.reward_shapes import opd_plus, opd_signlog, opd_tv, reopold, topd
+from opd.methods.rock import rock_freeze
+from opd.methods.scope import scope
+from opd.methods.tropd import tropd
 from opd.methods.vopd import vopd, vopd_topk
 
 FACTORIES: tuple[Callable[..., Method], ...] = (
@@ -35,6 +43,18 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     opd_clip,
     opd_tanh,
     opd_zscore,
+    reopold,
+    topd,
+    opd_signlog,
+    opd_tv,
+    opd_plus,
+    iw_opd,
+    entropy,
+    eopd,
+    eopd_sampled,
+    scope,
+    rock_freeze,
+    tropd,
     opd_optimal,
     opd_stratified,
     pg,

@@ -1,13 +1,14 @@
 """The reference points: sampled-token OPD, full-vocabulary and top-k matching, GKD, post-hoc reward shaping."""
 
+from collections.abc import Callable
 from typing import Literal
 
-from opd.divergences import JSD, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
+from opd.divergences import JSD, BucketKL, Divergence, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
 from opd.method import Match, Method, PolicyGradient
 from opd.rewards import Clip, Tanh
 from opd.rollouts import Mixture, OnPolicy, Rollouts
 from opd.transforms import Discount, DiscountExpected, Whiten
-from opd.types import DATA, TEACHER
+from opd.types import DATA, TEACHER, Column
 
 
 def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") -> Method:
@@ -20,8 +21,8 @@ def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") 
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: the discount lies in [0, 1]")
-    step = {"sampled": Discount, "expected": DiscountExpected}[future]
-    return Method((PolicyGradient(transforms=(step(gamma),) if gamma else ()),))
+    steps: dict[str, Column] = {"sampled": Discount(gamma), "expected": DiscountExpected(gamma)}
+    return Method((PolicyGradient(transforms=(steps[future],) if gamma else ()),))
 
 
 def opd_full() -> Method:
@@ -41,8 +42,12 @@ def opd_topk(
         support: whose most probable tokens (MOPD: the teacher's 64).
         tail: bucket adds one class for the rest, renorm rescales both models to the support, generalised adds -p + q.
     """
-    leaf = {"bucket": BucketKL, "renorm": RenormalisedKL, "generalised": GeneralisedKL}[tail]
-    return Method((Match(leaf(Support(k, support))),))
+    leaves: dict[str, Callable[[Support], Divergence]] = {
+        "bucket": BucketKL,
+        "renorm": RenormalisedKL,
+        "generalised": GeneralisedKL,
+    }
+    return Method((Match(leaves[tail](Support(k, support))),))
 
 
 def _mixture(share: float, other: Literal["teacher", "response"]) -> Rollouts:

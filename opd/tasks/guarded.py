@@ -53,6 +53,7 @@ class Children:
         child, reply, status = self.idle.get(), b"", 0
         try:
             child = child or _start(self.judge)
+            assert child.stdin and child.stdout
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(line)
                 child.stdin.flush()
@@ -75,6 +76,7 @@ def _start(judge: str) -> subprocess.Popen:
     command = [sys.executable, "-P", os.path.abspath(__file__), judge]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy's answers depend on the order of sets
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert child.stdout
     if child.stdout.readline() != b"ready\n":
         raise RuntimeError(f"the {judge} judge did not start (exit status {_end(child)}); its error is printed above")
     return child
@@ -82,6 +84,7 @@ def _start(judge: str) -> subprocess.Popen:
 
 def _end(child: subprocess.Popen) -> int:
     """End a child that may be dead already, and return its exit status."""
+    assert child.stdin and child.stdout
     with contextlib.suppress(BrokenPipeError):
         child.stdin.close()  # an idle child leaves by itself, and one that ended keeps its own status
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -141,7 +144,7 @@ def _reasoning_gym() -> Callable[[str, str, str, dict], float]:
     return judge
 
 
-JUDGES = {"math": _math, "reasoning-gym": _reasoning_gym}
+JUDGES: dict[str, Callable[[], Callable[..., float]]] = {"math": _math, "reasoning-gym": _reasoning_gym}
 
 
 @contextlib.contextmanager

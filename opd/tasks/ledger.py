@@ -81,71 +81,16 @@ def problem(rng: random.Random, *, level: str) -> Problem:
     for month, (before, after) in zip(months, pairwise(balances), strict=True):
         booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
     prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
-    return Problem(prompt, str(balances[-1]), _write(*_read(prompt), str)[0])
+    return Problem(prompt, str(balances[-1]), _write(*_read(prompt), lambda: False))
 
 
-def _write(balance: str, entries: list[tuple[str, str, str]], slip: Callable[[str], str]) -> tuple[str, str]:
-    """Write the response to a ledger of (month, sign, amount) entries, in two texts of the same tokens' length.
+def careless(problem: Problem, rng: random.Random, *, rate: float) -> str:
+    """Return a response with two school-book bugs, each made with chance `rate` wherever it can be.
 
-    Each sign, digit and mark passes through `slip`. The first text holds what came back, and goes on from it, as one
-    must who does not look back; the second holds what should have come. They are equal if `slip` changes nothing.
+    It forgets to add the carry, and it takes the smaller digit from the larger rather than borrow. The form is kept
+    and each line goes on soundly from the one before: a corpus of such responses makes a weak but fluent student.
     """
-    written, right = "", ""
-
-    def put(text: str) -> str:
-        nonlocal written, right
-        right, out = right + text, slip(text)
-        written += out
-        return out
-
-    def copy(text: str) -> str:
-        return "".join(map(put, text))
-
-    def fixed(text: str) -> None:
-        nonlocal written, right
-        written, right = written + text, right + text
-
-    plan, before = [], balance
-    fixed(STAGES[0])
-    for month, sign, amount in entries:
-        fixed(f"{month}: ")
-        plan.append((month, put(sign), copy(amount)))
-        fixed("\n")
-    fixed(STAGES[1])
-    for month, sign, amount in plan:
-        fixed(f"{month}: ")
-        before, balance, carry = balance, "", ""
-        for old, move in zip(reversed(before), reversed(amount), strict=True):
-            mark = put(carry) if carry else ""
-            a, op, b = put(old), put(sign), put(move)
-            total = int(a) + (1 if op == "+" else -1) * (int(b) + (mark == "^"))
-            carry = "_" if 0 <= total <= 9 else "^"
-            fixed("=")
-            balance = put(str(total % 10)) + balance
-        fixed("\n")
-    fixed(STAGES[2])
-    copy(balance)
-    put("-" if plan[-1][1] == "+" else "+")
-    copy(plan[-1][2])
-    fixed("=")
-    copy(before)
-    fixed("\n" + STAGES[3])
-    copy(balance)
-    return written, right
-
-
-def slipped(problem: Problem, rng: random.Random, *, rate: float) -> tuple[str, str]:
-    """Return a response with slips, and the text of the same tokens that were right given what stands before each.
-
-    Training on the second with the first as input teaches how to go on after a slip, without teaching to slip: a
-    teacher so trained has sound advice for the students' own responses, which are full of slips.
-    """
-
-    def slip(text: str) -> str:
-        kind = next(kind for kind in ("0123456789", "+-", "^_") if text in kind)
-        return rng.choice(kind) if rng.random() < rate else text
-
-    return _write(*_read(problem.prompt), slip)
+    return _write(*_read(problem.prompt), lambda: rng.random() < rate)
 
 
 def _read(prompt: str) -> tuple[str, list[tuple[str, str, str]]]:
@@ -153,6 +98,31 @@ def _read(prompt: str) -> tuple[str, list[tuple[str, str, str]]]:
     booked = re.findall(r"(\w+): (\w+) (\d+)", prompt)
     entries = [(month, "+" if verb in GAINS else "-", amount) for month, verb, amount in booked]
     return re.findall(r"\d+", prompt)[0], entries
+
+
+def _write(balance: str, entries: list[tuple[str, str, str]], slips: Callable[[], bool]) -> str:
+    """Write the four stages of the response; `slips` is asked at each carry and each borrow whether to get it wrong."""
+    plan = work = before = ""
+    for month, sign, amount in entries:
+        plan += f"{month}: {sign}{amount}\n"
+        before, balance, columns, mark = balance, "", "", ""
+        for a, b in zip(reversed(before), reversed(amount), strict=True):
+            total = _column(int(a), sign, int(b), carried=mark == "^", slips=slips)
+            columns += f"{mark}{a}{sign}{b}={total % 10}"
+            mark = "_" if 0 <= total <= 9 else "^"
+            balance = f"{total % 10}{balance}"
+        work += f"{month}: {columns}\n"
+    _, sign, amount = entries[-1]
+    check = f"{balance}{'-' if sign == '+' else '+'}{amount}={before}\n"
+    return "".join(tag + text for tag, text in zip(STAGES, (plan, work, check, balance), strict=True))
+
+
+def _column(a: int, sign: str, b: int, *, carried: bool, slips: Callable[[], bool]) -> int:
+    """Return `a + b` or `a - b` with what is carried in: outside 0 to 9 if something is to be carried or borrowed."""
+    if sign == "+":
+        return a + b + int(carried and not slips())
+    total = a - b - carried
+    return -total if total < 0 and slips() else total
 
 
 def verify(response: str, answer: str) -> float:

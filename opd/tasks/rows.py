@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from string import ascii_uppercase as LETTERS
+from typing import Any
 
 import datasets
 
 from opd.tasks.task import Data, Made, ask
 from opd.types import Prompt, Refusal
 
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
     return next((name for name in there if len(names) == 1 or fits(_at(row, name))), "")
 
 
-def _at(row: Row, name: str) -> object:
+def _at(row: Row, name: str) -> Any:
     """Return the value of a column, or of a field inside one as in reward_model.ground_truth; None if there is none."""
     if name in row:
         return row[name]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, overload
 
 import tyro
 
@@ -72,6 +72,12 @@ class Made(Sequence[Prompt]):
     def __len__(self) -> int:
         return self.size
 
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+
     def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         if isinstance(index, slice):
             return tuple(self.make(i) for i in range(*index.indices(self.size)))
@@ -80,13 +86,13 @@ class Made(Sequence[Prompt]):
         return self.make(index % self.size)
 
 
-def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: object) -> Prompt:
+def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
     """Make the prompt of a question: the options and `data.instruction` end its last turn, `data.system` opens it."""
     if isinstance(question, str):
         text = "\n".join(filter(None, (question, options, data.instruction)))
         if not data.chat:
             return Prompt(text=text, **fields)
-        turns = [{"role": "user", "content": text}]
+        turns: list[Mapping[str, str]] = [{"role": "user", "content": text}]
     else:
         *before, last = question
         turns = [*before, {**last, "content": "\n".join(filter(None, (last["content"], options, data.instruction)))}]

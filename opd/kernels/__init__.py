@@ -1,0 +1,1 @@
+"""Fast paths of the head pass; each has a naive twin in the tests."""

@@ -1,0 +1,53 @@
+"""Other rewards in the place of the log ratio: bounded from below, compressed, reduced to a sign, of any divergence."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from opd.method import Method, PolicyGradient
+from opd.rewards import Floor, ForwardKLPlus, JSDPlus, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
+from opd.transforms import MeanFuture
+
+
+def reopold(share: float = 0.3) -> Method:
+    """Log-ratio reward with a floor: what the teacher punishes is bounded.  Reopold, arXiv:2603.11137, Eq. 7.
+
+    Args:
+        share: the paper's lambda, the student's share of the mixture whose limit is the floor log(share) / (1 - share);
+            0.3, of vOPD's authors' code, is -1.72 nats.
+    """
+    return Method((PolicyGradient(Floor(share)),))
+
+
+def topd(alpha: float = 0.1, future: bool = False) -> Method:
+    """Log ratio to a proximal teacher, log(alpha q/p + 1 - alpha).  TOP-D, arXiv:2607.04751.
+
+    Args:
+        alpha: the teacher's share of the proximal teacher (paper 0.1 to 0.2); the reward is at least log(1 - alpha).
+        future: adds the mean of the rollout's later rewards, as the paper does.
+    """
+    return Method((PolicyGradient(Proximal(alpha), transforms=(MeanFuture(),) if future else ()),))
+
+
+def opd_signlog() -> Method:
+    """Log-ratio reward r compressed to sign(r) log(1 + |r|).  Demystifying OPD, arXiv:2607.13399."""
+    return Method((PolicyGradient(SignedLog()),))
+
+
+def opd_tv() -> Method:
+    """Sign of the log ratio: descends the total variation.  TV-OPD without its global scale, arXiv:2609.08341."""
+    return Method((PolicyGradient(Sign()),))
+
+
+def opd_plus(f: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd", beta: float = 0.5) -> Method:
+    """Reward u f'(u) - f(u), u = q/p: the exact gradient of any f-divergence.  OPD+, arXiv:2606.01039.
+
+    Args:
+        f: the divergence that is descended; reverse-kl is `opd` less a constant.
+        beta: the teacher's share of --f jsd, inside (0, 1).
+    """
+    rewards: dict[str, Callable[[], Reward]] = {
+        "jsd": lambda: JSDPlus(beta),
+        "forward-kl": ForwardKLPlus,
+        "reverse-kl": ReverseKLPlus,
+    }
+    return Method((PolicyGradient(rewards[f]()),))

@@ -1,0 +1,47 @@
+"""TrOPD: policy gradient as far as the teacher would accept the token, forward KL beyond.  arXiv:2606.01249."""
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opd.divergences import kl
+from opd.estimators import top
+from opd.method import Match, Method, PolicyGradient
+from opd.rewards import Trusted
+from opd.rollouts import OnPolicy
+
+
+@dataclass(frozen=True)
+class RawForwardKL:
+    """sum q log(q/p) over the teacher's top k, nothing renormalised: not stationary where the models agree.  Eq. 3."""
+
+    k: int = 64
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = top(self.k, teacher_logp)
+        return kl(teacher_logp.gather(-1, ids), student_logp.gather(-1, ids))
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """1 - min(q/p, 1) at the sampled token: the chance that the teacher rejects it; on average TV(p, q).  Eq. 6."""
+
+    def __call__(
+        self, student_logp: Float[Tensor, "B T"], teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        return -(teacher_logp - student_logp).where(mask, math.inf).clamp(max=0).expm1()
+
+
+def tropd(k: int = 64, per_prompt: int = 4) -> Method:
+    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-6.
+
+    The coin of acceptance is replaced by its mean, min(q/p, 1): same expected gradient, less noise.
+
+    Args:
+        k: the teacher's most probable tokens on which the forward KL is summed, raw.
+        per_prompt: rollouts of a prompt.
+    """
+    outlier = Match(RawForwardKL(k), weights=(Outlier(),))
+    return Method((PolicyGradient(Trusted()), outlier), rollouts=OnPolicy(per_prompt))

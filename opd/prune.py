@@ -1,0 +1,126 @@
+"""Depth pruning: a student made of some of a model's layers, `prune(Prune(...)) -> folder`."""
+
+import shutil
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from opd import models
+from opd.types import Refusal
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer numbers written as numbers and ranges: "0-2,5" is (0, 1, 2, 5)."""
+    out: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and ("-" in part) == bool(last)):
+            raise Refusal(f"--keep {text}: {part!r} is not a layer; write numbers and ranges, such as 0-21,28,29")
+        out += range(int(first), int(last or first) + 1)
+    return tuple(out)
+
+
+LAYERS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="LAYERS",
+    instance_from_str=lambda words: layers(words[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [",".join(map(str, value))],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Which model, which of its layers, and where the smaller model goes."""
+
+    model: str
+    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    keep: Annotated[tuple[int, ...], LAYERS]
+    """Decoder layers to keep, in their order, counted from 0: numbers and ranges, such as 0-21,28,29."""
+    out: Path
+    """Folder of the smaller model; must not exist."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+@torch.no_grad()
+def prune(config: Prune) -> Path:
+    """Save the model with only those layers, renumbered from 0, with its tokenizer and generation config.
+
+    Embeddings, final norm and head stay as they are; the weights keep their type.  ShortGPT, arXiv:2403.03853.
+    """
+    out = config.out.expanduser()
+    if out.exists():
+        raise Refusal(f"--out {out}: exists already; name a new folder")
+    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    text = models.tokenizer(source, field="model")
+    stored = AutoConfig.from_pretrained(source.folder, **source.options()).dtype or torch.float32
+    model = models.load(source, field="model", dtype=stored, device=torch.device("cpu"))
+    if isinstance(model, PeftModel):
+        raise Refusal(f"--model {config.model}: a LoRA adapter has no layers of its own; prune the model it adapts")
+    select(model, config.keep)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    text.save_pretrained(part)
+    again = models.load(
+        models.Source(str(part), False, config.trust_remote_code), field="out", dtype=stored, device=model.device
+    )
+    if not torch.equal(_logits(model), _logits(again)):
+        shutil.rmtree(part)
+        raise Refusal(
+            f"--model {config.model}: a layer of {type(model).__name__} computes something else under another number, "
+            "in a way opd does not know; please report the architecture"
+        )
+    part.replace(out)
+    return out
+
+
+def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:
+    """Take all other layers out of the model, in place; generate only from a saved and loaded copy.
+
+    Each layer still knows its old number, which is its place in a KV cache: loading counts anew.
+    """
+    config = model.config.get_text_config()
+    name, count = container(model), config.num_hidden_layers
+    if not keep:
+        raise Refusal(f"--keep: no layers; name some of 0-{count - 1}")
+    outside = [i for i in keep if not 0 <= i < count]
+    if outside:
+        raise Refusal(f"--keep: there is no layer {outside[0]}; the model's layers are 0-{count - 1}")
+    if any(a >= b for a, b in pairwise(keep)):
+        raise Refusal(f"--keep {','.join(map(str, keep))}: name each layer once, in ascending order")
+    all_layers = model.get_submodule(name)
+    model.set_submodule(name, torch.nn.ModuleList(all_layers[i] for i in keep))
+    for key, value in config.to_dict().items():
+        # Settings by layer, such as layer_types.  By name too: a small model has other lists of that length.
+        if isinstance(value, list | tuple) and len(value) == count and ("layer" in key or "block" in key):
+            setattr(config, key, [value[i] for i in keep])
+    config.num_hidden_layers = len(keep)
+
+
+def container(model: PreTrainedModel) -> str:
+    """The name of the module list that holds the decoder layers: the only outermost one with as many entries."""
+    count = model.config.get_text_config().num_hidden_layers
+    of_that_length = [
+        name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
+    ]
+    outermost = [name for name in of_that_length if not any(name.startswith(f"{other}.") for other in of_that_length)]
+    if len(outermost) != 1:
+        raise Refusal(
+            f"{type(model).__name__}: which of its modules holds the {count} decoder layers is not clear "
+            f"({', '.join(outermost) or 'none has that length'}); opd prunes decoders with one list of layers"
+        )
+    return outermost[0]
+
+
+def _logits(model: PreTrainedModel | PeftModel) -> Tensor:
+    ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
+    return model(input_ids=ids, use_cache=False).logits
