@@ -34,7 +34,12 @@ USAGE = """usage: opd COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "methods": _methods, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "methods": _methods,
+        "demo": _demo,
+    }
     try:
         match args:
             case [] | ["-h" | "--help"]:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opd import models, tokens
+from opd import models, prompts
 from opd.config import Evaluate, Train
 from opd.evaluation import Estimate, evaluate, interval
 from opd.loop import train
@@ -111,9 +111,9 @@ def supervised(config: Train, folder: Path) -> Path:
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
     for step in range(1, config.steps + 1):
-        prompts = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
-        asked = [tokens.render(text, p, chat_template_kwargs={}, system="") for p in prompts]
-        gold = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in prompts]
+        rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
+        asked = [prompts.render(text, p, chat_template_kwargs={}, system="") for p in rows]
+        gold = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in rows]
         ids = [torch.tensor([*a, *g]) for a, g in zip(asked, gold, strict=True)]
         labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(asked, gold, strict=True)]
         pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
@@ -144,9 +144,7 @@ def draw(runs: list[Path], picture: Path, method: str) -> None:
         trained = [r for r in logged if "reverse_kl" in r]
         right.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)
     left.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 100), title=f"{method}: accuracy, 95 % band")
-    right.set(
-        xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher"
-    )
+    right.set(xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import torch
 
-from opd import models, tokens
+from opd import models, prompts
 from opd.config import DTYPES, Evaluate
 from opd.engines.hf import HFEngine
 from opd.tasks.load import load
@@ -97,10 +97,11 @@ def evaluate(config: Evaluate) -> Scores:
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
-    stop = tokens.stop_ids(models.generation_config(source), text)
+    stop = prompts.stop_ids(models.generation_config(source), text)
     model = models.load(source, field="model", dtype=DTYPES[config.precision], device=torch.device(config.device))
     models.small_threads(model)
-    ids = [tokens.render(text, p, chat_template_kwargs={}, system="") for p in task.prompts]
+    arguments = prompts.template_arguments(config.data.template_args)
+    ids = [prompts.render(text, p, chat_template_kwargs=arguments, system="") for p in task.prompts]
     context = models.base(model).config.get_text_config().max_position_embeddings
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context:

@@ -103,12 +103,19 @@ class PolicyGradient:
             return value
         return value - self.baseline(self.reward, at.student_logp, at.teacher_logp, None)
 
+    def sampled_loss(
+        self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
+    ) -> Float[Tensor, "*N"]:
+        """Unweighted loss of each token under `Sampled`, from its log p; the target's advantage comes before the score."""
+        advantage = score if target.advantage is None else target.advantage
+        old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
+        return self.surrogate(new, advantage, **old)
+
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Unweighted loss of each token."""
         if isinstance(self.estimator, Sampled):
-            advantage = self.score(at) if target.advantage is None else target.advantage
-            old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
-            return self.surrogate(at.sampled(at.student_logp), advantage, **old)
+            score = self.score(at) if target.advantage is None else None
+            return self.sampled_loss(at.sampled(at.student_logp), score, target)
         with torch.no_grad():
             p, exact = at.student_logp.exp(), self.estimator.exact(at.student_logp)
             f = self.reward(at.student_logp, at.teacher_logp)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import AutoConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd import models, tokens
+from opd import models, prompts, tokens
 from opd.collect import Collector, Rendered
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
@@ -71,10 +71,12 @@ class Prompts:
     def render(self, row: int) -> Rendered:
         """One prompt's ids for each model; refuses one that does not fit."""
         prompt = self.task.prompts[row]
-        ids = tokens.render(self.tokenizer, prompt, chat_template_kwargs={}, system="")
+        arguments = prompts.template_arguments(self.config.data.template_args)
+        ids = prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
         teacher_ids = ids
         if self.config.teacher_prompt == "own":
-            teacher_ids = tokens.render(self.teacher_tokenizer, prompt, chat_template_kwargs={}, system="")
+            heard = prompts.known(self.teacher_tokenizer, arguments)
+            teacher_ids = prompts.render(self.teacher_tokenizer, prompt, chat_template_kwargs=heard, system="")
         longest = max(len(ids), len(teacher_ids))
         if longest > self.room:
             raise Refusal(
@@ -141,7 +143,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     teacher_text = models.tokenizer(teacher_source, field="teacher")
     shapes = [AutoConfig.from_pretrained(s.folder, **s.options()).get_text_config() for s in (source, teacher_source)]
     stops = [
-        tokens.stop_ids(models.generation_config(s), t) for s, t in ((source, text), (teacher_source, teacher_text))
+        prompts.stop_ids(models.generation_config(s), t) for s, t in ((source, text), (teacher_source, teacher_text))
     ]
     agreed = tokens.require(
         tokens.agreement(
@@ -158,13 +160,13 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     if room < 1:
         raise Refusal(f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context is {context} tokens")
     reading = lambda task: Prompts(task, text, teacher_text, config, room)
-    prompts = reading(load(replace(config.data, source=config.prompts, seed=config.seed)))
+    asked = reading(load(replace(config.data, source=config.prompts, seed=config.seed)))
     held_out = None
     if config.eval_prompts:
         # A random choice of the held-out rows, the same for every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
         held_out = reading(load(chosen))
-    prompts.check()
+    asked.check()
     if held_out is not None:
         held_out.check()
 
@@ -202,7 +204,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         optimizer=wrapped_optimizer,
         vocabulary=Vocabulary(size, config.loss_temperature, stop, config.chunk_mb << 20),
         collector=Collector(speaker, scorer, text),
-        prompts=prompts,
+        prompts=asked,
         held_out=held_out,
         agreement=agreed,
     )

@@ -16,9 +16,11 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "methods.* metrics exact"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
-    "edges": "tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*",
+    "edges": (
+        "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
+    ),
     "program": (
-        "config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli demo "
+        "prune config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli demo "
         "__main__ opd"  # opd: the package's front door, which opens on all floors
     ),
 }

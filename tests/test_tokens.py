@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from opd import tokens
+from opd import prompts, tokens
 from opd.tokens import Severity
 from opd.types import Prompt, Refusal
 
@@ -90,7 +90,7 @@ def ask(*turns: str) -> Prompt:
 
 
 def read(tokenizer, prompt: Prompt, system: str = "", **template) -> str:
-    return tokenizer.decode(tokens.render(tokenizer, prompt, chat_template_kwargs=template, system=system))
+    return tokenizer.decode(prompts.render(tokenizer, prompt, chat_template_kwargs=template, system=system))
 
 
 # The vocabulary
@@ -219,12 +219,12 @@ def test_no_stop_at_all_is_refused():
 
 @pytest.mark.parametrize(("eos", "ids"), [(3, (3,)), (0, (0,)), ([5, 3, 5], (3, 5)), (None, ENDS), ([], ENDS)])
 def test_stop_ids_are_the_generation_configs_else_the_tokenizers(eos, ids):
-    assert tokens.stop_ids(GenerationConfig(eos_token_id=eos, temperature=0.6, do_sample=True), byte_level()) == ids
+    assert prompts.stop_ids(GenerationConfig(eos_token_id=eos, temperature=0.6, do_sample=True), byte_level()) == ids
 
 
 def test_a_model_that_never_stops_is_refused():
     with pytest.raises(Refusal, match=r"eos_token_id: this model has none.*set eos_token_id in generation_config.json"):
-        tokens.stop_ids(GenerationConfig(), byte_level(eos_token=None))
+        prompts.stop_ids(GenerationConfig(), byte_level(eos_token=None))
 
 
 # Special tokens, spelling, templates
@@ -298,7 +298,7 @@ def test_one_text_in_other_ids_is_shown_token_by_token():
 def test_messages_go_through_the_models_own_template():
     tokenizer = with_bos()  # would add a second BOS
     prompt = ask("user: What is 2?", "assistant: two", "user: and 3?")
-    ids = tokens.render(tokenizer, prompt, chat_template_kwargs={}, system="")
+    ids = prompts.render(tokenizer, prompt, chat_template_kwargs={}, system="")
     assert tokenizer.decode(ids) == "<bos><user>What is 2?<end><assistant>two<end><user>and 3?<end><assistant>"
     theirs = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
     assert list(ids) == theirs["input_ids"]
@@ -346,7 +346,7 @@ def test_text_is_used_as_it_is():
     [
         (Prompt(), "", {}, "prompt: neither messages nor text that gives a token: name the column"),
         (Prompt(text="2?"), "Be brief.", {}, "system: 'Be brief.' has no place in a plain-text row"),
-        (Prompt(text="2?"), "", {"enable_thinking": False}, "a plain-text row uses no template; drop them"),
+        (Prompt(text="2?"), "", {"enable_thinking": False}, "a plain-text row uses none; drop it"),
         (ask("user: 2?"), "", {"enable_thinkng": False}, "enable_thinkng: .* never reads it.*correct the name"),
         (ask("user: 2?", "assistant: 2"), "", {}, "the last turn is the assistant's"),
         (ask("user: 2?"), "", {"messages": ()}, "refuses turns .user.: TypeError"),
@@ -356,7 +356,7 @@ def test_text_is_used_as_it_is():
 )
 def test_prompts_that_cannot_be_rendered_are_refused(prompt, system, template, said):
     with pytest.raises(Refusal, match=said) as refusal:
-        tokens.render(byte_level(), prompt, chat_template_kwargs=template, system=system)
+        prompts.render(byte_level(), prompt, chat_template_kwargs=template, system=system)
     assert "\n" not in str(refusal.value)
 
 
@@ -368,13 +368,13 @@ def test_what_a_template_refuses_is_said_in_one_line():
         read(byte_level(chat_template={"rag": CHAT, "tool_use": CHAT}), ask("user: 2?"))
     with pytest.raises(Refusal, match="nor text that gives a token"):
         read(byte_level(chat_template="{% if false %}{% endif %}"), ask("user: 2?"))
-    with pytest.raises(Refusal, match="has no chat template; drop them"):
+    with pytest.raises(Refusal, match="has no template; drop it"):
         read(byte_level(chat_template=None), ask("user: 2?"), enable_thinking=False)
 
 
 @pytest.mark.parametrize("text", ["  two\n\n three", "naïve e\u0301 数学 🙂", "\\boxed{1}", f"2{END}"])
 def test_byte_level_text_decodes_to_itself(text):
-    assert tokens.decodes_to_itself(byte_level(), text)
+    assert prompts.decodes_to_itself(byte_level(), text)
 
 
 def test_a_sentencepiece_like_tokenizer_reads_and_decodes():
@@ -385,16 +385,16 @@ def test_a_sentencepiece_like_tokenizer_reads_and_decodes():
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*SPECIAL, *fallback], show_progress=False)
     backend.train_from_iterator(TEXT, trainer)
     tokenizer = wrap(backend)
-    assert tokens.decodes_to_itself(tokenizer, "What is 数 + 3?")
+    assert prompts.decodes_to_itself(tokenizer, "What is 数 + 3?")
     assert "What is 2 + 3?<end><assistant>" in read(tokenizer, ask("user: What is 2 + 3?"))
     assert only(compare(byte_level(), tokenizer), "tokens", Severity.REFUSE)
 
 
 def test_lossy_tokenizers_are_caught():
-    assert not tokens.decodes_to_itself(words([*SPECIAL, "two", "three"]), "two four")
+    assert not prompts.decodes_to_itself(words([*SPECIAL, "two", "three"]), "two four")
     backend = Tokenizer.from_str(core())
     backend.normalizer = normalizers.Lowercase()
-    assert not tokens.decodes_to_itself(wrap(backend), "The answer")
+    assert not prompts.decodes_to_itself(wrap(backend), "The answer")
 
 
 def test_the_agreement_prints_for_people():
@@ -417,7 +417,7 @@ EMBEDDED = sorted((Path(tokens.__file__).parent / "embedded").glob("**/tokenizer
 def test_the_embedded_models_share_one_tokenizer():
     loaded = [AutoTokenizer.from_pretrained(path.parent) for path in EMBEDDED]
     for other in loaded:
-        rows, eos = len(other), tokens.stop_ids(GenerationConfig(), other)
+        rows, eos = len(other), prompts.stop_ids(GenerationConfig(), other)
         agreed = tokens.agreement(
             loaded[0], other, student_rows=rows, teacher_rows=rows, student_eos=eos, teacher_eos=eos
         )

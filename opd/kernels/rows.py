@@ -1,8 +1,8 @@
 """One sweep over rows of logits, in place: per-token sums, then the logits become a gradient.
 
-With u = z - max z of the student, v of the teacher, e = exp(u), f = exp(v), everything a method without autograd needs of
-the vocabulary is in seven sums.  The shift keeps their terms of the size of an entropy, so differences of them are exact
-enough in fp32.  On a CPU a block of rows stays in the cache across its passes.
+With u = z - max z of the student, v of the teacher, e = exp u, f = exp v: seven sums hold all that a loss needs of the
+vocabulary when it sees the student through one number per token.  The shift keeps their terms of the size of an entropy,
+so that differences of them stay exact in fp32.  On a CPU a block of rows stays in the cache across its passes.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from opd.divergences import ReverseKL
 from opd.estimators import Sampled, Value
-from opd.method import Match, Method, PolicyGradient, Target
+from opd.method import Match, Method, PolicyGradient, Target, Term
 from opd.rewards import LogRatio
+
+COUNT = 7
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Unnormalised sums over the vocabulary, and both shifted logits at the sampled token."""
+    """Sums over the vocabulary, not normalised, and both shifted logits of the sampled token."""
 
     e: Float[Tensor, " n"]
     eu: Float[Tensor, " n"]
@@ -32,13 +34,13 @@ class Sums:
 
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
         """The measured columns, by name."""
-        mass, teacher_mass, mean = self.e.log(), self.f.log(), self.eu / self.e
+        log_e, log_f, mean = self.e.log(), self.f.log(), self.eu / self.e
         return {
-            "student_logp": self.u - mass,
-            "student_entropy": mass - mean,
-            "teacher_logp": self.v - teacher_mass,
-            "teacher_entropy": teacher_mass - self.fv / self.f,
-            "reverse_kl": (mean - self.ev / self.e) - (mass - teacher_mass),
+            "student_logp": self.u - log_e,
+            "student_entropy": log_e - mean,
+            "teacher_logp": self.v - log_f,
+            "teacher_entropy": log_f - self.fv / self.f,
+            "reverse_kl": (mean - self.ev / self.e) - (log_e - log_f),
         }
 
 
@@ -49,39 +51,75 @@ def sweep_(
     out: Sums,
     scratch: Float[Tensor, "2 r V"],
 ) -> tuple[Float[Tensor, "r V"], Float[Tensor, "r V"]]:
-    """Fill the sums and return (u, v), which live in the scratch; the student's logits become e."""
-    at = ids[:, None]
+    """Fill the sums and return (u, v), which live in the scratch; the student's logits become e.
+
+    The teacher's may live in scratch[1]; else they are left as they are.  A logit of -inf gives nan.
+    """
+    drawn = ids[:, None]
     v = torch.sub(teacher, teacher.amax(-1, keepdim=True), out=scratch[1])
     f = torch.exp(v, out=scratch[0])
     torch.sum(f, -1, out=out.f)
     torch.linalg.vecdot(f, v, out=out.fv)
-    torch.gather(v, -1, at, out=out.v[:, None])
+    torch.gather(v, -1, drawn, out=out.v[:, None])
     u = torch.sub(student, student.amax(-1, keepdim=True), out=scratch[0])
     e = torch.exp(u, out=student)
     torch.sum(e, -1, out=out.e)
     torch.linalg.vecdot(e, u, out=out.eu)
     torch.linalg.vecdot(e, v, out=out.ev)
-    torch.gather(u, -1, at, out=out.u[:, None])
+    torch.gather(u, -1, drawn, out=out.u[:, None])
     return u, v
 
 
 @dataclass(frozen=True)
-class LogpForm:
-    """A loss that sees the student through log p(y) alone: its gradient is the slope times 1_y - p."""
+class ThroughLogp:
+    """A loss that sees the student through log p(y) alone: sampled policy gradients with any reward and baseline."""
 
     column = "student_logp"
 
-    def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Tensor, sums: Sums) -> None:
-        """e (1_y - p) / p = e's sum on y, less e: subtracted before any rounding, since p_y may be near 1."""
+    def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
+        """e becomes sums.e (1_y - p), the one-hot subtracted before any rounding: p_y may be near 1."""
         e.neg_().scatter_add_(-1, ids[:, None], sums.e[:, None])
+
+    def loss(self, terms: tuple[Term, ...], logp: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
+        """Weighted sum over terms, differentiable in log p(y)."""
+        parts = zip(terms, scores, targets, strict=True)
+        return reduce(torch.add, [x.weight * term.sampled_loss(logp, score, x) for term, score, x in parts])
 
 
 @dataclass(frozen=True)
-class KLForm:
-    """A loss that sees the student through KL(student || teacher) alone: the slope times p (u - v - E_p[u - v])."""
+class ThroughKL:
+    """A loss that sees the student through KL(student || teacher) alone: the reverse KL matched, with any weights."""
 
     column = "reverse_kl"
 
-    def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Tensor, sums: Sums) -> None:
-        """The gradient times the sum of e, in place of e; u is consumed."""
+    def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
+        """e becomes sums.e p (u - v - E_p[u - v]); u is consumed."""
         e.mul_(u.sub_(v).sub_(((sums.eu - sums.ev) / sums.e)[:, None]))
+
+    def loss(self, terms: tuple[Term, ...], kl: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
+        """Weighted sum over terms, differentiable in the KL."""
+        return reduce(torch.add, [x.weight * kl for x in targets])
+
+
+def closed_form(method: Method) -> ThroughLogp | ThroughKL | None:
+    """How a method's gradient follows from the sums; None where autograd has to find it."""
+    if all(isinstance(t, PolicyGradient) and isinstance(t.estimator, Sampled) for t in method.terms):
+        return ThroughLogp()
+    if all(isinstance(t, Match) and isinstance(t.divergence, ReverseKL) for t in method.terms):
+        return ThroughKL()
+    return None
+
+
+def scored_by_sums(term: Term) -> bool:
+    """Whether `score` needs no look at the vocabulary."""
+    if not isinstance(term, PolicyGradient) or not isinstance(term.estimator, Sampled):
+        return True
+    return term.baseline is None or (isinstance(term.baseline, Value) and isinstance(term.reward, LogRatio))
+
+
+def score(term: Term, columns: dict[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"] | None:
+    """Reward minus baseline from the columns; the value of the log ratio is -KL."""
+    if not isinstance(term, PolicyGradient) or not isinstance(term.estimator, Sampled):
+        return None
+    reward = term.reward(columns["student_logp"], columns["teacher_logp"])
+    return reward if term.baseline is None else reward + columns["reverse_kl"]

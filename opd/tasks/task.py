@@ -55,6 +55,8 @@ class Data:
     instruction: str = ""
     r"""Text put on a new line after the question, such as
     "Please reason step by step, and put your final answer within \boxed{}."."""
+    template_args: str = ""
+    """Arguments of the chat templates as json, such as '{"enable_thinking": false}'; the teacher gets what it reads."""
     limit: int = 0
     """Number of prompts to keep; 0 keeps all. Of rows, a random choice in the order of the file; a larger limit keeps
     the same ones and more. Of a procedural source, how many there are: 0 is 50000 for train, 1000 for test."""

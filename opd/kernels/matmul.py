@@ -1,0 +1,38 @@
+"""Products whose result may be wider than their factors: `(a, b, out) -> out`."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and of sums over tokens: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would cast x to for a product."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
+    """out = a @ b; a wider `out` gets it unrounded on CUDA, and rounded once to a's dtype elsewhere."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if _accumulates(a, out):
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
+
+
+def addmm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
+    """out += a @ b, as `mm`: rounding the product of every chunk would bias their sum."""
+    if out.dtype == a.dtype:
+        return out.addmm_(a, b)
+    if _accumulates(a, out):
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.add_(a @ b)
+
+
+def _accumulates(a: Tensor, out: Tensor) -> bool:
+    return a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and out.dtype == torch.float32

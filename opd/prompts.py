@@ -1,0 +1,135 @@
+"""Prompts as one model reads them: `render(tokenizer, prompt, ...) -> token ids`, and the ids at which it stops."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from opd.types import Prompt, Refusal
+
+
+def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids at which a model stops: its generation config's, else its tokenizer's; nothing else is inherited."""
+    eos = generation_config.eos_token_id
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not ids and "eos_token" in tokenizer.special_tokens_map:
+        ids = (tokenizer.eos_token_id,)
+    if not ids:
+        raise Refusal(
+            f"eos_token_id: {model_name(tokenizer)} has none, in its generation config or its tokenizer, so it would "
+            "never stop: set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any], system: str
+) -> tuple[int, ...]:
+    """A prompt's token ids as this model reads it, ready for its answer; never two BOS, never a closing EOS.
+
+    Messages go through the model's own chat template; without one, their contents joined by blank lines are its plain
+    text.  A text without messages is used as it is.  `system` is for rows that bring no system turn of their own.
+    """
+    if prompt.messages:
+        turns = _turns(prompt.messages, system)
+        if tokenizer.chat_template:
+            return _ids(tokenizer, _templated(tokenizer, turns, chat_template_kwargs), special=False)
+        text = "\n\n".join(turn["content"] for turn in turns)
+    elif system:
+        raise Refusal(f"system: {short(system)} has no place in a plain-text row: give `messages`, or no system prompt")
+    else:
+        text = prompt.text
+    if chat_template_kwargs:
+        reason = f"{model_name(tokenizer)} has no template" if prompt.messages else "a plain-text row uses none"
+        raise Refusal(f"chat_template_kwargs: {short(dict(chat_template_kwargs))} has no effect: {reason}; drop it")
+    return _ids(tokenizer, text, special=True)
+
+
+def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether text survives ids and back; where not, a verifier or judge reads another text than the model wrote."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def template_arguments(text: str) -> Mapping[str, Any]:
+    """A json object of chat template arguments, as --template-args gives it."""
+    try:
+        arguments = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise Refusal(f"--template-args {text}: not json ({error}); write '{{\"enable_thinking\": false}}'") from error
+    if not isinstance(arguments, dict):
+        raise Refusal(f"--template-args {text}: must be a json object such as '{{\"enable_thinking\": false}}'")
+    return arguments
+
+
+def known(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those arguments that this model's chat template reads."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return {name: value for name, value in arguments.items() if _reads(template, name)}
+
+
+def _reads(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _turns(messages: tuple[Mapping[str, str], ...], system: str) -> list[dict[str, str]]:
+    """Chat turns checked and, where the row has no system turn, headed by `system`."""
+    for i, turn in enumerate(messages):
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise Refusal(f"messages[{i}]: {short(dict(turn))} needs a `role` and a `content`, both text")
+    if messages[-1]["role"] == "assistant":
+        raise Refusal(
+            "messages: the last turn is the assistant's, which shows the model an answer instead of asking for one: "
+            "take that turn off (keep it in the `response` column if a method needs it)"
+        )
+    head = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+    return head + [dict(turn) for turn in messages]
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
+) -> str:
+    """The conversation as the chat template writes it, up to where the answer begins."""
+    # As text first: what tokenize=True returns changed between versions, and a template's own BOS must stay the only.
+    try:
+        template = tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
+    except Exception as error:  # a template is a program of the model's author and raises what it likes
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise Refusal(
+            f"messages: the chat template of {model_name(tokenizer)} refuses turns ({roles}): {type(error).__name__}: "
+            f"{' '.join(str(error).split())}: change the turns (a template without system turns wants that text in the "
+            "user's), or set another chat_template"
+        ) from error
+    unread = [name for name in chat_template_kwargs if not _reads(template, name)]
+    if unread:
+        raise Refusal(
+            f"chat_template_kwargs: {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
+            "it would be ignored: correct the name, or give it only to the model that knows it"
+        )
+    return str(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
+    """Text as ids, headed by the tokenizer's own special tokens where asked."""
+    ids, bare = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (special, False))
+    if not bare:
+        raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
+    named = tokenizer.special_tokens_map
+    if "eos_token" in named and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]:
+        ids = ids[:-1]  # put there by the tokenizer: the prompt would have ended
+    while "bos_token" in named and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]  # once from the text, once from the tokenizer
+    return tuple(ids)
+
+
+def model_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which model a message is about."""
+    return tokenizer.name_or_path or "this model"
+
+
+def short(value: object) -> str:
+    """A value short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
