@@ -8,7 +8,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from opd.student import rows
 from opd.tasks.task import Task
 from opd.tokens import Severity
 from opd.types import Batch, Refusal, Rollout, Sampling
-from opd.vocabulary import Columns
+from opd.vocabulary import Columns, Hidden
 
 FREE = frozenset({"resume", "quiet", "out", "keep", "trackers"})  # settings that may change when a run resumes
+KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
 
 
@@ -106,6 +107,7 @@ class Loop:
     session: Session
     run: Run
     refused: int = 0  # steps in a row whose gradients were not finite
+    heard: dict[tuple[int, ...], Hidden] = field(default_factory=dict)  # teacher's states of this step, by rollouts
 
     def step(self, step: int) -> dict[str, float]:
         """One rollout batch: sample, score, update; returns its numbers."""
@@ -115,6 +117,7 @@ class Loop:
             prompts = session.prompts.batch(step, config.batch // who.per_prompt)
             rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task)
             batch = collate(rollouts, stop_token=config.stop_token, truncated=config.truncated)
+        self.heard.clear()
         if not self.method.local():
             with clock("measure"):
                 batch, _ = self._pass(batch, rollouts, None)
@@ -172,7 +175,7 @@ class Loop:
             flat = targets and tuple(
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
-            teacher = session.teacher.hidden(rolls, trained)
+            teacher = self._teacher(rolls, trained)
             last = accelerator.no_sync(session.student) if k + 1 < most else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
                 loss, columns = session.student(inputs, teacher, self.method, flat, session.vocabulary)
@@ -182,6 +185,16 @@ class Loop:
             parts.append((at, columns.cpu(), float(loss.detach())))
         everyone = gather_object(parts)
         return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
+
+    def _teacher(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Hidden:
+        """The teacher's states; a method that measures first asks twice, and the teacher runs once."""
+        key = tuple(r.index for r in rollouts)
+        if key in self.heard:
+            return self.heard[key]
+        hidden = self.session.teacher.hidden(rollouts, trained)
+        if not self.method.local() and hidden.states.nbytes + sum(h.states.nbytes for h in self.heard.values()) <= KEPT:
+            self.heard[key] = hidden
+        return hidden
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
@@ -221,6 +234,7 @@ class Loop:
         assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
         clock = Clock({})
+        self.heard.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
             # Step -1: every evaluation draws with the same noise.

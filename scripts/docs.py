@@ -83,8 +83,8 @@ Everything is over the whole vocabulary, at temperature 1, in nats. [Estimators]
 *Token-local* methods score each position alone: one pass over the batch measures, scores and trains. *Batch* methods
 read statistics of the whole batch, so a pass without gradient measures it first.
 
-Unless a method says otherwise, rollouts are `{Method().rollouts!r}`, the loss is averaged by `{Method().reduction!r}`, and
-every part is a value you can compose yourself. `--preset embedded`, tuned on the embedded pair, is the same for all:
+Unless a method says otherwise, rollouts are `{Method().rollouts!r}`, the loss is averaged by `{Method().reduction!r}`,
+and every part is a value to compose with. `--preset embedded`, tuned on the embedded pair, is the same for all:
 `{preset_of("embedded", "opd")}`.
 
 """

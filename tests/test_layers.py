@@ -20,8 +20,8 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
     ),
     "program": (
-        "prune config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli demo "
-        "__main__ opd"  # opd: the package's front door, which opens on all floors
+        "prune config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli "
+        "demo __main__ opd"  # opd: the package's front door, which opens on all floors
     ),
 }
 ORDER = tuple(FLOORS)
