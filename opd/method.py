@@ -106,7 +106,7 @@ class PolicyGradient:
     def sampled_loss(
         self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
     ) -> Float[Tensor, "*N"]:
-        """Unweighted loss of each token under `Sampled`, from its log p; the target's advantage comes before the score."""
+        """Unweighted loss of each token under `Sampled`, from its log p; a target's advantage goes before the score."""
         advantage = score if target.advantage is None else target.advantage
         old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
         return self.surrogate(new, advantage, **old)

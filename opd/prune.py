@@ -70,10 +70,9 @@ def prune(config: Prune) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     text.save_pretrained(part)
-    again = models.load(
-        models.Source(str(part), False, config.trust_remote_code), field="out", dtype=stored, device=model.device
-    )
-    if not torch.equal(_logits(model), _logits(again)):
+    saved = models.Source(str(part), trust_remote_code=config.trust_remote_code)
+    again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
+    if not torch.equal(_logits(model.float()), _logits(again)):
         shutil.rmtree(part)
         raise Refusal(
             f"--model {config.model}: a layer of {type(model).__name__} computes something else under another number, "
@@ -97,7 +96,7 @@ def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:
         raise Refusal(f"--keep: there is no layer {outside[0]}; the model's layers are 0-{count - 1}")
     if any(a >= b for a, b in pairwise(keep)):
         raise Refusal(f"--keep {','.join(map(str, keep))}: name each layer once, in ascending order")
-    all_layers = model.get_submodule(name)
+    all_layers = list(model.get_submodule(name).children())
     model.set_submodule(name, torch.nn.ModuleList(all_layers[i] for i in keep))
     for key, value in config.to_dict().items():
         # Settings by layer, such as layer_types.  By name too: a small model has other lists of that length.

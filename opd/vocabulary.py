@@ -1,8 +1,11 @@
 """From hidden states to per-token numbers: the only place that sees the vocabulary, and the only shift.
 
-`head_pass` walks over chunks of tokens: both models' logits, everything per token, the loss, and its gradient while the
-chunk is alive (gradient in forward).  Matmuls are the minimum, 2NV(H_S + H_T) forward and 4NVH_S backward; no tensor
-of [N, V] exists for either model.
+`head_pass` walks over chunks of tokens: both models' logits in two buffers that every chunk reuses, everything per
+token, the loss, and its gradient over the student's logits while the chunk is alive (gradient in forward).  Matmuls are
+the minimum, 2NV(H_S + H_T) forward and 4NVH_S backward; no tensor of [N, V] exists for either model.
+
+Between the matmuls a chunk is swept in blocks of rows: by closed forms (`kernels/rows.py`) where the method has one and
+the head is linear, by autograd otherwise.
 """
 
 from collections.abc import Iterator
@@ -13,52 +16,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.divergences import kl
+from opd.kernels.logits import Head, Vocabulary
+from opd.kernels.matmul import addmm, matmul_dtype, mm, wide
+from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_
 from opd.method import Method, Positions, Target
 
-GONE = -1e30  # logit of an id that a merged class stands for: probability 0, and still finite
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns a final hidden state into logits: z = softcap(scale * (W h + b))."""
-
-    weight: Float[Tensor, "V H"]
-    bias: Float[Tensor, " V"] | None = None
-    scale: float = 1.0
-    softcap: float = 0.0  # 0: none; else z -> softcap * tanh(z / softcap), Gemma 2, arXiv:2408.00118
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """How both models' logits become comparable distributions."""
-
-    size: int  # ids both models have: rows beyond are cut from both
-    temperature: float = 1.0  # divides both models' logits, gradient included
-    stop: tuple[int, ...] = ()  # ids merged into one class, at every position, under the first of them
-    chunk_bytes: int = 256 << 20  # of logits and what is computed from them, bytes
-
-    def chunk(self, dtype: torch.dtype) -> int:
-        """Tokens a chunk holds: about eight [n, V] tensors are alive at its widest."""
-        return max(1, self.chunk_bytes // (8 * self.size * dtype.itemsize))
-
-    def canonical(self, ids: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
-        """Ids with every member of the stop class under the class's id."""
-        if len(self.stop) < 2:
-            return ids
-        return torch.where(torch.isin(ids, torch.tensor(self.stop, device=ids.device)), self.stop[0], ids)
-
-    def logp(self, raw: Float[Tensor, "N V"], head: Head) -> Float[Tensor, "N V"]:
-        """Normalised log-probs of W h + b; differentiable."""
-        z = raw if head.scale == 1 else raw * head.scale
-        if head.softcap:
-            z = torch.tanh(z / head.softcap) * head.softcap
-        if self.temperature != 1:
-            z = z / self.temperature
-        if len(self.stop) > 1:
-            members = torch.tensor(self.stop, device=z.device)
-            whole = z[:, members].logsumexp(-1, keepdim=True)
-            z = z.index_fill(-1, members[1:], GONE).index_copy(-1, members[:1], whole)
-        return z.log_softmax(-1)
+CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU: its passes find it in the L2 cache
+GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
+DEVICE = 1 << 28  # the same on an accelerator
 
 
 @dataclass(frozen=True)
@@ -80,6 +45,17 @@ class Columns:
     reverse_kl: Float[Tensor, " N"]
     scores: tuple[Float[Tensor, " N"] | None, ...]  # reward - baseline at the sampled token, per term
 
+    @classmethod
+    def empty(cls, method: Method, n: int, like: Tensor) -> "Columns":
+        """To be filled: one place for all, so that no small tensor outlives a chunk and pins freed memory below it."""
+        scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
+        return cls(*like.new_empty(len(fields(cls)) - 1, n), scores=scores)
+
+    def fill(self, rows: slice, part: "Columns") -> None:
+        """Take over the numbers of some tokens."""
+        for (_, whole), (_, x) in zip(self.named(), part.named(), strict=True):
+            whole[rows] = x
+
     def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
         """(name, column) of each; the scores as scores.0, scores.1, ..."""
         for f in fields(self):
@@ -94,6 +70,11 @@ class Columns:
         return Columns(**whole, scores=scores)
 
 
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover n."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
+
+
 def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
     """The hidden states that predicted the marked tokens: one position to their left.  The only shift there is."""
     return hidden[:, :-1][trained[:, 1:]]
@@ -104,8 +85,14 @@ def measure(
     method: Method, student: Hidden, teacher: Hidden, ids: Int[Tensor, " N"], vocabulary: Vocabulary
 ) -> Columns:
     """All columns and the method's scores, a chunk at a time, without gradient."""
-    chunks = _chunks(student, teacher, vocabulary.canonical(ids), vocabulary, live=False)
-    return _join([_columns(method, at) for _, _, at in chunks], student, len(method.terms))
+    sweep = _Sweep.of(method, student, teacher, vocabulary.canonical(ids), vocabulary)
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows in sweep.chunks():
+            if sweep.linear:
+                sweep.closed(rows, None)
+            else:
+                sweep.autograd(rows, None)
+    return sweep.columns
 
 
 def head_pass(
@@ -124,41 +111,132 @@ def head_pass(
         student.head.bias,
         (method, student.head, teacher, vocabulary.canonical(ids), targets, vocabulary, out),
     )
-    return loss, _join(out, student, len(method.terms))
+    return loss, out[0]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+@dataclass(frozen=True)
+class _Side:
+    """One model's logits, a chunk at a time in one buffer."""
+
+    hidden: Hidden
+    weight: Float[Tensor, "V H"]  # of the common ids, in the dtype of the products
+    logits: Float[Tensor, "n V"]
+
+    @classmethod
+    def of(cls, hidden: Hidden, low: torch.dtype, vocabulary: Vocabulary) -> "_Side":
+        """The head in `low`; logits are kept wide on CUDA, whose products can leave them unrounded."""
+        weight = hidden.head.weight.detach()[: vocabulary.size].to(low)
+        return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=wide(low) if weight.is_cuda else low))
+
+    def fill(self, rows: slice) -> Float[Tensor, "n V"]:
+        """W h of some tokens."""
+        states = self.hidden.states.detach()[rows].to(self.weight.dtype)
+        return mm(states, self.weight.T, self.logits[: len(states)])
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+@dataclass(frozen=True)
+class _Sweep:
+    """The buffers of one pass, and the two ways to sweep a chunk; both leave d loss / d (W h) in `gradient`."""
+
+    method: Method
+    vocabulary: Vocabulary
+    ids: Int[Tensor, " N"]  # canonical
+    student: _Side
+    teacher: _Side
+    gradient: Float[Tensor, "n V"]  # the student's logits themselves where their dtype is that of the products
+    scratch: Float[Tensor, "3 r V"]
+    columns: Columns  # of all tokens, filled chunk by chunk
+    linear: bool  # whether `closed` knows the way from W h to the logits
+
+    @classmethod
+    def of(cls, method: Method, student: Hidden, teacher: Hidden, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
+        """Buffers for chunks as long as the budget allows."""
+        low = matmul_dtype(student.states)
+        sides = [_Side.of(student, low, vocabulary), _Side.of(teacher, teacher.states.dtype, vocabulary)]
+        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in sides))
+        sides = [replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in sides]
+        logits = sides[0].logits
+        gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
+        r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
+        scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
+        # fp16 has no number for a gradient times the sum of e.
+        linear = low != torch.float16 and not (student.head.softcap or teacher.head.softcap)
+        columns = Columns.empty(method, len(ids), scratch)
+        return cls(method, vocabulary, ids, *sides, gradient, scratch, columns, linear)
+
+    def chunks(self) -> Iterator[slice]:
+        """The tokens of each chunk."""
+        return blocks(len(self.ids), len(self.gradient))
+
+    def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Float[Tensor, " n"]]:
+        """By sums: the columns, and the factor that the gradient left by the form still lacks."""
+        z, t, ids, v = self.student.fill(rows), self.teacher.fill(rows), self.ids[rows], self.vocabulary
+        sums = Sums.empty(len(z), self.scratch)
+        looked: dict[int, list[Tensor]] = {
+            i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
+        }
+        for block in blocks(len(z), self.scratch.shape[1]):
+            part, drawn = sums[block], ids[block]
+            room = self.scratch[:, : len(drawn)]
+            student, teacher = _widened(z[block], room[2]), _widened(t[block], room[1])
+            shares, _ = v.logits_(student, self.student.hidden.head), v.logits_(teacher, self.teacher.hidden.head)
+            shifted = sweep_(student, teacher, drawn, part, room[:2])
+            if form is not None:
+                form.gradient_(student, *shifted, drawn, part)
+                v.spread_(student, shares)
+                if self.gradient.dtype != student.dtype:
+                    self.gradient[block].copy_(student)
+            if looked:
+                logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
+                for i, found in looked.items():
+                    found.append(self.method.terms[i].score(Positions(drawn, *logp)))
+        seen = sums.columns()
+        scores = tuple(
+            (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
+            for i, x in enumerate(self.method.terms)
+        )
+        columns = Columns(**seen, scores=scores)
+        self.columns.fill(rows, columns)
+        return columns, self.student.hidden.head.scale / v.temperature / sums.e
+
+    def differentiate(self, rows: slice, targets: tuple[Target, ...]) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
+        """The choice between the two ways: the summed loss, and what each row of `gradient` still is to be scaled by."""
+        form = closed_form(self.method) if self.linear else None
+        if form is None:
+            loss = self.autograd(rows, targets)
+            return loss, loss.new_ones(rows.stop - rows.start, 1)
+        columns, lacking = self.closed(rows, form)
+        with torch.enable_grad():
+            seen = dict(columns.named())[form.column].detach().requires_grad_()
+            loss = form.loss(self.method.terms, seen, columns.scores, targets).sum()
+        (slope,) = torch.autograd.grad(loss, seen)
+        return loss.detach(), (slope * lacking)[:, None]
+
+    def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
+        """By the definitions: the summed loss; without targets the columns alone."""
+        z, t, ids, v = self.student.fill(rows), self.teacher.fill(rows), self.ids[rows], self.vocabulary
+        loss = self.scratch.new_zeros(())
+        for block in blocks(len(z), _rows(GRAPH, self.scratch)):
+            raw = z[block].to(self.scratch.dtype).requires_grad_(targets is not None)
+            q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
+            with torch.set_grad_enabled(targets is not None):
+                at = Positions(ids[block], v.logp(raw, self.student.hidden.head), q)
+                if targets is not None:
+                    part = self.method.loss(at, tuple(target[block] for target in targets)).sum()
+                    self.gradient[block] = torch.autograd.grad(part, raw)[0]
+                    loss += part.detach()
+            self.columns.fill(slice(rows.start + block.start, rows.start + block.stop), _columns(self.method, at))
+        return loss
 
 
-def _chunks(
-    student: Hidden, teacher: Hidden, ids: Tensor, vocabulary: Vocabulary, live: bool
-) -> Iterator[tuple[slice, Tensor, Positions]]:
-    """(tokens, W h + b of the student, both distributions), chunk by chunk."""
-    low, t_low, size = _matmul_dtype(student.states), teacher.states.dtype, vocabulary.size
-    weight, bias = student.head.weight[:size].to(low), student.head.bias
-    t_weight, t_bias = teacher.head.weight[:size].to(t_low), teacher.head.bias
-    n = vocabulary.chunk(_wide(low))
-    for start in range(0, len(ids), n):
-        rows = slice(start, start + n)
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            raw = _logits(student.states[rows].to(low), weight, bias)
-            t_raw = _logits(teacher.states[rows], t_weight, t_bias)
-            q = vocabulary.logp(t_raw, teacher.head).to(raw.dtype)
-            del t_raw
-        with torch.set_grad_enabled(live), torch.autocast(ids.device.type, enabled=False):
-            at = Positions(ids[rows], vocabulary.logp(raw.requires_grad_(live), student.head), q)
-        yield rows, raw, at
+def _rows(budget: int, like: Float[Tensor, "*r V"]) -> int:
+    """Rows of a block."""
+    return max(1, (budget if like.device.type == "cpu" else DEVICE) // (like.shape[-1] * like.itemsize))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    raw = (hidden @ weight.T).to(_wide(hidden.dtype))
-    return raw if bias is None else raw.add_(bias[: len(weight)])
+def _widened(x: Float[Tensor, "r V"], room: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
+    """x itself where it has the dtype of the scratch, else its copy there."""
+    return x if x.dtype == room.dtype else room.copy_(x)
 
 
 def _columns(method: Method, at: Positions) -> Columns:
@@ -174,46 +252,38 @@ def _columns(method: Method, at: Positions) -> Columns:
     )
 
 
-def _join(parts: list[Columns], student: Hidden, terms: int) -> Columns:
-    none = student.states.new_zeros(0, dtype=_wide(student.states.dtype))
-    if not parts:
-        return Columns(none, none, none, none, none, (none,) * terms)
-    flat = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Columns)[:-1]}
-    scores = zip(*(part.scores for part in parts), strict=True)
-    return Columns(**flat, scores=tuple(None if s[0] is None else torch.cat(s) for s in scores))
-
-
 class _HeadPass(torch.autograd.Function):
-    """The loss and, while each chunk is alive, its gradients; backward only scales them (they are stored unscaled)."""
+    """The loss and, while each chunk is alive, its gradients; backward scales them in place, so it runs once."""
 
     @staticmethod
     def forward(ctx, states, weight, bias, work):
         method, head, teacher, ids, targets, vocabulary, out = work
-        student = Hidden(states, head)
-        wide, low, size = _wide(states.dtype), _matmul_dtype(states), vocabulary.size
-        w = weight[:size].to(low)
-        d_states = torch.zeros_like(states)
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
-        loss = states.new_zeros((), dtype=wide)
-        for rows, raw, at in _chunks(student, teacher, ids, vocabulary, live=True):
-            with torch.autocast(states.device.type, enabled=False):
-                with torch.enable_grad():
-                    part = method.loss(at, tuple(target[rows] for target in targets)).sum()
-                (g,) = torch.autograd.grad(part, raw)
-                out.append(_columns(method, at))
-                del at
-                loss += part.detach()
-                if d_bias is not None:
-                    d_bias[:size] += g.sum(0)
-                g = g.to(low)
-                d_states[rows] = (g @ w).to(states.dtype)
+        sweep = _Sweep.of(method, Hidden(states, head), teacher, ids, vocabulary)
+        w, size = sweep.student.weight, vocabulary.size
+        low, loss = w.dtype, states.new_zeros((), dtype=wide(w.dtype))
+        d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=loss.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=loss.dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        with torch.autocast(states.device.type, enabled=False):
+            for rows in sweep.chunks():
+                part, factor = sweep.differentiate(rows, tuple(target[rows] for target in targets))
+                g = sweep.gradient[: len(factor)]
+                if d_states is not None:
+                    mm(g, w, d_states[rows]).mul_(factor)
                 if d_weight is not None:
-                    d_weight[:size] += g.T @ states[rows].to(low)
-        ctx.save_for_backward(d_states, d_weight, d_bias)
+                    addmm(g.T, (states[rows] * factor).to(low), d_weight[:size])
+                if d_bias is not None:
+                    for block in blocks(len(g), sweep.scratch.shape[1]):
+                        d_bias[:size].addmv_(g[block].to(loss.dtype).T, factor[block, 0])
+                loss += part
+        out.append(sweep.columns)
+        ctx.gradients = d_states, d_weight, d_bias
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        scaled = [d if d is None else d * scale.to(d.dtype) for d in ctx.saved_tensors]
-        return *scaled, None
+        gradients, ctx.gradients = ctx.gradients, ()  # given away: a parameter takes one as its .grad without a copy
+        if not gradients:
+            raise RuntimeError("the head pass was run backward twice; its gradients were given away by the first")
+        unscaled = scale.device.type == "cpu" and scale == 1  # elsewhere the question would wait for the device
+        return *(d if d is None or unscaled else d.mul_(scale) for d in gradients), None

@@ -69,7 +69,7 @@ def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor
 
 @dataclass(frozen=True)
 class TopEntropy:
-    """1 on the fraction of tokens of which the student is least sure, else 0.  arXiv:2506.01939, Eq. 5.
+    """1 on the fraction of tokens of which the student is least sure, else 0.  arXiv:2506.01939.
 
     The threshold is the whole batch's; the tokens left out stay in the denominator.
     """

@@ -5,8 +5,8 @@ import os
 # Some virtual machines advertise AMX and do not enable it: any bf16 matmul would end the tests with SIGILL.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

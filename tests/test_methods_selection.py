@@ -40,6 +40,19 @@ def masked(x, fill=0.0):
     return x.where(MASK, fill)
 
 
+WEIGHTS = {  # of opd.weights, each with its golden values here
+    Confidence,
+    Frozen,
+    FrozenWindow,
+    PrefixAgreement,
+    RightRollouts,
+    TeacherEntropyAbove,
+    TopEntropy,
+    TopTeacherEntropy,
+    WrongRollouts,
+}
+
+
 # by hand; the mask has a hole and an empty row, and masked entries hold anything
 
 

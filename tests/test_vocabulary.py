@@ -87,7 +87,7 @@ LOCAL = {name: make() for name, make in METHODS.items() if make().local()}
 @pytest.mark.parametrize("method", LOCAL.values(), ids=LOCAL)
 @pytest.mark.parametrize("chunk", [1, 8, 64])
 def test_every_method_equals_its_naive_twin(method, chunk):
-    c, v = case({}, torch.float64), Vocabulary(V, chunk_bytes=chunk * 8 * V * 8)
+    c, v = case({}, torch.float64), Vocabulary(V, chunk_bytes=chunk * 2 * V * 8)
     loss, _ = head_pass(method, c.student, c.teacher, c.ids, targets(method), v)
     wanted = naive(c, method, targets(method), v)
     torch.testing.assert_close(loss, wanted)
@@ -102,7 +102,7 @@ def test_every_method_equals_its_naive_twin(method, chunk):
 @pytest.mark.parametrize("name", ["vopd", "opd-full", "opd-stratified"])
 def test_every_head_equals_its_naive_twin(kind, v, name):
     c, method = case(kind, torch.float64, v.size), METHODS[name]()
-    v = replace(v, chunk_bytes=10 * 8 * V * 8)
+    v = replace(v, chunk_bytes=10 * 2 * V * 8)
     loss, columns = head_pass(method, c.student, c.teacher, c.ids, targets(method), v)
     wanted = naive(c, method, targets(method), v)
     torch.testing.assert_close(loss, wanted)
@@ -118,7 +118,7 @@ def test_every_head_equals_its_naive_twin(kind, v, name):
 @pytest.mark.parametrize("name", ["vopd", "opd-full", "opd-optimal", "poweropd"])
 def test_error_is_no_more_than_the_naive_one(name, dtype):
     """Both against float64 on the same rounded inputs: the tolerance is earned, not chosen."""
-    c, method, v = case({}, dtype), METHODS[name](), Vocabulary(V, chunk_bytes=10 * 8 * V * 4)
+    c, method, v = case({}, dtype), METHODS[name](), Vocabulary(V, chunk_bytes=10 * 2 * V * 4)
     exact = torch.autograd.grad(naive(c, method, targets(method), v), c.leaves)
     ours = torch.autograd.grad(
         head_pass(method, c.student, c.teacher, c.ids, targets(method, torch.float32), v)[0], c.leaves
@@ -138,7 +138,7 @@ def test_a_tied_head_adds_both_gradients():
     weight = c.leaves[1]
     inputs = torch.randint(0, V, (N,))
     tied = Hidden(torch.tanh(weight[inputs]), Head(weight))
-    v = Vocabulary(V, chunk_bytes=10 * 8 * V * 8)
+    v = Vocabulary(V, chunk_bytes=10 * 2 * V * 8)
     got = torch.autograd.grad(head_pass(method, tied, c.teacher, c.ids, targets(method), v)[0], weight)
     again = Case(Hidden(torch.tanh(weight[inputs]), Head(weight)), c.teacher, c.ids, [weight])
     torch.testing.assert_close(got, torch.autograd.grad(naive(again, method, targets(method), v), weight))

@@ -1,11 +1,11 @@
 """One sweep over rows of logits, in place: per-token sums, then the logits become a gradient.
 
 With u = z - max z of the student, v of the teacher, e = exp u, f = exp v: seven sums hold all that a loss needs of the
-vocabulary when it sees the student through one number per token.  The shift keeps their terms of the size of an entropy,
-so that differences of them stay exact in fp32.  On a CPU a block of rows stays in the cache across its passes.
+vocabulary when it sees the student through one number per token.  The shift keeps their terms of the size of an
+entropy, so that differences of them stay exact in fp32.  On a CPU a block of rows stays in the cache across its passes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
@@ -16,8 +16,6 @@ from opd.divergences import ReverseKL
 from opd.estimators import Sampled, Value
 from opd.method import Match, Method, PolicyGradient, Target, Term
 from opd.rewards import LogRatio
-
-COUNT = 7
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,15 @@ class Sums:
     fv: Float[Tensor, " n"]
     u: Float[Tensor, " n"]
     v: Float[Tensor, " n"]
+
+    @classmethod
+    def empty(cls, n: int, like: Tensor) -> "Sums":
+        """To be filled."""
+        return cls(*like.new_empty(len(fields(cls)), n))
+
+    def __getitem__(self, rows: slice) -> "Sums":
+        """Those of some tokens, in the same memory."""
+        return Sums(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
         """The measured columns, by name."""
@@ -101,25 +108,31 @@ class ThroughKL:
         return reduce(torch.add, [x.weight * kl for x in targets])
 
 
-def closed_form(method: Method) -> ThroughLogp | ThroughKL | None:
+Form = ThroughLogp | ThroughKL
+
+
+def closed_form(method: Method) -> Form | None:
     """How a method's gradient follows from the sums; None where autograd has to find it."""
-    if all(isinstance(t, PolicyGradient) and isinstance(t.estimator, Sampled) for t in method.terms):
+    if all(map(scored, method.terms)):
         return ThroughLogp()
     if all(isinstance(t, Match) and isinstance(t.divergence, ReverseKL) for t in method.terms):
         return ThroughKL()
     return None
 
 
+def scored(term: Term) -> bool:
+    """Whether a term scores the sampled token."""
+    return isinstance(term, PolicyGradient) and isinstance(term.estimator, Sampled)
+
+
 def scored_by_sums(term: Term) -> bool:
-    """Whether `score` needs no look at the vocabulary."""
-    if not isinstance(term, PolicyGradient) or not isinstance(term.estimator, Sampled):
-        return True
+    """Whether the columns decide that score, without a look at the vocabulary."""
+    assert isinstance(term, PolicyGradient)
     return term.baseline is None or (isinstance(term.baseline, Value) and isinstance(term.reward, LogRatio))
 
 
-def score(term: Term, columns: dict[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"] | None:
-    """Reward minus baseline from the columns; the value of the log ratio is -KL."""
-    if not isinstance(term, PolicyGradient) or not isinstance(term.estimator, Sampled):
-        return None
+def score(term: Term, columns: dict[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"]:
+    """Reward minus baseline; the value of the log ratio is -KL."""
+    assert isinstance(term, PolicyGradient)
     reward = term.reward(columns["student_logp"], columns["teacher_logp"])
     return reward if term.baseline is None else reward + columns["reverse_kl"]

@@ -7,7 +7,7 @@ from opd.weights import RightRollouts, WrongRollouts
 
 
 def scope(tau: float = 1.0, per_prompt: int = 8, reverse_student: bool = False) -> Method:
-    """Likelihood of right rollouts, OPD on wrong ones, each weighted in its group.  SCOPE, arXiv:2604.10688, Eq. 2-6.
+    """Likelihood of right rollouts, OPD on wrong ones, each weighted in its group.  SCOPE, arXiv:2604.10688, Eq. 4-6.
 
     Args:
         tau: temperature of both softmaxes over a group, in nats per token.

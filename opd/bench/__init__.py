@@ -1,0 +1,1 @@
+"""Measured beside the peers: time, memory, error."""

@@ -1,0 +1,204 @@
+"""The documents are true: generated parts are fresh, commands parse, files exist, the README's example is a method."""
+
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import opd
+from opd import cli
+from opd.config import Evaluate, Train
+from opd.methods import METHODS
+from opd.tasks.task import Data
+from opd.types import Sampling
+from tests import test_laws
+from tests.test_laws import given, ids, world  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md"))))
+TEXT = {name: (ROOT / name).read_text() for name in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)]+))?\)")
+WRITTEN = [page for page in TEXT if page not in ("docs/methods.md", "docs/flags.md")]  # the others come from docstrings
+
+
+def load(path: Path, name: str):
+    """A file as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+docs = load(ROOT / "scripts/docs.py", "scripts_docs")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [(page, body) for page, text in TEXT.items() for kind, body in FENCE.findall(text) if kind == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command of a shell block, and of a code span that names its prompts."""
+    out = []
+    for page, body in blocks("sh"):
+        lines = body.replace("\\\n", " ").splitlines()
+        out += [(page, " ".join(line.partition("  #")[0].split())) for line in lines if line.strip()]
+    for page, text in TEXT.items():
+        spans = re.findall(r"`(opd (?:train|eval) --[^`]+)`", FENCE.sub("", text))
+        out += [(page, " ".join(span.split())) for span in spans if "--prompts" in span]
+    return [(page, line) for page, line in out if "METHOD" not in line]
+
+
+def test_generated_parts_are_fresh():
+    for path, text in docs.pages().items():
+        assert path.read_text() == text, f"{path.name} is out of date: run python scripts/docs.py"
+
+
+def test_every_flag_is_documented():
+    for owner in (Train, Evaluate, Data, Sampling):
+        hidden = {"method", "data", "sampling"}
+        assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
+    for name, factory in METHODS.items():
+        told = docs.arguments(inspect.getdoc(factory))
+        assert told.keys() == inspect.signature(factory).parameters.keys(), f"{name}: its Args say {sorted(told)}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_flags_of_a_method_are_not_those_of_the_run(name):
+    """On one command line they would be taken for the run's.  `per_prompt` means the same to both."""
+    run = {f.name for owner in (Train, Data, Sampling) for f in fields(owner)} | {"preset", "also"}
+    assert not (inspect.signature(METHODS[name]).parameters.keys() - {"per_prompt"}) & run
+
+
+class Parsed(Exception):
+    """A command line that was understood."""
+
+
+def parse(words: list[str], monkeypatch) -> object:
+    """What the command line of `opd` makes of some words, just before it acts."""
+
+    def stop(value):
+        raise Parsed(value)
+
+    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("demo", "demo")):
+        monkeypatch.setattr(f"opd.{module}.{function}", stop)
+    try:
+        code = cli.main(words)
+    except Parsed as done:
+        return done.args[0]
+    assert code == 0
+    return None
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The README's method, as a file in the folder one works in."""
+    (body,) = [body for page, body in blocks("python") if page == "README.md" and "def softsign" in body]
+    (tmp_path / "softsign.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "softsign", raising=False)
+    monkeypatch.setitem(sys.modules, "opd.methods.softsign", None)  # taken back at the end
+    return load(tmp_path / "softsign.py", "opd.methods.softsign")
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_command_is_understood(page, line, monkeypatch, example, capsys):
+    program, *words = shlex.split(line)
+    if program == "accelerate":
+        assert words[words.index("-m") + 1] == "opd", line
+        program, words = "opd", words[words.index("-m") + 2 :]
+    match Path(program).name:
+        case "opd":
+            parse(words, monkeypatch)
+        case "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        case "python":
+            assert (ROOT / words[0]).is_file(), line
+        case other:
+            assert other in ("source", "pip", "pre-commit"), f"{page}: {line}: no test knows how to check it"
+    assert "opd:" not in capsys.readouterr().err
+
+
+def test_inline_commands_exist():
+    for page in WRITTEN:
+        text = TEXT[page]
+        for target in re.findall(r"`make (\w+)", text):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{page}: make {target}"
+        for name in re.findall(r"`opd ([a-z]+)[ `]", text):
+            assert f"  opd {name}" in cli.USAGE, f"{page}: opd {name}"
+
+
+def test_links_and_named_files_exist():
+    for page, text in TEXT.items():
+        for target, anchor in LINK.findall(text):
+            if target.startswith(("http://", "https://")):
+                continue
+            path = (ROOT / page).parent / target
+            assert path.exists(), f"{page}: {target}"
+            assert not anchor or f"## {anchor}\n" in path.read_text(), f"{page}: {target}#{anchor}"
+        for name in re.findall(r"`((?:opd|tests|scripts|docs|runs)/[\w/.-]+)`", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_named_tests_exist():
+    source = (ROOT / "tests/test_exact.py").read_text()
+    named = re.findall(r"`(test_\w+)`", TEXT["docs/estimators.md"])
+    assert len(named) > 10
+    assert all(f"def {name}(" in source for name in named), [x for x in named if f"def {x}(" not in source]
+
+
+def test_the_tree_of_the_readme_is_the_package():
+    (tree,) = [body for page, body in blocks("") if page == "README.md"]
+    told = {name for row in re.findall(r"^  (\S+(?: \S+)*)", tree, re.MULTILINE) for name in row.split()}
+    there = {
+        p.name + "/" * p.is_dir()
+        for p in (ROOT / "opd").iterdir()
+        if not p.name.startswith("__") and (p.is_file() or any(p.glob("[!_]*")))
+    }
+    assert told == there, f"README.md, 'What is where': missing {there - told}, gone {told - there}"
+
+
+def test_the_python_twin_is_the_command(monkeypatch):
+    """The README's Train(...) equals what its command line makes."""
+    (body,) = [body for page, body in blocks("python") if page == "README.md" and "opd.Train" in body]
+    (line,) = [line for page, line in commands() if page == "README.md" and "outputs/mine vopd-topk" in line]
+    run = parse(shlex.split(line)[1:], monkeypatch)
+    seen = []
+    monkeypatch.setattr("opd.loop.train", seen.append)
+    exec(body, {})
+    same = {f.name for f in fields(Train)} - {"out"}
+    assert [f for f in same if getattr(run, f) != getattr(seen[0], f)] == [] and str(run.out) == str(seen[0].out)
+
+
+LAWS = {
+    name: law
+    for name, law in vars(test_laws).items()
+    if name.startswith("test_") and {"m"} < set(inspect.signature(law).parameters) <= {"m", "world", "ids", "given"}
+}
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_the_readmes_method_obeys_the_law(law, example, request, float64):
+    values = {name: request.getfixturevalue(name) for name in inspect.signature(law).parameters if name != "m"}
+    law(example.softsign(2.0), **values)
+
+
+def test_the_readmes_method_on_the_command_line(example, monkeypatch, capsys):
+    (line,) = [line for page, line in commands() if page == "README.md" and "softsign:softsign" in line]
+    run = parse(shlex.split(line)[1:], monkeypatch)
+    assert repr(run.method) == repr(example.softsign(2.0))
+    assert cli.main([*shlex.split(line)[1:-1], "0"]) == 2
+    assert "scale=0.0: softsign needs scale > 0" in capsys.readouterr().err
+
+
+def test_versions_agree():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"## {version}" in TEXT["CHANGELOG.md"] and f"{{{version}}}" in TEXT["README.md"]
+    assert opd.Refusal
