@@ -1,13 +1,17 @@
-"""The command line: `opd train | eval | methods | demo`."""
+"""The command line: `opd train | eval | methods | prune | demo`."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -18,13 +22,15 @@ from opd.config import Evaluate, Train
 from opd.method import Method
 from opd.methods import METHODS
 from opd.presets import settings
-from opd.types import Refusal
+from opd.tasks.task import Data
+from opd.types import Refusal, Sampling
 
 USAGE = """usage: opd COMMAND ...
 
   opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
+  opd prune --model M --keep LAYERS --out DIR
   opd demo
   opd --version
 
@@ -38,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "methods": _methods,
+        "prune": _prune,
         "demo": _demo,
     }
     try:
@@ -61,9 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(what: Any, args: list[str], **options: Any) -> Any:
+    """tyro's reading of the flags; its boxes for mistakes become one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(what, args=args, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # help was asked for, and printed
+        text = re.sub(r"[─-╿]+", " ", said.getvalue())
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        told = [x for x in lines if x and not set(x) <= set("-") and not x.startswith("For full helptext")]
+        raise Refusal("; ".join(told)) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TrainFlags:
-    preset: str = "none"
+    preset: Literal["none", "paper", "embedded"] = "none"
     """Start from settings of a name: paper (the method's publication), embedded (tuned on the embedded pair)."""
     also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME:weight of another method whose terms are added; repeat for more."""
@@ -74,9 +96,9 @@ def _train(args: list[str]) -> int:
     asked = next((a for a in args if a in METHODS), None)
     if asked and {"-h", "--help"} & set(args[args.index(asked) :]):
         _method(asked, ["--help"])
-    parse = lambda **default: tyro.cli(
+    parse = lambda **default: _parsed(
         _TrainFlags,
-        args=args,
+        args,
         prog="opd train",
         description="Distil a student from a teacher on the student's own samples:\n"
         "opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
@@ -107,9 +129,9 @@ def _method(name: str, flags: list[str]) -> Method:
     factory = METHODS[name] if name in METHODS else _imported(name)
     documented = inspect.getdoc(factory) or ""
     try:
-        method = tyro.cli(factory, args=flags, prog=f"opd train {name}", description=documented.split("\n\nArgs:")[0])
+        method = _parsed(factory, flags, prog=f"opd train {name}", description=documented.split("\n\nArgs:")[0])
     except ValueError as error:
-        raise Refusal(f"{name}: {error}") from error
+        raise Refusal(f"METHOD {name}: {error}") from error
     if not isinstance(method, Method):
         raise Refusal(f"{name}: the factory returned a {type(method).__name__}, not an opd.Method")
     return method
@@ -118,16 +140,20 @@ def _method(name: str, flags: list[str]) -> Method:
 def _imported(name: str) -> Callable[..., Method]:
     module, colon, attribute = name.partition(":")
     if name.startswith("-"):
-        raise Refusal(f"{name}: unknown flag; run flags are listed by `opd train --help`")
+        flags = [f"--{f.name.replace('_', '-')}" for kind in (Train, Data, Sampling) for f in fields(kind)]
+        raise Refusal(f"{name}: unknown flag{_near(name.partition('=')[0], flags)}; `opd train --help` lists them")
     if not colon:
         raise Refusal(f"{name}: unknown method{_near(name, list(METHODS))}; `opd methods` lists them")
     sys.path.insert(0, "")  # a factory in the folder one works in
     try:
-        return vars(importlib.import_module(module))[attribute]
+        factory = vars(importlib.import_module(module))[attribute]
     except ImportError as error:
         raise Refusal(f"{name}: {error}; METHOD as module:factory needs a module on the Python path") from error
     except KeyError:
         raise Refusal(f"{name}: the module {module} has no {attribute}") from None
+    if inspect.signature(factory).return_annotation is not Method:
+        raise Refusal(f"{name}: must be a function annotated to return an opd.Method")
+    return factory
 
 
 def _plus(method: Method, other: str) -> Method:
@@ -164,9 +190,9 @@ class _EvalFlags:
 
 
 def _eval(args: list[str]) -> int:
-    flags = tyro.cli(
+    flags = _parsed(
         _EvalFlags,
-        args=args,
+        args,
         prog="opd eval",
         description="Accuracy of a model on problems with a verifier: avg@k, pass@k, 95 % intervals over prompts.",
         config=(tyro.conf.OmitArgPrefixes,),
@@ -190,10 +216,17 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
+def _prune(args: list[str]) -> int:
+    from opd.prune import Prune, prune
+
+    print(prune(_parsed(Prune, args, prog="opd prune", description="A smaller model made of some layers of a model.")))
+    return 0
+
+
 def _demo(args: list[str]) -> int:
     from opd.demo import Demo, demo
 
-    demo(tyro.cli(Demo, args=args, prog="opd demo", description="Watch the embedded student learn from its teacher."))
+    demo(_parsed(Demo, args, prog="opd demo", description="Watch the embedded student learn from its teacher."))
     return 0
 
 
@@ -206,7 +239,7 @@ class _MethodsFlags:
 
 
 def _methods(args: list[str]) -> int:
-    flags = tyro.cli(_MethodsFlags, args=args, prog="opd methods", description="List the methods, or explain one.")
+    flags = _parsed(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
     if flags.name and flags.name not in METHODS:
         raise Refusal(f"{flags.name}: unknown method{_near(flags.name, list(METHODS))}; there are {', '.join(METHODS)}")
     rows = [_explained(name) for name in METHODS if flags.name in ("", name)]

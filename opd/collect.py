@@ -53,7 +53,7 @@ class Collector:
             samples |= dict(zip(mine, drawn, strict=True))
         for i, s in enumerate(source):
             if s == DATA:
-                samples[i] = self._written(wanted[i][0].prompt, sampling.max_new_tokens)
+                samples[i] = self._written(wanted[i][0], sampling.max_new_tokens)
         out = []
         for i, (rendered, group) in enumerate(wanted):
             text = self.text(samples[i].ids)
@@ -77,9 +77,13 @@ class Collector:
         """A response as a reader sees it."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _written(self, prompt: Prompt, budget: int) -> Sample:
+    def _written(self, rendered: Rendered, budget: int) -> Sample:
+        prompt = rendered.prompt
         if not prompt.response:
-            raise Refusal("--response-column: this method trains on the data's responses, and a row has none")
+            raise Refusal(
+                "--response-column: this method trains on the data's responses, and a prompt has none "
+                f"({self.tokenizer.decode(list(rendered.ids))[-60:]!r}); name the column, or --other teacher"
+            )
         ids = [*self.tokenizer(prompt.response, add_special_tokens=False)["input_ids"], self.student.stop[0]]
         return Sample(tuple(ids[:budget]), (0.0,) * min(len(ids), budget), len(ids) <= budget)
 

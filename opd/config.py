@@ -66,11 +66,11 @@ class Train:
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's decay rates of the two moments, each in [0, 1)."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's decoupled weight decay; 0 is none."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Larger gradients are scaled down to this norm."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank; 0 trains all weights."""
     lora_alpha: float = 32.0
@@ -105,8 +105,8 @@ class Train:
     """Checkpoints kept."""
     rollouts_every: int = 50
     """Steps between saved rollouts (texts and columns)."""
-    trackers: tuple[str, ...] = ()
-    """Also log to these: tensorboard, wandb, trackio, mlflow, ... (what Accelerate knows and is installed)."""
+    trackers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Also log to tensorboard, wandb, trackio, mlflow or another tracker of Accelerate's; repeat for more."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
     trust_remote_code: bool = False
@@ -131,13 +131,17 @@ class Train:
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
-        positive = ("steps", "batch", "lr", "micro_batch_tokens", "chunk_mb", "decode_rows", "eval_every", "eval_limit")
+        positive = ("steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows", "eval_every", "eval_limit")
         for name in (*positive, "save_every", "keep", "rollouts_every", "loss_temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         for name in ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates"):
             if not getattr(self, name) >= 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise Refusal(f"--betas {self.betas[0]} {self.betas[1]}: both must lie in [0, 1)")
+        if not 0 <= self.seed < 1 << 32:
+            raise Refusal(f"--seed {self.seed}: must lie in [0, {(1 << 32) - 1}]")
         self.sampling.check()
         if not self.sampling.temperature > 0:
             raise Refusal(
@@ -146,8 +150,8 @@ class Train:
         who = self.resolved().rollouts
         if self.batch % (who.per_prompt * who.updates):
             raise Refusal(
-                f"--batch {self.batch}: must be a multiple of {who.per_prompt} rollouts per prompt "
-                f"x {who.updates} updates"
+                f"--batch {self.batch}: must be a multiple of {who.per_prompt * who.updates} "
+                f"({who.per_prompt} rollouts per prompt x {who.updates} updates)"
             )
 
     def warnings(self) -> list[str]:

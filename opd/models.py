@@ -51,7 +51,7 @@ def locate(name: str, *, field: str, trust_remote_code: bool = False) -> Source:
         if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
             raise Refusal(f"--{field} {name}: the folder holds no config.json; name the folder of a saved model")
         return Source(str(path), trust_remote_code=trust_remote_code)
-    if path.is_absolute() or name.startswith((".", "~")) or path.suffix or name.count("/") != 1:
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or path.suffix or name.count("/") != 1:
         raise Refusal(f"--{field} {name}: no such folder or .gguf file; a hub id looks like owner/name")
     return Source(name, hub=True, trust_remote_code=trust_remote_code)
 
@@ -115,6 +115,17 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
     scale = (options.get("logit_scale") or 1.0) * (options.get("lm_head_multiplier") or 1.0)
     scale /= options.get("logits_scaling") or 1.0
     return Head(linear.weight, linear.bias, scale, options.get("final_logit_softcapping") or 0.0)
+
+
+def device(name: str, *, field: str) -> torch.device:
+    """A device of this machine by name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built for
+        raise Refusal(
+            f"--{field} {name}: this machine has no such device; use cpu, or cuda:0 to cuda:N-1 where N GPUs are visible"
+        ) from error
+    return torch.device(name)
 
 
 def small_threads(*loaded: PreTrainedModel | PeftModel) -> None:

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.tracking import filter_trackers
+from accelerate.utils import LoggerType, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoConfig, PreTrainedModel
@@ -157,8 +158,6 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     )
     context = min(s.max_position_embeddings for s in shapes)
     room = context - config.sampling.max_new_tokens
-    if room < 1:
-        raise Refusal(f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context is {context} tokens")
     reading = lambda task: Prompts(task, text, teacher_text, config, room)
     asked = reading(load(replace(config.data, source=config.prompts, seed=config.seed)))
     held_out = None
@@ -166,10 +165,20 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         # A random choice of the held-out rows, the same for every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
         held_out = reading(load(chosen))
+    if room < 1:
+        raise Refusal(
+            f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
+            f"for a prompt; lower it, to {context // 2} say"
+        )
     asked.check()
     if held_out is not None:
         held_out.check()
 
+    for name in config.trackers:
+        if name not in {str(known) for known in LoggerType}:
+            raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
+        if not filter_trackers([name]):
+            raise Refusal(f"--trackers {name}: not installed; pip install {name}")
     set_seed(config.seed)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
@@ -186,7 +195,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         )
     device = accelerator.device
     student = Student(_trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
-    on = device if config.teacher_device == "same" else torch.device(config.teacher_device)
+    on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     weights = models.load(teacher_source, field="teacher", dtype=DTYPES[config.teacher_precision], device=on)
     models.small_threads(student.model, weights)
     models.verify_head(student.model, field="student")

@@ -48,7 +48,7 @@ class Sampling:
     """Nucleus: the fewest tokens of this mass; 1 keeps all."""
     top_k: int = 0
     """The most probable tokens kept; 0 keeps the whole vocabulary."""
-    max_new_tokens: int = 512
+    max_new_tokens: int = 256
     """Longest response, in tokens."""
 
     def check(self) -> None:

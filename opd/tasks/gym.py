@@ -28,18 +28,18 @@ def task(name: str, data: Data) -> Task:
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(sorted(DATASETS))}"
-        raise Refusal(f"source={data.source!r}: reasoning-gym has no {name!r}; {hint}")
+        raise Refusal(f"--prompts {data.source}: reasoning-gym has no {name!r}; {hint}")
     options = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
     known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
     if unknown := sorted(options.keys() - known):
-        raise Refusal(f"source={data.source!r}: {name} has no option {unknown[0]}; it has {', '.join(sorted(known))}")
+        raise Refusal(f"--prompts {data.source}: {name} has no option {unknown[0]}; it has {', '.join(sorted(known))}")
     size = data.limit or SIZES[data.split]
     seed = (data.split == "test") * 2**31 + data.seed % SEEDS * 2**21
     try:
         made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
         made[0]
     except Exception as error:  # each generator checks its options in its own way
-        raise Refusal(f"source={data.source!r}, limit={size}: {name} refuses: {error!r}; change its options") from error
+        raise Refusal(f"--prompts {data.source}, --limit {size}: {name} refuses: {error!r}; change its options") from error
     score = partial(_score, name, json.dumps(options))
     return Task(name=name, prompts=Made(partial(_prompt, made, data), size), verify=score)
 

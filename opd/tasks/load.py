@@ -16,14 +16,14 @@ LEDGERS = {"ledger": "full", "ledger-short": "short"}
 def load(data: Data) -> Task:
     """Make the task that `data` describes."""
     if data.limit < 0:
-        raise Refusal(f"limit={data.limit}: a number of prompts is not negative; 0 keeps all of them")
+        raise Refusal(f"--limit {data.limit}: a number of prompts is not negative; 0 keeps all of them")
     if data.system and not data.chat:
         raise Refusal(f"system={data.system!r} needs chat, and chat is off: plain text has no system message")
     kind, _, name = data.source.partition(":")
     if kind not in PROCEDURAL:
         return table(data)
     if data.split not in SIZES:
-        raise Refusal(f"split={data.split!r}: {data.source} has the splits {' and '.join(SIZES)}")
+        raise Refusal(f"--split {data.split}: {data.source} has the splits {' and '.join(SIZES)}")
     return PROCEDURAL[kind](name, data)
 
 
@@ -38,7 +38,7 @@ def table(data: Data) -> Task:
         answer = prompts[i].answer
         if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
             raise Refusal(
-                f"verifier={data.verifier!r} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
+                f"--verifier {data.verifier} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
                 f" {data.source}; choose another verifier or answer_column"
             )
     path = Path(data.source).expanduser()
@@ -49,7 +49,7 @@ def table(data: Data) -> Task:
 def embedded(name: str, data: Data) -> Task:
     """Make the task of the embedded models; its verifier is strict about the form of the whole response."""
     if name not in LEDGERS:
-        raise Refusal(f"source={data.source!r} is not known: choose embedded:{' or embedded:'.join(LEDGERS)}")
+        raise Refusal(f"--prompts {data.source} is not known: choose embedded:{' or embedded:'.join(LEDGERS)}")
     prompts = Made(partial(_ledger_prompt, data, LEDGERS[name]), data.limit or SIZES[data.split])
     return Task(name=name, prompts=prompts, verify=partial(_by_answer, ledger.verify))
 

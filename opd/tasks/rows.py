@@ -51,15 +51,15 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
         choices=_pick(first, data.choices_column, lambda value: True),
     )
     if not chosen.prompt:
-        raise Refusal(f"prompt_column={data.prompt_column!r}: no such column with text or chat messages; {there}")
+        raise Refusal(f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {there}")
     for option, name in vars(chosen).items():
         wanted = vars(data)[f"{option}_column"]
         if wanted and "," not in wanted and not name:
-            raise Refusal(f"{option}_column={wanted!r} is not there; {there}")
+            raise Refusal(f"--{option}-column {wanted} is not there; {there}")
     if needs_answers and not chosen.answer:
         raise Refusal(
-            f"answer_column={data.answer_column!r}: not there, or empty in the first row, and"
-            f" verifier={data.verifier!r} needs answers; {there}; name one, or set verifier to none"
+            f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
+            f" --verifier {data.verifier} needs answers; {there}; name one, or set verifier to none"
         )
     return chosen
 
@@ -90,7 +90,7 @@ def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, ne
         value = _at(row, columns.prompt)
         if value is not None and not _is_question(value):
             raise Refusal(
-                f"prompt_column={columns.prompt!r}, row {number} of {source}: {str(value)[:80]!r} is neither text nor a"
+                f"--prompt-column {columns.prompt}, row {number} of {source}: {str(value)[:80]!r} is neither text nor a"
                 ' list of {"role": ..., "content": text}; name another column or correct the row'
             )
         last = value if isinstance(value, str) else ([{"content": ""}, *_asked(value or ())])[-1]["content"]
@@ -100,12 +100,12 @@ def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, ne
             empty["answer"].append(number)
     if numbers := empty["prompt"]:
         raise Refusal(
-            f"prompt_column={columns.prompt!r}: {len(numbers)} of {total} rows have an empty prompt, the first is row"
+            f"--prompt-column {columns.prompt}: {len(numbers)} of {total} rows have an empty prompt, the first is row"
             f" {numbers[0]} of {source}; remove these rows"
         )
     if len(numbers := empty["answer"]) == total:
         raise Refusal(
-            f"answer_column={columns.answer!r} is empty in all {total} rows of {source}; name another column, or set"
+            f"--answer-column {columns.answer} is empty in all {total} rows of {source}; name another column, or set"
             " verifier to none"
         )
     if numbers:

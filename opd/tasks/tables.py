@@ -18,9 +18,9 @@ def read(data: Data) -> datasets.Dataset:
     path = Path(data.source).expanduser()
     if not path.exists():
         if _is_path(data.source):
-            raise Refusal(f"source={data.source!r} does not exist{_nearest(path)}; correct the path")
+            raise Refusal(f"--prompts {data.source} does not exist{_nearest(path)}; correct the path")
         if ":" in data.source:
-            raise Refusal(f"source={data.source!r}: before a colon only embedded and reasoning-gym are known")
+            raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
     try:
         rows = _file(path) if path.is_file() else _folder(path, data) if path.is_dir() else _hub(data)
     except Refusal:
@@ -28,13 +28,13 @@ def read(data: Data) -> datasets.Dataset:
     except Exception as error:  # disks, parsers and networks fail with some twenty unrelated types
         reason = " ".join(f"{error.__cause__ or error}".split()) or "the file is empty"
         if path.exists():
-            raise Refusal(f"source={data.source!r}, split={data.split!r} could not be read: {reason}") from error
+            raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
         raise Refusal(
-            f"source={data.source!r} is no file or folder here{_nearest(path)}, and the hub did not give it: {reason};"
+            f"--prompts {data.source} is no file or folder here{_nearest(path)}, and the hub did not give it: {reason};"
             " correct the path, the dataset id, subset or split"
         ) from error
     if len(rows) == 0:
-        raise Refusal(f"source={data.source!r}, split={data.split!r} has no rows: give one with at least one prompt")
+        raise Refusal(f"--prompts {data.source}, --split {data.split} has no rows: give one with at least one prompt")
     return rows
 
 
@@ -46,7 +46,7 @@ def _is_path(source: str) -> bool:
 def _file(path: Path) -> datasets.Dataset:
     """Read one file; everything in a .csv is text, else 007 would be 7 and the answer "None" a hole."""
     if path.suffix not in KINDS:
-        raise Refusal(f"source={str(path)!r} is not a {', '.join(KINDS)} file: convert it to one of these")
+        raise Refusal(f"--prompts {path} is not a {', '.join(KINDS)} file: convert it to one of these")
     options = {}
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -63,7 +63,7 @@ def _folder(path: Path, data: Data) -> datasets.Dataset:
         return datasets.load_dataset(str(path), *_subset(data), split=data.split)
     splits = datasets.load_from_disk(str(path))
     if data.split not in splits:
-        raise Refusal(f"split={data.split!r} is not in source={data.source!r}: choose {', '.join(splits)}")
+        raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
     return splits[data.split]
 
 

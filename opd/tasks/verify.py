@@ -105,20 +105,20 @@ def find(name: str) -> Verifier:
         return VERIFIERS[name]
     module, _, function = name.partition(":")
     if not (module and function):
-        raise Refusal(f"verifier={name!r} is not known: choose {', '.join(VERIFIERS)}, or module:function for your own")
+        raise Refusal(f"--verifier {name} is not known: choose {', '.join(VERIFIERS)}, or module:function for your own")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a file there shadows nothing
     try:
         return partial(_checked, vars(importlib.import_module(module))[function], name)
     except ImportError as error:
-        raise Refusal(f"verifier={name!r}: {error}; give module:function, installed or from this folder") from error
+        raise Refusal(f"--verifier {name}: {error}; give module:function, installed or from this folder") from error
     except KeyError as error:
-        raise Refusal(f"verifier={name!r}: the module {module} has no {function}; name one it has") from error
+        raise Refusal(f"--verifier {name}: the module {module} has no {function}; name one it has") from error
 
 
 def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:
     """Score with a user's function; its own errors are left to rise, they are bugs that a score of 0 would hide."""
     score = theirs(response, answer)
     if not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise Refusal(f"verifier={name!r} returned {score!r}: return a number from 0 to 1")
+        raise Refusal(f"--verifier {name} returned {score!r}: return a number from 0 to 1")
     return float(score)
