@@ -168,6 +168,8 @@ def _plus(method: Method, other: str) -> Method:
     more = _method(name, [])
     if more.rollouts != method.rollouts:
         raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
+    if more.filters:
+        raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")
     return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import HFEngine, Sample
+from opd.noise import uniform
 from opd.rollouts import Rollouts
 from opd.types import DATA, STUDENT, TEACHER, Batch, Prompt, Refusal, Rollout, Sampling, StopToken, Truncated, pad
 from opd.vocabulary import Columns
@@ -88,7 +90,7 @@ class Collector:
         return Sample(tuple(ids[:budget]), (0.0,) * min(len(ids), budget), len(ids) <= budget)
 
 
-def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated) -> Batch:
+def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated, seed: int, step: int) -> Batch:
     """The columns known before any scoring; tokens never trained are masked here, once."""
     rows = []
     for r in rollouts:
@@ -106,6 +108,8 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         stopped=torch.tensor([r.stopped for r in rollouts]),
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
+        # A key of five: that of four drew the token itself.
+        coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
     )
 
 

@@ -131,7 +131,17 @@ class Train:
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
-        positive = ("steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows", "eval_every", "eval_limit")
+        positive = (
+            "steps",
+            "batch",
+            "lr",
+            "lora_alpha",
+            "micro_batch_tokens",
+            "chunk_mb",
+            "decode_rows",
+            "eval_every",
+            "eval_limit",
+        )
         for name in (*positive, "save_every", "keep", "rollouts_every", "loss_temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")

@@ -41,7 +41,9 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre, half = m + z * z / (2 * n), z * math.sqrt(m * (1 - m) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return Estimate(m, max(0.0, (centre - half) / scale) if m > 0 else 0.0, min(1.0, (centre + half) / scale) if m < 1 else 1.0)
+    return Estimate(
+        m, max(0.0, (centre - half) / scale) if m > 0 else 0.0, min(1.0, (centre + half) / scale) if m < 1 else 1.0
+    )
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -98,7 +100,9 @@ def evaluate(config: Evaluate) -> Scores:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
     stop = prompts.stop_ids(models.generation_config(source), text)
-    model = models.load(source, field="model", dtype=DTYPES[config.precision], device=models.device(config.device, field="device"))
+    model = models.load(
+        source, field="model", dtype=DTYPES[config.precision], device=models.device(config.device, field="device")
+    )
     models.small_threads(model)
     arguments = prompts.template_arguments(config.data.template_args)
     ids = [prompts.render(text, p, chat_template_kwargs=arguments, system="") for p in task.prompts]

@@ -6,6 +6,7 @@ Every expectation over rollouts is a finite sum, so the bias and the noise of a 
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from opd.divergences import kl
 from opd.estimators import mean
 from opd.method import Method, Positions
+from opd.noise import uniform
 from opd.types import STUDENT, Batch
 
 
@@ -30,6 +32,7 @@ def measure(method: Method, at: Positions, **given: Tensor) -> Batch:
         "stopped": torch.zeros(rows, dtype=torch.bool),
         "outcome": torch.zeros(rows, dtype=student.dtype),
         "sampler_logp": student,
+        "coin": torch.from_numpy(uniform(0, 0, np.arange(rows)[:, None], np.arange(at.ids.shape[1]), 1)),
     }
     return Batch(
         ids=at.ids,

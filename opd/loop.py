@@ -116,7 +116,9 @@ class Loop:
         with clock("rollout"):
             prompts = session.prompts.batch(step, config.batch // who.per_prompt)
             rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task)
-            batch = collate(rollouts, stop_token=config.stop_token, truncated=config.truncated)
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
+            )
         self.heard.clear()
         if not self.method.local():
             with clock("measure"):
@@ -239,7 +241,8 @@ class Loop:
             prompts = session.held_out.first(config.eval_limit)
             # Step -1: every evaluation draws with the same noise.
             rollouts = self._collect(prompts, OnPolicy(), sampling, -1, session.held_out.task)
-            batch, _ = self._pass(collate(rollouts, stop_token="train", truncated="train"), rollouts, None)
+            batch = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=-1)
+            batch, _ = self._pass(batch, rollouts, None)
         assert batch.reverse_kl is not None
         numbers = {
             "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),

@@ -7,7 +7,7 @@ Targets that carry no advantage are scored inside the head pass itself: the fast
 token-local.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
 
@@ -20,9 +20,11 @@ from opd.estimators import Baseline, Estimator, Sampled
 from opd.rewards import LogRatio, Reward
 from opd.rollouts import OnPolicy, Rollouts
 from opd.surrogates import Reinforce
-from opd.transforms import Discount, DiscountExpected
+from opd.transforms import Discount, DiscountExpected, MeanFuture
 from opd.types import GIVEN, Batch, Column, call, reads
-from opd.weights import TokenMean
+from opd.weights import TokenMean, TruncatedImportance
+
+SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the token drawn
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,16 @@ class PolicyGradient:
                 f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
                 f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
             )
-        if self.baseline is not None and any(isinstance(x, Discount) for x in self.transforms):
+        if self.baseline is not None and any(isinstance(x, Discount | MeanFuture) for x in self.transforms):
             raise ValueError(
-                f"{self.baseline} under Discount: the baselines of later tokens depend on this one, which biases its "
-                "gradient: use DiscountExpected, or no baseline"
+                f"{self.baseline} under Discount or MeanFuture: the baselines of later tokens depend on this one, "
+                "which biases its gradient: use DiscountExpected, or no baseline"
+            )
+        own = [w for w in self.weights if reads(w) & SAMPLED and not isinstance(w, TruncatedImportance)]
+        if self.baseline is not None and own:
+            raise ValueError(
+                f"{self.baseline} beside {own}: a weight that looks at the sampled token is part of its reward, and "
+                "the baseline of another reward biases the gradient: use no baseline, or put the weight in the reward"
             )
         if self.reward != LogRatio() and any(isinstance(x, DiscountExpected) for x in self.transforms):
             raise ValueError(
@@ -161,6 +169,7 @@ class Method:
     terms: tuple[Term, ...] = (PolicyGradient(),)
     reduction: Column = TokenMean()
     rollouts: Rollouts = OnPolicy()
+    filters: tuple[Column, ...] = ()  # which trained tokens stay; applied before all else, so none is in a denominator
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -180,7 +189,7 @@ class Method:
 
     def reads(self) -> frozenset[str]:
         """The columns that prepare looks at."""
-        leaves = (self.reduction, *(leaf for term in self.terms for leaf in term.column_leaves()))
+        leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
         return frozenset().union(*map(reads, leaves))
 
     def local(self) -> bool:
@@ -190,6 +199,8 @@ class Method:
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:
         """One target per term; advantages where the batch was measured."""
+        for keep in self.filters:
+            batch = replace(batch, mask=batch.mask & call(keep, batch))
         scale = call(self.reduction, batch).where(batch.mask, 0)
         scores = batch.scores or (None,) * len(self.terms)
         out = []

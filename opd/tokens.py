@@ -323,7 +323,7 @@ def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
             yield found(
                 Severity.WARNING,
                 f"{title}: the student reads ...{short(a[at:])}, the teacher ...{short(b[at:])}: each model is asked "
-                "in its own words unless --teacher-prompt same; see the whole difference with `opd doctor`, and set "
+                "in its own words unless --teacher-prompt same; opd.tokens.template_difference shows all of it; set "
                 "system prompts or template arguments so that both are asked for the same thing",
             )
             return

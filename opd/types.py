@@ -94,6 +94,7 @@ class Batch:
     stopped: Bool[Tensor, " B"]  # ended by a stop token
     outcome: Float[Tensor, " B"]  # verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
+    coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; the same on every process
     student_logp: Float[Tensor, "B T"] | None = None  # the trainer's own
     student_entropy: Float[Tensor, "B T"] | None = None
     teacher_logp: Float[Tensor, "B T"] | None = None
@@ -108,7 +109,9 @@ class Batch:
         return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores))
 
 
-GIVEN = frozenset({"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp"})  # known before any scoring
+GIVEN = frozenset(
+    {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "coin"}
+)  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
 COLUMNS = GIVEN | MEASURED
 

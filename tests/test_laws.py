@@ -114,7 +114,7 @@ def test_gradient_is_finite_and_not_zero(m, world, ids, given):
 @pytest.mark.parametrize("junk", [float("nan"), -float("inf")])
 def test_padding_is_invisible(m, junk, world, ids, given):
     batch = world.measure(m, ids, **given)
-    other = poisoned(batch, junk, MEASURED | {"sampler_logp"})
+    other = poisoned(batch, junk, MEASURED | {"sampler_logp", "coin"})
     after = batch.mask.flip(1).cumsum(1).flip(1) == 0  # a hole in the mask is context of what follows
     other = dataclasses.replace(other, ids=other.ids.where(~after, (other.ids + 1) % 4))
     targets = m.prepare(other)
@@ -143,7 +143,7 @@ def test_masking_does_not_rest_on_the_leaves(world, ids, given):
 def test_longer_padding_is_invisible(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     wide = lambda x, fill: torch.nn.functional.pad(x, (0, 2), value=fill)
-    columns = {name: wide(getattr(batch, name), float("nan")) for name in MEASURED | {"sampler_logp"}}
+    columns = {name: wide(getattr(batch, name), float("nan")) for name in MEASURED | {"sampler_logp", "coin"}}
     scores = tuple(x if x is None else wide(x, float("nan")) for x in batch.scores)
     other = dataclasses.replace(batch, **columns, ids=wide(batch.ids, 0), mask=wide(batch.mask, False), scores=scores)
     for x, y in zip(m.prepare(other), m.prepare(batch), strict=True):
@@ -192,7 +192,9 @@ def test_row_order_is_irrelevant(m, world, ids, given):
 def test_reads_only_what_it_names(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     unread = {name: None for name in MEASURED - m.reads()}
-    floats = {x: torch.full_like(getattr(batch, x), float("nan")) for x in {"outcome", "sampler_logp"} - m.reads()}
+    floats = {
+        x: torch.full_like(getattr(batch, x), float("nan")) for x in {"outcome", "sampler_logp", "coin"} - m.reads()
+    }
     bare = dataclasses.replace(batch, **unread, **floats)
     assert m.reads() <= GIVEN | MEASURED
     close(gradient(m, world, bare), gradient(m, world, batch))
@@ -247,7 +249,7 @@ def test_terms_add(m, world, ids, given):
 @every
 def test_data_carries_no_gradient(m, world, ids, given):
     batch = world.measure(m, ids, **given)
-    live = {name: getattr(batch, name).clone().requires_grad_() for name in MEASURED | {"sampler_logp"}}
+    live = {name: getattr(batch, name).clone().requires_grad_() for name in MEASURED | {"sampler_logp", "coin"}}
     scores = tuple(x if x is None else x.clone().requires_grad_() for x in batch.scores)
     for target in m.prepare(dataclasses.replace(batch, **live, scores=scores)):
         assert not target.weight.requires_grad

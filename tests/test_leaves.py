@@ -14,9 +14,10 @@ from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
 from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling, Reinforce
-from opd.transforms import Discount, DiscountExpected, Whiten
+from opd.transforms import Discount, DiscountExpected, MeanFuture, Whiten
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
+from tests import test_methods_rewards, test_methods_selection
 
 pytestmark = pytest.mark.usefixtures("float64")
 close = torch.testing.assert_close
@@ -163,11 +164,12 @@ def test_divergence(d, want):
 
 
 def test_every_leaf_has_a_golden_value():
-    assert leaves(divergences) == {type(d) for d, _ in DIVERGENCES} | {Support}
-    assert leaves(rewards) == {type(r) for r, _ in REWARDS}
+    more = (*test_methods_rewards.FORWARD, *test_methods_rewards.REWARDS)
+    golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
+    assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
     assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Stratified, Full}
-    assert leaves(transforms) == {Discount, DiscountExpected, Whiten}
-    assert leaves(weights) == {TokenMean, SequenceMean, Constant, TruncatedImportance}
+    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture}
+    assert leaves(weights) == {TokenMean, SequenceMean, Constant, TruncatedImportance} | test_methods_selection.WEIGHTS
     assert leaves(surrogates) == {Reinforce, ImportanceSampling, Clipped}
 
 

@@ -8,8 +8,8 @@ import torch
 
 from opd.divergences import JSD, BucketForwardKL, ForwardKL, ReverseKL, Support
 from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
-from opd.exact import token_gradients
-from opd.method import Match, Method, PolicyGradient
+from opd.exact import measure, token_gradients
+from opd.method import Match, Method, PolicyGradient, Positions
 from opd.methods import METHODS, opd, opd_plus, pg, tropd
 from opd.methods.eopd import TopKForwardKL
 from opd.methods.tropd import Outlier, RawForwardKL
@@ -322,12 +322,12 @@ def test_tropd_in_expectation(pair):
     trusted = lambda live, q: -(torch.minimum(p, q).exp() * (q - p) * live).sum(-1)
     outlier = lambda live, q: variation(p, q) * RawForwardKL(2)(live, q)
     want = gradient(trusted, student, teacher) + gradient(outlier, student, teacher)
-    close(expectation(tropd(k=2), student, teacher), want)
+    close(expectation(tropd(k=2, soft=True), student, teacher), want)
 
 
 def test_tropd_of_equal_models_is_at_rest(pair):
     student, _ = pair
-    close(token_gradients(tropd(), student, student), torch.zeros(6, 5, 5))
+    close(token_gradients(tropd(soft=True), student, student), torch.zeros(6, 5, 5))
 
 
 def test_the_trusted_reward_has_a_baseline_of_its_own(pair):
@@ -346,6 +346,21 @@ def test_the_trusted_reward_has_a_baseline_of_its_own(pair):
 
 
 def test_terms_over_the_same_tokens_add(pair):
-    parts = [Method((term,)) for term in tropd(k=3).terms]
-    close(sum(expectation(m, *pair) for m in parts), expectation(tropd(k=3), *pair))
+    parts = [Method((term,)) for term in tropd(k=3, soft=True).terms]
+    close(sum(expectation(m, *pair) for m in parts), expectation(tropd(k=3, soft=True), *pair))
     assert isinstance(parts[1].terms[0], Match) and opd() != parts[0]
+
+
+def test_over_the_coin_tropd_is_its_soft_form(pair):
+    """Same positions, 10,000 coins of each: the mean loss of every sampled token, and its share of outliers."""
+    student, teacher = (x.log_softmax(-1)[:1].expand(5, 1, 5) for x in pair)
+    at = Positions(torch.arange(5)[:, None], student, teacher)
+    n = 10_000
+    coins = (torch.arange(n) + 0.5) / n
+    soft, hard = tropd(k=2, soft=True), tropd(k=2)
+    want = soft.loss(at, soft.prepare(measure(soft, at)))
+    many = Positions(at.ids.repeat(n, 1), *(x.repeat(n, 1, 1) for x in (student, teacher)))
+    batch = measure(hard, many, coin=coins.repeat_interleave(5)[:, None])
+    got = hard.loss(many, hard.prepare(batch)).view(n, 5, 1).sum(0)
+    close(got, want, rtol=1e-3, atol=1e-4)
+    assert set(hard.prepare(batch)[1].weight.unique().tolist()) == {0.0, 1 / (5 * n)}

@@ -1,5 +1,6 @@
 """Which tokens and rollouts count: weights and filters by hand, on the whole batch, blind to what is masked."""
 
+import dataclasses
 import json
 import math
 from math import log
@@ -406,3 +407,29 @@ def test_iw_opd_prefers_the_start_of_every_rollout(world, ids, given):
     weight = target.weight * ids.numel()
     close(weight[:, 0], torch.full((24,), 1.5))
     assert (weight.diff(dim=1) <= 0).all() and (weight[:, -1] > 1).all()
+
+
+# filters
+
+
+def test_a_filter_takes_its_tokens_out_of_the_denominator(world, ids, given):
+    m = METHODS["fire"]()
+    batch = world.measure(m, ids, **given)
+    (target,) = m.prepare(batch)
+    kept = call(LikelyRollouts(0.2), batch)
+    some = batch.mask.any(1)
+    assert 0 < (some & ~kept.any(1)).double().sum() / some.sum() < 0.3
+    assert ((target.weight > 0) == kept).all()
+    rows = (target.weight * kept.sum()).sum(1)  # mean weight 1 in each kept rollout
+    close(rows[kept.any(1)], batch.mask.sum(1).double()[kept.any(1)])
+    assert m.reads() >= {"teacher_logp", "teacher_entropy", "student_entropy"} and not m.local()
+
+
+def test_the_filter_comes_before_the_reduction_and_the_statistics(world, ids, given):
+    m = METHODS["fire"]()
+    batch = world.measure(m, ids, **given)
+    cut = dataclasses.replace(batch, mask=call(LikelyRollouts(0.2), batch))
+    bare = dataclasses.replace(m, filters=())
+    close(m.prepare(batch)[0].weight, bare.prepare(cut)[0].weight)
+    assert not torch.allclose(m.prepare(batch)[0].weight, bare.prepare(batch)[0].weight)
+    assert bare == METHODS["fire"](drop=0.0)

@@ -54,7 +54,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_lowers_the_divergence_to_the_teacher(pair, tmp_path, name):
-    rows = metrics(opd.train(config(pair, tmp_path / "run", method=METHODS[name](), steps=12, save_every=100)))
+    batch = 32 if name == "entropy" else 8  # it trains on a fifth of the tokens
+    run = config(pair, tmp_path / "run", method=METHODS[name](), steps=12, save_every=100, batch=batch)
+    rows = metrics(opd.train(run))
     assert all(row["grad_norm"] > 0 and row["refused"] == 0 for row in rows)
     assert sum(r["reverse_kl"] for r in rows[-3:]) < 0.97 * sum(r["reverse_kl"] for r in rows[:3])
 

@@ -146,7 +146,7 @@ def naive(case: Case, shape: Shape) -> Tensor:
 
 
 def careful(case: Case, shape: Shape) -> Tensor:
-    """Still [N, V], but logsumexp less gather, work in place and early frees (vopd alone)."""
+    """Still [N, V], but logsumexp less gather, work in place and early frees; always vopd."""
     z = _wide(case.states @ case.weight.T)
     logp = _at(z, case.ids) - z.logsumexp(-1)
     with torch.no_grad():
@@ -248,7 +248,8 @@ ARMS: dict[str, Run] = {
     "liger-chunked": liger_chunked,
     "liger-fused": liger_fused,
 }
-SUMS_KL = {"trl-divergence", "liger-chunked", "liger-fused"}  # whatever the objective is
+KL, VOPD = "reverse-kl", "vopd"
+ALWAYS = {"trl-divergence": KL, "liger-chunked": KL, "liger-fused": KL, "trl-composed": VOPD, "careful": VOPD}
 
 
 def main(shape: Shape) -> None:
@@ -274,9 +275,6 @@ def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
     fine, refused = [], {}
     tiny = case.some(4, case.states.dtype)
     for name in shape.arms or ARMS:
-        if name == "careful" and shape.objective != "vopd":
-            refused[name] = "written for vopd alone"
-            continue
         try:
             Floor()(tiny, shape) if name == "floor" else ARMS[name](tiny, shape)
         except (ImportError, RuntimeError, TypeError) as error:
@@ -304,7 +302,7 @@ def timed(arms: list[str], case: Case, shape: Shape) -> dict[str, list[float]]:
 def errors(name: str, case: Case, shape: Shape) -> dict[str, float]:
     """Relative distance of loss and gradients from float64 on the same inputs."""
     exact = case.some(shape.error_tokens, torch.float64)
-    asked = replace(shape, objective="reverse-kl") if name in SUMS_KL else shape
+    asked = replace(shape, objective=ALWAYS.get(name, shape.objective))
     wanted = [naive(exact, asked), *exact.take_gradients()]
     mine = case.some(shape.error_tokens, case.states.dtype)
     found = [ARMS[name](mine, shape), *mine.take_gradients()]
@@ -334,25 +332,26 @@ def fresh_peak(name: str) -> int:
 def report(rows: dict, refused: dict[str, str], shape: Shape) -> None:
     """The table on the terminal; the numbers, versions and arguments as json."""
     table = Table(title=f"head pass, N={shape.tokens} V={shape.vocabulary} H={shape.student}/{shape.teacher}")
-    for column in ("arm", "seconds", "of floor", "ours faster by", "peak MB", "naive's memory", "error: loss, dh, dW"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    megabytes = lambda row: row["peak_bytes"] / 2**20 if "peak_bytes" in row else float("nan")
+    for column in ("arm", "seconds", "of floor", "ours faster by", "peak MB", "of naive's", "error: loss, dh, dW"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
             name,
             f"{statistics.median(row['seconds']):.3f}",
             _ratio(row, rows.get("floor")),
             _ratio(row, rows.get("ours")),
-            f"{megabytes(row):.0f}",
-            f"{megabytes(rows.get('naive', {})) / megabytes(row):.1f} x less",
+            f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
+            f"1 / {rows['naive']['peak_bytes'] / row['peak_bytes']:.1f}"
+            if "peak_bytes" in row and "naive" in rows
+            else "",
             " ".join(f"{x:.0e}" for x in row.get("error", {}).values()),
         )
-    for name, reason in refused.items():
-        table.add_row(name, "cannot run:", reason)
-    console = Console()
+    console = Console(width=max(130, Console().width), markup=False, highlight=False)
     console.print(table)
+    for name, reason in refused.items():
+        console.print(f"{name} cannot run here: {reason}")
     versions = {name: _version(name) for name in ("opd", "torch", "trl", "liger-kernel", "triton")}
-    console.print(f"medians [min - max] of {shape.rounds} alternating rounds; {shape}; {versions}", highlight=False)
+    console.print(f"medians [min, max] of {shape.rounds} alternating rounds; {shape}; {versions}")
     if shape.json is not None:
         whole = {
             "shape": vars(shape) | {"json": str(shape.json)},
@@ -367,7 +366,7 @@ def _ratio(row: dict, base: dict | None) -> str:
     if base is None:
         return ""
     each = [a / b for a, b in zip(row["seconds"], base["seconds"], strict=True)]
-    return f"{statistics.median(each):.2f} [{min(each):.2f} - {max(each):.2f}]"
+    return f"{statistics.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]"
 
 
 def _version(name: str) -> str:

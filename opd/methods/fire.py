@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opd.weights import row_mean
+from opd.method import Method, PolicyGradient
+from opd.surrogates import Clipped
+from opd.weights import Confidence, row_mean
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,17 @@ class LikelyRollouts:
         if not some.any():
             return mask
         return mask & (score >= score[some].quantile(self.drop))[:, None]
+
+
+def fire(drop: float = 0.2, teacher: float = 1.0, student: float = 1.0, clip: float = 0.2) -> Method:
+    """OPD without the rollouts the teacher finds unlikely, on sure teachers and unsure students.  arXiv:2606.02684.
+
+    Args:
+        drop: share of the batch's rollouts left out, by mean log q(y); 0 is the released code, which looks at one
+            rollout at a time and so drops none.
+        teacher: weight of the teacher's confidence (the paper's alpha).
+        student: weight of the student's confusion (the paper's beta).
+        clip: bound of the importance ratio, which is 1 with one update per rollout batch.
+    """
+    term = PolicyGradient(surrogate=Clipped(clip, clip), weights=(Confidence(teacher, student),))
+    return Method((term,), filters=(LikelyRollouts(drop),) if drop else ())

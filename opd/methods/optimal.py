@@ -6,12 +6,12 @@ from opd.methods.pg import Baselines, baseline_of
 
 
 def opd_optimal() -> Method:
-    """Log-ratio reward minus the baseline of least variance in logit space.  opd project; see docs, "Estimators"."""
+    """Log-ratio reward minus the baseline of least variance in logit space.  opd project, docs/estimators.md."""
     return Method((PolicyGradient(baseline=Optimal()),))
 
 
 def opd_stratified(k: int = 16, baseline: Baselines = "none") -> Method:
-    """Exact on the student's top k, sampled elsewhere: the full gradient at top-k cost.  opd project; "Estimators".
+    """Exact on the student's top k, sampled elsewhere: the full gradient at top-k cost.  opd project, docs/estimators.md.
 
     Args:
         k: tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).

@@ -12,7 +12,7 @@ def rock_freeze(tokens: str = "", weight: float = 0.0, window: int = 0) -> Metho
     """Reverse KL over the whole vocabulary, without the listed tokens.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
     Args:
-        tokens: json file with the list of token ids (or an object with "ids"), as `opd rock` writes it; the listed are
+        tokens: json file with the list of token ids (or an object with "ids"); the listed are
             matched with the token being predicted.  Without a file nothing is frozen: that is `opd-full`.
         weight: of the listed tokens; the paper's lambda (0 freezes, 0.3 is the soft arm).
         window: freezes the tokens of high KL this near to a listed one, too; 0 is off.
@@ -28,7 +28,9 @@ def _read(path: Path) -> tuple[int, ...]:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"--tokens {path}: no such file; `opd rock` writes the list of tokens to freeze") from None
+        raise ValueError(
+            f"--tokens {path}: no such file; name a json file with the ids of the tokens to freeze"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokens {path}: not readable as json: {error}") from None
     ids = found.get("ids") if isinstance(found, dict) else found

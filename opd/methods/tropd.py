@@ -34,14 +34,43 @@ class Outlier:
         return -(teacher_logp - student_logp).where(mask, math.inf).clamp(max=0).expm1()
 
 
-def tropd(k: int = 64, per_prompt: int = 4) -> Method:
-    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-6.
+@dataclass(frozen=True)
+class Accepted:
+    """1 where a coin lets the teacher accept the sampled token, with chance min(q/p, 1), else 0.  Eq. 6."""
 
-    The coin of acceptance is replaced by its mean, min(q/p, 1): same expected gradient, less noise.
+    def __call__(
+        self,
+        student_logp: Float[Tensor, "B T"],
+        teacher_logp: Float[Tensor, "B T"],
+        coin: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return (coin < 1 - Outlier()(student_logp, teacher_logp, mask)).to(student_logp.dtype)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """1 - `Accepted`, of the same coin."""
+
+    def __call__(
+        self,
+        student_logp: Float[Tensor, "B T"],
+        teacher_logp: Float[Tensor, "B T"],
+        coin: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return 1 - Accepted()(student_logp, teacher_logp, coin, mask)
+
+
+def tropd(k: int = 64, per_prompt: int = 4, soft: bool = False) -> Method:
+    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-6.
 
     Args:
         k: the teacher's most probable tokens on which the forward KL is summed, raw.
         per_prompt: rollouts of a prompt.
+        soft: the coin of acceptance replaced by its mean, min(q/p, 1): same expected gradient, less noise.
     """
-    outlier = Match(RawForwardKL(k), weights=(Outlier(),))
-    return Method((PolicyGradient(Trusted()), outlier), rollouts=OnPolicy(per_prompt))
+    outlier = RawForwardKL(k)
+    coin = (PolicyGradient(weights=(Accepted(),)), Match(outlier, weights=(Rejected(),)))
+    mean = (PolicyGradient(Trusted()), Match(outlier, weights=(Outlier(),)))
+    return Method(mean if soft else coin, rollouts=OnPolicy(per_prompt))

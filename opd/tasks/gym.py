@@ -39,7 +39,7 @@ def task(name: str, data: Data) -> Task:
         made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
         made[0]
     except Exception as error:  # each generator checks its options in its own way
-        raise Refusal(f"--prompts {data.source}, --limit {size}: {name} refuses: {error!r}; change its options") from error
+        raise Refusal(f"--prompts {data.source}, --limit {size}: {name} refuses: {error!r}; change them") from error
     score = partial(_score, name, json.dumps(options))
     return Task(name=name, prompts=Made(partial(_prompt, made, data), size), verify=score)
 
