@@ -151,7 +151,7 @@ def _imported(name: str) -> Callable[..., Method]:
         raise Refusal(f"{name}: {error}; METHOD as module:factory needs a module on the Python path") from error
     except KeyError:
         raise Refusal(f"{name}: the module {module} has no {attribute}") from None
-    if inspect.signature(factory).return_annotation is not Method:
+    if inspect.signature(factory).return_annotation not in (Method, "Method", "opd.Method"):
         raise Refusal(f"{name}: must be a function annotated to return an opd.Method")
     return factory
 

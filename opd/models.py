@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -123,7 +125,7 @@ def device(name: str, *, field: str) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built for
         raise Refusal(
-            f"--{field} {name}: this machine has no such device; use cpu, or cuda:0 to cuda:N-1 where N GPUs are visible"
+            f"--{field} {name}: this machine has no such device; use cpu, or cuda:0 ... where GPUs are visible"
         ) from error
     return torch.device(name)
 
@@ -167,13 +169,19 @@ def _dequantised(file: Path) -> Path:
         text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise Refusal(f"{file}: not a GGUF file that transformers can read: {_first_line(error)}") from error
-    part = cache.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
+    # Every process of a run may come here at once: each writes its own folder, and the first to finish names it.
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
     model.save_pretrained(part)
     text.save_pretrained(part)
-    part.replace(cache)
+    try:
+        part.replace(cache)
+    except OSError:
+        if not (cache / "config.json").is_file():
+            raise
+        shutil.rmtree(part)
     return cache
 
 

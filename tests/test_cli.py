@@ -80,7 +80,7 @@ def test_unknown_method(capsys, tmp_path):
     assert "METHOD is missing" in train(capsys, tmp_path, method=())
     assert "no_such_module" in train(capsys, tmp_path, method=("no_such_module:f",))
     assert "has no nothing" in train(capsys, tmp_path, method=("opd.methods:nothing",))
-    assert "not an opd.Method" in train(capsys, tmp_path, method=("opd.rewards:LogRatio",))
+    assert "return an opd.Method" in train(capsys, tmp_path, method=("opd.rewards:LogRatio",))
 
 
 @pytest.mark.parametrize(
@@ -234,19 +234,6 @@ def test_also_adds_terms_at_a_weight():
     assert both == Method(
         (*METHODS["vopd"]().terms, *(type(t)(t.divergence, coef=0.25) for t in METHODS["gkd-forward"]().terms))
     )
-
-
-def test_run_flags_and_method_flags_do_not_collide():
-    import inspect
-    from dataclasses import fields
-
-    nested = {f.name for f in fields(Train)} | {
-        f.name for f in fields(type(Train.__dataclass_fields__["sampling"].default))
-    }
-    nested |= {f.name for f in fields(type(Train.__dataclass_fields__["data"].default))}
-    for name, factory in METHODS.items():
-        shared = nested & set(inspect.signature(factory).parameters)
-        assert not shared, f"{name}: {shared} would be read as run flags"
 
 
 def test_embedded_tokenizer_is_the_tokenizer_of_every_embedded_model():

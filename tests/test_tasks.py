@@ -436,7 +436,7 @@ def test_bad_columns(tmp_path):
     assert "needs answers" in refusal(**good)
     assert "empty in all 2 rows" in refusal(**good, answer_column="label")
     for option in ("answer_column", "response_column", "choices_column"):
-        assert f"{option}='gold'" in refusal(**good, **{option: "gold"})
+        assert f"--{option.replace('_', '-')} gold" in refusal(**good, **{option: "gold"})
     names = write(tmp_path / "c.jsonl", [{"prompt": "Who?", "answer": "Ann"}])
     assert "cannot read the expected answer 'Ann'" in refusal(source=names, verifier="numeric")
     assert "cannot read the expected answer 'Ann'" in refusal(source=names, verifier="choice")

@@ -30,15 +30,15 @@ class LikelyRollouts:
         return mask & (score >= score[some].quantile(self.drop))[:, None]
 
 
-def fire(drop: float = 0.2, teacher: float = 1.0, student: float = 1.0, clip: float = 0.2) -> Method:
+def fire(drop: float = 0.2, alpha: float = 1.0, beta: float = 1.0, clip: float = 0.2) -> Method:
     """OPD without the rollouts the teacher finds unlikely, on sure teachers and unsure students.  arXiv:2606.02684.
 
     Args:
         drop: share of the batch's rollouts left out, by mean log q(y); 0 is the released code, which looks at one
             rollout at a time and so drops none.
-        teacher: weight of the teacher's confidence (the paper's alpha).
-        student: weight of the student's confusion (the paper's beta).
+        alpha: weight of the teacher's confidence.
+        beta: weight of the student's confusion.
         clip: bound of the importance ratio, which is 1 with one update per rollout batch.
     """
-    term = PolicyGradient(surrogate=Clipped(clip, clip), weights=(Confidence(teacher, student),))
+    term = PolicyGradient(surrogate=Clipped(clip, clip), weights=(Confidence(alpha, beta),))
     return Method((term,), filters=(LikelyRollouts(drop),) if drop else ())

@@ -11,7 +11,7 @@ def opd_optimal() -> Method:
 
 
 def opd_stratified(k: int = 16, baseline: Baselines = "none") -> Method:
-    """Exact on the student's top k, sampled elsewhere: the full gradient at top-k cost.  opd project, docs/estimators.md.
+    """Exact on the student's top k, sampled elsewhere: full gradient, top-k cost.  opd project, docs/estimators.md.
 
     Args:
         k: tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).

@@ -51,7 +51,7 @@ def pg(
     beta: float = 0.5,
     k: int = 16,
 ) -> Method:
-    """Any reward with any baseline and any estimator: compose your own policy gradient.  opd project, docs/estimators.md.
+    """Any reward with any baseline and any estimator.  opd project, docs/estimators.md.
 
     Args:
         reward: what the teacher pays.
