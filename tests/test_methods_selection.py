@@ -235,7 +235,7 @@ def test_rock_list_that_is_none(content, tmp_path):
 
 
 def test_rock_list_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"--tokens .*: no such file; `opd rock` writes"):
+    with pytest.raises(ValueError, match=r"--tokens .*: no such file; name a json file"):
         rock_freeze(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="--tokens"):
         rock_freeze(str(tmp_path))
