@@ -42,7 +42,7 @@ class Demo:
     """embedded:student has the teacher's shape, embedded:small is narrower and shallower."""
     seeds: int = 1
     """Runs, with seeds 0, 1, ..."""
-    steps: int = 150
+    steps: int = 80
     """Training steps of each."""
     problems: int = 500
     """Held-out problems of the final table."""

@@ -52,6 +52,8 @@ class Shape:
     """Alternating rounds, after one to warm up."""
     threads: int = 1
     """Of torch, on a CPU."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of hidden states and heads."""
     device: str = "cpu"
@@ -286,15 +288,16 @@ def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
 
 def timed(arms: list[str], case: Case, shape: Shape) -> dict[str, list[float]]:
     """Seconds of forward and backward, round by round."""
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[shape.clock]
     out: dict[str, list[float]] = {name: [] for name in arms}
     for turn in track(range(shape.rounds + 1), "rounds", transient=True, console=Console(stderr=True)):
         for name in arms:
             _wait(shape)
-            start = time.perf_counter()
+            start = clock()
             ARMS[name](case, shape)
             _wait(shape)
             if turn:
-                out[name].append(time.perf_counter() - start)
+                out[name].append(clock() - start)
             case.take_gradients()
     return out
 
