@@ -1,4 +1,4 @@
-"""The command line: `opd train | eval | methods | prune | demo`."""
+"""The command line: `opd train | eval | methods | prune | bench | demo`."""
 
 import contextlib
 import difflib
@@ -31,6 +31,7 @@ USAGE = """usage: opd COMMAND ...
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
   opd prune --model M --keep LAYERS --out DIR
+  opd bench [flags]
   opd demo
   opd --version
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "methods": _methods,
         "prune": _prune,
+        "bench": _bench,
         "demo": _demo,
     }
     try:
@@ -222,6 +224,13 @@ def _prune(args: list[str]) -> int:
     from opd.prune import Prune, prune
 
     print(prune(_parsed(Prune, args, prog="opd prune", description="A smaller model made of some layers of a model.")))
+    return 0
+
+
+def _bench(args: list[str]) -> int:
+    from opd.bench.head import Shape, main
+
+    main(_parsed(Shape, args, prog="opd bench", description="The head pass beside naive torch and the peers."))
     return 0
 
 

@@ -49,7 +49,8 @@ class Columns:
     def empty(cls, method: Method, n: int, like: Tensor) -> "Columns":
         """To be filled: one place for all, so that no small tensor outlives a chunk and pins freed memory below it."""
         scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
-        return cls(*like.new_empty(len(fields(cls)) - 1, n), scores=scores)
+        names = [f.name for f in fields(cls) if f.name != "scores"]
+        return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
 
     def fill(self, rows: slice, part: "Columns") -> None:
         """Take over the numbers of some tokens."""
@@ -152,17 +153,17 @@ class _Sweep:
     def of(cls, method: Method, student: Hidden, teacher: Hidden, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
         """Buffers for chunks as long as the budget allows."""
         low = matmul_dtype(student.states)
-        sides = [_Side.of(student, low, vocabulary), _Side.of(teacher, teacher.states.dtype, vocabulary)]
-        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in sides))
-        sides = [replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in sides]
-        logits = sides[0].logits
+        own, other = _Side.of(student, low, vocabulary), _Side.of(teacher, teacher.states.dtype, vocabulary)
+        n = vocabulary.chunk(len(ids), vocabulary.size * (own.logits.itemsize + other.logits.itemsize))
+        own, other = (replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in (own, other))
+        logits = own.logits
         gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
         scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
         # fp16 has no number for a gradient times the sum of e.
         linear = low != torch.float16 and not (student.head.softcap or teacher.head.softcap)
         columns = Columns.empty(method, len(ids), scratch)
-        return cls(method, vocabulary, ids, *sides, gradient, scratch, columns, linear)
+        return cls(method, vocabulary, ids, own, other, gradient, scratch, columns, linear)
 
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
@@ -189,7 +190,9 @@ class _Sweep:
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
                 for i, found in looked.items():
-                    found.append(self.method.terms[i].score(Positions(drawn, *logp)))
+                    value = self.method.terms[i].score(Positions(drawn, *logp))
+                    assert value is not None
+                    found.append(value)
         seen = sums.columns()
         scores = tuple(
             (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
@@ -200,7 +203,7 @@ class _Sweep:
         return columns, self.student.hidden.head.scale / v.temperature / sums.e
 
     def differentiate(self, rows: slice, targets: tuple[Target, ...]) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
-        """The choice between the two ways: the summed loss, and what each row of `gradient` still is to be scaled by."""
+        """Choose between the two ways; the summed loss, and what each row of `gradient` is still to be scaled by."""
         form = closed_form(self.method) if self.linear else None
         if form is None:
             loss = self.autograd(rows, targets)

@@ -17,11 +17,11 @@ if [ ! -f "$teacher" ]; then
 fi
 echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $teacher" | sha256sum --check
 
-"$opd" prune --model "$teacher" --keep 0-15,20-29 --out "$folder/student"
+[ -d "$folder/student" ] || "$opd" prune --model "$teacher" --keep 0-15,20-29 --out "$folder/student"
 
 "$opd" train \
     --student "$folder/student" --teacher "$teacher" \
-    --prompts "$train" --eval-prompts "$test" --out "$folder/run" --verifier numeric \
+    --prompts "$train" --eval-prompts "$test" --out "$folder/run" --resume --verifier numeric \
     --steps 20 --batch 16 --max-new-tokens 48 --lr 1e-4 --warmup 2 \
     --eval-every 10 --eval-limit 16 --eval-temperature 1 --rollouts-every 10 \
     vopd

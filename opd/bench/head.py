@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -27,6 +27,7 @@ from opd.estimators import Value
 from opd.method import Match, Method, PolicyGradient, Target
 from opd.vocabulary import Head, Hidden, Vocabulary, head_pass
 
+Objective = Literal["vopd", "reverse-kl"]
 METHODS = {"vopd": Method((PolicyGradient(baseline=Value()),)), "reverse-kl": Method((Match(),))}
 
 
@@ -44,7 +45,7 @@ class Shape:
     """Width of the teacher's."""
     chunk: int = 512
     """Tokens of a chunk, of ours and of Liger's; TRL's are its own constants."""
-    objective: Literal["vopd", "reverse-kl"] = "vopd"
+    objective: Objective = "vopd"
     """Of ours and the naive ones; a peer computes what it can."""
     frozen: bool = False
     """No gradient for the head."""
@@ -250,8 +251,13 @@ ARMS: dict[str, Run] = {
     "liger-chunked": liger_chunked,
     "liger-fused": liger_fused,
 }
-KL, VOPD = "reverse-kl", "vopd"
-ALWAYS = {"trl-divergence": KL, "liger-chunked": KL, "liger-fused": KL, "trl-composed": VOPD, "careful": VOPD}
+ALWAYS: dict[str, Objective] = {
+    "careful": "vopd",
+    "trl-composed": "vopd",
+    "trl-divergence": "reverse-kl",
+    "liger-chunked": "reverse-kl",
+    "liger-fused": "reverse-kl",
+}
 
 
 def main(shape: Shape) -> None:
@@ -263,7 +269,7 @@ def main(shape: Shape) -> None:
     case = Case.of(shape)
     arms, refused = runnable(case, shape)
     seconds = timed(arms, case, shape)
-    rows = {name: {"seconds": seconds[name]} for name in arms}
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in arms}
     for name in arms:
         if shape.memory and name != "floor":
             rows[name]["peak_bytes"] = fresh_peak(name)

@@ -90,7 +90,8 @@ class ThroughLogp:
     def loss(self, terms: tuple[Term, ...], logp: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
         """Weighted sum over terms, differentiable in log p(y)."""
         parts = zip(terms, scores, targets, strict=True)
-        return reduce(torch.add, [x.weight * term.sampled_loss(logp, score, x) for term, score, x in parts])
+        some = (x.weight * term.sampled_loss(logp, s, x) for term, s, x in parts if isinstance(term, PolicyGradient))
+        return reduce(torch.add, some)
 
 
 @dataclass(frozen=True)
