@@ -82,7 +82,14 @@ def _parsed(what: Any, args: list[str], **options: Any) -> Any:
         text = re.sub(r"[─-╿]+", " ", said.getvalue())
         lines = [" ".join(line.split()) for line in text.splitlines()]
         told = [x for x in lines if x and not set(x) <= set("-") and not x.startswith("For full helptext")]
-        raise Refusal("; ".join(told)) from None
+        missing = [x.split()[0] for x in told if x.startswith("--")]
+        if told[0] == "Required options":
+            raise Refusal(
+                f"{', '.join(missing)} must be given; `{options['prog']} --help` explains the flags"
+            ) from None
+        if "Argument helptext:" in told:
+            told = told[1 : told.index("Argument helptext:")]
+        raise Refusal(" ".join(told).removeprefix("Error parsing ")) from None
 
 
 @dataclass(frozen=True, kw_only=True)

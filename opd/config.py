@@ -83,7 +83,7 @@ class Train:
     """Type of the teacher's weights."""
     teacher_device: str = "same"
     """Where the teacher lives: same as the student, cpu, cuda:1, ..."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 8192
     """Padded tokens that go through a model at once; lower it when memory runs out."""
     chunk_mb: int = 256
     """Memory for logits in the head pass, MB."""

@@ -8,7 +8,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
 from opd.evaluation import interval
 from opd.method import Method, Target
-from opd.metrics import summary
+from opd.metrics import standard_error, summary
 from opd.progress import Progress
 from opd.rollouts import OnPolicy, Rollouts
 from opd.runs import Run, plain
@@ -60,6 +60,7 @@ def train(config: Train) -> Path:
     """Run it all; returns the run folder.  Raises Refusal for what the user can mend."""
     config.check()
     method, run = config.resolved(), Run(Path(config.out))
+    config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
     settings = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if run.exists() and config.resume:
         run.matches(settings, FREE)
@@ -246,6 +247,7 @@ class Loop:
         assert batch.reverse_kl is not None
         numbers = {
             "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),
+            "eval_reverse_kl_se": standard_error(batch.reverse_kl, batch.mask),
             "eval_length": float(batch.mask.sum(1).float().mean()),
             "eval_stopped": float(batch.stopped.float().mean()),
         }

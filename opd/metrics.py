@@ -1,5 +1,8 @@
 """What a step looked like: pure functions of the batch, `(columns) -> named numbers`.  Nats, tokens, shares."""
 
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from opd.types import Batch
 
 
@@ -29,3 +32,9 @@ def summary(batch: Batch) -> dict[str, float]:
             out[f"advantage{suffix}"] = float(score[mask].mean())
             out[f"advantage_std{suffix}"] = float(score[mask].std(correction=0))
     return out
+
+
+def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """Of the mean over responses of each one's mean: tokens of a response are not independent; 0 for one response."""
+    means = (column.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1))[mask.any(1)]
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0

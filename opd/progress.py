@@ -70,7 +70,10 @@ class Progress:
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """An evaluation is done."""
-        line = f"reverse KL {numbers['eval_reverse_kl']:.4f} nats/token, length {numbers['eval_length']:.0f}"
+        line = f"reverse KL {numbers['eval_reverse_kl']:.4f} +- {numbers['eval_reverse_kl_se']:.4f} nats/token, "
+        line += f"length {numbers['eval_length']:.0f}"
+        if numbers["eval_stopped"] < 0.5:
+            line += f", only {numbers['eval_stopped']:.0%} ended by themselves: raise --max-new-tokens"
         if "eval_accuracy" in numbers:
             value, low, high = (100 * numbers[f"eval_{name}"] for name in ("accuracy", "low", "high"))
             line = f"accuracy {value:.1f} % [{low:.1f}, {high:.1f}], {line}"

@@ -159,7 +159,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     context = min(s.max_position_embeddings for s in shapes)
     room = context - config.sampling.max_new_tokens
     reading = lambda task: Prompts(task, text, teacher_text, config, room)
-    asked = reading(load(replace(config.data, source=config.prompts, seed=config.seed)))
+    asked = reading(load(config.data))
     held_out = None
     if config.eval_prompts:
         # A random choice of the held-out rows, the same for every run.

@@ -213,7 +213,7 @@ class _Sweep:
             seen = dict(columns.named())[form.column].detach().requires_grad_()
             loss = form.loss(self.method.terms, seen, columns.scores, targets).sum()
         (slope,) = torch.autograd.grad(loss, seen)
-        return loss.detach(), (slope * lacking)[:, None]
+        return loss.detach(), (form.sign * slope * lacking)[:, None]
 
     def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
         """By the definitions: the summed loss; without targets the columns alone."""

@@ -77,15 +77,19 @@ def sweep_(
     return u, v
 
 
+# A form: which column the loss sees the student through, and that column's gradient, times `sign` and sums.e.
+
+
 @dataclass(frozen=True)
 class ThroughLogp:
     """A loss that sees the student through log p(y) alone: sampled policy gradients with any reward and baseline."""
 
     column = "student_logp"
+    sign = -1.0
 
     def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
-        """e becomes sums.e (1_y - p), the one-hot subtracted before any rounding: p_y may be near 1."""
-        e.neg_().scatter_add_(-1, ids[:, None], sums.e[:, None])
+        """e becomes sums.e (p - 1_y), the one-hot subtracted before any rounding: p_y may be near 1."""
+        e.scatter_add_(-1, ids[:, None], -sums.e[:, None])
 
     def loss(self, terms: tuple[Term, ...], logp: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
         """Weighted sum over terms, differentiable in log p(y)."""
@@ -99,6 +103,7 @@ class ThroughKL:
     """A loss that sees the student through KL(student || teacher) alone: the reverse KL matched, with any weights."""
 
     column = "reverse_kl"
+    sign = 1.0
 
     def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
         """e becomes sums.e p (u - v - E_p[u - v]); u is consumed."""
