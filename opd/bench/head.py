@@ -266,13 +266,15 @@ def main(shape: Shape) -> None:
     if shape.peak_of:
         print(peak(shape))
         return
+    if unknown := set(shape.arms) - set(ARMS):
+        raise ValueError(f"--arms {' '.join(sorted(unknown))}: unknown; there are {', '.join(ARMS)}")
     case = Case.of(shape)
     arms, refused = runnable(case, shape)
     seconds = timed(arms, case, shape)
     rows: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in arms}
     for name in arms:
         if shape.memory and name != "floor":
-            rows[name]["peak_bytes"] = fresh_peak(name)
+            rows[name]["peak_bytes"] = fresh_peak(name, shape)
         if shape.error_tokens and name != "floor":
             rows[name]["error"] = errors(name, case, shape)
     report(rows, refused, shape)
@@ -332,10 +334,12 @@ def peak(shape: Shape) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def fresh_peak(name: str) -> int:
-    """`peak` in a process of its own, with this one's arguments."""
-    command = [sys.executable, "-m", "opd.bench.head", *sys.argv[1:], "--peak-of", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def fresh_peak(name: str, shape: Shape) -> int:
+    """`peak` in a process of its own."""
+    same = ("tokens", "vocabulary", "student", "teacher", "chunk", "objective", "threads", "dtype", "device")
+    flags = [flag for field in same for flag in (f"--{field}", str(getattr(shape, field)))]
+    command = [sys.executable, "-m", "opd.bench.head", *flags, *(["--frozen"] if shape.frozen else [])]
+    return int(subprocess.run([*command, "--peak-of", name], capture_output=True, text=True, check=True).stdout)
 
 
 def report(rows: dict, refused: dict[str, str], shape: Shape) -> None:

@@ -66,15 +66,23 @@ def sweep_(
     v = torch.sub(teacher, teacher.amax(-1, keepdim=True), out=scratch[1])
     f = torch.exp(v, out=scratch[0])
     torch.sum(f, -1, out=out.f)
-    torch.linalg.vecdot(f, v, out=out.fv)
+    dot(f, v, out=out.fv)
     torch.gather(v, -1, drawn, out=out.v[:, None])
     u = torch.sub(student, student.amax(-1, keepdim=True), out=scratch[0])
     e = torch.exp(u, out=student)
     torch.sum(e, -1, out=out.e)
-    torch.linalg.vecdot(e, u, out=out.eu)
-    torch.linalg.vecdot(e, v, out=out.ev)
+    dot(e, u, out=out.eu)
+    dot(e, v, out=out.ev)
     torch.gather(u, -1, drawn, out=out.u[:, None])
     return u, v
+
+
+def dot(a: Float[Tensor, "r V"], b: Float[Tensor, "r V"], out: Float[Tensor, " r"]) -> None:
+    """Row by row.  On a CPU vecdot multiplies, then sums; the diagonal of a small product is thrice as fast."""
+    if len(a) <= 8 and not a.is_cuda:
+        out.copy_((a @ b.T).diagonal())
+    else:
+        torch.linalg.vecdot(a, b, out=out)
 
 
 # A form: which column the loss sees the student through, and that column's gradient, times `sign` and sums.e.
