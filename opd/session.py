@@ -177,7 +177,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     for name in config.trackers:
         if name not in {str(known) for known in LoggerType}:
             raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
-        if not filter_trackers([name]):
+        if not filter_trackers([name], logging_dir=config.out):
             raise Refusal(f"--trackers {name}: not installed; pip install {name}")
     set_seed(config.seed)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
