@@ -176,17 +176,18 @@ class _Sweep:
         looked: dict[int, list[Tensor]] = {
             i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
         }
-        for block in blocks(len(z), self.scratch.shape[1]):
-            part, drawn = sums[block], ids[block]
+        r = self.scratch.shape[1]
+        split = (sums.split(r), z.split(r), t.split(r), ids.split(r), self.gradient[: len(z)].split(r))
+        for part, student, teacher, drawn, gradient in zip(*split, strict=True):
             room = self.scratch[:, : len(drawn)]
-            student, teacher = _widened(z[block], room[2]), _widened(t[block], room[1])
+            student, teacher = _widened(student, room[2]), _widened(teacher, room[1])
             shares, _ = v.logits_(student, self.student.hidden.head), v.logits_(teacher, self.teacher.hidden.head)
             shifted = sweep_(student, teacher, drawn, part, room[:2])
             if form is not None:
                 form.gradient_(student, *shifted, drawn, part)
                 v.spread_(student, shares)
-                if self.gradient.dtype != student.dtype:
-                    self.gradient[block].copy_(student)
+                if gradient.dtype != student.dtype:
+                    gradient.copy_(student)
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
                 for i, found in looked.items():

@@ -35,9 +35,9 @@ class Sums:
         """To be filled."""
         return cls(*like.new_empty(len(fields(cls)), n))
 
-    def __getitem__(self, rows: slice) -> "Sums":
-        """Those of some tokens, in the same memory."""
-        return Sums(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def split(self, size: int) -> list["Sums"]:
+        """Those of `size` tokens each, in the same memory."""
+        return [Sums(*x) for x in zip(*(getattr(self, f.name).split(size) for f in fields(self)), strict=True)]
 
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
         """The measured columns, by name."""
