@@ -42,7 +42,7 @@ class Demo:
     """embedded:student has the teacher's shape, embedded:small is narrower and shallower."""
     seeds: int = 1
     """Runs, with seeds 0, 1, ..."""
-    steps: int = 60
+    steps: int = 45
     """Training steps of each."""
     problems: int = 500
     """Held-out problems of the final table."""
@@ -87,7 +87,7 @@ def settings_of(config: Demo, seed: int) -> Train:
         method=METHODS[config.method](),
         out=config.out / f"seed-{seed}",
         seed=seed,
-        eval_every=20,
+        eval_every=15,
         eval_limit=128,
     )
     return replace(run, **{**settings("embedded", config.method), "steps": config.steps})

@@ -14,7 +14,7 @@ _EMBEDDED: Mapping[str, Any] = {
     "betas": (0.9, 0.95),
     "schedule": "linear",
     "warmup": 10,
-    "steps": 60,
+    "steps": 45,
     "batch": 64,
     "sampling": Sampling(max_new_tokens=256),
 }
