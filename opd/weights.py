@@ -39,6 +39,21 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class LastTokens:
+    """The last `last` trained tokens of each rollout, scaled so that a token mean is a mean over them; the others 0."""
+
+    last: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ValueError(f"last={self.last}: a number of tokens, 1 or more")
+
+    def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        kept = mask & (mask.flip(1).cumsum(1).flip(1) <= self.last)
+        return kept * (mask.sum() / kept.sum().clamp(min=1))
+
+
+@dataclass(frozen=True)
 class TruncatedImportance:
     """min(p_trainer / p_sampler, cap), for samples drawn at another temperature, truncated, or by another engine."""
 

@@ -1,0 +1,130 @@
+"""Hidden states side by side: which layers, through which projections, how far apart.
+
+    Lens(states of a model's layers) -> views [N D], one a layer     the student's and the teacher's have one D
+    distance(student view, teacher view) -> [N]                       >= 0, differentiable in the student's
+
+Layers count from 1; the last one's states are those after the final norm, as the head reads them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+TINY = 1e-12  # norms below it count as this
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """How states of different widths and depths are made comparable.  OPRD-Bridge, arXiv:2606.06021, Stage 1."""
+
+    rank: int = 8  # dimensions of the common space
+    rollouts: int = 256  # of the student before training, on the training prompts, that it is fitted on
+    rows: int = 16384  # at most so many of their tokens
+    epochs: int = 20
+    lr: float = 1e-3  # of AdamW, on states scaled to root mean square 1
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "rollouts", "epochs", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"bridge {name}={getattr(self, name)}: must be above 0")
+        if self.rows < 10 * self.rank:
+            raise ValueError(f"bridge rows={self.rows}: {self.rank} dimensions need at least {10 * self.rank} tokens")
+
+
+def layer_map(student: int, teacher: int) -> tuple[int, ...]:
+    """The teacher's layer for each of the student's: round((l-1)/(L_S-1) (L_T-1)) + 1, halves to even.
+
+    arXiv:2606.06021, Eq. 11, in exact fractions.  Ends meet ends; a student of one layer has the last.
+    """
+    if student == 1:
+        return (teacher,)
+    return tuple(round(Fraction(i * (teacher - 1), student - 1)) + 1 for i in range(student))
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """States of one layer in the common space, of length 1: normalise(matrix (h - mean))."""
+
+    matrix: Float[Tensor, "r H"]
+    mean: Float[Tensor, " H"]
+
+    def __call__(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N r"]:
+        return normalize((states - self.mean) @ self.matrix.T, dim=-1, eps=TINY)
+
+    def to(self, device: torch.device) -> "Projection":
+        """The same projection on a device."""
+        return Projection(self.matrix.to(device), self.mean.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """How the states of one model are looked at; without projections as they are."""
+
+    layers: tuple[int, ...]
+    projections: tuple[Projection, ...] = ()  # one a layer
+
+    def __call__(self, states: Sequence[Float[Tensor, "N H"]]) -> tuple[Float[Tensor, "N D"], ...]:
+        """The views of the layers in `layers`, from the states of just those; fp32 or wider."""
+        wide = [h.to(torch.promote_types(h.dtype, torch.float32)) for h in states]
+        return tuple(p(h) for p, h in zip(self.projections, wide, strict=True)) if self.projections else tuple(wide)
+
+    def to(self, device: torch.device) -> "Lens":
+        """The same lens on a device."""
+        return Lens(self.layers, tuple(p.to(device) for p in self.projections))
+
+
+@dataclass(frozen=True, eq=False)
+class Lenses:
+    """Through which the two models' views can be compared."""
+
+    student: Lens
+    teacher: Lens
+
+
+def distance(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+    """|| student - sg teacher ||^2 / D; of views of length 1 it is (2 - 2 cos) / D.  arXiv:2606.06021, Eq. 6, 15."""
+    return (student - teacher.detach()).square().mean(-1)
+
+
+def pca(states: Float[Tensor, "N H"], rank: int) -> Projection:
+    """The `rank` directions of largest variance and the mean; eigenvectors of the covariance in float64.
+
+    The sign of each direction is arbitrary.
+    """
+    wide = states.double()
+    mean = wide.mean(0)
+    vectors = torch.linalg.eigh((wide - mean).T @ (wide - mean)).eigenvectors.flip(1)[:, :rank].T
+    return Projection(vectors.to(states.dtype).contiguous(), mean.to(states.dtype))
+
+
+def fit(
+    student: Float[Tensor, "N S"], teacher: Float[Tensor, "N H"], bridge: Bridge, *, seed: int
+) -> tuple[Projection, Projection, float]:
+    """Projections of one layer's states, student first, and their mean cosine on the tenth held out: the last rows.
+
+    The teacher's is the PCA of its states.  The student's, linear without a mean, is fitted by AdamW to the least
+    squares of the difference; the epoch of the best held-out cosine is kept.
+    """
+    rows = len(student) - max(1, len(student) // 10)
+    principal = pca(teacher[:rows], bridge.rank)
+    scaled = lambda x: x / x[:rows].square().mean().sqrt().clamp(min=TINY)  # lr then means the same in every model
+    x, y = scaled(student), scaled((teacher - principal.mean) @ principal.matrix.T)
+    matrix = torch.zeros(bridge.rank, student.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([matrix], lr=bridge.lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    best, kept = -1.0, matrix.detach().clone()
+    with torch.enable_grad():
+        for _ in range(bridge.epochs):
+            for at in torch.randperm(rows, generator=generator).to(x.device).split(64):
+                optimizer.zero_grad()
+                (x[at] @ matrix.T - y[at]).square().mean().backward()
+                optimizer.step()
+            held_out = cosine_similarity(x[rows:] @ matrix.detach().T, y[rows:], dim=-1, eps=TINY).mean().item()
+            if held_out > best:
+                best, kept = held_out, matrix.detach().clone()
+    return Projection(kept, kept.new_zeros(student.shape[1])), principal, best
