@@ -44,6 +44,37 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     "opd-clip": _POWER,
     "opd-tanh": _POWER,
     "opd-zscore": _POWER,
+    # Rethinking OPD, arXiv:2604.13016, released code: 64 prompts x 4.
+    "opd-topk": {"batch": 256, "per_prompt": 4, "sampling": Sampling(max_new_tokens=7168)},
+    # TOP-D, arXiv:2607.04751: 512 prompts x 8.  Its 16 clipped updates a batch are left out: `topd` has no ratio.
+    "topd": {"lr": 1e-6, "batch": 4096, "per_prompt": 8},
+    # TV-OPD, arXiv:2609.08341, training set-up: 64 prompts x 1.
+    "opd-tv": {"lr": 1e-6, "weight_decay": 0.01, "batch": 64, "sampling": Sampling(max_new_tokens=16384)},
+    # FiRe-OPD, arXiv:2606.02684, set-up of the experiments: three passes over DeepMath.
+    "fire": {"lr": 1e-6, "batch": 1024, "steps": 165, "sampling": Sampling(max_new_tokens=16384)},
+    # IW-OPD, arXiv:2606.22600, training settings.
+    "iw-opd": {"lr": 1e-5, "batch": 1024, "sampling": Sampling(max_new_tokens=16384)},
+    # The arm of TrOPD's comparison, arXiv:2606.01249, which states no sampling temperature; 128 prompts x 4.
+    "entropy": {"lr": 5e-6, "batch": 512, "per_prompt": 4, "steps": 200, "sampling": Sampling(max_new_tokens=8096)},
+    # SCOPE, arXiv:2604.10688, set-up of the experiments: 256 prompts x 8, sampled at 0.6.
+    "scope": {
+        "lr": 5e-5,
+        "weight_decay": 0.01,
+        "batch": 2048,
+        "sampling": Sampling(temperature=0.6, max_new_tokens=12288),
+    },
+    # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
+    # defaults of the framework it names.
+    "rock-freeze": {
+        "lr": 2e-6,
+        "schedule": "cosine",
+        "warmup": 500,
+        "betas": (0.9, 0.98),
+        "batch": 4,
+        "per_prompt": 4,
+        "steps": 10_000,
+        "sampling": Sampling(max_new_tokens=8000),
+    },
 }
 
 

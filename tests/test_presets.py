@@ -1,0 +1,55 @@
+"""Presets are settings of a run: known fields, accepted by the checks, the numbers of their publications."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from opd.config import Train
+from opd.methods import METHODS
+from opd.presets import PAPER, settings
+from opd.types import Refusal
+
+BASE = Train(student="s", teacher="t", prompts="p")
+FIELDS = {f.name for f in fields(Train)} - {"student", "teacher", "prompts", "method"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("preset", ["paper", "embedded"])
+def test_preset_is_a_run(preset, name):
+    if preset == "paper" and name not in PAPER:
+        with pytest.raises(Refusal, match="no run settings are published"):
+            settings(preset, name)
+        return
+    chosen = settings(preset, name)
+    assert chosen and chosen.keys() <= FIELDS
+    replace(BASE, method=METHODS[name](), **chosen).check()
+
+
+def test_every_paper_preset_is_of_a_method():
+    assert PAPER.keys() <= METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "each", "lr", "tokens"),
+    [  # prompts of a step, rollouts of each, learning rate, longest response: as the publications write them
+        ("fire", 1024, 1, 1e-6, 16384),
+        ("iw-opd", 1024, 1, 1e-5, 16384),
+        ("scope", 256, 8, 5e-5, 12288),
+        ("opd-tv", 64, 1, 1e-6, 16384),
+        ("entropy", 128, 4, 5e-6, 8096),
+        ("topd", 512, 8, 1e-6, None),
+        ("opd-topk", 64, 4, None, 7168),
+        ("rock-freeze", 1, 4, 2e-6, 8000),
+    ],
+)
+def test_numbers_as_published(name, prompts, each, lr, tokens):
+    run = replace(BASE, method=METHODS[name](), **settings("paper", name))
+    assert run.resolved().rollouts.per_prompt == each and run.batch == prompts * each
+    assert run.lr == (BASE.lr if lr is None else lr)
+    assert run.sampling.max_new_tokens == (BASE.sampling.max_new_tokens if tokens is None else tokens)
+
+
+def test_rock_freeze_warms_up_for_a_twentieth():
+    chosen = settings("paper", "rock-freeze")
+    assert chosen["warmup"] == 0.05 * chosen["steps"] == 500
+    assert chosen["steps"] * chosen["batch"] == 4 * 10_000
