@@ -1,6 +1,6 @@
 """From prompts to a batch: who speaks, generation, verification, collation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ class Rendered:
     prompt: Prompt
     ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
+    teacher: str = ""  # who scores the responses: a name of --route; "" is --teacher
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Collector:
     """Everything that turns prompts into finished rollouts, for one process."""
 
     student: HFEngine
-    teacher: HFEngine
+    teachers: Mapping[str, HFEngine]  # by the name of the teacher
     tokenizer: Tokenizer
 
     def collect(
@@ -48,8 +49,9 @@ class Collector:
         index = list(range(first, first + len(wanted)))
         source = [who.source(step, i, seed) for i in index]
         samples: dict[int, Sample] = {}
-        for speaker, engine in ((STUDENT, self.student), (TEACHER, self.teacher)):
-            mine = [i for i, s in enumerate(source) if s == speaker]
+        speakers = [(STUDENT, "", self.student), *((TEACHER, name, engine) for name, engine in self.teachers.items())]
+        for speaker, name, engine in speakers:
+            mine = [i for i, s in enumerate(source) if s == speaker and (s == STUDENT or wanted[i][0].teacher == name)]
             asked = [wanted[i][0].ids if speaker == STUDENT else wanted[i][0].teacher_ids for i in mine]
             drawn = engine.generate(asked, sampling, seed=seed, step=step, index=[index[i] for i in mine])
             samples |= dict(zip(mine, drawn, strict=True))
@@ -70,6 +72,7 @@ class Collector:
                     stopped=samples[i].stopped,
                     source=source[i],
                     outcome=verify(text, rendered.prompt),
+                    teacher=rendered.teacher,
                     prompt=rendered.prompt,
                 )
             )

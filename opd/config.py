@@ -18,6 +18,15 @@ Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+CONTEXT = """{prompt}
+
+Here is a correct solution:
+
+{context}
+
+Now answer the question in your own words."""
+
+
 def native() -> Precision:
     """bf16 on a GPU, fp32 on a CPU: few CPUs compute bf16 faster."""
     return "bf16" if torch.cuda.is_available() else "fp32"
@@ -29,10 +38,24 @@ class Train:
 
     student: str
     """The model to train: hub id, local folder, .gguf file, run folder, or embedded:NAME."""
-    teacher: str
-    """The model to learn from, with the same vocabulary; same kinds of name."""
+    teacher: str = ""
+    """The model to learn from, with the same vocabulary; same kinds of name.  Or the student's own weights: self (as
+    they are), base (as they were), ema:RATE (their moving average); then --context is what it knows better.  Empty is
+    the method's own, where it has one."""
     prompts: str
     """Training prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    route: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=MODEL: another teacher, for the prompts whose --route-column holds NAME; the rest learn from --teacher.
+    Repeat for more."""
+    route_column: str = "teacher"
+    """Column of the prompts that names their teacher."""
+    reference: str = ""
+    """Frozen third model of the methods that read one (g-opd); empty is the student as it is before the first step."""
+    context: str = ""
+    """What the teacher reads and the student does not: a column of the row (response, answer, any other), or peer,
+    a right response of the same prompt's other rollouts."""
+    context_template: str = CONTEXT
+    """How the teacher's question is written, with {prompt} and {context} in it."""
     method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=METHODS["vopd"])
     """What is learnt; on the command line the METHOD and its flags."""
     out: Path = Path("outputs/opd")
@@ -131,6 +154,7 @@ class Train:
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
+        self._check_teachers()
         positive = (
             "steps",
             "batch",
@@ -163,6 +187,36 @@ class Train:
                 f"--batch {self.batch}: must be a multiple of {who.per_prompt * who.updates} "
                 f"({who.per_prompt} rollouts per prompt x {who.updates} updates)"
             )
+
+    def routes(self) -> dict[str, str]:
+        """Every teacher by its name; "" is --teacher."""
+        out = {"": self.teacher or self.method.teacher}
+        for route in self.route:
+            name, equals, model = route.partition("=")
+            if not (name and equals and model) or name in out:
+                raise Refusal(f"--route {route}: write NAME=MODEL, each name once")
+            out[name] = model
+        return out
+
+    def _check_teachers(self) -> None:
+        """Refuse a teacher that is missing, or that has nothing to say to the student it is."""
+        teachers = self.routes()
+        if not teachers[""]:
+            raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
+        for name, model in teachers.items():
+            field = f"--route {name}=" if name else "--teacher "
+            if model == "self" and not self.context:
+                raise Refusal(
+                    f"{field}self: the student itself; the KL between the two is 0 and nothing is learnt: "
+                    "give --context, what the teacher knows and the student does not, or name another teacher"
+                )
+        missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
+        if missing:
+            raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
+        if self.context and self.teacher_prompt == "same":
+            raise Refusal(f"--context {self.context}: is in the teacher's prompt, and --teacher-prompt same has none")
+        if self.context == "peer" and self.resolved().rollouts.per_prompt < 2:
+            raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and change what the estimator means, each with the reason."""

@@ -27,7 +27,7 @@ from opd.student import rows
 from opd.tasks.task import Task
 from opd.tokens import Severity
 from opd.types import Batch, Refusal, Rollout, Sampling
-from opd.vocabulary import Columns, Hidden
+from opd.vocabulary import Columns, Heard
 
 FREE = frozenset({"resume", "quiet", "out", "keep", "trackers"})  # settings that may change when a run resumes
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
@@ -78,8 +78,9 @@ def train(config: Train) -> Path:
 
     loop = Loop(config, method, session, run)
     with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
-        heard = [str(d) for d in session.agreement.differences if d.severity == Severity.WARNING]
-        for line in (*config.warnings(), *heard):
+        found = [d for agreed in session.agreements.values() for d in agreed.differences]
+        differ = dict.fromkeys(str(d) for d in found if d.severity == Severity.WARNING)
+        for line in (*config.warnings(), *differ):
             progress.say(f"warning: {line}")
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
@@ -108,7 +109,7 @@ class Loop:
     session: Session
     run: Run
     refused: int = 0  # steps in a row whose gradients were not finite
-    heard: dict[tuple[int, ...], Hidden] = field(default_factory=dict)  # teacher's states of this step, by rollouts
+    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
 
     def step(self, step: int) -> dict[str, float]:
         """One rollout batch: sample, score, update; returns its numbers."""
@@ -117,6 +118,9 @@ class Loop:
         with clock("rollout"):
             prompts = session.prompts.batch(step, config.batch // who.per_prompt)
             rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task)
+            if config.context == "peer":
+                texts = [session.collector.text(r.ids) for r in rollouts]
+                rollouts = session.prompts.with_peers(rollouts, texts)
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
@@ -166,7 +170,10 @@ class Loop:
         """
         session, accelerator = self.session, self.session.accelerator
         mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
-        micro = micro_batches({i: _width(rollouts[i]) for i in mine}, self.config.micro_batch_tokens)
+        micro: list[list[int]] = []
+        for name in session.teachers:  # those of a micro-batch share their teacher
+            widths = {i: _width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
+            micro += micro_batches(widths, self.config.micro_batch_tokens)
         # Every process runs as many micro-batches, empty ones included: wrappers wait for each other in forward.
         most = max(gather_object([len(micro)]))
         parts: list[tuple[list[int], Columns, float]] = []
@@ -178,10 +185,10 @@ class Loop:
             flat = targets and tuple(
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
-            teacher = self._teacher(rolls, trained)
+            heard = self._heard(rolls, trained)
             last = accelerator.no_sync(session.student) if k + 1 < most else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
-                loss, columns = session.student(inputs, teacher, self.method, flat, session.vocabulary)
+                loss, columns = session.student(inputs, heard, self.method, flat, session.vocabulary)
                 if targets is not None:
                     # Wrappers average over processes; the denominators are the whole batch's already.
                     accelerator.backward(loss * accelerator.num_processes)
@@ -189,15 +196,17 @@ class Loop:
         everyone = gather_object(parts)
         return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
 
-    def _teacher(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Hidden:
-        """The teacher's states; a method that measures first asks twice, and the teacher runs once."""
-        key = tuple(r.index for r in rollouts)
+    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
+        """The states of teacher and reference; a method that measures first asks twice, and they run once."""
+        session, key = self.session, tuple(r.index for r in rollouts)
         if key in self.heard:
             return self.heard[key]
-        hidden = self.session.teacher.hidden(rollouts, trained)
-        if not self.method.local() and hidden.states.nbytes + sum(h.states.nbytes for h in self.heard.values()) <= KEPT:
-            self.heard[key] = hidden
-        return hidden
+        teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained)
+        reference = session.reference and session.reference.hidden(rollouts, trained)
+        heard = Heard(teacher, reference)
+        if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
+            self.heard[key] = heard
+        return heard
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
@@ -211,6 +220,8 @@ class Loop:
             for group in session.optimizer.param_groups:
                 group["lr"] = lr
             session.optimizer.step()
+            for teacher in session.teachers.values():
+                teacher.follow()
         session.optimizer.zero_grad()
         self.refused = 0 if finite else self.refused + 1
         if self.refused == PATIENCE:
@@ -241,9 +252,7 @@ class Loop:
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
             # Step -1: every evaluation draws with the same noise.
-            rollouts = self._collect(prompts, OnPolicy(), sampling, -1, session.held_out.task)
-            batch = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=-1)
-            batch, _ = self._pass(batch, rollouts, None)
+            rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
         assert batch.reverse_kl is not None
         numbers = {
             "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),
@@ -257,6 +266,18 @@ class Loop:
         self._log("metrics", step, numbers)
         self._log("perf", step, clock.row(float(batch.mask.sum())))
         return numbers
+
+    def look(
+        self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
+    ) -> tuple[list[Rollout], Batch]:
+        """The student's rollouts with every column of them; nothing is trained."""
+        rollouts = self._collect(prompts, OnPolicy(), sampling, step, task)
+        return rollouts, self.measure(rollouts, step)
+
+    def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
+        """Every column of finished rollouts, all of whose tokens count."""
+        batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
+        return self._pass(batch, rollouts, None)[0]
 
     def _log(self, name: str, step: int, row: dict[str, float]) -> None:
         if self.session.accelerator.is_main_process:

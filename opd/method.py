@@ -7,6 +7,7 @@ Targets that carry no advantage are scored inside the head pass itself: the fast
 token-local.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
@@ -15,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opd.against import Against, Extrapolated, Teacher, models
 from opd.divergences import Divergence, ReverseKL
 from opd.estimators import Baseline, Estimator, Sampled
+from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, Reward
 from opd.rollouts import OnPolicy, Rollouts
 from opd.surrogates import Reinforce
@@ -29,15 +32,20 @@ SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that dep
 
 @dataclass(frozen=True)
 class Positions:
-    """Both models' next-token distributions: of a chunk in the head pass, of a whole small world in tests."""
+    """The models' next-token distributions: of a chunk in the head pass, of a whole small world in tests."""
 
     ids: Int[Tensor, "*N"]  # the token that was sampled
     student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
     teacher_logp: Float[Tensor, "*N V"]
+    reference_logp: Float[Tensor, "*N V"] | None = None  # where a term is against the reference model
 
     def sampled(self, x: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         """x at the sampled token."""
         return x.gather(-1, self.ids[..., None])[..., 0]
+
+    def of(self, against: Against) -> Float[Tensor, "*N V"]:
+        """What a term compares the student with."""
+        return against(**{name: getattr(self, name) for name in models(against)})
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class PolicyGradient:
     surrogate: Column = Reinforce()
     weights: tuple[Column, ...] = ()
     coef: float = 1.0
+    against: Against = Teacher()
 
     def __post_init__(self) -> None:
         if self.estimator != Sampled() and (self.transforms or self.surrogate != Reinforce()):
@@ -106,10 +115,11 @@ class PolicyGradient:
         """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
         if self.estimator != Sampled():
             return None
-        value = self.reward(at.sampled(at.student_logp), at.sampled(at.teacher_logp))
+        other = at.of(self.against)
+        value = self.reward(at.sampled(at.student_logp), at.sampled(other))
         if self.baseline is None:
             return value
-        return value - self.baseline(self.reward, at.student_logp, at.teacher_logp, None)
+        return value - self.baseline(self.reward, at.student_logp, other, None)
 
     def sampled_loss(
         self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
@@ -125,10 +135,10 @@ class PolicyGradient:
             score = self.score(at) if target.advantage is None else None
             return self.sampled_loss(at.sampled(at.student_logp), score, target)
         with torch.no_grad():
-            p, exact = at.student_logp.exp(), self.estimator.exact(at.student_logp)
-            f = self.reward(at.student_logp, at.teacher_logp)
+            p, exact, other = at.student_logp.exp(), self.estimator.exact(at.student_logp), at.of(self.against)
+            f = self.reward(at.student_logp, other)
             if self.baseline is not None:
-                f = f - self.baseline(self.reward, at.student_logp, at.teacher_logp, exact)[..., None]
+                f = f - self.baseline(self.reward, at.student_logp, other, exact)[..., None]
             drawn = torch.zeros_like(exact).scatter(-1, at.ids[..., None], True) & ~exact
             coefficient = torch.where(exact & (p > 0), p * f, 0) + f.where(drawn, 0)
         return -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
@@ -141,6 +151,11 @@ class Match:
     divergence: Divergence = ReverseKL()
     weights: tuple[Column, ...] = ()
     coef: float = 1.0
+    against: Against = Teacher()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.against, Extrapolated):
+            raise ValueError(f"{self.against} is not normalised: a divergence needs Teacher() or Reference()")
 
     def column_leaves(self) -> tuple[Column, ...]:
         """The leaves that look at [B, T] columns."""
@@ -156,10 +171,45 @@ class Match:
 
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Unweighted loss of each token."""
-        return self.divergence(at.student_logp, at.teacher_logp)
+        return self.divergence(at.student_logp, at.of(self.against))
 
 
-Term = PolicyGradient | Match
+@dataclass(frozen=True)
+class MatchHidden:
+    """Match hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.  The heads play no part.
+
+    Column t is about the states that predict token t.
+    """
+
+    layers: tuple[int, ...] = ()  # the student's, from 1; empty: all
+    bridge: Bridge | None = None  # for a teacher of another width or depth; without one layer l meets layer l
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        if any(layer < 1 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers={self.layers}: different numbers from 1, or none of them for all")
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """The leaves that look at [B, T] columns."""
+        return self.weights
+
+    def local(self) -> bool:
+        """Whether the term needs no measuring pass before it: always."""
+        return True
+
+    def score(self, at: Positions) -> None:
+        """Nothing is rewarded."""
+        return None
+
+    def loss(
+        self, student: Sequence[Float[Tensor, "N D"]], teacher: Sequence[Float[Tensor, "N D"]]
+    ) -> Float[Tensor, " N"]:
+        """Unweighted loss of each token, from the views of the layers."""
+        return reduce(torch.add, map(distance, student, teacher)) / len(student)
+
+
+Term = PolicyGradient | Match | MatchHidden
 
 
 @dataclass(frozen=True)
@@ -170,10 +220,13 @@ class Method:
     reduction: Column = TokenMean()
     rollouts: Rollouts = OnPolicy()
     filters: tuple[Column, ...] = ()  # which trained tokens stay; applied before all else, so none is in a denominator
+    teacher: str = ""  # its own choice of the student's weights (self, base, ema:RATE); "" leaves it to the run
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("a method needs at least one term")
+        if sum(isinstance(term, MatchHidden) for term in self.terms) > 1:
+            raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
         for term in self.terms:
             if isinstance(term, PolicyGradient):
                 if not isinstance(self.rollouts, OnPolicy):
@@ -191,6 +244,18 @@ class Method:
         """The columns that prepare looks at."""
         leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
         return frozenset().union(*map(reads, leaves))
+
+    def models(self) -> frozenset[str]:
+        """The distributions that its terms compare the student with, by their name in `Positions`."""
+        return frozenset().union(*(models(term.against) for term in self.terms if not isinstance(term, MatchHidden)))
+
+    def hidden(self) -> MatchHidden | None:
+        """The term on hidden states."""
+        return next((term for term in self.terms if isinstance(term, MatchHidden)), None)
+
+    def headless(self) -> bool:
+        """Whether no term compares next-token distributions: then training skips the heads."""
+        return all(isinstance(term, MatchHidden) for term in self.terms)
 
     def local(self) -> bool:
         """Whether every leaf is token-local: then measure, prepare and loss are one head pass."""
@@ -214,6 +279,7 @@ class Method:
         return tuple(out)
 
     def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
-        """Weighted sum over terms; the denominators are inside the weights."""
-        parts = [x.weight * term.loss(at, x) for term, x in zip(self.terms, targets, strict=True)]
+        """Weighted sum over the terms on distributions; the denominators are inside the weights."""
+        pairs = zip(self.terms, targets, strict=True)
+        parts = [x.weight * term.loss(at, x) for term, x in pairs if not isinstance(term, MatchHidden)]
         return reduce(torch.add, parts)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -45,6 +46,15 @@ def render(
         reason = f"{model_name(tokenizer)} has no template" if prompt.messages else "a plain-text row uses none"
         raise Refusal(f"chat_template_kwargs: {short(dict(chat_template_kwargs))} has no effect: {reason}; drop it")
     return _ids(tokenizer, text, special=True)
+
+
+def with_context(prompt: Prompt, context: str, template: str) -> Prompt:
+    """The prompt with its question written into a template of {prompt} and {context}: what only the teacher reads."""
+    fill = lambda question: template.replace("{prompt}", question).replace("{context}", context)
+    if not prompt.messages:
+        return replace(prompt, text=fill(prompt.text))
+    *before, last = prompt.messages
+    return replace(prompt, messages=(*before, {**last, "content": fill(last["content"])}))
 
 
 def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -2,12 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -17,75 +15,22 @@ from accelerate.utils import LoggerType, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models, prompts, tokens
-from opd.collect import Collector, Rendered
+from opd.collect import Collector
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
+from opd.reading import Prompts
+from opd.rollouts import OnPolicy
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
 from opd.tasks.load import load
-from opd.tasks.task import Made, Task
-from opd.teachers.local import LocalTeacher
+from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """A task's prompts in the order a run sees them, as both models read them."""
-
-    task: Task
-    tokenizer: Tokenizer
-    teacher_tokenizer: Tokenizer
-    config: Train
-    room: int  # prompt tokens that leave space for the longest response
-
-    def batch(self, step: int, count: int) -> list[Rendered]:
-        """The prompts of one step: a shuffled pass after another, a pure function of (seed, step)."""
-        n, first = len(self.task.prompts), (step - 1) * count
-        return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
-
-    def check(self, count: int = 256) -> None:
-        """Refuse a prompt that does not fit before the run, not an hour into it: looks at the longest of them."""
-        rows = range(len(self.task.prompts))
-        if isinstance(self.task.prompts, Made):  # made when asked for, all of a kind
-            rows = rows[:count]
-        written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
-        for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
-            self.render(row)
-
-    def first(self, count: int) -> list[Rendered]:
-        """The first prompts, unshuffled."""
-        return [self.render(i) for i in range(min(count, len(self.task.prompts)))]
-
-    def _order(self, epoch: int) -> Sequence[int]:
-        n = len(self.task.prompts)
-        if n > 1 << 24:  # procedural streams are as good as endless, and come shuffled
-            return range(n)
-        return np.random.default_rng([self.config.seed, epoch]).permutation(n).tolist()
-
-    def render(self, row: int) -> Rendered:
-        """One prompt's ids for each model; refuses one that does not fit."""
-        prompt = self.task.prompts[row]
-        arguments = prompts.template_arguments(self.config.data.template_args)
-        ids = prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
-        teacher_ids = ids
-        if self.config.teacher_prompt == "own":
-            heard = prompts.known(self.teacher_tokenizer, arguments)
-            teacher_ids = prompts.render(self.teacher_tokenizer, prompt, chat_template_kwargs=heard, system="")
-        longest = max(len(ids), len(teacher_ids))
-        if longest > self.room:
-            raise Refusal(
-                f"--prompts {self.task.name}: row {row} has {longest} tokens, and the models' context leaves "
-                f"{self.room} for a prompt beside {self.config.sampling.max_new_tokens} new tokens; "
-                "shorten the row, or lower --max-new-tokens"
-            )
-        return Rendered(prompt, ids, teacher_ids)
 
 
 @dataclass(frozen=True)
@@ -94,13 +39,14 @@ class Session:
 
     accelerator: Accelerator
     student: torch.nn.Module  # Student, wrapped by Accelerate
-    teacher: LocalTeacher
+    teachers: dict[str, LocalTeacher]  # by the names of --route; "" is --teacher
+    reference: LocalTeacher | None  # for methods that read one
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector
     prompts: Prompts
     held_out: Prompts | None
-    agreement: tokens.Agreement
+    agreements: dict[str, tokens.Agreement]  # with each teacher
 
     def plain(self) -> Student:
         """The student without its wrappers."""
@@ -115,6 +61,8 @@ class Session:
             self.plain().model.save_pretrained(str(folder), state_dict=named)
             self.collector.tokenizer.save_pretrained(folder)
             save_optimizer(whole["state"], folder / "optimizer.safetensors")
+            for teacher in self.teachers.values():
+                teacher.save(folder)
 
     def restore(self, folder: Path) -> int:
         """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at."""
@@ -122,49 +70,47 @@ class Session:
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
         whole["state"] = load_optimizer(folder / "optimizer.safetensors")
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
+        for teacher in self.teachers.values():
+            teacher.restore(folder)
         return json.loads((folder / "state.json").read_text())["step"]
 
 
 def open_session(config: Train, method: Method, checkpoint: Path | None) -> Session:
     """Check what can be checked without weights, then load them; `checkpoint` replaces the student's own weights."""
-    if config.teacher.startswith(("openai:", "http://", "https://")):
-        raise Refusal(
-            f"--teacher {config.teacher}: a text-only teacher gives no log-probs, and the method scores every token "
-            f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
-            "vocabulary"
-        )
     trust = config.trust_remote_code
     source = models.locate(config.student, field="student", trust_remote_code=trust)
-    teacher_source = models.locate(config.teacher, field="teacher", trust_remote_code=trust)
-    if source == teacher_source and checkpoint is None:
-        raise Refusal(
-            f"--teacher {config.teacher}: the student itself; the KL between the two is 0 and nothing is learnt"
-        )
+    sources = {name: _teacher_source(name, model, source, config) for name, model in config.routes().items()}
     text = models.tokenizer(source, field="student")
-    teacher_text = models.tokenizer(teacher_source, field="teacher")
-    shapes = [AutoConfig.from_pretrained(s.folder, **s.options()).get_text_config() for s in (source, teacher_source)]
-    stops = [
-        prompts.stop_ids(models.generation_config(s), t) for s, t in ((source, text), (teacher_source, teacher_text))
+    texts = {name: models.tokenizer(s, field=_field(name)) for name, s in sources.items()}
+    shapes = [
+        AutoConfig.from_pretrained(s.folder, **s.options()).get_text_config() for s in (source, *sources.values())
     ]
-    agreed = tokens.require(
-        tokens.agreement(
-            text,
-            teacher_text,
-            student_rows=shapes[0].vocab_size,
-            teacher_rows=shapes[1].vocab_size,
-            student_eos=stops[0],
-            teacher_eos=stops[1],
+    stops = [
+        prompts.stop_ids(models.generation_config(s), t)
+        for s, t in ((source, text), *((s, texts[name]) for name, s in sources.items()))
+    ]
+    agreements = [
+        tokens.require(
+            tokens.agreement(
+                text,
+                texts[name],
+                student_rows=shapes[0].vocab_size,
+                teacher_rows=shape.vocab_size,
+                student_eos=stops[0],
+                teacher_eos=eos,
+            )
         )
-    )
+        for name, shape, eos in zip(sources, shapes[1:], stops[1:], strict=True)
+    ]
+    size, stop = min(a.vocabulary for a in agreements), tuple(sorted({id for a in agreements for id in a.stop}))
     context = min(s.max_position_embeddings for s in shapes)
     room = context - config.sampling.max_new_tokens
-    reading = lambda task: Prompts(task, text, teacher_text, config, room)
-    asked = reading(load(config.data))
+    asked = Prompts(load(config.data), text, texts, config, room)
     held_out = None
     if config.eval_prompts:
         # A random choice of the held-out rows, the same for every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = reading(load(chosen))
+        held_out = Prompts(load(chosen), text, texts, config, room, optional=True)
     if room < 1:
         raise Refusal(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
@@ -196,27 +142,119 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     device = accelerator.device
     student = Student(_trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
-    weights = models.load(teacher_source, field="teacher", dtype=DTYPES[config.teacher_precision], device=on)
-    models.small_threads(student.model, weights)
     models.verify_head(student.model, field="student")
-    models.verify_head(weights, field="teacher")
+    opened: dict[str, LocalTeacher] = {}
+    for name, model in config.routes().items():
+        opened[name] = _teacher(model, sources[name], student.model, config, on, device, field=_field(name))
+    reference = _reference(method, config, source, student.model, size, on, device)
+    models.small_threads(student.model, *(t.model for t in opened.values()))
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
-    size = agreed.vocabulary
-    speaker, scorer = (HFEngine(m, size, agreed.stop, config.decode_rows) for m in (student.model, weights))
-    stop = agreed.stop if config.stop_token == "canonical" and set(stops[0]) != set(stops[1]) else ()
+    speaker, *others = (
+        HFEngine(m, size, stop, config.decode_rows) for m in (student.model, *(t.model for t in opened.values()))
+    )
+    merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
     return Session(
         accelerator=accelerator,
         student=wrapped,
-        teacher=LocalTeacher(weights, to=device),
+        teachers=opened,
+        reference=reference,
         optimizer=wrapped_optimizer,
-        vocabulary=Vocabulary(size, config.loss_temperature, stop, config.chunk_mb << 20),
-        collector=Collector(speaker, scorer, text),
+        vocabulary=Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20),
+        collector=Collector(speaker, dict(zip(opened, others, strict=True)), text),
         prompts=asked,
         held_out=held_out,
-        agreement=agreed,
+        agreements=dict(zip(opened, agreements, strict=True)),
     )
+
+
+def _field(teacher: str) -> str:
+    """The flag that named it, for messages."""
+    return f"route {teacher}" if teacher else "teacher"
+
+
+def _own(model: str) -> bool:
+    """Whether a teacher's name stands for the student's own weights."""
+    return model in ("self", "base") or average_rate(model) is not None
+
+
+def _teacher_source(name: str, model: str, student: models.Source, config: Train) -> models.Source:
+    """Where a teacher's tokenizer and weights come from; refuses one with nothing to say."""
+    if model.startswith(("openai:", "http://", "https://")):
+        raise Refusal(
+            f"--{_field(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
+            f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
+            "vocabulary"
+        )
+    if _own(model):
+        return student
+    source = models.locate(model, field=_field(name), trust_remote_code=config.trust_remote_code)
+    if source == student and not (config.context or config.resume):
+        raise Refusal(
+            f"--{_field(name)} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
+            "--context, what the teacher knows and the student does not, or name another teacher"
+        )
+    return source
+
+
+def _teacher(
+    model: str,
+    source: models.Source,
+    student: PreTrainedModel | PeftModel,
+    config: Train,
+    on: torch.device,
+    to: torch.device,
+    *,
+    field: str,
+) -> LocalTeacher:
+    """One teacher, its weights loaded or shared."""
+    low = DTYPES[config.precision]
+    rate = average_rate(model)
+    if _own(model) and on != to:
+        raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
+    if model == "self":
+        return LocalTeacher(student, to=to, low=low)
+    if rate is not None:
+        return Average(student, rate, to=to, low=low)
+    if model == "base" and isinstance(student, PeftModel):
+        if not isinstance(config.resolved().rollouts, OnPolicy):
+            raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
+        return WithoutAdapter(student, to=to, low=low)
+    return _frozen(source, field, config, on, to)
+
+
+def _reference(
+    method: Method,
+    config: Train,
+    source: models.Source,
+    student: PreTrainedModel | PeftModel,
+    size: int,
+    on: torch.device,
+    to: torch.device,
+) -> LocalTeacher | None:
+    """The third model, for the methods that compare with it."""
+    if "reference_logp" not in method.models():
+        return None
+    if not config.reference and isinstance(student, PeftModel):
+        return WithoutAdapter(student, to=to, low=DTYPES[config.precision], own_prompt=False)
+    if config.reference:
+        source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
+    reference = _frozen(source, "reference", config, on, to, own_prompt=False)
+    if len(reference.head.weight) < size:
+        raise Refusal(
+            f"--reference {config.reference}: its head has {len(reference.head.weight)} rows, and student and teacher "
+            f"share {size} ids; name a model of their vocabulary"
+        )
+    return reference
+
+
+def _frozen(
+    source: models.Source, field: str, config: Train, on: torch.device, to: torch.device, *, own_prompt: bool = True
+) -> LocalTeacher:
+    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on)
+    models.verify_head(weights, field=field)
+    return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
 
 
 def _trainable(

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd.method import Method, Target
 from opd.models import base, head
 from opd.types import Rollout, pad
-from opd.vocabulary import Columns, Hidden, Vocabulary, head_pass, measure, predictors
+from opd.vocabulary import Columns, Heard, Hidden, Vocabulary, head_pass, measure, predictors
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Student(nn.Module):
     def forward(
         self,
         at: Rows,
-        teacher: Hidden,
+        heard: Heard,
         method: Method,
         targets: tuple[Target, ...] | None,
         vocabulary: Vocabulary,
@@ -81,5 +81,5 @@ class Student(nn.Module):
             states = final_states(self.model, at)
         student, ids = Hidden(states, head(self.model)), at.ids[at.trained]
         if targets is None:
-            return states.new_zeros(()), measure(method, student, teacher, ids, vocabulary)
-        return head_pass(method, student, teacher, ids, targets, vocabulary)
+            return states.new_zeros(()), measure(method, student, heard, ids, vocabulary)
+        return head_pass(method, student, heard, ids, targets, vocabulary)

@@ -77,6 +77,7 @@ class Rollout:
     source: int = STUDENT
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
+    teacher: str = ""  # who scores it: a name of --route; "" is --teacher
     prompt: Prompt = field(default_factory=Prompt)
 
 

@@ -35,6 +35,18 @@ class Hidden:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """What the frozen models say about the trained tokens."""
+
+    teacher: Hidden
+    reference: Hidden | None = None  # where a term is against it
+
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum(x.states.nbytes for x in (self.teacher, self.reference) if x is not None)
+
+
+@dataclass(frozen=True)
 class Columns:
     """Per-token numbers of a head pass, flat, detached."""
 
@@ -83,10 +95,10 @@ def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> 
 
 @torch.no_grad()
 def measure(
-    method: Method, student: Hidden, teacher: Hidden, ids: Int[Tensor, " N"], vocabulary: Vocabulary
+    method: Method, student: Hidden, heard: Heard, ids: Int[Tensor, " N"], vocabulary: Vocabulary
 ) -> Columns:
     """All columns and the method's scores, a chunk at a time, without gradient."""
-    sweep = _Sweep.of(method, student, teacher, vocabulary.canonical(ids), vocabulary)
+    sweep = _Sweep.of(method, student, heard, vocabulary.canonical(ids), vocabulary)
     with torch.autocast(ids.device.type, enabled=False):
         for rows in sweep.chunks():
             if sweep.linear:
@@ -99,7 +111,7 @@ def measure(
 def head_pass(
     method: Method,
     student: Hidden,
-    teacher: Hidden,
+    heard: Heard,
     ids: Int[Tensor, " N"],
     targets: tuple[Target, ...],
     vocabulary: Vocabulary,
@@ -110,7 +122,7 @@ def head_pass(
         student.states,
         student.head.weight,
         student.head.bias,
-        (method, student.head, teacher, vocabulary.canonical(ids), targets, vocabulary, out),
+        (method, student.head, heard, vocabulary.canonical(ids), targets, vocabulary, out),
     )
     return loss, out[0]
 
@@ -144,26 +156,29 @@ class _Sweep:
     ids: Int[Tensor, " N"]  # canonical
     student: _Side
     teacher: _Side
+    reference: _Side | None
     gradient: Float[Tensor, "n V"]  # the student's logits themselves where their dtype is that of the products
     scratch: Float[Tensor, "3 r V"]
     columns: Columns  # of all tokens, filled chunk by chunk
     linear: bool  # whether `closed` knows the way from W h to the logits
 
     @classmethod
-    def of(cls, method: Method, student: Hidden, teacher: Hidden, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
+    def of(cls, method: Method, student: Hidden, heard: Heard, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
         """Buffers for chunks as long as the budget allows."""
         low = matmul_dtype(student.states)
-        own, other = _Side.of(student, low, vocabulary), _Side.of(teacher, teacher.states.dtype, vocabulary)
-        n = vocabulary.chunk(len(ids), vocabulary.size * (own.logits.itemsize + other.logits.itemsize))
-        own, other = (replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in (own, other))
+        frozen = [x for x in (heard.teacher, heard.reference) if x is not None]
+        sides = [_Side.of(student, low, vocabulary), *(_Side.of(x, x.states.dtype, vocabulary) for x in frozen)]
+        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in sides))
+        own, other, *third = (replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in sides)
         logits = own.logits
         gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
         scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
         # fp16 has no number for a gradient times the sum of e.
-        linear = low != torch.float16 and not (student.head.softcap or teacher.head.softcap)
+        linear = low != torch.float16 and not (student.head.softcap or heard.teacher.head.softcap)
         columns = Columns.empty(method, len(ids), scratch)
-        return cls(method, vocabulary, ids, own, other, gradient, scratch, columns, linear)
+        reference = third[0] if third else None
+        return cls(method, vocabulary, ids, own, other, reference, gradient, scratch, columns, linear)
 
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
@@ -177,8 +192,9 @@ class _Sweep:
             i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
         }
         r = self.scratch.shape[1]
-        split = (sums.split(r), z.split(r), t.split(r), ids.split(r), self.gradient[: len(z)].split(r))
-        for part, student, teacher, drawn, gradient in zip(*split, strict=True):
+        third = [None] * len(z.split(r)) if self.reference is None else self.reference.fill(rows).split(r)
+        split = (sums.split(r), z.split(r), t.split(r), third, ids.split(r), self.gradient[: len(z)].split(r))
+        for part, student, teacher, reference, drawn, gradient in zip(*split, strict=True):
             room = self.scratch[:, : len(drawn)]
             student, teacher = _widened(student, room[2]), _widened(teacher, room[1])
             shares, _ = v.logits_(student, self.student.hidden.head), v.logits_(teacher, self.teacher.hidden.head)
@@ -190,8 +206,9 @@ class _Sweep:
                     gradient.copy_(student)
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
+                at = Positions(drawn, *logp, self._third(reference))
                 for i, found in looked.items():
-                    value = self.method.terms[i].score(Positions(drawn, *logp))
+                    value = self.method.terms[i].score(at)
                     assert value is not None
                     found.append(value)
         seen = sums.columns()
@@ -216,15 +233,23 @@ class _Sweep:
         (slope,) = torch.autograd.grad(loss, seen)
         return loss.detach(), (form.sign * slope * lacking)[:, None]
 
+    def _third(self, raw: Float[Tensor, "r V"] | None) -> Float[Tensor, "r V"] | None:
+        """The reference's log-probs of a block, where there is one."""
+        if raw is None or self.reference is None:
+            return None
+        return self.vocabulary.logp(raw.to(self.scratch.dtype), self.reference.hidden.head)
+
     def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
         """By the definitions: the summed loss; without targets the columns alone."""
         z, t, ids, v = self.student.fill(rows), self.teacher.fill(rows), self.ids[rows], self.vocabulary
+        third = None if self.reference is None else self.reference.fill(rows)
         loss = self.scratch.new_zeros(())
         for block in blocks(len(z), _rows(GRAPH, self.scratch)):
             raw = z[block].to(self.scratch.dtype).requires_grad_(targets is not None)
             q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
             with torch.set_grad_enabled(targets is not None):
-                at = Positions(ids[block], v.logp(raw, self.student.hidden.head), q)
+                reference = None if third is None else self._third(third[block])
+                at = Positions(ids[block], v.logp(raw, self.student.hidden.head), q, reference)
                 if targets is not None:
                     part = self.method.loss(at, tuple(target[block] for target in targets)).sum()
                     self.gradient[block] = torch.autograd.grad(part, raw)[0]
@@ -261,8 +286,8 @@ class _HeadPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, bias, work):
-        method, head, teacher, ids, targets, vocabulary, out = work
-        sweep = _Sweep.of(method, Hidden(states, head), teacher, ids, vocabulary)
+        method, head, heard, ids, targets, vocabulary, out = work
+        sweep = _Sweep.of(method, Hidden(states, head), heard, ids, vocabulary)
         w, size = sweep.student.weight, vocabulary.size
         low, loss = w.dtype, states.new_zeros((), dtype=wide(w.dtype))
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -291,3 +316,29 @@ class _HeadPass(torch.autograd.Function):
             raise RuntimeError("the head pass was run backward twice; its gradients were given away by the first")
         unscaled = scale.device.type == "cpu" and scale == 1  # elsewhere the question would wait for the device
         return *(d if d is None or unscaled else d.mul_(scale) for d in gradients), None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says of chosen tokens, in nats; the position's most probable ones beside them, best first."""
+
+    logp: Float[Tensor, "N k"]
+    rank: Int[Tensor, " N"]  # of the first chosen token, 1 the most probable
+    top_ids: Int[Tensor, "N K"]
+    top_logp: Float[Tensor, "N K"]
+
+
+@torch.no_grad()
+def scores(hidden: Hidden, ids: Int[Tensor, "N k"], vocabulary: Vocabulary, top: int) -> Scores:
+    """Log-probs of any tokens at each position, -inf where an id is -1 (padding), a chunk at a time."""
+    weight = hidden.head.weight.detach()[: vocabulary.size]
+    out = []
+    for rows in blocks(len(ids), vocabulary.chunk(len(ids), 4 * vocabulary.size)):
+        raw = torch.nn.functional.linear(hidden.states[rows], weight).to(wide(weight.dtype))
+        logp, asked = vocabulary.logp(raw, hidden.head), ids[rows]
+        chosen = logp.gather(-1, asked.clamp(min=0)).where(asked >= 0, -torch.inf)
+        best = logp.topk(min(top, vocabulary.size), -1)
+        out.append((chosen, 1 + (logp > chosen[:, :1]).sum(-1), best.indices, best.values))
+    empty = ids.new_empty(0, min(top, vocabulary.size))
+    parts = zip(*out, strict=True) if out else ([ids.float()], [ids[:, 0]], [empty], [empty.float()])
+    return Scores(*(torch.cat(list(x)) for x in parts))

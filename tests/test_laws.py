@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from opd.against import Extrapolated, Reference
 from opd.divergences import ForwardKL
 from opd.estimators import Optimal, Value
 from opd.exact import World
@@ -23,6 +24,8 @@ close = torch.testing.assert_close
 
 VARIANTS = {
     **{name: factory() for name, factory in METHODS.items()},
+    "g-opd of a power": Method((PolicyGradient(Power(0.5), Optimal(), against=Extrapolated(1.5)),)),
+    "against the reference": Method((Match(ForwardKL(), against=Reference()),)),
     "opd gamma=1": opd(1.0),
     "opd gamma=1 expected": opd(1.0, "expected"),
     "opd-topk 1": opd_topk(1),
@@ -263,7 +266,8 @@ def test_a_reward_carries_no_gradient(m, world, ids, given):
         return
     at = world.positions(ids)
     teacher = at.teacher_logp.clone().requires_grad_()
-    loss = m.loss(Positions(at.ids, at.student_logp, teacher), m.prepare(world.measure(m, ids, **given)))
+    live = dataclasses.replace(at, teacher_logp=teacher)
+    loss = m.loss(live, m.prepare(world.measure(m, ids, **given)))
     assert torch.autograd.grad(loss.sum(), teacher, allow_unused=True)[0] is None
 
 
@@ -274,7 +278,7 @@ def test_tokens_nobody_can_say_change_nothing(m, world, ids, given):
     at = world.positions(ids)
     never = torch.full((*ids.shape, 2), -float("inf"))
     wide = lambda z: torch.cat((z, never), -1).log_softmax(-1)
-    padded = Positions(ids, wide(at.student_logp), wide(at.teacher_logp))
+    padded = Positions(ids, *(wide(getattr(at, f"{name}_logp")) for name in ("student", "teacher", "reference")))
     scored = tuple(term.score(padded) for term in m.terms)
     targets = m.prepare(dataclasses.replace(batch, scores=scored))
     same(targets, m.prepare(batch))

@@ -12,15 +12,15 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "types noise rewards estimators divergences transforms weights surrogates rollouts method methods "
-        "methods.* metrics exact"
+        "types noise rewards against estimators divergences transforms weights surrogates rollouts representation method "
+        "methods methods.* metrics exact"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": (
         "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
     ),
     "program": (
-        "prune config presets session progress runs loop evaluation report report.* doctor inspect bench bench.* cli "
+        "prune config presets reading session progress runs loop evaluation report report.* doctor inspect bench bench.* serve serve.* cli "
         "demo __main__ opd"  # opd: the package's front door, which opens on all floors
     ),
 }

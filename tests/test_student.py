@@ -15,7 +15,7 @@ from opd.models import head, verify_head
 from opd.student import Student, rows
 from opd.teachers.local import LocalTeacher
 from opd.types import Refusal, Rollout
-from opd.vocabulary import Vocabulary
+from opd.vocabulary import Heard, Vocabulary
 from tests.models_for_tests import tiny
 
 
@@ -48,7 +48,7 @@ def run(student: Student, folders, method=METHODS["vopd"](), rollouts=ROLLOUTS, 
     n = sum(map(sum, masks))
     target = (Target(torch.full((n,), 1 / max(n, 1)), None, None),)
     at = rows(rollouts, masks, teacher=False, device=cpu)
-    return student(at, teacher.hidden(rollouts, masks), method, target, Vocabulary(100))
+    return student(at, Heard(teacher.hidden(rollouts, masks)), method, target, Vocabulary(100))
 
 
 def gradients(model) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import opd.vocabulary
+from opd.against import Reference
 from opd.divergences import ForwardKL
 from opd.estimators import Optimal, TopKValue, Value
 from opd.kernels.rows import ThroughKL, ThroughLogp, closed_form
@@ -16,7 +17,7 @@ from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rewards import Clip, Power
 from opd.surrogates import Clipped, ImportanceSampling
-from opd.vocabulary import Columns, Head, Hidden, Vocabulary, head_pass, measure, predictors
+from opd.vocabulary import Columns, Head, Heard, Hidden, Vocabulary, head_pass, measure, predictors
 
 N, V, HS, HT = 37, 53, 12, 20
 HEADS = {
@@ -46,6 +47,8 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "top-k": Method((PolicyGradient(baseline=TopKValue(5)),)),
         "optimal": Method((PolicyGradient(Power(0.5), Optimal()),)),
         "ratio": Method((PolicyGradient(baseline=Value(), surrogate=ImportanceSampling()),)),
+        "beyond": METHODS["g-opd"](),
+        "beyond, its value": METHODS["g-opd"](baseline="value"),
         "sum": Method((PolicyGradient(Power(), Value(), surrogate=Clipped()), PolicyGradient(baseline=Optimal()))),
     },
     ThroughKL: {"opd-full": METHODS["opd-full"](), "twice": Method((Match(), Match(coef=0.5)))},
@@ -53,6 +56,7 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "gkd": METHODS["gkd"](),
         "opd-stratified": METHODS["opd-stratified"](),
         "mixed": Method((PolicyGradient(), Match())),
+        "reference": Method((Match(against=Reference()), Match())),
         "two divergences": Method((Match(), Match(ForwardKL()))),
     },
 }
@@ -84,6 +88,11 @@ class Case:
     teacher: Hidden
     ids: torch.Tensor
     leaves: list[torch.Tensor]
+    reference: Hidden | None = None
+
+    @property
+    def heard(self) -> Heard:
+        return Heard(self.teacher, self.reference)
 
 
 def case(kind: dict, dtype: torch.dtype, size: int = V, seed: int = 0) -> Case:
@@ -98,7 +107,8 @@ def case(kind: dict, dtype: torch.dtype, size: int = V, seed: int = 0) -> Case:
 
     student, leaves = side(HS, V, True)
     teacher, _ = side(HT, V + 11, False)  # a teacher whose head is padded further
-    return Case(student, teacher, torch.randint(0, size, (N,), generator=g), leaves)
+    ids = torch.randint(0, size, (N,), generator=g)
+    return Case(student, teacher, ids, leaves, side(HT, V, False)[0])
 
 
 def naive(c: Case, method: Method, targets: tuple[Target, ...], v: Vocabulary) -> torch.Tensor:
@@ -122,8 +132,8 @@ def naive(c: Case, method: Method, targets: tuple[Target, ...], v: Vocabulary) -
         rest = [i for i in range(v.size) if i not in v.stop]
         ids = torch.tensor([0 if int(i) in v.stop else 1 + rest.index(int(i)) for i in ids])
     with torch.no_grad():
-        q = logp(c.teacher)
-    return method.loss(Positions(ids, logp(c.student), q), targets).sum()
+        others = [logp(x) for x in (c.teacher, c.reference) if x is not None]
+    return method.loss(Positions(ids, logp(c.student), *others), targets).sum()
 
 
 def targets(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Target, ...]:
@@ -133,7 +143,7 @@ def targets(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Target,
 
 def passed(c: Case, method: Method, ts: tuple[Target, ...], v: Vocabulary) -> tuple[list[torch.Tensor], Columns]:
     """Loss and gradients of the head pass, and its columns."""
-    loss, columns = head_pass(method, c.student, c.teacher, c.ids, ts, v)
+    loss, columns = head_pass(method, c.student, c.heard, c.ids, ts, v)
     return [loss.detach(), *torch.autograd.grad(loss, c.leaves)], columns
 
 
@@ -150,7 +160,7 @@ LOCAL = {name: make() for name, make in METHODS.items() if make().local()}
 @pytest.mark.parametrize("chunk", [1, 16])
 def test_every_method_equals_its_naive_twin(method, chunk):
     c, v = case({}, torch.float64), Vocabulary(V, chunk_bytes=chunk * 2 * V * 8)
-    loss, _ = head_pass(method, c.student, c.teacher, c.ids, targets(method), v)
+    loss, _ = head_pass(method, c.student, c.heard, c.ids, targets(method), v)
     wanted = naive(c, method, targets(method), v)
     torch.testing.assert_close(loss, wanted)
     for got, want in zip(
@@ -165,12 +175,12 @@ def test_every_method_equals_its_naive_twin(method, chunk):
 def test_every_head_equals_its_naive_twin(kind, v, name):
     c, method = case(kind, torch.float64, v.size), METHODS[name]()
     v = replace(v, chunk_bytes=16 * 2 * V * 8)
-    loss, columns = head_pass(method, c.student, c.teacher, c.ids, targets(method), v)
+    loss, columns = head_pass(method, c.student, c.heard, c.ids, targets(method), v)
     wanted = naive(c, method, targets(method), v)
     torch.testing.assert_close(loss, wanted)
     for got, want in zip(torch.autograd.grad(loss, c.leaves), torch.autograd.grad(wanted, c.leaves), strict=True):
         torch.testing.assert_close(got, want)
-    measured = measure(method, c.student, c.teacher, c.ids, v)
+    measured = measure(method, c.student, c.heard, c.ids, v)
     for (a, x), (b, y) in zip(columns.named(), measured.named(), strict=True):
         assert a == b
         torch.testing.assert_close(x, y)
@@ -205,7 +215,7 @@ def test_every_closed_form_equals_autograd_and_the_naive_twin(method, measured, 
     c, v = case({"bias": True}, torch.float64), Vocabulary(V, 1.3, chunk_bytes=16 * 2 * V * 8)
     g = torch.Generator().manual_seed(3)
     draw = lambda: torch.randn(N, generator=g, dtype=torch.float64)
-    old = measure(method, c.student, c.teacher, c.ids, v).student_logp + 0.3 * draw()
+    old = measure(method, c.student, c.heard, c.ids, v).student_logp + 0.3 * draw()
     ts = tuple(Target(draw().abs(), draw() if measured else None, old) for _ in method.terms)
     (got, columns), (want, reference) = passed(c, method, ts, v), by_autograd(passed, c, method, ts, v)
     loss = naive(c, method, ts, v)
@@ -256,7 +266,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say():
     same = Hidden(c.student.states.detach(), c.student.head)
     for name in ("vopd", "opd-full"):
         loss, columns = head_pass(
-            METHODS[name](), c.student, same, c.ids, targets(METHODS[name](), torch.float32), Vocabulary(V)
+            METHODS[name](), c.student, Heard(same), c.ids, targets(METHODS[name](), torch.float32), Vocabulary(V)
         )
         assert columns.reverse_kl.abs().max() == 0 and loss == 0
         assert torch.autograd.grad(loss, c.leaves[0])[0].abs().max() < 1e-6
@@ -282,7 +292,7 @@ def test_a_tied_head_adds_both_gradients():
     inputs = torch.randint(0, V, (N,))
     tied = Hidden(torch.tanh(weight[inputs]), Head(weight))
     v = Vocabulary(V, chunk_bytes=16 * 2 * V * 8)
-    got = torch.autograd.grad(head_pass(method, tied, c.teacher, c.ids, targets(method), v)[0], weight)
+    got = torch.autograd.grad(head_pass(method, tied, c.heard, c.ids, targets(method), v)[0], weight)
     again = Case(Hidden(torch.tanh(weight[inputs]), Head(weight)), c.teacher, c.ids, [weight])
     torch.testing.assert_close(got, torch.autograd.grad(naive(again, method, targets(method), v), weight))
 
@@ -292,7 +302,7 @@ def test_a_frozen_head_costs_no_product(name, monkeypatch):
     c, method = case({}, torch.float64), METHODS[name]()
     frozen = Hidden(c.student.states, Head(c.student.head.weight.detach()))
     monkeypatch.setattr(opd.vocabulary, "addmm", None)
-    loss, _ = head_pass(method, frozen, c.teacher, c.ids, targets(method), Vocabulary(V))
+    loss, _ = head_pass(method, frozen, c.heard, c.ids, targets(method), Vocabulary(V))
     torch.testing.assert_close(
         torch.autograd.grad(loss, c.leaves[0]),
         torch.autograd.grad(naive(c, method, targets(method), Vocabulary(V)), c.leaves[0]),
@@ -302,7 +312,7 @@ def test_a_frozen_head_costs_no_product(name, monkeypatch):
 def test_frozen_states_leave_the_head_to_be_trained():
     c, method = case({"bias": True}, torch.float64), METHODS["vopd"]()
     frozen = Hidden(c.student.states.detach(), c.student.head)
-    loss, _ = head_pass(method, frozen, c.teacher, c.ids, targets(method), Vocabulary(V))
+    loss, _ = head_pass(method, frozen, c.heard, c.ids, targets(method), Vocabulary(V))
     wanted = naive(c, method, targets(method), Vocabulary(V))
     for got, want in zip(
         torch.autograd.grad(loss, c.leaves[1:]), torch.autograd.grad(wanted, c.leaves[1:]), strict=True
@@ -313,7 +323,7 @@ def test_frozen_states_leave_the_head_to_be_trained():
 def test_a_second_backward_is_refused():
     """The first gives the gradients away, scaled in place."""
     c, method = case({}, torch.float64), METHODS["vopd"]()
-    loss, _ = head_pass(method, c.student, c.teacher, c.ids, targets(method), Vocabulary(V))
+    loss, _ = head_pass(method, c.student, c.heard, c.ids, targets(method), Vocabulary(V))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward twice"):
         loss.backward()
@@ -325,7 +335,7 @@ def test_no_tokens_is_a_zero_loss_with_zero_gradients():
     empty = Hidden(c.student.states[:0], c.student.head)
     none = tuple(t[:0] for t in targets(method))
     loss, columns = head_pass(
-        method, empty, Hidden(c.teacher.states[:0], c.teacher.head), c.ids[:0], none, Vocabulary(V)
+        method, empty, Heard(Hidden(c.teacher.states[:0], c.teacher.head)), c.ids[:0], none, Vocabulary(V)
     )
     assert loss == 0 and all(len(x) == 0 for _, x in columns.named())
     assert torch.autograd.grad(loss, c.leaves[1])[0].abs().max() == 0
@@ -342,7 +352,7 @@ import sys, torch
 from pathlib import Path
 from opd.method import Target
 from opd.methods import METHODS
-from opd.vocabulary import Head, Hidden, Vocabulary, head_pass
+from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
 def peak():  # of this process alone: ru_maxrss starts from the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -352,7 +362,8 @@ teacher, ids, ones = torch.randn(n, 8), torch.randint(0, v, (n,)), torch.ones(n)
 def run(n):
     student, other = Hidden(states[:n], Head(weight)), Hidden(teacher[:n], Head(weight.detach()))
     target = (Target(ones[:n], None, None),)
-    head_pass(METHODS[sys.argv[1]](), student, other, ids[:n], target, Vocabulary(v, chunk_bytes=4 << 20))[0].backward()
+    vocabulary = Vocabulary(v, chunk_bytes=4 << 20)
+    head_pass(METHODS[sys.argv[1]](), student, Heard(other), ids[:n], target, vocabulary)[0].backward()
     return peak()
 few = run(n // 8)
 print(run(n) - few)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from opd.estimators import Value
 from opd.method import Match, Method, PolicyGradient, Target
-from opd.vocabulary import Head, Hidden, Vocabulary, head_pass
+from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
 
 Objective = Literal["vopd", "reverse-kl"]
 METHODS = {"vopd": Method((PolicyGradient(baseline=Value()),)), "reverse-kl": Method((Match(),))}
@@ -121,7 +121,7 @@ def ours(case: Case, shape: Shape) -> Tensor:
     one = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
     student = Hidden(case.states, Head(case.weight))
     teacher = Hidden(case.teacher_states, Head(case.teacher_weight))
-    loss, _ = head_pass(METHODS[shape.objective], student, teacher, case.ids, (one,), vocabulary)
+    loss, _ = head_pass(METHODS[shape.objective], student, Heard(teacher), case.ids, (one,), vocabulary)
     loss.backward()
     return loss.detach()
 

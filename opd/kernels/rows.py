@@ -5,16 +5,17 @@ vocabulary when it sees the student through one number per token.  The shift kee
 entropy, so that differences of them stay exact in fp32.  On a CPU a block of rows stays in the cache across its passes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opd.against import Teacher
 from opd.divergences import ReverseKL
 from opd.estimators import Sampled, Value
-from opd.method import Match, Method, PolicyGradient, Target, Term
+from opd.method import Match, MatchHidden, Method, PolicyGradient, Target, Term
 from opd.rewards import LogRatio
 
 
@@ -119,7 +120,7 @@ class ThroughKL:
 
     def loss(self, terms: tuple[Term, ...], kl: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
         """Weighted sum over terms, differentiable in the KL."""
-        return reduce(torch.add, [x.weight * kl for x in targets])
+        return reduce(torch.add, [x.weight * kl for t, x in zip(terms, targets, strict=True) if isinstance(t, Match)])
 
 
 Form = ThroughLogp | ThroughKL
@@ -127,9 +128,10 @@ Form = ThroughLogp | ThroughKL
 
 def closed_form(method: Method) -> Form | None:
     """How a method's gradient follows from the sums; None where autograd has to find it."""
-    if all(map(scored, method.terms)):
+    terms = [t for t in method.terms if not isinstance(t, MatchHidden)]
+    if all(map(scored, terms)):
         return ThroughLogp()
-    if all(isinstance(t, Match) and isinstance(t.divergence, ReverseKL) for t in method.terms):
+    if all(isinstance(t, Match) and t == replace(t, divergence=ReverseKL(), against=Teacher()) for t in terms):
         return ThroughKL()
     return None
 
@@ -142,7 +144,8 @@ def scored(term: Term) -> bool:
 def scored_by_sums(term: Term) -> bool:
     """Whether the columns decide that score, without a look at the vocabulary."""
     assert isinstance(term, PolicyGradient)
-    return term.baseline is None or (isinstance(term.baseline, Value) and isinstance(term.reward, LogRatio))
+    plain = term.baseline is None or (isinstance(term.baseline, Value) and isinstance(term.reward, LogRatio))
+    return plain and isinstance(term.against, Teacher)
 
 
 def score(term: Term, columns: dict[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"]:

@@ -21,6 +21,7 @@ from opd.methods.classic import (
 from opd.methods.entropy import entropy
 from opd.methods.eopd import eopd, eopd_sampled
 from opd.methods.fire import fire
+from opd.methods.gopd import g_opd
 from opd.methods.iw import iw_opd
 from opd.methods.optimal import opd_optimal, opd_stratified
 from opd.methods.pg import pg
@@ -49,6 +50,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     opd_signlog,
     opd_tv,
     opd_plus,
+    g_opd,
     fire,
     iw_opd,
     entropy,

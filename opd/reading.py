@@ -1,0 +1,108 @@
+"""The prompts of a run in the order it sees them, as each model reads them: its own template, its own context."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd import prompts
+from opd.collect import Rendered
+from opd.config import Train
+from opd.tasks.task import Made, Task
+from opd.types import Prompt, Refusal, Rollout
+
+RIGHT = 0.5  # outcomes above it are right
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's prompts."""
+
+    task: Task
+    tokenizer: Tokenizer
+    teacher_tokenizers: Mapping[str, Tokenizer]  # by the teacher's name; "" is --teacher
+    config: Train
+    room: int  # prompt tokens that leave space for the longest response
+    optional: bool = False  # a row without --context is read without it; else it is refused
+
+    def batch(self, step: int, count: int) -> list[Rendered]:
+        """The prompts of one step: a shuffled pass after another, a pure function of (seed, step)."""
+        n, first = len(self.task.prompts), (step - 1) * count
+        return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
+
+    def check(self, count: int = 256) -> None:
+        """Refuse a prompt that does not fit before the run, not an hour into it: looks at the longest of them."""
+        rows = range(len(self.task.prompts))
+        if isinstance(self.task.prompts, Made):  # made when asked for, all of a kind
+            rows = rows[:count]
+        written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
+        for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
+            self.render(row)
+
+    def first(self, count: int) -> list[Rendered]:
+        """The first prompts, unshuffled."""
+        return [self.render(i) for i in range(min(count, len(self.task.prompts)))]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        n = len(self.task.prompts)
+        if n > 1 << 24:  # procedural streams are as good as endless, and come shuffled
+            return range(n)
+        return np.random.default_rng([self.config.seed, epoch]).permutation(n).tolist()
+
+    def render(self, row: int) -> Rendered:
+        """One prompt's ids for each model; refuses one that does not fit."""
+        prompt, config = self.task.prompts[row], self.config
+        arguments = prompts.template_arguments(config.data.template_args)
+        ids = prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
+        asked = str(prompt.columns.get(config.route_column, ""))
+        teacher = asked if asked in self.teacher_tokenizers else ""
+        context = "" if config.context in ("", "peer") else self._context(row)
+        teacher_ids = self.heard(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
+        longest = max(len(ids), len(teacher_ids))
+        if longest > self.room:
+            raise Refusal(
+                f"--prompts {self.task.name}: row {row} has {longest} tokens, and the models' context leaves "
+                f"{self.room} for a prompt beside {config.sampling.max_new_tokens} new tokens; "
+                "shorten the row, or lower --max-new-tokens"
+            )
+        return Rendered(prompt, ids, teacher_ids, teacher)
+
+    def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
+        """The prompt's ids for a teacher, in its own template, with what it alone may know."""
+        text = self.teacher_tokenizers[teacher]
+        if context:
+            prompt = prompts.with_context(prompt, context, self.config.context_template)
+        arguments = prompts.known(text, prompts.template_arguments(self.config.data.template_args))
+        return prompts.render(text, prompt, chat_template_kwargs=arguments, system="")
+
+    def _context(self, row: int) -> str:
+        prompt, name = self.task.prompts[row], self.config.context
+        known = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
+        text = str(known.get(name) or "")
+        if not text and not self.optional:
+            there = ", ".join(sorted(k for k, v in known.items() if v))
+            raise Refusal(
+                f"--context {name}: row {row} of {self.task.name} has nothing there; it has {there or 'no columns'}"
+            )
+        return text
+
+    def with_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Rollout]:
+        """Each rollout, its teacher told a right response of the same prompt; untrained where there is none that fits.
+
+        The next right one of the group, never itself.  SDPO, arXiv:2601.20802.
+        """
+        right: dict[int, list[int]] = {}
+        for i, r in enumerate(rollouts):
+            if r.outcome > RIGHT:
+                right.setdefault(r.group, []).append(i)
+        out = []
+        for i, r in enumerate(rollouts):
+            others = [j for j in right.get(r.group, []) if j != i]
+            peer = next((j for j in others if j > i), others[0] if others else None)
+            ids = () if peer is None else self.heard(r.prompt, r.teacher, texts[peer])
+            if ids and len(ids) <= self.room:
+                out.append(replace(r, teacher_prompt_ids=ids))
+            else:
+                out.append(replace(r, mask=(False,) * len(r.ids)))
+        return out
