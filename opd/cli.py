@@ -1,4 +1,4 @@
-"""The command line: `opd train | eval | methods | prune | bench | demo`."""
+"""The command line: `opd train | eval | methods | rock | prune | serve | bench | demo`."""
 
 import contextlib
 import difflib
@@ -30,7 +30,9 @@ USAGE = """usage: opd COMMAND ...
   opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
+  opd rock --student S --teacher T --prompts P --out FILE
   opd prune --model M --keep LAYERS --out DIR
+  opd serve MODEL [flags]
   opd bench [flags]
   opd demo
   opd --version
@@ -45,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "methods": _methods,
+        "rock": _rock,
         "prune": _prune,
+        "serve": _serve,
         "bench": _bench,
         "demo": _demo,
     }
@@ -97,7 +101,7 @@ class _TrainFlags:
     preset: Literal["none", "paper", "embedded"] = "none"
     """Start from settings of a name: paper (the method's publication), embedded (tuned on the embedded pair)."""
     also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME:weight of another method whose terms are added; repeat for more."""
+    """NAME:weight of another method whose terms are added, "NAME FLAGS:weight" with flags of it; repeat for more."""
     run: Train
 
 
@@ -174,12 +178,16 @@ def _plus(method: Method, other: str) -> Method:
         raise Refusal(f"--also {other}: write NAME:weight, such as gkd-forward:0.1") from None
     if not colon or not coef > 0:
         raise Refusal(f"--also {other}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
-    more = _method(name, [])
+    name, *flags = name.split() or [""]
+    more = _method(name, flags)
     if more.rollouts != method.rollouts:
         raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
     if more.filters:
         raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")
-    return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
+    try:
+        return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
+    except ValueError as error:
+        raise Refusal(f"--also {other}: {error}") from error
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -227,10 +235,32 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
+def _rock(args: list[str]) -> int:
+    from opd.rock import Rock, rock
+
+    config = _parsed(
+        Rock,
+        args,
+        prog="opd rock",
+        description="The frequent tokens whose KL stays large, and a control list, for `opd train ... rock-freeze`.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    print(rock(config))
+    return 0
+
+
 def _prune(args: list[str]) -> int:
     from opd.prune import Prune, prune
 
     print(prune(_parsed(Prune, args, prog="opd prune", description="A smaller model made of some layers of a model.")))
+    return 0
+
+
+def _serve(args: list[str]) -> int:
+    from opd.serve.server import Serve, serve
+
+    about = "A model behind HTTP: a teacher or judge for other machines, OpenAI-compatible."
+    serve(_parsed(Serve, args, prog="opd serve", description=about))
     return 0
 
 

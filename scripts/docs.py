@@ -23,6 +23,7 @@ from opd.estimators import Full, Sampled, Stratified
 from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.presets import settings
+from opd.rock import Context, Rock
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
 
@@ -172,8 +173,10 @@ flags stand after its name, and in [methods](methods.md).
     for title, owner, note in (
         ("opd train", Train, "`--preset` and `--also` come on top: see [running](running.md)."),
         ("opd eval", Evaluate, "`--json` prints machine-readable numbers."),
-        ("prompts (both commands)", Data, "Fields of `opd.Data`."),
-        ("sampling (both commands)", Sampling, "Fields of `opd.Sampling`."),
+        ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
+        ("context filter of opd rock", Context, "Fields of `opd.rock.Context`; the paper gives no values."),
+        ("prompts (all commands)", Data, "Fields of `opd.Data`."),
+        ("sampling (all commands)", Sampling, "Fields of `opd.Sampling`."),
     ):
         out += [f"## {title}\n", f"{note}\n", "| flag | default | |", "|---|---|---|"]
         helps = attributes(owner)

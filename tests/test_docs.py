@@ -14,6 +14,7 @@ import opd
 from opd import cli
 from opd.config import Evaluate, Train
 from opd.methods import METHODS
+from opd.rock import Context, Rock
 from opd.tasks.task import Data
 from opd.types import Sampling
 from tests import test_laws
@@ -50,7 +51,7 @@ def commands() -> list[tuple[str, str]]:
         lines = body.replace("\\\n", " ").splitlines()
         out += [(page, " ".join(line.partition("  #")[0].split())) for line in lines if line.strip()]
     for page, text in TEXT.items():
-        spans = re.findall(r"`(opd (?:train|eval) --[^`]+)`", FENCE.sub("", text))
+        spans = re.findall(r"`(opd (?:train|eval|rock) --[^`]+)`", FENCE.sub("", text))
         out += [(page, " ".join(span.split())) for span in spans if "--prompts" in span]
     return [(page, line) for page, line in out if "METHOD" not in line]
 
@@ -61,8 +62,8 @@ def test_generated_parts_are_fresh():
 
 
 def test_every_flag_is_documented():
-    for owner in (Train, Evaluate, Data, Sampling):
-        hidden = {"method", "data", "sampling"}
+    for owner in (Train, Evaluate, Rock, Context, Data, Sampling):
+        hidden = {"method", "data", "sampling", "consistency"}
         assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
     for name, factory in METHODS.items():
         told = docs.arguments(inspect.getdoc(factory))
@@ -86,7 +87,7 @@ def parse(words: list[str], monkeypatch) -> object:
     def stop(value):
         raise Parsed(value)
 
-    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("demo", "demo")):
+    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("rock", "rock"), ("demo", "demo")):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:
         code = cli.main(words)

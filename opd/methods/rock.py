@@ -1,26 +1,52 @@
 """Rock Tokens: frequent tokens whose KL stays high, frozen.  arXiv:2605.09253."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from opd.divergences import ReverseKL
 from opd.method import Match, Method
 from opd.weights import Frozen, FrozenWindow
 
 
-def rock_freeze(tokens: str = "", weight: float = 0.0, window: int = 0) -> Method:
+@dataclass(frozen=True)
+class Released:
+    """What the released code weighs: the token *after* a listed one, and the weights scaled to mean 1.
+
+    The scale divides by the sum of weights over the batch, at least 1 (the code: over a micro-batch), so the tokens
+    that remain count more.  A response's first token has weight 1: its predecessor ends the prompt, which is no column.
+    """
+
+    ids: tuple[int, ...] = ()
+    weight: float = 0.0
+
+    def __call__(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        listed = Frozen(self.ids, self.weight)(ids)
+        after = listed.roll(1, 1)
+        after[:, 0] = 1
+        return after * mask.sum() / after.where(mask, 0).sum().clamp(min=1)
+
+
+def rock_freeze(tokens: str = "", weight: float = 0.0, window: int = 0, released: bool = False) -> Method:
     """Reverse KL over the whole vocabulary, without the listed tokens.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
     Args:
-        tokens: json file with the list of token ids (or an object with "ids"); the listed are
+        tokens: json file with the list of token ids, or an object with "ids", as `opd rock` writes it; the listed are
             matched with the token being predicted.  Without a file nothing is frozen: that is `opd-full`.
         weight: of the listed tokens; the paper's lambda (0 freezes, 0.3 is the soft arm).
         window: freezes the tokens of high KL this near to a listed one, too; 0 is off.
+        released: as in the authors' code: the token after a listed one is weighted instead, and the loss is divided by
+            the sum of weights.
     """
     if weight < 0:
         raise ValueError(f"weight={weight}: a token weighs 0 (frozen) or more")
+    if released and window:
+        raise ValueError(f"window={window}: the released code has no window; leave out one of --window and --released")
     ids = _read(Path(tokens)) if tokens else ()
-    leaf = FrozenWindow(ids, weight, window) if window else Frozen(ids, weight)
+    leaf = Released(ids, weight) if released else FrozenWindow(ids, weight, window) if window else Frozen(ids, weight)
     return Method((Match(ReverseKL(), weights=(leaf,)),))
 
 

@@ -1,0 +1,262 @@
+"""Rock tokens: types whose KL is large and frequent, `rock(Rock(...)) -> file` for `rock-freeze --tokens`.
+
+Samples the student, measures the exact KL of every position, ranks the predicted tokens by its sum, and writes the list
+with a control of as many occurrences.  arXiv:2605.09253.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from opd import models
+from opd.collect import collate, masks
+from opd.config import DTYPES, Precision, Train, native
+from opd.loop import Loop, micro_batches
+from opd.method import Method
+from opd.occurrences import Corpus, above, consistency, matched, rank, stability
+from opd.runs import Run
+from opd.session import open_session
+from opd.student import Student, final_states, rows
+from opd.tasks.task import Data
+from opd.types import Batch, Refusal, Rollout, Sampling
+
+SHOWN = 20  # types on the terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The paper's context filter, which its code does not have.  The paper gives no values: these are ours."""
+
+    context_filter: bool = False
+    """Rank by KL x the share of occurrences whose KL persists in contexts that recur (CCR)."""
+    before: str = ""
+    """The student before its distillation: KL that persists is high under both; empty: under --student alone."""
+    high: float = 0.95
+    """Quantile of a model's token KL at which it is high."""
+    width: int = 5
+    """Tokens to either side in a context, the mean of the student's final states there."""
+    similar: float = 0.8
+    """Cosine from which two contexts are similar."""
+    recurs: float = 0.1
+    """Share of a type's persistent occurrences that are similar to one that recurs."""
+
+    def check(self) -> None:
+        """Refuse impossible settings."""
+        for name in ("high", "recurs"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Refusal(f"--{name} {getattr(self, name)}: must lie in [0, 1)")
+        if not -1 <= self.similar <= 1:
+            raise Refusal(f"--similar {self.similar}: a cosine lies in [-1, 1]")
+        if self.width < 0:
+            raise Refusal(f"--width {self.width}: must be 0 or more")
+        if self.before and not self.context_filter:
+            raise Refusal(f"--before {self.before}: is read by the context filter alone; add --context-filter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rock:
+    """Whose rollouts are looked at, and what makes a token a rock."""
+
+    student: str
+    """The model that speaks, best after a plain OPD run: hub id, folder, .gguf file, run folder, or embedded:NAME."""
+    teacher: str
+    """The model it is compared with, with the same vocabulary; same kinds of name."""
+    prompts: str
+    """Prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    out: Path = Path("rocks.json")
+    """The list; the control with as many occurrences goes beside it, as rocks-control.json."""
+    overwrite: bool = False
+    """Replace the two files."""
+    rollouts: int = 500
+    """Student rollouts that are measured."""
+    top: int = 100
+    """Longest list, in types."""
+    min_count: int = 2
+    """Types that occur less often are left out."""
+    consistency: Context = Context()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    precision: Precision = field(default_factory=native)
+    """Compute type of the student."""
+    teacher_precision: Precision = field(default_factory=native)
+    """Type of the teacher's weights."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens that go through a model at once; lower it when memory runs out."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Seed of prompts and samples."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+    quiet: bool = False
+    """No progress output."""
+
+    def files(self) -> tuple[Path, Path]:
+        """The list, and its control."""
+        return self.out, self.out.with_stem(f"{self.out.stem}-control")
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything loads."""
+        for name in ("rollouts", "top", "min_count", "micro_batch_tokens", "decode_rows"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        self.sampling.check()
+        self.consistency.check()
+        for path in self.files():
+            if path.is_dir() or (path.exists() and not self.overwrite):
+                raise Refusal(f"--out {path}: exists already; add --overwrite to replace a file, or name another")
+
+    def run(self) -> Train:
+        """As a run: its measuring pass is that of training."""
+        same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
+        more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
+        data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
+        return Train(**{name: getattr(self, name) for name in (*same, *more)}, data=data)
+
+
+def rock(config: Rock) -> Path:
+    """Sample, measure, rank and write; returns the list's path.  Raises Refusal for what the user can mend."""
+    config.check()
+    session = open_session(config.run(), Method(), None)
+    loop = Loop(config.run(), Method(), session, Run(config.out))
+    rollouts, corpus = _look(config, loop)
+    counts, sums = corpus.tally()
+    ratio = _ratios(config, loop, rollouts, corpus) if config.consistency.context_filter else None
+    score = sums if ratio is None else sums * ratio
+    rocks = rank(counts, score, top=config.top, least=config.min_count)
+
+    def table(ids: Sequence[int]) -> dict[str, Any]:
+        at, whole = list(ids), (float(sums.sum()), int(counts.sum()))
+        types = [
+            {"id": i, "token": str(session.collector.tokenizer.decode([i])), "count": int(counts[i])}
+            | {"mean_kl": float(sums[i] / counts[i]), "score": float(score[i])}
+            | ({} if ratio is None else {"consistency": float(ratio[i])})
+            for i in at
+        ]
+        shares = {"kl": float(sums[at].sum()) / whole[0], "tokens": int(counts[at].sum()) / whole[1]}
+        return {"ids": at, "occurrences": int(counts[at].sum()), "coverage": shares, "types": types}
+
+    settings = {name: str(getattr(config, name)) for name in ("student", "teacher", "prompts", "sampling", "seed")}
+    about = {"rollouts": len(rollouts), "tokens": len(corpus.ids), "types": int((counts > 0).sum()), **settings}
+    steady = stability(corpus, top=config.top, least=config.min_count, seed=config.seed)
+    found = {**table(rocks), "stability": {str(share): value for share, value in steady.items()}, "corpus": about}
+    control = {**table(matched(counts, rocks)), "corpus": about}
+    if session.accelerator.is_main_process:
+        for path, content in zip(config.files(), (found, control), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _show(found, control)
+    return config.out
+
+
+def _look(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
+    """The rollouts, and every position of them measured."""
+    prompts = loop.session.prompts
+    if config.sampling.temperature == 0 and config.rollouts > len(prompts.task.prompts):
+        raise Refusal(
+            f"--rollouts {config.rollouts}: there are {len(prompts.task.prompts)} prompts, and greedy rollouts of one "
+            "are all the same; lower it, or sample at --temperature 1"
+        )
+    rollouts: list[Rollout] = []
+    kl: list[Tensor] = []
+    quiet = config.quiet or not sys.stderr.isatty()
+    steps = range(1, -(-config.rollouts // config.decode_rows) + 1)
+    for step in track(steps, "rollouts", console=Console(stderr=True), transient=True, disable=quiet):
+        asked = prompts.batch(step, config.decode_rows)[: config.rollouts - len(rollouts)]
+        some, batch = loop.look(asked, config.sampling, step, prompts.task)
+        assert batch.reverse_kl is not None
+        rollouts += some
+        kl.append(batch.reverse_kl[batch.mask].double())
+    row = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(r.ids) for r in rollouts]))
+    corpus = Corpus(torch.tensor([i for r in rollouts for i in r.ids]), torch.cat(kl), row)
+    if not corpus.kl.isfinite().all():
+        raise Refusal(
+            f"--teacher {config.teacher}: the KL is not finite at {int((~corpus.kl.isfinite()).sum())} of "
+            f"{len(corpus.kl)} tokens; is its vocabulary masked or its precision too low (--teacher-precision fp32)?"
+        )
+    return rollouts, corpus
+
+
+def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
+    """CCR of every type, from a second pass for the contexts, and one of the student before."""
+    how, session = config.consistency, loop.session
+    persists = above(corpus.kl, how.high)
+    if how.before:
+        source = models.locate(how.before, field="before", trust_remote_code=config.trust_remote_code)
+        dtype = DTYPES[config.precision]
+        earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
+        other = Loop(loop.config, loop.method, replace(session, student=Student(earlier)), loop.run)
+        batch = other.measure(rollouts, 0)
+        assert batch.reverse_kl is not None
+        persists &= above(batch.reverse_kl[batch.mask].double(), how.high)
+    batch = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=0)
+    return consistency(
+        corpus.ids[persists],
+        _contexts(config, loop, rollouts, batch, persists),
+        corpus.ids.bincount(),
+        similar=how.similar,
+        share=how.recurs,
+    )
+
+
+@torch.no_grad()
+def _contexts(
+    config: Rock, loop: Loop, rollouts: Sequence[Rollout], batch: Batch, chosen: Bool[Tensor, " N"]
+) -> Float[Tensor, "M H"]:
+    """Mean of the student's final states that predict the tokens up to `width` away, of the chosen occurrences."""
+    session, width = loop.session, config.consistency.width
+    parts = chosen.split([len(r.ids) for r in rollouts])
+    sizes = {i: len(r.prompt_ids) + len(r.ids) for i, r in enumerate(rollouts)}
+    found: dict[int, Tensor] = {}
+    for at in micro_batches(sizes, config.micro_batch_tokens):
+        some = [rollouts[i] for i in at]
+        trained = masks(batch[torch.tensor(at)], some)
+        with session.accelerator.autocast():
+            model = session.plain().model
+            states = final_states(model, rows(some, trained, teacher=False, device=session.accelerator.device))
+        for i, own in zip(at, states.double().split([len(r.ids) for r in some]), strict=True):
+            sums = torch.nn.functional.pad(own.cumsum(0), (0, 0, 1, 0))
+            place = torch.arange(len(own))
+            low, high = (place - width).clamp(min=0), (place + width + 1).clamp(max=len(own))
+            found[i] = ((sums[high] - sums[low]) / (high - low)[:, None].to(own))[parts[i]].float().cpu()
+    return torch.cat([found[i] for i in range(len(rollouts))])
+
+
+def _show(found: dict[str, Any], control: dict[str, Any]) -> None:
+    """The head of the list, what it covers, how steady it is, and its control."""
+    corpus, total = found["corpus"], sum(x["count"] * x["mean_kl"] for x in found["types"]) / found["coverage"]["kl"]
+    table = Table("", "token", "id", "count", "mean KL", "of all KL", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for place, x in enumerate(found["types"][:SHOWN], 1):
+        share = x["count"] * x["mean_kl"] / total
+        table.add_row(
+            str(place), repr(x["token"]), str(x["id"]), str(x["count"]), f"{x['mean_kl']:.4f}", f"{share:.1%}"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table, markup=False)
+    if len(found["types"]) > SHOWN:
+        console.print(f"... and {len(found['types']) - SHOWN} more")
+    shares = found["coverage"]
+    console.print(
+        f"{len(found['ids'])} of {corpus['types']} types in {corpus['rollouts']} rollouts cover {shares['kl']:.1%} of "
+        f"the KL and {shares['tokens']:.1%} of {corpus['tokens']} tokens"
+    )
+    steady = "  ".join(f"{float(share):.0%}: {value:.2f}" for share, value in found["stability"].items())
+    console.print(f"same list from a share of the rollouts (Jaccard)  {steady}")
+    console.print(
+        f"control: {len(control['ids'])} other types, {control['occurrences']} occurrences against "
+        f"{found['occurrences']}, {control['coverage']['kl']:.1%} of the KL"
+    )
+    if control["occurrences"] < 0.98 * found["occurrences"]:
+        console.print("warning: the other tokens do not occur as often as the list; lower --top for an equal control")
