@@ -13,7 +13,7 @@ ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
         "types noise rewards against estimators divergences transforms weights surrogates rollouts representation method "
-        "methods methods.* metrics exact"
+        "methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": (
