@@ -6,17 +6,19 @@ resharded before backward gives silently wrong gradients.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.method import Method, Target
 from opd.models import base, head
+from opd.representation import Lens
 from opd.types import Rollout, pad
 from opd.vocabulary import Columns, Heard, Hidden, Vocabulary, head_pass, measure, predictors
 
@@ -42,11 +44,23 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     return Rows(pad(ids, 0).to(device), pad(real, False).to(device), pad(trained, False).to(device))
 
 
+def states(
+    model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None
+) -> tuple[Float[Tensor, "N H"], tuple[Float[Tensor, "N D"], ...]]:
+    """The final hidden states that predict the trained tokens, row by row; and the views of a lens on the layers."""
+    out = base(model).base_model(
+        input_ids=at.ids, attention_mask=at.real.long(), use_cache=False, output_hidden_states=lens is not None
+    )
+    final = predictors(out.last_hidden_state, at.trained)
+    if lens is None:
+        return final, ()
+    with torch.autocast(final.device.type, enabled=False):
+        return final, lens([predictors(out.hidden_states[layer], at.trained) for layer in lens.layers])
+
+
 def final_states(model: PreTrainedModel | PeftModel, at: Rows) -> Float[Tensor, "N H"]:
     """The hidden states that predict the trained tokens, row by row."""
-    backbone = base(model).base_model
-    hidden = backbone(input_ids=at.ids, attention_mask=at.real.long(), use_cache=False).last_hidden_state
-    return predictors(hidden, at.trained)
+    return states(model, at)[0]
 
 
 class Student(nn.Module):
@@ -78,8 +92,34 @@ class Student(nn.Module):
     ) -> tuple[Float[Tensor, ""], Columns]:
         """Loss and columns of the trained tokens; without targets (flat, [N]) only the columns are measured."""
         with self.recomputing():
-            states = final_states(self.model, at)
-        student, ids = Hidden(states, head(self.model)), at.ids[at.trained]
+            final, views = states(self.model, at, heard.lens)
+        student, ids = Hidden(final, head(self.model), views), at.ids[at.trained]
         if targets is None:
-            return states.new_zeros(()), measure(method, student, heard, ids, vocabulary)
-        return head_pass(method, student, heard, ids, targets, vocabulary)
+            loss, columns = final.new_zeros(()), measure(method, student, heard, ids, vocabulary)
+        elif method.headless():
+            loss, columns = final.new_zeros(()), Columns(scores=(None,) * len(method.terms))
+        else:
+            loss, columns = head_pass(method, student, heard, ids, targets, vocabulary)
+        return _matched(method, student, heard, targets, loss, columns)
+
+
+def _matched(
+    method: Method,
+    student: Hidden,
+    heard: Heard,
+    targets: tuple[Target, ...] | None,
+    loss: Float[Tensor, ""],
+    columns: Columns,
+) -> tuple[Float[Tensor, ""], Columns]:
+    """Loss and columns with the share of the term on hidden states, where the method has one."""
+    term = method.hidden()
+    if term is None:
+        return loss, columns
+    assert isinstance(heard.teacher, Hidden), "a teacher that is Given shows no layer"
+    each = term.loss(student.views, heard.teacher.views)
+    if targets is not None:
+        loss = loss + (targets[method.terms.index(term)].weight * each).sum()
+    with torch.no_grad():
+        cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(student.views, heard.teacher.views, strict=True)]
+        cosine = torch.stack(cosines).mean(0)
+    return loss, replace(columns, hidden_distance=each.detach(), hidden_cosine=cosine)

@@ -8,7 +8,7 @@ Between the matmuls a chunk is swept in blocks of rows: by closed forms (`kernel
 the head is linear, by autograd otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor
 from opd.divergences import kl
 from opd.kernels.logits import Head, Vocabulary
 from opd.kernels.matmul import addmm, matmul_dtype, mm, wide
-from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_
+from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_, sweep_student_
 from opd.method import Method, Positions, Target
+from opd.representation import Lens
+from opd.types import MEASURED
 
 CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU: its passes find it in the L2 cache
 GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
 DEVICE = 1 << 28  # the same on an accelerator
+TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns of a teacher that is `Given`
 
 
 @dataclass(frozen=True)
@@ -32,36 +35,48 @@ class Hidden:
 
     states: Float[Tensor, "N H"]  # state n predicts token n
     head: Head
+    views: tuple[Float[Tensor, "N D"], ...] = ()  # of the layers that a method matches, through the model's lens
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a teacher without a head said of the sampled tokens, over its own vocabulary and stop class."""
+
+    logp: Float[Tensor, " N"]  # log q(y), nats
 
 
 @dataclass(frozen=True)
 class Heard:
     """What the frozen models say about the trained tokens."""
 
-    teacher: Hidden
+    teacher: Hidden | Given
     reference: Hidden | None = None  # where a term is against it
+    lens: Lens | None = None  # through which the student's layers meet the teacher's views
 
     def nbytes(self) -> int:
         """Bytes of the states."""
-        return sum(x.states.nbytes for x in (self.teacher, self.reference) if x is not None)
+        kept = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
+        return sum(x.nbytes for side in kept for x in (side.states, *side.views))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Per-token numbers of a head pass, flat, detached."""
+    """Per-token numbers of a pass, flat, detached; None what it did not look at."""
 
-    student_logp: Float[Tensor, " N"]
-    student_entropy: Float[Tensor, " N"]
-    teacher_logp: Float[Tensor, " N"]
-    teacher_entropy: Float[Tensor, " N"]
-    reverse_kl: Float[Tensor, " N"]
-    scores: tuple[Float[Tensor, " N"] | None, ...]  # reward - baseline at the sampled token, per term
+    student_logp: Float[Tensor, " N"] | None = None
+    student_entropy: Float[Tensor, " N"] | None = None
+    teacher_logp: Float[Tensor, " N"] | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
+    reverse_kl: Float[Tensor, " N"] | None = None
+    hidden_distance: Float[Tensor, " N"] | None = None
+    hidden_cosine: Float[Tensor, " N"] | None = None
+    scores: tuple[Float[Tensor, " N"] | None, ...] = ()  # reward - baseline at the sampled token, per term
 
     @classmethod
-    def empty(cls, method: Method, n: int, like: Tensor) -> "Columns":
+    def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "Columns":
         """To be filled: one place for all, so that no small tensor outlives a chunk and pins freed memory below it."""
         scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
-        names = [f.name for f in fields(cls) if f.name != "scores"]
+        names = sorted(names)
         return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
 
     def fill(self, rows: slice, part: "Columns") -> None:
@@ -70,9 +85,9 @@ class Columns:
             whole[rows] = x
 
     def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
-        """(name, column) of each; the scores as scores.0, scores.1, ..."""
+        """(name, column) of those there are; the scores as scores.0, scores.1, ..."""
         for f in fields(self):
-            if f.name != "scores":
+            if f.name != "scores" and getattr(self, f.name) is not None:
                 yield f.name, getattr(self, f.name)
         yield from ((f"scores.{i}", s) for i, s in enumerate(self.scores) if s is not None)
 
@@ -141,6 +156,10 @@ class _Side:
         weight = hidden.head.weight.detach()[: vocabulary.size].to(low)
         return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=wide(low) if weight.is_cuda else low))
 
+    def room(self, n: int) -> "_Side":
+        """The same with a buffer for n tokens."""
+        return replace(self, logits=self.logits.new_empty(n, self.logits.shape[1]))
+
     def fill(self, rows: slice) -> Float[Tensor, "n V"]:
         """W h of some tokens."""
         states = self.hidden.states.detach()[rows].to(self.weight.dtype)
@@ -155,7 +174,8 @@ class _Sweep:
     vocabulary: Vocabulary
     ids: Int[Tensor, " N"]  # canonical
     student: _Side
-    teacher: _Side
+    teacher: _Side | None  # None where its log q(y) is given
+    given: Float[Tensor, " N"] | None  # log q(y) where there is no teacher to sweep
     reference: _Side | None
     gradient: Float[Tensor, "n V"]  # the student's logits themselves where their dtype is that of the products
     scratch: Float[Tensor, "3 r V"]
@@ -166,19 +186,24 @@ class _Sweep:
     def of(cls, method: Method, student: Hidden, heard: Heard, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
         """Buffers for chunks as long as the budget allows."""
         low = matmul_dtype(student.states)
-        frozen = [x for x in (heard.teacher, heard.reference) if x is not None]
-        sides = [_Side.of(student, low, vocabulary), *(_Side.of(x, x.states.dtype, vocabulary) for x in frozen)]
-        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in sides))
-        own, other, *third = (replace(side, logits=side.logits.new_empty(n, vocabulary.size)) for side in sides)
+        own = _Side.of(student, low, vocabulary)
+        other, third = (
+            _Side.of(x, x.states.dtype, vocabulary) if isinstance(x, Hidden) else None
+            for x in (heard.teacher, heard.reference)
+        )
+        every = [side for side in (own, other, third) if side is not None]
+        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in every))
+        own, other, third = own.room(n), other and other.room(n), third and third.room(n)
         logits = own.logits
         gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
         scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
         # fp16 has no number for a gradient times the sum of e.
-        linear = low != torch.float16 and not (student.head.softcap or heard.teacher.head.softcap)
-        columns = Columns.empty(method, len(ids), scratch)
-        reference = third[0] if third else None
-        return cls(method, vocabulary, ids, own, other, reference, gradient, scratch, columns, linear)
+        curved = student.head.softcap or (other is not None and other.hidden.head.softcap)
+        given = heard.teacher.logp.to(scratch) if isinstance(heard.teacher, Given) else None
+        columns = Columns.empty(method, len(ids), scratch, MEASURED if given is None else TOLD)
+        linear = low != torch.float16 and not curved
+        return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, linear)
 
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
@@ -186,19 +211,25 @@ class _Sweep:
 
     def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Float[Tensor, " n"]]:
         """By sums: the columns, and the factor that the gradient left by the form still lacks."""
-        z, t, ids, v = self.student.fill(rows), self.teacher.fill(rows), self.ids[rows], self.vocabulary
+        z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
         looked: dict[int, list[Tensor]] = {
             i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
         }
         r = self.scratch.shape[1]
-        third = [None] * len(z.split(r)) if self.reference is None else self.reference.fill(rows).split(r)
-        split = (sums.split(r), z.split(r), t.split(r), third, ids.split(r), self.gradient[: len(z)].split(r))
+        cut = lambda side: [None] * len(z.split(r)) if side is None else side.fill(rows).split(r)
+        frozen = (cut(self.teacher), cut(self.reference))
+        split = (sums.split(r), z.split(r), *frozen, ids.split(r), self.gradient[: len(z)].split(r))
         for part, student, teacher, reference, drawn, gradient in zip(*split, strict=True):
             room = self.scratch[:, : len(drawn)]
-            student, teacher = _widened(student, room[2]), _widened(teacher, room[1])
-            shares, _ = v.logits_(student, self.student.hidden.head), v.logits_(teacher, self.teacher.hidden.head)
-            shifted = sweep_(student, teacher, drawn, part, room[:2])
+            student = _widened(student, room[2])
+            shares = v.logits_(student, self.student.hidden.head)
+            if self.teacher is None:
+                shifted = (sweep_student_(student, drawn, part, room[0]), room[1])
+            else:
+                teacher = _widened(teacher, room[1])
+                v.logits_(teacher, self.teacher.hidden.head)
+                shifted = sweep_(student, teacher, drawn, part, room[:2])
             if form is not None:
                 form.gradient_(student, *shifted, drawn, part)
                 v.spread_(student, shares)
@@ -206,12 +237,12 @@ class _Sweep:
                     gradient.copy_(student)
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
-                at = Positions(drawn, *logp, self._third(reference))
+                at = Positions(drawn, logp[0], logp[1], self._third(reference))
                 for i, found in looked.items():
                     value = self.method.terms[i].score(at)
                     assert value is not None
                     found.append(value)
-        seen = sums.columns()
+        seen = sums.columns() if self.given is None else sums.student() | {"teacher_logp": self.given[rows]}
         scores = tuple(
             (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
             for i, x in enumerate(self.method.terms)
@@ -241,12 +272,17 @@ class _Sweep:
 
     def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
         """By the definitions: the summed loss; without targets the columns alone."""
-        z, t, ids, v = self.student.fill(rows), self.teacher.fill(rows), self.ids[rows], self.vocabulary
+        z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
+        t = None if self.teacher is None else self.teacher.fill(rows)
         third = None if self.reference is None else self.reference.fill(rows)
         loss = self.scratch.new_zeros(())
         for block in blocks(len(z), _rows(GRAPH, self.scratch)):
             raw = z[block].to(self.scratch.dtype).requires_grad_(targets is not None)
-            q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
+            if self.given is not None:  # nan wherever nothing is known: no leaf may look there
+                q = torch.full_like(raw, torch.nan).scatter(-1, ids[block, None], self.given[rows][block, None])
+            else:
+                assert t is not None and self.teacher is not None
+                q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
             with torch.set_grad_enabled(targets is not None):
                 reference = None if third is None else self._third(third[block])
                 at = Positions(ids[block], v.logp(raw, self.student.hidden.head), q, reference)
@@ -254,7 +290,8 @@ class _Sweep:
                     part = self.method.loss(at, tuple(target[block] for target in targets)).sum()
                     self.gradient[block] = torch.autograd.grad(part, raw)[0]
                     loss += part.detach()
-            self.columns.fill(slice(rows.start + block.start, rows.start + block.stop), _columns(self.method, at))
+            seen = _columns(self.method, at, whole=self.given is None)
+            self.columns.fill(slice(rows.start + block.start, rows.start + block.stop), seen)
         return loss
 
 
@@ -268,9 +305,12 @@ def _widened(x: Float[Tensor, "r V"], room: Float[Tensor, "r V"]) -> Float[Tenso
     return x if x.dtype == room.dtype else room.copy_(x)
 
 
-def _columns(method: Method, at: Positions) -> Columns:
+def _columns(method: Method, at: Positions, *, whole: bool) -> Columns:
     p, q = at.student_logp.detach(), at.teacher_logp
     at = replace(at, student_logp=p)
+    if not whole:
+        own = at.sampled(p), -(p.exp() * p).sum(-1)
+        return Columns(*own, at.sampled(q), scores=tuple(term.score(at) for term in method.terms))
     return Columns(
         student_logp=at.sampled(p),
         student_entropy=-(p.exp() * p).sum(-1),

@@ -40,12 +40,15 @@ class Sums:
         """Those of `size` tokens each, in the same memory."""
         return [Sums(*x) for x in zip(*(getattr(self, f.name).split(size) for f in fields(self)), strict=True)]
 
+    def student(self) -> dict[str, Float[Tensor, " n"]]:
+        """The columns of the student alone, by name."""
+        log_e = self.e.log()
+        return {"student_logp": self.u - log_e, "student_entropy": log_e - self.eu / self.e}
+
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
         """The measured columns, by name."""
         log_e, log_f, mean = self.e.log(), self.f.log(), self.eu / self.e
-        return {
-            "student_logp": self.u - log_e,
-            "student_entropy": log_e - mean,
+        return self.student() | {
             "teacher_logp": self.v - log_f,
             "teacher_entropy": log_f - self.fv / self.f,
             "reverse_kl": (mean - self.ev / self.e) - (log_e - log_f),
@@ -69,13 +72,21 @@ def sweep_(
     torch.sum(f, -1, out=out.f)
     dot(f, v, out=out.fv)
     torch.gather(v, -1, drawn, out=out.v[:, None])
-    u = torch.sub(student, student.amax(-1, keepdim=True), out=scratch[0])
+    u = sweep_student_(student, ids, out, scratch[0])
+    dot(student, v, out=out.ev)
+    return u, v
+
+
+def sweep_student_(
+    student: Float[Tensor, "r V"], ids: Int[Tensor, " r"], out: Sums, scratch: Float[Tensor, "r V"]
+) -> Float[Tensor, "r V"]:
+    """Fill the student's own sums and return u, which lives in the scratch; its logits become e."""
+    u = torch.sub(student, student.amax(-1, keepdim=True), out=scratch)
     e = torch.exp(u, out=student)
     torch.sum(e, -1, out=out.e)
     dot(e, u, out=out.eu)
-    dot(e, v, out=out.ev)
-    torch.gather(u, -1, drawn, out=out.u[:, None])
-    return u, v
+    torch.gather(u, -1, ids[:, None], out=out.u[:, None])
+    return u
 
 
 def dot(a: Float[Tensor, "r V"], b: Float[Tensor, "r V"], out: Float[Tensor, " r"]) -> None:

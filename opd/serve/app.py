@@ -1,0 +1,355 @@
+"""The routes: HTTP in, `Served` called, HTTP out; every mistake of a caller is a 4xx with one line of json.
+
+vLLM's OpenAI-compatible protocol (0.33) for any client, and `opd.teachers.wire` for exact distillation.
+"""
+
+import base64
+import io
+import json
+import secrets
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opd import prompts
+from opd.engines.hf import Sample
+from opd.serve.model import Asked, Served
+from opd.serve.protocol import Chat, Completion, Drawing, Generate, HiddenRows
+from opd.teachers import wire
+from opd.types import Prompt, Refusal, Sampling
+from opd.vocabulary import Scores
+
+LIMIT = 9999.0  # vLLM writes -9999 for -inf, which json has no number for
+KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLarge"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    body_bytes: int
+    sequences: int
+    logprobs: int
+
+
+def error(status: int, text: str) -> JSONResponse:
+    """A mistake in vLLM's shape."""
+    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
+
+
+class Gate:
+    """Checks the bearer token and the size of a body before anything reads it; /health is open."""
+
+    def __init__(self, app: ASGIApp, *, token: str, most: int) -> None:
+        self.app, self.token, self.most = app, token, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        known = not self.token or secrets.compare_digest(
+            headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
+        )
+        if not known and scope["path"] != "/health":
+            refusal = error(401, "this server wants the header `Authorization: Bearer` with its token")
+            return await refusal(scope, receive, send)
+        said = headers.get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > self.most:
+            return await self._too_large(scope, receive, send)
+        whole, more = bytearray(), scope["method"] == "POST"
+        while more:  # a body without a length is counted as it comes
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            whole += message.get("body", b"")
+            if len(whole) > self.most:
+                return await self._too_large(scope, receive, send)
+            more = message.get("more_body", False)
+        left: list[Message] = [{"type": "http.request", "body": bytes(whole), "more_body": False}]
+
+        async def replay() -> Message:
+            return left.pop() if left else await receive()
+
+        return await self.app(scope, replay, send)
+
+    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await error(413, f"the request is larger than {self.most >> 20} MB: send fewer sequences at once")(
+            scope, receive, send
+        )
+
+
+class Routes:
+    """One method a route."""
+
+    def __init__(self, served: Served, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+        self.started = int(time.time())
+
+    def models(self) -> dict[str, object]:
+        """GET /v1/models."""
+        name, context = self.served.name, self.served.context
+        card = {"id": name, "object": "model", "created": self.started, "owned_by": "opd", "root": name}
+        return {"object": "list", "data": [card | {"parent": None, "max_model_len": context}]}
+
+    def completions(self, asked: Completion) -> dict[str, object]:
+        """POST /v1/completions."""
+        self._check_model(asked.model)
+        rows = self._prompts(asked)
+        most = 16 if asked.max_tokens is None else asked.max_tokens
+        for row in rows:
+            self._check_row(row, most)
+        for field, k in (("prompt_logprobs", asked.prompt_logprobs), ("logprobs", asked.logprobs)):
+            if k is not None and k > self.limits.logprobs:
+                raise Refusal(f"{field}: {k} requested, and this server gives at most {self.limits.logprobs}")
+        told: list[list[dict[str, object] | None] | None] = [None] * len(rows)
+        if asked.prompt_logprobs is not None:
+            every = [Asked(row, tuple(range(1, len(row)))) for row in rows]
+            found = self._scores(every, asked.prompt_logprobs)
+            told = [[None, *self._named(a, s)] for a, s in zip(every, found, strict=True)]
+        drawn = self._draw([row for row in rows for _ in range(asked.n)], asked, most)
+        choices = [self._choice(i, rows[i // asked.n], sample, asked) for i, sample in enumerate(drawn)]
+        for i, choice in enumerate(choices):
+            choice["prompt_logprobs"] = told[i // asked.n]
+        if asked.logprobs is not None:
+            for i, logprobs in enumerate(self._drawn_logprobs(rows, drawn, asked)):
+                choices[i]["logprobs"] = logprobs
+        return self._answer("text_completion", "cmpl", choices, rows, drawn)
+
+    def chat(self, asked: Chat) -> dict[str, object]:
+        """POST /v1/chat/completions."""
+        self._check_model(asked.model)
+        turns = tuple({"role": m.role, "content": m.text()} for m in asked.messages)
+        row = prompts.render(
+            self.served.tokenizer,
+            Prompt(messages=turns),
+            chat_template_kwargs=asked.chat_template_kwargs,
+            system="",
+        )
+        most = asked.max_completion_tokens or asked.max_tokens or self.served.context - len(row)
+        self._check_row(row, most)
+        drawn = self._draw([row] * asked.n, asked, most)
+        choices = []
+        for i, sample in enumerate(drawn):
+            choice = self._choice(i, row, sample, asked)
+            choices.append(choice | {"message": {"role": "assistant", "content": choice.pop("text")}})
+        return self._answer("chat.completion", "chatcmpl", choices, [row], drawn)
+
+    def generate(self, asked: Generate) -> dict[str, object]:
+        """POST /inference/v1/generate: log-probs of chosen ids at each row, as float32 .npy in base64."""
+        self._check_model(asked.model)
+        row, how = tuple(asked.token_ids), asked.sampling_params
+        self._check_row(row, how.max_tokens)
+        ids, start = how.prompt_logprob_token_ids, how.prompt_logprob_start
+        if len(ids) != len(row) - 1 - start:
+            raise Refusal(
+                f"prompt_logprob_token_ids: {len(ids)} rows; a prompt of {len(row)} tokens scored from "
+                f"{start} has {len(row) - 1 - start}"
+            )
+        widest = max(map(len, ids))
+        if not 0 < widest <= self.limits.logprobs:
+            raise Refusal(
+                f"prompt_logprob_token_ids: {widest} ids in a row; this server gives 1 to {self.limits.logprobs}"
+            )
+        if max(map(max, filter(None, ids))) >= self.served.rows:
+            raise Refusal(f"prompt_logprob_token_ids: an id beyond the vocabulary of {self.served.rows}")
+        table = torch.tensor([[*some, *[-1] * (widest - len(some))] for some in ids])
+        (found,) = self.served.scores([Asked(row, tuple(range(start + 1, len(row))))], [table], 0)
+        (sample,) = self.served.generate(
+            [row], Sampling(temperature=0.0, max_new_tokens=how.max_tokens), seed=0, stop=()
+        )
+        file = io.BytesIO()
+        np.save(file, found.logp.float().cpu().numpy())
+        choice = {"index": 0, "token_ids": list(sample.ids), "finish_reason": "stop" if sample.stopped else "length"}
+        answer = self._answer("generate", "gen", [choice], [row], [sample])
+        return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
+
+    def hidden(self, asked: HiddenRows) -> Response:
+        """POST /opd/hidden."""
+        for row in asked.rows:
+            self._check_row(row.ids, 0)
+            if any(b <= a for a, b in zip(row.at, row.at[1:], strict=False)) or max(row.at, default=0) >= len(row.ids):
+                raise Refusal(f"at: positions must ascend from 1 to {len(row.ids) - 1}, the last of this sequence")
+        self._check_count(len(asked.rows))
+        found = self.served.states([Asked(tuple(row.ids), tuple(row.at)) for row in asked.rows])
+        return self._tensors({"states": torch.cat(found)})
+
+    def head(self) -> Response:
+        """GET /opd/head."""
+        return self._tensors(self.served.tensors_of_head())
+
+    def _tensors(self, tensors: dict[str, torch.Tensor]) -> Response:
+        stamp = {wire.FINGERPRINT: self.served.fingerprint}
+        return Response(wire.pack(tensors), media_type="application/octet-stream", headers=stamp)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.served.name):
+            raise HTTPException(404, f"The model `{name}` does not exist; this server has `{self.served.name}`.")
+
+    def _check_count(self, count: int) -> None:
+        if count > self.limits.sequences:
+            raise Refusal(f"{count} sequences in one request; this server takes at most {self.limits.sequences}")
+
+    def _check_row(self, row: Sequence[int], more: int) -> None:
+        if max(row) >= self.served.rows:
+            raise Refusal(f"prompt: token id {max(row)} is out of vocabulary; this model has {self.served.rows} ids")
+        if len(row) + more > self.served.context:
+            raise Refusal(
+                f"This model's maximum context length is {self.served.context} tokens. However, you requested "
+                f"{len(row) + more} tokens ({len(row)} in the prompt, {more} in the completion)."
+            )
+
+    def _prompts(self, asked: Completion) -> list[tuple[int, ...]]:
+        given = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+        if isinstance(given[0], int):
+            given = [given]
+        self._check_count(len(given) * asked.n)
+        text, add = self.served.tokenizer, asked.add_special_tokens
+        rows = [text(p, add_special_tokens=add)["input_ids"] if isinstance(p, str) else p for p in given]
+        if not all(rows):
+            raise Refusal("prompt: a text that gives no token")
+        return [tuple(row) for row in rows]
+
+    def _draw(self, rows: Sequence[Sequence[int]], asked: Drawing, most: int) -> list[Sample]:
+        if most == 0:
+            return [Sample((), (), False)] * len(rows)
+        self._check_count(len(rows))
+        beyond = [i for i in asked.stop_token_ids or [] if i >= self.served.rows]
+        if beyond:
+            raise Refusal(f"stop_token_ids: {beyond[0]} is out of vocabulary; this model has {self.served.rows} ids")
+        how = Sampling(
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            top_k=max(0, asked.top_k or 0),
+            max_new_tokens=most,
+        )
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        return self.served.generate(rows, how, seed=seed, stop=asked.stop_token_ids or ())
+
+    def _choice(self, index: int, row: Sequence[int], sample: Sample, asked: Drawing) -> dict[str, object]:
+        ids = sample.ids[:-1] if sample.stopped else sample.ids
+        text = str(self.served.tokenizer.decode(list(ids), skip_special_tokens=asked.skip_special_tokens))
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        ends = {text.find(stop): stop for stop in stops if stop and stop in text}
+        if ends:
+            text = text[: min(ends)]
+        reason: int | str | None = ends[min(ends)] if ends else None
+        if sample.stopped and not ends and sample.ids[-1] in (asked.stop_token_ids or []):
+            reason = sample.ids[-1]
+        choice: dict[str, object] = {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": "stop" if sample.stopped or ends else "length",
+            "stop_reason": reason,
+        }
+        if asked.return_token_ids:
+            choice |= {"token_ids": list(sample.ids), "prompt_token_ids": list(row)}
+        return choice
+
+    def _scores(self, asked: Sequence[Asked], top: int) -> list[Scores]:
+        own = [torch.tensor(a.ids)[list(a.at)][:, None] for a in asked]
+        return self.served.scores(asked, own, top)
+
+    def _named(self, asked: Asked, found: Scores) -> list[dict[str, object] | None]:
+        """Per token: itself and the most probable ones, by id."""
+        out: list[dict[str, object] | None] = []
+        columns = (found.logp[:, 0], found.rank, found.top_ids, found.top_logp)
+        for i, logp, rank, ids, best in zip(
+            (asked.ids[t] for t in asked.at), *(x.tolist() for x in columns), strict=True
+        ):
+            some = {j: (value, place) for place, (j, value) in enumerate(zip(ids, best, strict=True), 1)}
+            some.setdefault(i, (logp, rank))
+            ordered = {i: some.pop(i), **some}
+            out.append({str(j): self._logprob(j, *pair) for j, pair in ordered.items()})
+        return out
+
+    def _logprob(self, token: int, logp: float, rank: int) -> dict[str, object]:
+        decoded = self.served.tokenizer.decode([token])
+        return {"logprob": max(logp, -LIMIT), "rank": rank, "decoded_token": decoded}
+
+    def _drawn_logprobs(
+        self, rows: Sequence[Sequence[int]], drawn: Sequence[Sample], asked: Completion
+    ) -> list[dict[str, object]]:
+        """OpenAI's log-probs of what was drawn, before temperature and truncation: the model's own."""
+        assert asked.logprobs is not None
+        pairs = [(tuple(rows[i // asked.n]), sample.ids) for i, sample in enumerate(drawn)]
+        every = [Asked(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
+        out = []
+        for (_, ids), found in zip(pairs, self._scores(every, asked.logprobs), strict=True):
+            tokens = [self.served.tokenizer.decode([i]) for i in ids]
+            tops = [
+                {self.served.tokenizer.decode([j]): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
+                for js, xs in zip(found.top_ids.tolist(), found.top_logp.tolist(), strict=True)
+            ]
+            logps = [max(x, -LIMIT) for x in found.logp[:, 0].tolist()]
+            for token, logp, some in zip(tokens, logps, tops, strict=True):
+                some.setdefault(token, logp)
+            offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+            out.append({"tokens": tokens, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets})
+        return out
+
+    def _answer(
+        self,
+        kind: str,
+        prefix: str,
+        choices: list[dict[str, object]],
+        rows: Sequence[Sequence[int]],
+        drawn: Sequence[Sample],
+    ) -> dict[str, object]:
+        read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in drawn)
+        return {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.served.name,
+            "choices": choices,
+            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+        }
+
+
+def build(served: Served, limits: Limits, *, token: str) -> ASGIApp:
+    """The whole application."""
+    app = FastAPI(title="opd serve", openapi_url=None)
+    routes = Routes(served, limits)
+    app.get("/health")(lambda: Response())
+    app.get("/v1/models")(routes.models)
+    app.post("/v1/completions")(routes.completions)
+    app.post("/v1/chat/completions")(routes.chat)
+    app.post("/inference/v1/generate")(routes.generate)
+    app.post("/opd/hidden", response_model=None)(routes.hidden)
+    app.get("/opd/head", response_model=None)(routes.head)
+    app.get("/opd/identity")(served.identity)
+    app.get("/opd/tokenizer")(lambda: wire.pack_tokenizer(served.tokenizer))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, mistake: RequestValidationError) -> JSONResponse:
+        first = mistake.errors()[0]
+        where = ".".join(str(x) for x in first["loc"][1:]) or "body"
+        said = "not served by opd" if first["type"] == "extra_forbidden" else first["msg"]
+        return error(400, f"{where}: {said}")
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, mistake: Refusal) -> JSONResponse:
+        return error(400, str(mistake))
+
+    @app.exception_handler(HTTPException)
+    async def known(request: Request, mistake: HTTPException) -> JSONResponse:
+        return error(mistake.status_code, str(mistake.detail))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, mistake: Exception) -> JSONResponse:
+        traceback.print_exception(mistake)
+        return error(500, f"{type(mistake).__name__}: {json.dumps(str(mistake)[:200])}; the server's log has more")
+
+    return Gate(app, token=token, most=limits.body_bytes)

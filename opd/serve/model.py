@@ -1,0 +1,110 @@
+"""The model behind a server: batched forwards under one lock, without a word about HTTP."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.engines.hf import HFEngine, Sample
+from opd.loop import micro_batches
+from opd.models import base, head
+from opd.student import Rows, final_states
+from opd.teachers import wire
+from opd.types import Sampling, pad
+from opd.vocabulary import Hidden, Scores, Vocabulary, scores
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sequence of token ids, and the tokens of it that are asked about."""
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...]  # ascending positions, from 1 on: the first token has no prediction
+
+
+class Served:
+    """A frozen model that many requests share: whoever holds the lock computes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        stop: tuple[int, ...],
+        max_batch_tokens: int,
+        decode_rows: int,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.stop = model.requires_grad_(False), tokenizer, name, stop
+        self.budget = max_batch_tokens
+        self.head = head(model)
+        self.rows = len(self.head.weight)
+        self.context = int(base(model).config.get_text_config().max_position_embeddings)
+        self.engine = HFEngine(model, self.rows, stop, decode_rows)
+        self.lock = threading.Lock()
+        self.fingerprint = wire.weights_hash(model)
+
+    def identity(self) -> dict[str, object]:
+        """What a client compares before it trusts a number."""
+        return {
+            "protocol": wire.VERSION,
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "vocabulary": wire.vocabulary_hash(self.tokenizer),
+            "chat_template": wire.template_hash(self.tokenizer),
+            "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+            "eos": list(self.stop),
+            "rows": self.rows,
+            "width": self.head.weight.shape[1],
+            "context": self.context,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            "scale": self.head.scale,
+            "softcap": self.head.softcap,
+        }
+
+    def tensors_of_head(self) -> dict[str, Tensor]:
+        """The LM head, once a client."""
+        bias = {} if self.head.bias is None else {"bias": self.head.bias}
+        return {"weight": self.head.weight, **bias}
+
+    @torch.no_grad()
+    def states(self, asked: Sequence[Asked]) -> list[Float[Tensor, "n H"]]:
+        """The final states that predict the asked tokens of each sequence, on the model's device."""
+        out: dict[int, Tensor] = {}
+        with self.lock:
+            for group in micro_batches({i: len(a.ids) for i, a in enumerate(asked)}, self.budget):
+                some = [asked[i] for i in group]
+                found = final_states(self.model, self._rows(some))
+                out |= zip(group, found.split([len(a.at) for a in some]), strict=True)
+        return [out[i] for i in range(len(asked))]
+
+    def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[Scores]:
+        """Log-probs of the candidates (padded with -1) at the asked tokens, and the `top` most probable, in nats."""
+        vocabulary = Vocabulary(self.rows)
+        return [
+            scores(Hidden(states, self.head), ids.to(states.device), vocabulary, top)
+            for states, ids in zip(self.states(asked), candidates, strict=True)
+        ]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, stop: Sequence[int]
+    ) -> list[Sample]:
+        """One response per prompt; the i-th draws from the counter (seed, 0, i, t)."""
+        engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
+        with self.lock:
+            return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)))
+
+    def _rows(self, asked: Sequence[Asked]) -> Rows:
+        device = self.model.device
+        ids = [torch.tensor(a.ids) for a in asked]
+        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in asked]
+        for mask, a in zip(trained, asked, strict=True):
+            mask[list(a.at)] = True
+        real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+        return Rows(pad(ids, 0).to(device), pad(real, False).to(device), pad(trained, False).to(device))

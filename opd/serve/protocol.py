@@ -1,0 +1,101 @@
+"""What may be asked, field by field: vLLM's OpenAI-compatible names and defaults (0.33), as far as they are served.
+
+A field that is not served is refused by name rather than ignored: an ignored `logit_bias` is a wrong number.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+Id = Annotated[StrictInt, Field(ge=0)]
+Ids = Annotated[list[Id], Field(min_length=1)]
+
+
+class Asking(BaseModel):
+    """No field that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Drawing(Asking):
+    """How tokens are drawn; what vLLM and OpenAI call the sampling parameters."""
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Id] | None = None
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    stream: Literal[False] | None = None
+    user: str | None = None
+
+
+class Completion(Drawing):
+    """POST /v1/completions."""
+
+    prompt: Ids | Annotated[list[Ids], Field(min_length=1)] | str | Annotated[list[str], Field(min_length=1)]
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0)
+    prompt_logprobs: int | None = Field(None, ge=0)
+    add_special_tokens: bool = True
+
+
+class Part(Asking):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Asking):
+    """A turn of a conversation."""
+
+    role: str
+    content: str | list[Part]
+
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class Chat(Drawing):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: dict[str, object] = {}
+
+
+class ScoringParameters(Asking):
+    """The sampling parameters of vLLM's fixed-token scoring."""
+
+    max_tokens: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    prompt_logprob_token_ids: Annotated[list[list[Annotated[StrictInt, Field(ge=-1)]]], Field(min_length=1)]
+    prompt_logprob_start: int = Field(0, ge=0)
+
+
+class Generate(Asking):
+    """POST /inference/v1/generate, of which only the scoring of chosen tokens is served."""
+
+    model: str | None = None
+    token_ids: Ids
+    sampling_params: ScoringParameters
+
+
+class HiddenRow(Asking):
+    """One sequence, and the ascending positions of the tokens whose predicting states are wanted."""
+
+    ids: Ids
+    at: list[Annotated[StrictInt, Field(ge=1)]]
+
+
+class HiddenRows(Asking):
+    """POST /opd/hidden."""
+
+    rows: Annotated[list[HiddenRow], Field(min_length=1)]

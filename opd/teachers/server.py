@@ -1,0 +1,399 @@
+"""A teacher behind HTTP: `opd serve`, whole distributions by hidden states; or vLLM's protocol, log-probs of tokens.
+
+`reach(url, how) -> Server` asks who is there; `open_teacher` makes of it what `LocalTeacher` is, for the same rollouts
+and masks.  A batch goes out as chunks, several at once; a chunk that fails is asked again alone.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.engines.hf import Sample
+from opd.noise import uniform
+from opd.representation import Lens
+from opd.teachers import wire
+from opd.teachers.client import Client, Malformed, Remote, Traffic, payload
+from opd.teachers.local import LocalTeacher
+from opd.types import MEASURED, Refusal, Rollout, Sampling
+from opd.vocabulary import Given, Head, Hidden, Vocabulary, scores
+
+CHUNK = 4096  # tokens of a request: the loss of one is cheap, and it fills a forward
+LOWEST = -9998.0  # vLLM writes -9999 for -inf
+SPREAD = 64  # ids whose text a plain server is asked for
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Server:
+    """Who answers at an address."""
+
+    client: Client
+    model: str
+    context: int  # tokens
+    told: Mapping[str, Any]  # the identity of an `opd serve`; empty for any other
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """The columns it allows to measure, and whether whole distributions."""
+        return HiddenTeacher.provides if self.told else LogpTeacher.provides
+
+    def tokenizer(self, likely: Tokenizer) -> Tokenizer:
+        """An `opd serve` hands out its own; any other has the likely one, if it reads ids as that does.
+
+        Raises Refusal where it does not.
+        """
+        if not self.told:
+            self._probe(likely)
+            return likely
+        read = lambda files: wire.unpack_tokenizer(files, self.client.url)
+        found = self.client.get("/opd/tokenizer", _json(read))
+        if wire.vocabulary_hash(found) != self.told["vocabulary"]:
+            raise Refusal(
+                f"--teacher {self.client.url}: the tokenizer it hands out is not the one it hashes: restart it"
+            )
+        return found
+
+    def _probe(self, likely: Tokenizer) -> None:
+        ids = _spread(likely)
+        told = self.client.post("/v1/completions", _scoring(self.model, [ids]), _json(lambda r: _first(r)))
+        if told is None:
+            raise Refusal(
+                f"--teacher {self.client.url}: it gives no log-probs of prompts (prompt_logprobs), and a teacher's "
+                "tokens are scored by them: take a vLLM server, `opd serve`, or a method for text-only teachers"
+            )
+        wrong = []
+        for i, entry in zip(ids[1:], told[1:], strict=True):
+            text, here = entry[str(i)].get("decoded_token"), str(likely.decode([i]))
+            if text is not None and text.strip() != here.strip():
+                wrong.append(f"id {i} is {text!r} there and {here!r} here")
+        if len(wrong) > len(ids) // 8:  # a few differ where servers decode in context
+            raise Refusal(
+                f"--teacher {self.client.url}: {len(wrong)} of {len(ids) - 1} probed ids mean another token: "
+                f"{'; '.join(wrong[:3])}: serve a model with the student's vocabulary"
+            )
+
+
+def reach(url: str, how: Remote) -> Server:
+    """Ask an address who it is; waits for one that is starting."""
+    how.check()
+    client = Client(url, how)
+    if client.knows("/opd/identity"):
+        told = client.get("/opd/identity", _json(dict))
+        if told.get("protocol") != wire.VERSION:
+            raise Refusal(
+                f"--teacher {client.url}: it speaks version {told.get('protocol')} of the protocol, this opd version "
+                f"{wire.VERSION}: install one version of opd on both machines"
+            )
+        return Server(client, told["model"], told["context"], told)
+    cards = client.get("/v1/models", _json(lambda r: {c["id"]: c.get("max_model_len") for c in r["data"]}))
+    model = client.model or next(iter(cards), "")
+    if model not in cards or (len(cards) > 1 and not client.model):
+        raise Refusal(
+            f"--teacher {client.url}: it serves {', '.join(cards) or 'no model'}; name one as {client.url}#NAME"
+        )
+    # One token is always generated beside the prompt that is scored.
+    return Server(client, model, (cards[model] or 1 << 30) - 1, {})
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One rollout as the teacher reads it."""
+
+    ids: tuple[int, ...]
+    start: int  # where the response begins
+    at: tuple[int, ...]  # the trained tokens
+
+
+class _Remote:
+    """What both kinds of server teacher share: rows out in chunks, answers back in order, an account of the bytes."""
+
+    def __init__(self, server: Server, *, to: torch.device) -> None:
+        self.server, self.client, self.to = server, server.client, to
+        self.pool = ThreadPoolExecutor(server.client.how.teacher_concurrency, "teacher")
+        self.before = Traffic()
+
+    def follow(self) -> None:
+        """The student made a step."""
+
+    def save(self, folder: Path) -> None:
+        """Nothing: what the server has stays there."""
+
+    def restore(self, folder: Path) -> None:
+        """Nothing."""
+
+    def traffic(self) -> dict[str, float]:
+        """What went over the wire since the last call, for perf.jsonl."""
+        with self.client.lock:
+            now = Traffic(**asdict(self.client.traffic))
+        new = {name: value - getattr(self.before, name) for name, value in asdict(now).items()}
+        self.before = now
+        return {
+            "teacher_sent_mb": new["sent"] / 2**20,
+            "teacher_received_mb": new["received"] / 2**20,
+            "teacher_requests": float(new["requests"]),
+            "teacher_retries": float(new["retries"]),
+        }
+
+    def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[Tensor]]) -> list[Tensor]:
+        """The answer for each row; chunks of at most `most` tokens are asked side by side."""
+        out: dict[int, Tensor] = {}
+        groups = list(_chunks(rows, most))
+        jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
+        try:
+            for group, job in zip(groups, jobs, strict=True):
+                out |= zip(group, job.result(), strict=True)
+        finally:
+            for job in jobs:
+                job.cancel()
+        return [out[i] for i in range(len(rows)) if i in out]
+
+
+class HiddenTeacher(_Remote):
+    """An `opd serve`: final states come over the wire, 2 or 4 bytes times the width for each token.
+
+    Exact, and every method works: the head is fetched once, and the head pass measures whole distributions.
+    """
+
+    provides = MEASURED | {"vocabulary"}
+
+    def __init__(self, server: Server, *, to: torch.device) -> None:
+        super().__init__(server, to=to)
+        told = server.told
+        self.dtype, self.width = DTYPES[told["dtype"]], told["width"]
+        found = self.client.get("/opd/head", self._tensors("weight", (told["rows"], self.width)))
+        on = {name: x.to(to) for name, x in found.items()}
+        self.head = Head(on["weight"], on.get("bias"), told["scale"], told["softcap"])
+
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
+        """Final states at the trained tokens, after the teacher's own prompt; no layer below."""
+        assert lens is None, "a server shows no layers"
+        found = self._each(_rows(rollouts, masks), CHUNK, self._states)
+        empty = torch.empty(0, self.width, dtype=self.dtype)
+        return Hidden(torch.cat([empty, *found]).to(self.to), self.head)
+
+    def _states(self, rows: list[_Row]) -> list[Tensor]:
+        sizes = [len(row.at) for row in rows]
+        body = {"rows": [{"ids": row.ids, "at": row.at} for row in rows]}
+        found = self.client.post("/opd/hidden", body, self._tensors("states", (sum(sizes), self.width)))
+        return list(found["states"].split(sizes))
+
+    def _tensors(self, name: str, shape: tuple[int, int]) -> Callable[[httpx.Response], dict[str, Tensor]]:
+        def read(response: httpx.Response) -> dict[str, Tensor]:
+            if response.headers.get(wire.FINGERPRINT) != self.server.told["fingerprint"]:
+                raise Refusal(
+                    f"--teacher {self.client.url}: other weights answer there now than when the run started: serve "
+                    f"{self.server.model} again, or start a new run"
+                )
+            try:
+                found = wire.unpack(response.content)
+            except SafetensorError as error:
+                raise Malformed(f"no safetensors: {error}") from error
+            if name not in found or found[name].shape != shape or found[name].dtype != self.dtype:
+                raise Malformed(f"{name} is not {shape} of {self.dtype}")
+            return found
+
+        return read
+
+
+class LogpTeacher(_Remote):
+    """Any server of vLLM's protocol: it says log q of the sampled tokens, and nothing of the others.
+
+    Exact ids through /inference/v1/generate where the server has it (vLLM >= 0.32, V2 runner), 4 bytes a token; else
+    prompt_logprobs of /v1/completions, about 80.  Its softmax is over all its rows, padded ones included.
+    """
+
+    provides = STUDENTS | {"teacher_logp"}
+
+    def __init__(self, server: Server, *, to: torch.device, stop: tuple[int, ...]) -> None:
+        super().__init__(server, to=to)
+        self.stop = stop if len(stop) > 1 else ()  # merged into one class
+        self.chosen = self._chooses()
+        if self.stop and not self.chosen:
+            raise Refusal(
+                f"--teacher {self.client.url}: it cannot say the probability of a chosen token, which merging the stop "
+                f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
+            )
+
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Given:
+        """log q of the trained tokens, after the teacher's own prompt."""
+        assert lens is None, "a server shows no layers"
+        rows = _rows(rollouts, masks)
+        found = self._each(rows, 1, self._chosen) if self.chosen else self._each(rows, CHUNK, self._prompted)
+        return Given(torch.cat([torch.empty(0), *found]).to(self.to))
+
+    def _chosen(self, rows: list[_Row]) -> list[Tensor]:
+        """By vLLM's fixed-token scoring; one sequence a request."""
+        (row,) = rows
+        asked = [list(self.stop) if i in self.stop else [i] for i in row.ids[row.start :]]
+        return [self._matrix(row.ids, row.start, asked).logsumexp(-1)[torch.tensor(row.at) - row.start]]
+
+    def _matrix(self, ids: Sequence[int], start: int, asked: list[list[int]], tries: int = 0) -> Float[Tensor, "n k"]:
+        shape = (len(asked), max(map(len, asked)))
+
+        def read(told: dict) -> Tensor:
+            found = np.load(io.BytesIO(base64.b64decode(told["prompt_token_id_logprobs"], validate=True)))
+            if found.shape != shape or found.dtype != np.float32:
+                raise ValueError(f"{found.dtype} of {found.shape} instead of float32 of {shape}")
+            return torch.from_numpy(found)
+
+        how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1}
+        body = {"model": self.server.model, "token_ids": list(ids), "sampling_params": how}
+        return self.client.post("/inference/v1/generate", body, _json(read), tries=tries)
+
+    def _chooses(self) -> bool:
+        """Whether the server scores chosen tokens: asked once, for a sequence of two."""
+        try:
+            self._matrix([1, 1], 1, [[1]], tries=1)
+        except Refusal:  # no such route, or a vLLM whose runner cannot
+            return False
+        return True
+
+    def _prompted(self, rows: list[_Row]) -> list[Tensor]:
+        """By the log-probs of a prompt's own tokens; many sequences a request."""
+
+        def read(told: dict) -> list[Tensor]:
+            choices = sorted(told["choices"], key=lambda c: c["index"])
+            out = []
+            for row, choice in zip(rows, choices, strict=True):
+                said = choice["prompt_logprobs"]
+                if len(said) != len(row.ids):
+                    raise ValueError(f"{len(said)} log-probs for {len(row.ids)} tokens")
+                out.append(torch.tensor([float(said[t][str(row.ids[t])]["logprob"]) for t in row.at]))
+            return [x.where(x > LOWEST, -torch.inf) for x in out]
+
+        body = _scoring(self.server.model, [row.ids for row in rows])
+        return self.client.post("/v1/completions", body, _json(read))
+
+
+@dataclass(frozen=True)
+class ServerEngine:
+    """A server that writes responses, for methods whose rollouts are partly the teacher's."""
+
+    server: Server
+    vocabulary: int
+    stop: tuple[int, ...]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, step: int, index: Sequence[int]
+    ) -> list[Sample]:
+        """One response per prompt; rollout `index[i]` has a seed of its own, the server's noise is its own."""
+
+        def draw(prompt: Sequence[int], i: int) -> Sample:
+            body = {
+                "model": self.server.model,
+                "prompt": list(prompt),
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "seed": int(uniform(seed, step, i, -2) * 2**53),
+                "stop_token_ids": list(self.stop),
+                "logprobs": 0,
+                "return_token_ids": True,
+            }
+            return self.server.client.post("/v1/completions", body, _json(self._read))
+
+        with ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher") as pool:
+            return list(pool.map(draw, prompts, index))
+
+    def _read(self, told: dict) -> Sample:
+        (choice,) = told["choices"]
+        ids, logp = tuple(choice["token_ids"]), tuple(map(float, choice["logprobs"]["token_logprobs"]))
+        if not ids or len(ids) != len(logp) or max(ids) >= self.vocabulary:
+            raise ValueError(f"{len(ids)} tokens with {len(logp)} log-probs, or an id beyond {self.vocabulary}")
+        return Sample(ids, logp, ids[-1] in self.stop)
+
+
+def open_teacher(server: Server, *, to: torch.device, stop: tuple[int, ...]) -> HiddenTeacher | LogpTeacher:
+    """The teacher behind a server; `stop` are the ids merged into one class."""
+    return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop)
+
+
+@torch.no_grad()
+def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Sequence[Sequence[int]]) -> Tensor:
+    """|log q there - log q here| of every token of some texts, nats."""
+    rollouts = [
+        Rollout(
+            prompt_ids=(),
+            teacher_prompt_ids=tuple(ids[:1]),
+            ids=tuple(ids[1:]),
+            sampler_logp=(),
+            index=i,
+            group=i,
+            stopped=False,
+        )
+        for i, ids in enumerate(texts)
+    ]
+    masks = [[True] * len(r.ids) for r in rollouts]
+    ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
+
+    def of(heard: Hidden | Given) -> Tensor:
+        if isinstance(heard, Given):
+            return heard.logp.cpu()
+        there = ids.to(heard.states.device)
+        return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()
+
+    return (of(remote.hidden(rollouts, masks)) - of(local.hidden(rollouts, masks))).abs()
+
+
+def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[_Row]:
+    out = []
+    for r, mask in zip(rollouts, masks, strict=True):
+        start = len(r.teacher_prompt_ids)
+        out.append(_Row((*r.teacher_prompt_ids, *r.ids), start, tuple(start + t for t, m in enumerate(mask) if m)))
+    return out
+
+
+def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
+    """Rows that have a trained token, longest first, within `most` padded tokens; a longer one goes alone."""
+    group: list[int] = []
+    for i in sorted((i for i, row in enumerate(rows) if row.at), key=lambda i: -len(rows[i].ids)):
+        if group and (len(group) + 1) * len(rows[group[0]].ids) > most:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _scoring(model: str, rows: Sequence[Sequence[int]]) -> dict[str, object]:
+    """A request for the log-probs of prompts; vLLM generates at least one token."""
+    return {"model": model, "prompt": list(map(list, rows)), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+
+
+def _first(told: dict) -> list[dict[str, dict]] | None:
+    return told["choices"][0].get("prompt_logprobs")
+
+
+def _spread(tokenizer: Tokenizer) -> list[int]:
+    """Ids all over the vocabulary that decode to whole characters."""
+    every = sorted(tokenizer.get_vocab().values())
+    whole = [i for i in every[:: max(1, len(every) // (4 * SPREAD))] if "\ufffd" not in str(tokenizer.decode([i]))]
+    return whole[:: max(1, len(whole) // SPREAD)]
+
+
+def _json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
+    """A reader of a json object; whatever it stumbles over is malformed."""
+
+    def whole(response: httpx.Response) -> T:
+        found = payload(response)
+        try:
+            return read(found)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise Malformed(f"{type(error).__name__}: {error}") from error
+
+    return whole

@@ -1,0 +1,82 @@
+"""What `opd serve` and its clients say to each other beyond the OpenAI protocol: identity, tokenizer, tensors.
+
+GET /opd/identity   json: hashes of vocabulary, chat template and weights; rows, stop ids, context, type
+GET /opd/tokenizer  json: the tokenizer's files, base64
+GET /opd/head       safetensors: weight and bias of the LM head, once
+POST /opd/hidden    json {rows: [{ids, at}]} -> safetensors: the final state that predicts each asked token
+"""
+
+import base64
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+VERSION = 1  # of this protocol
+FINGERPRINT = "x-opd-fingerprint"  # header: the weights that answered
+SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})  # of a tokenizer's files: data, never code
+
+
+def vocabulary_hash(tokenizer: Tokenizer) -> str:
+    """Of the whole token -> id map: equal exactly where two tokenizers give every id the same token."""
+    ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+    return _hash(json.dumps(sorted(ids.items(), key=lambda pair: (pair[1], pair[0]))).encode())
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """Of the chat template's source; empty where there is none."""
+    return _hash(str(tokenizer.chat_template).encode()) if tokenizer.chat_template else ""
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Of every parameter's name, shape and 64 of its numbers: two checkpoints of one architecture differ in it."""
+    seen = hashlib.sha256()
+    for name, x in model.named_parameters():
+        flat = x.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        seen.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + some.numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
+def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """Its files by name, base64."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in SUFFIXES]
+        return {path.name: base64.b64encode(path.read_bytes()).decode() for path in files}
+
+
+def unpack_tokenizer(files: Mapping[str, str], name: str) -> Tokenizer:
+    """The tokenizer of those files; raises ValueError for what is none.  Runs no code that came with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in files.items():
+            if Path(file).name != file or Path(file).suffix not in SUFFIXES:
+                raise ValueError(f"{file!r} is no file of a tokenizer")
+            (Path(folder) / file).write_bytes(base64.b64decode(content, validate=True))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"the tokenizer's files do not load: {error}") from error
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors by name, as safetensors."""
+    return save({name: x.detach().contiguous().cpu() for name, x in tensors.items()})
+
+
+def unpack(body: bytes) -> dict[str, Tensor]:
+    """What `pack` wrote; raises SafetensorError for anything else."""
+    return load(body)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
