@@ -10,6 +10,7 @@ import torch
 from opd import models, prompts
 from opd.config import DTYPES, Evaluate
 from opd.engines.hf import HFEngine
+from opd.progress import loading
 from opd.tasks.load import load
 from opd.types import Refusal
 
@@ -94,15 +95,16 @@ def evaluate(config: Evaluate) -> Scores:
     config.sampling.check()
     if config.samples > 1 and config.sampling.temperature == 0:
         raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
-    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    with loading(config.model, quiet=False):
+        source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     task = load(replace(config.data, source=config.prompts, seed=config.seed))
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
     stop = prompts.stop_ids(models.generation_config(source), text)
-    model = models.load(
-        source, field="model", dtype=DTYPES[config.precision], device=models.device(config.device, field="device")
-    )
+    device = models.device(config.device, field="device")
+    with loading(config.model, quiet=False):
+        model = models.load(source, field="model", dtype=DTYPES[config.precision], device=device)
     models.small_threads(model)
     arguments = prompts.template_arguments(config.data.template_args)
     ids = [prompts.render(text, p, chat_template_kwargs=arguments, system="") for p in task.prompts]

@@ -1,6 +1,8 @@
 """Models by name: a hub id, a local folder, a GGUF file, a run folder, or `embedded:NAME`; and their heads."""
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import struct
@@ -147,11 +149,28 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     if ours.softcap:
         raw = torch.tanh(raw / ours.softcap) * ours.softcap
     wanted = plain(input_ids=ids, use_cache=False).logits.float()
+    compared = raw.isfinite() & wanted.isfinite()  # `verify_finite` looks at the others
+    gap, size = (raw - wanted)[compared].abs(), wanted[compared].abs()
     tolerance = 1e-3 if plain.dtype == torch.float32 else 5e-2
-    if (raw - wanted).abs().max() > tolerance * wanted.abs().max().clamp(min=1):
+    if len(gap) and gap.max() > tolerance * size.max().clamp(min=1):
         raise Refusal(
             f"--{field}: {type(plain).__name__} computes its logits in a way opd does not know "
-            f"(they differ by {(raw - wanted).abs().max():.3g}); please report the architecture"
+            f"(they differ by {gap.max():.3g}); please report the architecture"
+        )
+
+
+@torch.no_grad()
+def verify_finite(model: PreTrainedModel | PeftModel, text: Tokenizer, *, ids: int, field: str) -> None:
+    """Refuse a token of the first `ids`, the common ones, without a finite logit: 0 * inf is nan in every KL."""
+    some = torch.arange(1, 9, device=model.device)[None] % ids
+    logits = base(model)(input_ids=some, use_cache=False).logits[0, :, :ids].float()
+    rows, tokens = (~logits.isfinite()).nonzero(as_tuple=True)
+    if len(tokens):
+        token, others = int(tokens[0]), len(tokens.unique()) - 1
+        raise Refusal(
+            f"--{field}: the logit of token {token} ({str(text.decode([token]))!r}) is {float(logits[rows[0], token])}"
+            f"{f', and so are {others} more' if others else ''}: KLs over the vocabulary need finite logits; where the "
+            "model masks the token, write a large finite number instead, such as -1e4"
         )
 
 
@@ -163,9 +182,10 @@ def _dequantised(file: Path) -> Path:
     if (cache / "config.json").is_file():
         return cache
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, where `progress.loading` says enough
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
         text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error

@@ -1,18 +1,30 @@
 """What a person watching sees: a bar on a terminal, plain lines elsewhere; and Ctrl-C, which saves before it stops."""
 
+import contextlib
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+@contextlib.contextmanager
+def loading(*names: str, quiet: bool) -> Iterator[None]:
+    """Says on a terminal, once for all processes, what is being loaded, while it is; elsewhere nothing."""
+    console = Console(stderr=True, quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
+    said = console.status(Text(f"loading {', '.join(names)}")) if console.is_terminal else contextlib.nullcontext()
+    with said:
+        yield
 
 
 class Progress:
@@ -57,8 +69,10 @@ class Progress:
 
     def stepped(self, step: int, numbers: dict[str, float]) -> None:
         """A step is done."""
+        seen = f"KL {numbers['reverse_kl']:.4f}" if "reverse_kl" in numbers else ""
+        seen = seen or f"hidden {numbers.get('hidden_distance', 0):.4f}"
         health = (
-            f"KL {numbers.get('reverse_kl', 0):.4f}  |g| {numbers['grad_norm']:.2f}  "
+            f"{seen}  |g| {numbers['grad_norm']:.2f}  "
             f"length {numbers['length']:.0f}  stopped {numbers['stopped']:.0%}  right {numbers['outcome']:.0%}"
         )
         self.bar.update(self.task, completed=step, health=health)

@@ -24,6 +24,7 @@ from opd.config import DTYPES, Precision, Train, native
 from opd.loop import Loop, micro_batches
 from opd.method import Method
 from opd.occurrences import Corpus, above, consistency, matched, rank, stability
+from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
 from opd.student import Student, final_states, rows
@@ -127,7 +128,8 @@ class Rock:
 def rock(config: Rock) -> Path:
     """Sample, measure, rank and write; returns the list's path.  Raises Refusal for what the user can mend."""
     config.check()
-    session = open_session(config.run(), Method(), None)
+    with loading(config.student, config.teacher, quiet=config.quiet):
+        session = open_session(config.run(), Method(), None)
     loop = Loop(config.run(), Method(), session, Run(config.out))
     rollouts, corpus = _look(config, loop)
     counts, sums = corpus.tally()
