@@ -19,7 +19,7 @@ from opd.config import Train
 from opd.evaluation import interval
 from opd.method import Method, Target
 from opd.metrics import standard_error, summary
-from opd.progress import Progress
+from opd.progress import Progress, loading
 from opd.rollouts import OnPolicy, Rollouts
 from opd.runs import Run, plain
 from opd.session import Session, learning_rate, open_session
@@ -67,7 +67,8 @@ def train(config: Train) -> Path:
     elif not run.empty():
         raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
     checkpoint = run.newest()
-    session = open_session(config, method, checkpoint)
+    with loading(config.student, *config.routes().values(), quiet=config.quiet):
+        session = open_session(config, method, checkpoint)
     start = 0 if checkpoint is None else session.restore(checkpoint)
     accelerator, main = session.accelerator, session.accelerator.is_main_process
     if main:

@@ -147,6 +147,9 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     for name, model in config.routes().items():
         opened[name] = _teacher(model, sources[name], student.model, config, on, device, field=_field(name))
     reference = _reference(method, config, source, student.model, size, on, device)
+    frozen = {**{_field(name): t for name, t in opened.items()}, **({"reference": reference} if reference else {})}
+    for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
+        models.verify_finite(model, text, ids=size, field=field)
     models.small_threads(student.model, *(t.model for t in opened.values()))
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
