@@ -265,7 +265,8 @@ def _serve(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from opd.bench.head import Shape, main
+    from opd.bench.case import Shape
+    from opd.bench.head import main
 
     main(_parsed(Shape, args, prog="opd bench", description="The head pass beside naive torch and the peers."))
     return 0

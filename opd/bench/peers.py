@@ -1,0 +1,169 @@
+"""The head pass as everyone computes it: arms `(case, shape) -> loss` that run forward and backward."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from opd.bench.case import Case, Objective, Shape
+from opd.estimators import Value
+from opd.method import Match, Method, PolicyGradient, Target
+from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
+
+METHODS = {"vopd": Method((PolicyGradient(baseline=Value()),)), "reverse-kl": Method((Match(),))}
+Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over tokens; returns the loss
+
+
+def ours(case: Case, shape: Shape) -> Tensor:
+    """`opd.vocabulary.head_pass`."""
+    width = case.weight.element_size() + case.teacher_weight.element_size()
+    vocabulary = Vocabulary(shape.vocabulary, chunk_bytes=shape.chunk * shape.vocabulary * width)
+    one = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
+    student = Hidden(case.states, Head(case.weight))
+    teacher = Hidden(case.teacher_states, Head(case.teacher_weight))
+    loss, _ = head_pass(METHODS[shape.objective], student, Heard(teacher), case.ids, (one,), vocabulary)
+    loss.backward()
+    return loss.detach()
+
+
+def ours_autograd(case: Case, shape: Shape) -> Tensor:
+    """Ours without its closed forms: autograd in blocks of rows, what methods without one run."""
+    with patch("opd.vocabulary.closed_form", lambda method: None):
+        return ours(case, shape)
+
+
+def naive(case: Case, shape: Shape) -> Tensor:
+    """Plain autograd over log_softmax of both models."""
+    p = _wide(case.states @ case.weight.T).log_softmax(-1)
+    with torch.no_grad():
+        q = _wide(case.teacher_states @ case.teacher_weight.T).log_softmax(-1)
+    if shape.objective == "reverse-kl":
+        loss = (p.exp() * (p - q)).sum()
+    else:
+        with torch.no_grad():
+            kl = (p.exp() * (p - q)).sum(-1)
+            advantage = _at(q - p, case.ids) + kl
+        loss = -(advantage * _at(p, case.ids)).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def careful(case: Case, shape: Shape) -> Tensor:
+    """Still [N, V], but logsumexp less gather, work in place and early frees; always vopd."""
+    z = _wide(case.states @ case.weight.T)
+    logp = _at(z, case.ids) - z.logsumexp(-1)
+    with torch.no_grad():
+        t = _wide(case.teacher_states @ case.teacher_weight.T)
+        mass = t.logsumexp(-1)
+        ratio = _at(t, case.ids) - mass - logp
+        gap = torch.sub(z, t, out=t)
+        p = torch.softmax(z, -1)
+        kl = p.mul_(gap).sum(-1) - (_at(z, case.ids) - logp) + mass
+        del t, gap, p
+    loss = -((ratio + kl) * logp).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def trl_divergence(case: Case, shape: Shape) -> Tensor:
+    """TRL's DistillationTrainer: reverse KL, recomputed in backward."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    args = (case.states, case.weight, None, case.teacher_states, case.teacher_weight, None, 1.0)
+    loss = ChunkedDivergenceFunction.apply(*args)[0].sum()
+    loss.backward()
+    return loss.detach()
+
+
+def trl_composed(case: Case, shape: Shape) -> Tensor:
+    """vOPD out of TRL's own functions: log p, teacher's log q, and the KL, three sweeps."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    logp = lambda states, weight: ChunkedLogProbFunction.apply(
+        states, weight, None, case.ids, 1.0, 32768, None, 1.0, ()
+    )[0]
+    student = logp(case.states, case.weight)
+    with torch.no_grad():
+        both = (case.states, case.weight, None, case.teacher_states, case.teacher_weight, None, 1.0)
+        kl = ChunkedDivergenceFunction.apply(*both)[0]
+        advantage = logp(case.teacher_states, case.teacher_weight) - student + kl
+    loss = -(advantage * student).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def liger_chunked(case: Case, shape: Shape) -> Tensor:
+    """Liger's chunked JSD at beta 1, the reverse KL, not compiled; its mean over tokens, scaled to the sum."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    leaf = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=shape.chunk)
+    loss = leaf(case.states, case.weight, case.teacher_states, case.teacher_weight, case.ids) * len(case.ids)
+    loss.backward()
+    return loss.detach()
+
+
+def liger_fused(case: Case, shape: Shape) -> Tensor:
+    """Liger's fused linear JSD at beta 1, a Triton kernel."""
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    args = (case.states, case.weight, case.teacher_states, case.teacher_weight, None, 1.0)
+    loss = LigerFusedLinearJSDFunction.apply(*args) * len(case.ids)
+    loss.backward()
+    return loss.detach()
+
+
+class Floor:
+    """The products alone, in buffers made beforehand."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def __call__(self, case: Case, shape: Shape) -> Tensor:
+        w, t, n = case.weight.detach(), case.teacher_weight, min(shape.chunk, len(case.ids))
+        if not self.buffers:
+            self.buffers = [
+                w.new_empty(n, len(w)),
+                t.new_empty(n, len(t)),
+                w.new_empty(n, w.shape[1]),
+                w.new_zeros(w.shape),
+            ]
+        z, tz, dh, dw = self.buffers
+        for start in range(0, len(case.ids), n):
+            h, th = case.states.detach()[start : start + n], case.teacher_states[start : start + n]
+            k = len(h)
+            torch.mm(h, w.T, out=z[:k])
+            torch.mm(th, t.T, out=tz[:k])
+            torch.mm(z[:k], w, out=dh[:k])
+            if not shape.frozen:
+                dw.addmm_(z[:k].T, h)
+        return z.new_zeros(())
+
+
+ARMS: dict[str, Run] = {
+    "floor": Floor(),
+    "ours": ours,
+    "ours-autograd": ours_autograd,
+    "naive": naive,
+    "careful": careful,
+    "trl-divergence": trl_divergence,
+    "trl-composed": trl_composed,
+    "liger-chunked": liger_chunked,
+    "liger-fused": liger_fused,
+}
+ALWAYS: dict[str, Objective] = {
+    "careful": "vopd",
+    "trl-composed": "vopd",
+    "trl-divergence": "reverse-kl",
+    "liger-chunked": "reverse-kl",
+    "liger-fused": "reverse-kl",
+}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _at(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(-1, ids[:, None])[:, 0]
