@@ -18,15 +18,9 @@ from opd.transforms import Discount, DiscountExpected, MeanFuture, Whiten
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
 from tests import test_methods_rewards, test_methods_selection
+from tests.by_hand import INF, POISON, close, logp, tensor
 
 pytestmark = pytest.mark.usefixtures("float64")
-close = torch.testing.assert_close
-tensor = torch.tensor
-INF, NAN = math.inf, math.nan
-
-
-def logp(*p: float) -> torch.Tensor:
-    return torch.tensor(p, dtype=torch.float64).log()
 
 
 def leaves(module) -> set[type]:
@@ -304,7 +298,6 @@ def test_baselines_skip_impossible_tokens(baseline, reward):
 
 
 MASK = tensor([[True, True, False, True], [True, False, False, False]])
-POISON = pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e300])
 
 
 @POISON

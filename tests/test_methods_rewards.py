@@ -28,15 +28,9 @@ from opd.rewards import (
     Trusted,
 )
 from opd.transforms import MeanFuture
+from tests.by_hand import INF, NAN, close, logp, tensor
 
 pytestmark = pytest.mark.usefixtures("float64")
-close = torch.testing.assert_close
-tensor = torch.tensor
-INF, NAN = math.inf, math.nan
-
-
-def logp(*p: float) -> torch.Tensor:
-    return torch.tensor(p, dtype=torch.float64).log()
 
 
 class Pearson:

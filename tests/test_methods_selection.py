@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from math import log
 
 import pytest
@@ -27,12 +26,9 @@ from opd.weights import (
     WrongRollouts,
     group_softmax,
 )
+from tests.by_hand import INF, NAN, POISON, close, tensor
 
 pytestmark = pytest.mark.usefixtures("float64")
-close = torch.testing.assert_close
-tensor = torch.tensor
-INF, NAN = math.inf, math.nan
-POISON = pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e300])
 
 MASK = tensor([[True, True, False, True], [True, True, False, False], [False, False, False, False]])
 
