@@ -255,7 +255,8 @@ def _show(found: dict[str, Any], control: dict[str, Any]) -> None:
         f"the KL and {shares['tokens']:.1%} of {corpus['tokens']} tokens"
     )
     steady = "  ".join(f"{float(share):.0%}: {value:.2f}" for share, value in found["stability"].items())
-    console.print(f"same list from a share of the rollouts (Jaccard)  {steady}")
+    plain = ", without the context filter" if any("consistency" in x for x in found["types"]) else ""
+    console.print(f"same list from a share of the rollouts (Jaccard{plain})  {steady}")
     console.print(
         f"control: {len(control['ids'])} other types, {control['occurrences']} occurrences against "
         f"{found['occurrences']}, {control['coverage']['kl']:.1%} of the KL"
