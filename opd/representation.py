@@ -85,6 +85,10 @@ class Lenses:
     student: Lens
     teacher: Lens
 
+    def to(self, student: torch.device, teacher: torch.device) -> "Lenses":
+        """The same lenses, each on its model's device."""
+        return Lenses(self.student.to(student), self.teacher.to(teacher))
+
 
 def distance(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
     """|| student - sg teacher ||^2 / D; of views of length 1 it is (2 - 2 cos) / D.  arXiv:2606.06021, Eq. 6, 15."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.models import head
-from opd.student import final_states, rows
+from opd.representation import Lens
+from opd.student import rows, states
 from opd.types import MEASURED, Refusal, Rollout
 from opd.vocabulary import Head, Hidden
 
@@ -24,7 +25,7 @@ class LocalTeacher:
     two prompts it reads.
     """
 
-    provides = MEASURED | {"vocabulary"}  # the columns it allows to measure, and both models' distributions
+    provides = MEASURED | {"vocabulary", "layers"}  # measured columns, whole distributions, hidden states
 
     def __init__(
         self,
@@ -40,15 +41,19 @@ class LocalTeacher:
         self.head = Head(own.weight.to(to), own.bias if own.bias is None else own.bias.to(to), own.scale, own.softcap)
 
     @torch.no_grad()
-    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
-        """Final states at the trained tokens, after the teacher's own prompt."""
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
+        """Final states at the trained tokens, after the teacher's own prompt; and the views of a lens on its layers."""
         device = self.model.device
         with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
-            states = final_states(self.model, rows(rollouts, masks, teacher=self.own_prompt, device=device))
-        return Hidden(states.to(self.to), self.head)
+            final, views = states(self.model, rows(rollouts, masks, teacher=self.own_prompt, device=device), lens)
+        return Hidden(final.to(self.to), self.head, tuple(view.to(self.to) for view in views))
 
     def follow(self) -> None:
         """The student made a step."""
+
+    def traffic(self) -> dict[str, float]:
+        """What went over a wire: nothing."""
+        return {}
 
     def save(self, folder: Path) -> None:
         """Add to a checkpoint what it cannot be opened again from."""
@@ -61,10 +66,10 @@ class WithoutAdapter(LocalTeacher):
     """The weights under the student's adapter: no second copy of them is held."""
 
     @torch.no_grad()
-    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
-        """Final states at the trained tokens, the adapter off."""
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
+        """States at the trained tokens, the adapter off."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext():
-            return super().hidden(rollouts, masks)
+            return super().hidden(rollouts, masks, lens)
 
 
 class Average(LocalTeacher):

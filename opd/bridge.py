@@ -1,0 +1,125 @@
+"""Lenses of a run: how student's and teacher's hidden states are compared, and the fitting of what that needs.
+
+A fitted bridge is part of a checkpoint (bridge.safetensors), so that a resumed run sees through the same projections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from opd.collect import masks
+from opd.method import Method
+from opd.representation import Bridge, Lens, Lenses, Projection, fit, layer_map
+from opd.student import Student, rows, states
+from opd.teachers.local import LocalTeacher
+from opd.types import Batch, Refusal, Rollout
+
+
+def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, PretrainedConfig]) -> Lenses | None:
+    """Which layers meet, before any projection; None where no hidden states are matched.
+
+    Refuses models whose states cannot be compared as the method says; `teachers` are by the flag that named them.
+    """
+    term = method.hidden()
+    if term is None:
+        return None
+    depth, width = student.num_hidden_layers, student.hidden_size
+    layers = term.layers or tuple(range(1, depth + 1))
+    if max(layers) > depth:
+        raise Refusal(f"--layers {max(layers)}: the student has {depth} layers; name some of 1 to {depth}")
+    for name, teacher in teachers.items():
+        other = (teacher.num_hidden_layers, teacher.hidden_size)
+        if term.bridge is None and other != (depth, width):
+            raise Refusal(
+                f"--{name}: {other[0]} layers of width {other[1]} beside the student's {depth} of width {width}; "
+                "hidden states of other shapes are matched through a bridge: add --bridge-rank 8"
+            )
+        if term.bridge is not None and term.bridge.rank > min(width, other[1]):
+            raise Refusal(f"--bridge-rank {term.bridge.rank}: the narrower model has width {min(width, other[1])}")
+    if term.bridge is None:
+        return Lenses(Lens(layers), Lens(layers))
+    if len(teachers) > 1:
+        raise Refusal("--route: a bridge joins the student to one teacher; leave out --route, or --bridge-rank")
+    (teacher,) = teachers.values()
+    met = layer_map(depth, teacher.num_hidden_layers)
+    return Lenses(Lens(layers), Lens(tuple(met[layer - 1] for layer in layers)))
+
+
+def some(mask: Bool[Tensor, "B T"], count: int, seed: int) -> Bool[Tensor, "B T"]:
+    """At most `count` of the marked tokens, drawn without replacement."""
+    at = mask.flatten().nonzero()[:, 0]
+    chosen = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))[:count]]
+    return torch.zeros_like(mask).flatten().index_fill(0, chosen, True).view_as(mask)
+
+
+@torch.no_grad()
+def fitted(
+    bridge: Bridge,
+    lenses: Lenses,
+    student: Student,
+    teacher: LocalTeacher,
+    batch: Batch,
+    rollouts: Sequence[Rollout],
+    *,
+    micro: Sequence[Sequence[int]],
+    seed: int,
+) -> tuple[Lenses, float]:
+    """The lenses with projections fitted on some tokens of the rollouts, and their mean cosine on those held out.
+
+    Both models' states of `bridge.rows` tokens at all layers are held in main memory, in fp32.
+    """
+    batch = replace(batch, mask=some(batch.mask, bridge.rows, seed))
+    if batch.mask.sum() < 10 * bridge.rank:
+        raise Refusal(
+            f"--bridge-rank {bridge.rank}: {int(batch.mask.sum())} tokens in {len(rollouts)} rollouts are too few to "
+            "fit it on; raise --max-new-tokens"
+        )
+    device = student.model.device
+    # Rows in the order of the rollouts: those held out are then the last rollouts, not the shortest.
+    order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for at in micro for i in at]).argsort(stable=True)
+    own: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    other: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    for at in micro:
+        rolls = [rollouts[i] for i in at]
+        trained = masks(batch[torch.tensor(at)], rolls)
+        _, mine = states(student.model, rows(rolls, trained, teacher=False, device=device), lenses.student)
+        theirs = teacher.hidden(rolls, trained, lenses.teacher).views
+        for kept, views in ((own, mine), (other, theirs)):
+            for layer, view in zip(kept, views, strict=True):
+                layer.append(view.cpu())
+    found: list[tuple[Projection, Projection, float]] = []
+    for a, b in zip(own, other, strict=True):
+        found.append(fit(torch.cat(a)[order].to(device), torch.cat(b)[order].to(device), bridge, seed=seed))
+        a.clear()
+        b.clear()
+    students, teachers, cosines = zip(*found, strict=True)
+    lenses = Lenses(Lens(lenses.student.layers, students), Lens(lenses.teacher.layers, teachers))
+    return lenses, sum(cosines) / len(cosines)
+
+
+def save(lenses: Lenses, folder: Path) -> None:
+    """Add the projections to a checkpoint; nothing where there are none."""
+    named = {
+        f"{side}.{i}.{name}": x.contiguous().cpu()
+        for side, lens in (("student", lenses.student), ("teacher", lenses.teacher))
+        for i, p in enumerate(lens.projections)
+        for name, x in (("matrix", p.matrix), ("mean", p.mean))
+    }
+    if named:
+        save_file(named, folder / "bridge.safetensors")
+
+
+def load(lenses: Lenses, folder: Path) -> Lenses:
+    """The lenses with the projections of a checkpoint."""
+    kept = load_file(folder / "bridge.safetensors")
+    side = lambda name, lens: Lens(
+        lens.layers,
+        tuple(Projection(kept[f"{name}.{i}.matrix"], kept[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
+    )
+    return Lenses(side("student", lenses.student), side("teacher", lenses.teacher))
