@@ -75,17 +75,18 @@ def serve(config: Serve) -> None:
         from opd.serve.app import Limits, build
     except ImportError as error:
         raise Refusal(f"opd serve: {error.name} is not installed; pip install 'opd[serve]'") from error
-    listening = _listen(config.host, config.port)
-    served = _open(config)
-    limits = Limits(
-        body_bytes=config.max_request_mb << 20, sequences=config.max_sequences, logprobs=config.max_logprobs
-    )
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
-    # uvicorn's access log would hold a line for each request of a run.
-    options = uvicorn.Config(build(served, limits, token=token), access_log=False, log_level="warning")
-    uvicorn.Server(options).run(sockets=[listening])
+    with _listen(config.host, config.port) as listening:
+        served = _open(config)
+        limits = Limits(
+            body_bytes=config.max_request_mb << 20, sequences=config.max_sequences, logprobs=config.max_logprobs
+        )
+        listening.listen()  # from here on a client is queued, not turned away
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
+        # uvicorn's access log would hold a line for each request of a run.
+        options = uvicorn.Config(build(served, limits, token=token), access_log=False, log_level="warning")
+        uvicorn.Server(options).run(sockets=[listening])
 
 
 def _open(config: Serve) -> Served:

@@ -193,7 +193,10 @@ class HiddenTeacher(_Remote):
 
     def _tensors(self, name: str, shape: tuple[int, int]) -> Callable[[httpx.Response], dict[str, Tensor]]:
         def read(response: httpx.Response) -> dict[str, Tensor]:
-            if response.headers.get(wire.FINGERPRINT) != self.server.told["fingerprint"]:
+            who = response.headers.get(wire.FINGERPRINT)
+            if who is None:
+                raise Malformed("it does not say whose weights")
+            if who != self.server.told["fingerprint"]:
                 raise Refusal(
                     f"--teacher {self.client.url}: other weights answer there now than when the run started: serve "
                     f"{self.server.model} again, or start a new run"
@@ -288,15 +291,23 @@ class ServerEngine:
     stop: tuple[int, ...]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, step: int, index: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        index: Sequence[int],
+        prefixes: Sequence[Sequence[int]] = (),
+        beside: None = None,
     ) -> list[Sample]:
-        """One response per prompt; rollout `index[i]` has a seed of its own, the server's noise is its own."""
+        """One response per prompt, after its prefix; rollout `index[i]` has a seed, the server's noise is its own."""
 
-        def draw(prompt: Sequence[int], i: int) -> Sample:
+        def draw(prompt: Sequence[int], prefix: Sequence[int], i: int) -> Sample:
             body = {
                 "model": self.server.model,
-                "prompt": list(prompt),
-                "max_tokens": sampling.max_new_tokens,
+                "prompt": [*prompt, *prefix],
+                "max_tokens": sampling.max_new_tokens - len(prefix),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
@@ -308,7 +319,7 @@ class ServerEngine:
             return self.server.client.post("/v1/completions", body, _json(self._read))
 
         with ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher") as pool:
-            return list(pool.map(draw, prompts, index))
+            return list(pool.map(draw, prompts, prefixes or [()] * len(prompts), index))
 
     def _read(self, told: dict) -> Sample:
         (choice,) = told["choices"]

@@ -1,0 +1,95 @@
+"""Teachers behind a server, as a run meets them: do they give what the method needs, and do they say what they should.
+
+`reached(url) -> Server`, `known(model) -> Known`, what is compared with the student before any weights, and `compared`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd import models, prompts
+from opd.config import DTYPES, Train
+from opd.methods import METHODS
+from opd.teachers.local import LocalTeacher
+from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, compare, reach
+from opd.types import Refusal
+
+APART = 0.05  # nats: mean difference between a server and a local copy of its model beyond which they are not the same
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model before its weights."""
+
+    text: Tokenizer
+    shape: PretrainedConfig
+    stop: tuple[int, ...]
+
+
+def known(source: models.Source, *, field: str) -> Known:
+    """Of a model whose files are here."""
+    text = models.tokenizer(source, field=field)
+    shape = AutoConfig.from_pretrained(source.folder, **source.options()).get_text_config()
+    return Known(text, shape, prompts.stop_ids(models.generation_config(source), text))
+
+
+def known_there(server: Server, student: Known, config: Train) -> Known:
+    """Of a model behind a server: what it tells; a server that is no `opd serve` tells little, the rest is supposed."""
+    how, likely, stop = config.remote, student.text, student.stop
+    if how.teacher_tokenizer and not server.told:
+        source = models.locate(
+            how.teacher_tokenizer, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code
+        )
+        likely = models.tokenizer(source, field="teacher-tokenizer")
+        stop = prompts.stop_ids(models.generation_config(source), likely)
+    text = server.tokenizer(likely)
+    rows = server.told.get("rows", student.shape.vocab_size)
+    shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
+    return Known(text, shape, tuple(server.told.get("eos", stop)))
+
+
+def reached(url: str, config: Train, *, field: str) -> Server:
+    """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
+    server, method = reach(url, config.remote), config.resolved()
+    missing = method.needs() - server.provides
+    if missing:
+        enough = [name for name, factory in METHODS.items() if factory().needs() <= server.provides]
+        wanted = "their layers" if "layers" in missing else f"more of the teacher ({', '.join(sorted(missing))})"
+        said = "final hidden states" if server.told else "log-probs of the sampled tokens"
+        way = "load the model here" if server.told else "serve it by `opd serve` or load it here"
+        raise Refusal(
+            f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
+            f"{', '.join(enough)}"
+        )
+    others = [model for model in config.routes().values() if model != url]
+    if not server.told and others:
+        raise Refusal(
+            f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "
+            f"({', '.join(others)}) would have holes: serve it by `opd serve`, or leave out --route"
+        )
+    if not server.told and config.loss_temperature != 1:
+        raise Refusal(
+            f"--loss-temperature {config.loss_temperature}: --{field} {url} gives log-probs at temperature 1 alone: "
+            "leave it at 1, or serve the teacher by `opd serve`"
+        )
+    return server
+
+
+def compared(
+    teacher: HiddenTeacher | LogpTeacher, texts: Sequence[Sequence[int]], config: Train, on: torch.device
+) -> None:
+    """Refuse a server that does not say what the local copy of its model says (--teacher-local)."""
+    name = config.remote.teacher_local
+    source = models.locate(name, field="teacher-local", trust_remote_code=config.trust_remote_code)
+    weights = models.load(source, field="teacher-local", dtype=DTYPES[config.teacher_precision], device=on)
+    models.verify_head(weights, field="teacher-local")
+    apart = compare(teacher, LocalTeacher(weights.requires_grad_(False), to=on), texts)
+    if not apart.mean() <= APART:
+        raise Refusal(
+            f"--teacher-local {name}: its log-probs and those of {teacher.client.url} are {apart.mean():.3g} nats "
+            f"apart on average over {len(apart)} tokens ({apart.max():.3g} at most): they are two models: serve that "
+            "one, or name the one that is served"
+        )
