@@ -15,7 +15,9 @@ from opd import cli
 from opd.config import Evaluate, Train
 from opd.methods import METHODS
 from opd.rock import Context, Rock
+from opd.serve.server import Serve
 from opd.tasks.task import Data
+from opd.teachers.client import Remote
 from opd.types import Sampling
 from tests import test_laws
 from tests.test_laws import given, ids, world  # noqa: F401
@@ -62,8 +64,8 @@ def test_generated_parts_are_fresh():
 
 
 def test_every_flag_is_documented():
-    for owner in (Train, Evaluate, Rock, Context, Data, Sampling):
-        hidden = {"method", "data", "sampling", "consistency"}
+    for owner in (Train, Remote, Serve, Evaluate, Rock, Context, Data, Sampling):
+        hidden = {"method", "data", "sampling", "remote", "consistency"}
         assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
     for name, factory in METHODS.items():
         told = docs.arguments(inspect.getdoc(factory))
@@ -73,7 +75,7 @@ def test_every_flag_is_documented():
 @pytest.mark.parametrize("name", METHODS)
 def test_flags_of_a_method_are_not_those_of_the_run(name):
     """On one command line they would be taken for the run's.  `per_prompt` means the same to both."""
-    run = {f.name for owner in (Train, Data, Sampling) for f in fields(owner)} | {"preset", "also"}
+    run = {f.name for owner in (Train, Remote, Data, Sampling) for f in fields(owner)} | {"preset", "also"}
     assert not (inspect.signature(METHODS[name]).parameters.keys() - {"per_prompt"}) & run
 
 
@@ -87,7 +89,7 @@ def parse(words: list[str], monkeypatch) -> object:
     def stop(value):
         raise Parsed(value)
 
-    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("rock", "rock"), ("demo", "demo")):
+    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("rock", "rock"), ("serve.server", "serve"), ("demo", "demo")):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:
         code = cli.main(words)
@@ -99,9 +101,11 @@ def parse(words: list[str], monkeypatch) -> object:
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """The README's method, as a file in the folder one works in."""
+    """The README's method and the lists of `opd rock`, as files in the folder one works in."""
     (body,) = [body for page, body in blocks("python") if page == "README.md" and "def softsign" in body]
     (tmp_path / "softsign.py").write_text(body)
+    for name in ("rocks.json", "rocks-control.json"):  # what `opd rock` would have left there
+        (tmp_path / name).write_text('{"ids": [1]}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "softsign", raising=False)
