@@ -1,4 +1,4 @@
-"""The command line: `opd train | eval | methods | rock | prune | serve | bench | demo`."""
+"""The command line: a function for each command; `USAGE` lists them."""
 
 import contextlib
 import difflib
@@ -9,19 +9,20 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from opd.config import Evaluate, Train
+from opd.exact import Size
 from opd.method import Method
 from opd.methods import METHODS
-from opd.presets import settings
+from opd.presets import arguments, settings
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
 
@@ -30,7 +31,11 @@ USAGE = """usage: opd COMMAND ...
   opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
+  opd exact [METHOD [method flags] | --methods A,B,...] [--json]
+  opd variance --student S --teacher T --prompts P [--methods A,B,...] [--json]
   opd rock --student S --teacher T --prompts P --out FILE
+  opd report RUN [RUN...] [--out report.html] [--static DIR]
+  opd inspect RUN [--step N] [--out inspect.html]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
   opd bench [flags]
@@ -47,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "methods": _methods,
+        "exact": _exact,
+        "variance": _variance,
         "rock": _rock,
+        "report": _report,
+        "inspect": _inspect,
         "prune": _prune,
         "serve": _serve,
         "bench": _bench,
@@ -125,7 +134,7 @@ def _train(args: list[str]) -> int:
     if not left:
         raise Refusal(f"METHOD is missing: name one of {', '.join(METHODS)}, or module:factory")
     name, *rest = left
-    method = _method(name, rest)
+    method = _method(name, [*arguments(flags.preset, name), *rest])
     for other in flags.also:
         method = _plus(method, other)
     if flags.preset != "none":
@@ -190,6 +199,24 @@ def _plus(method: Method, other: str) -> Method:
         raise Refusal(f"--also {other}: {error}") from error
 
 
+def _several(text: str) -> dict[str, Method]:
+    """Methods as --methods lists them: NAME, or NAME:flag=value:flag, separated by commas."""
+    out: dict[str, Method] = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        if word in out:
+            raise Refusal(f"--methods {word}: named twice")
+        first, *rest = word.split(":")
+        if rest and first not in METHODS and "=" not in rest[0]:  # module:factory
+            first, rest = f"{first}:{rest[0]}", rest[1:]
+        pairs = (part.partition("=") for part in rest)
+        out[word] = _method(
+            first, [x for key, is_, value in pairs for x in ((f"--{key}", value) if is_ else (f"--{key}",))]
+        )
+    if not out:
+        raise Refusal(f"--methods {text}: names no method; write vopd,vopd-topk:k=1, say")
+    return out
+
+
 def _near(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -235,6 +262,88 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ExactFlags:
+    methods: str = ""
+    """NAME or NAME:flag=value:flag, separated by commas; empty: all methods."""
+    json: bool = False
+    """Print as json."""
+    what: Size
+
+
+def _exact(args: list[str]) -> int:
+    flags, left = _parsed(
+        _ExactFlags,
+        args,
+        prog="opd exact",
+        description="Every method in a world of enumerable sequences: its mean gradient against that of the sequence "
+        "KL, and its noise.\nopd exact [flags] METHOD [method flags], or --methods, or all.",
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if left and flags.methods:
+        raise Refusal(f"--methods {flags.methods} beside METHOD {left[0]}: give one of the two")
+    world = flags.what.world()
+    listed = {left[0]: _method(left[0], left[1:])} if left else {name: make() for name, make in METHODS.items()}
+    rows = []
+    for name, method in (_several(flags.methods) if flags.methods else listed).items():
+        why = world.outside(method)
+        note = {"note": world.note(method)} if world.note(method) else {}
+        rows.append({"method": name, **({"why": why} if why else {**asdict(world.row(method)), **note})})
+    if flags.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    shown = Table("method", "cosine", "bias", "noise", box=None, pad_edge=False)
+    for row in rows:
+        if "why" not in row:
+            shown.add_row(Text(row["method"]), *(f"{row[key]:.4g}" for key in ("cosine", "bias", "noise")))
+    Console().print(shown, highlight=False)
+    for row in rows:
+        if "why" in row:
+            print(f"{row['method']}: not here: {row['why']}")
+        if "note" in row:
+            print(f"{row['method']}: {row['note']}")
+    return 0
+
+
+def _variance(args: list[str]) -> int:
+    from opd.variance import Variance, variance
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flags:
+        methods: str = "opd,opd-full,vopd,vopd-topk,opd-optimal,opd-stratified"
+        """NAME or NAME:flag=value:flag, separated by commas."""
+        json: bool = False
+        """Print as json."""
+        what: Variance
+
+    flags = _parsed(
+        Flags,
+        args,
+        prog="opd variance",
+        description="How noisy the gradient of each method is on two models, at fixed contexts of the student's own.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    found = variance(flags.what, _several(flags.methods))
+    if flags.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    heads = ("variance", "of opd's", "in logits", "raised", "noise", "cosine")
+    shown = Table(Column("method", overflow="fold"), *heads, box=None, pad_edge=False)
+    wide = lambda e: Text(f"{e.value:.4g} [{e.low:.3g}, {e.high:.3g}]")
+    for name, x in found.methods.items():
+        numbers = (f"{x.logits.value:.3f}", f"{x.raised:.1%}", f"{x.noise:.4g}", f"{x.cosine:.4f}")
+        shown.add_row(Text(name), wide(x.variance), wide(x.ratio), *numbers)
+    Console().print(shown, highlight=False)
+    print(
+        f"{found.contexts} contexts of {found.rollouts} rollouts, {found.parameters:,} parameters, reverse KL "
+        f"{found.reverse_kl:.4g} nats; 95 % intervals over rollouts"
+    )
+    if found.largest > 0.2:
+        print(f"one rollout holds {found.largest:.0%} of opd's variance: no interval is reliable; add --rollouts")
+    return 0
+
+
 def _rock(args: list[str]) -> int:
     from opd.rock import Rock, rock
 
@@ -246,6 +355,23 @@ def _rock(args: list[str]) -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     print(rock(config))
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from opd.report.page import Report, report
+
+    about = "Runs as one page: curves with bands over seeds, intervals, paired comparisons, alarms, configurations."
+    print(report(_parsed(Report, args, prog="opd report", description=about)))
+    return 0
+
+
+def _inspect(args: list[str]) -> int:
+    from opd.report.tokens import Inspect
+    from opd.report.tokens import inspect as shown
+
+    about = "Saved rollouts as one page: every token with its numbers, and what both models would rather have said."
+    print(shown(_parsed(Inspect, args, prog="opd inspect", description=about)))
     return 0
 
 
@@ -313,7 +439,11 @@ def _explained(name: str) -> dict[str, object]:
     factory = METHODS[name]
     method = factory()
     document = inspect.getdoc(factory) or ""
-    presets = {p: {k: str(v) for k, v in settings(p, name).items()} for p in ("paper", "embedded") if _has(p, name)}
+    presets = {
+        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
+        for p in ("paper", "embedded")
+        if _has(p, name)
+    }
     return {
         "name": name,
         "what": _summary(factory)[0],

@@ -1,18 +1,23 @@
 """From prompts to a batch: who speaks, generation, verification, collation."""
 
+import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.engines.hf import HFEngine, Sample
+from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
 from opd.noise import uniform
-from opd.rollouts import Rollouts
+from opd.rollouts import NOTHING, Blend, Memory, Rollouts, StopOnAgreement, TeacherPrefix
 from opd.types import DATA, STUDENT, TEACHER, Batch, Prompt, Refusal, Rollout, Sampling, StopToken, Truncated, pad
-from opd.vocabulary import Columns
+from opd.vocabulary import Columns, Vocabulary
+
+KEPT = 1 << 24  # tokens of teachers' responses kept for their prefixes, 4 bytes each
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,47 @@ class Rendered:
     teacher: str = ""  # who scores the responses: a name of --route; "" is --teacher
 
 
+@runtime_checkable
+class Writer(Protocol):
+    """What writes responses: an engine, or a server."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        index: Sequence[int],
+    ) -> list[Sample]:
+        """One response per prompt."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a teacher wrote of its response."""
+
+    ids: Sequence[int] = ()
+    stopped: bool = False  # the response ends with it
+
+    def reaches(self, limit: int) -> bool:
+        """Whether it holds all of the first `limit` tokens that there are."""
+        return self.stopped or len(self.ids) >= limit
+
+    def first(self, limit: int) -> "Prefix":
+        """The first tokens."""
+        return Prefix(tuple(self.ids[:limit]), self.stopped and len(self.ids) <= limit)
+
+
 @dataclass(frozen=True)
 class Collector:
     """Everything that turns prompts into finished rollouts, for one process."""
 
     student: HFEngine
-    teachers: Mapping[str, HFEngine]  # by the name of the teacher
+    teachers: Mapping[str, Writer]  # by the name of the teacher
     tokenizer: Tokenizer
+    vocabulary: Vocabulary  # how their distributions are compared
+    prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = field(default_factory=dict)  # a cache, oldest first
 
     def collect(
         self,
@@ -43,39 +82,95 @@ class Collector:
         seed: int,
         step: int,
         first: int,
+        total: int = 1,
+        memory: Memory = NOTHING,
     ) -> list[Rollout]:
-        """`who.per_prompt` verified rollouts of each prompt; `first` is the batch index of the first of them."""
+        """`who.per_prompt` verified rollouts of each prompt; `first` is the batch index of the first of them.
+
+        `step` of `total` steps and what the run remembers say where a policy that changes stands.
+        """
         wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(who.per_prompt)]
         index = list(range(first, first + len(wanted)))
         source = [who.source(step, i, seed) for i in index]
-        samples: dict[int, Sample] = {}
-        speakers = [(STUDENT, "", self.student), *((TEACHER, name, engine) for name, engine in self.teachers.items())]
-        for speaker, name, engine in speakers:
-            mine = [i for i, s in enumerate(source) if s == speaker and (s == STUDENT or wanted[i][0].teacher == name)]
-            asked = [wanted[i][0].ids if speaker == STUDENT else wanted[i][0].teacher_ids for i in mine]
-            drawn = engine.generate(asked, sampling, seed=seed, step=step, index=[index[i] for i in mine])
+        room, does = sampling.max_new_tokens, self._does(who, step, memory)
+        limit = who.limit(step, total, room) if isinstance(who, TeacherPrefix) else 0
+        prefixes = self._prefixes([p for p, _ in wanted], sampling, limit, seed)
+        # Nothing is left to write where the teacher wrote it all.
+        whole = {i: p.stopped for i, p in enumerate(prefixes) if p.stopped or len(p.ids) >= room}
+        samples = {i: Sample((), (), stopped) for i, stopped in whole.items()}
+        names = [[name] for name in self.teachers] if does else [list(self.teachers)]
+        for speaker, among in (*((STUDENT, x) for x in names), *((TEACHER, [name]) for name in self.teachers)):
+            mine = [i for i, s in enumerate(source) if s == speaker and wanted[i][0].teacher in among]
+            mine = [i for i in mine if i not in whole]
+            asked, key = [wanted[i][0] for i in mine], [index[i] for i in mine]
+            if speaker == TEACHER:
+                heard = [p.teacher_ids for p in asked]
+                drawn = self.teachers[among[0]].generate(heard, sampling, seed=seed, step=step, index=key)
+            else:
+                drawn = self.student.generate(
+                    [p.ids for p in asked],
+                    sampling,
+                    seed=seed,
+                    step=step,
+                    index=key,
+                    prefixes=[prefixes[i].ids for i in mine],
+                    beside=self._beside(among[0], asked, does) if does else None,
+                )
             samples |= dict(zip(mine, drawn, strict=True))
         for i, s in enumerate(source):
             if s == DATA:
                 samples[i] = self._written(wanted[i][0], sampling.max_new_tokens)
-        out = []
+        noted, out = _noted(who, step, memory, limit), []
         for i, (rendered, group) in enumerate(wanted):
-            text = self.text(samples[i].ids)
+            ids, prefix = (*prefixes[i].ids, *samples[i].ids), len(prefixes[i].ids)
             out.append(
                 Rollout(
                     prompt_ids=rendered.ids,
                     teacher_prompt_ids=rendered.teacher_ids,
-                    ids=samples[i].ids,
-                    sampler_logp=samples[i].logp,
+                    ids=ids,
+                    sampler_logp=(*(0.0,) * prefix, *samples[i].logp),
                     index=index[i],
                     group=first // who.per_prompt + group,
                     stopped=samples[i].stopped,
                     source=source[i],
-                    outcome=verify(text, rendered.prompt),
+                    outcome=verify(self.text(ids), rendered.prompt),
+                    prefix=prefix,
+                    notes={**samples[i].notes, **noted},
                     teacher=rendered.teacher,
                     prompt=rendered.prompt,
                 )
             )
+        return out
+
+    def _does(self, who: Rollouts, step: int, memory: Memory) -> Blended | Watched | None:
+        """What the teacher does while the student samples."""
+        match who:
+            case Blend() if eps := who.radius(step):
+                return Blended(eps)
+            case StopOnAgreement(online=True):
+                return Watched(who, who.threshold(step, memory), self.vocabulary)
+        return None
+
+    def _beside(self, teacher: str, asked: Sequence[Rendered], does: Blended | Watched) -> Beside:
+        engine = self.teachers[teacher]
+        assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
+        return Beside(engine.model, [p.teacher_ids for p in asked], does)
+
+    def _prefixes(self, prompts: Sequence[Rendered], sampling: Sampling, limit: int, seed: int) -> list[Prefix]:
+        """The teacher's first `limit` tokens of its response to each prompt, the same response at every step."""
+        if not limit:
+            return [Prefix()] * len(prompts)
+        for name, engine in self.teachers.items():
+            asked = dict.fromkeys(p.teacher_ids for p in prompts if p.teacher == name)
+            new = [x for x in asked if (name, x) not in self.prefixes or not self.prefixes[name, x].reaches(limit)]
+            # Noise keyed by the prompt: a run that resumes need not have kept what it can write again.
+            key = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
+            told = replace(sampling, max_new_tokens=limit)
+            for ids, sample in zip(new, engine.generate(new, told, seed=seed, step=-2, index=key), strict=True):
+                self.prefixes[name, ids] = Prefix(array("i", sample.ids), sample.stopped)
+        out = [self.prefixes[p.teacher, p.teacher_ids].first(limit) for p in prompts]
+        while sum(len(p.ids) for p in self.prefixes.values()) > KEPT:
+            del self.prefixes[next(iter(self.prefixes))]
         return out
 
     def text(self, ids: Sequence[int]) -> str:
@@ -93,16 +188,27 @@ class Collector:
         return Sample(tuple(ids[:budget]), (0.0,) * min(len(ids), budget), len(ids) <= budget)
 
 
+def _noted(who: Rollouts, step: int, memory: Memory, limit: int) -> dict[str, float]:
+    """Where a policy that changes stands, the same for all rollouts of a step."""
+    match who:
+        case TeacherPrefix():
+            return {"prefix_limit": float(limit)}
+        case StopOnAgreement() if math.isfinite(threshold := who.threshold(step, memory)):
+            return {"threshold": threshold}
+    return {}
+
+
 def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated, seed: int, step: int) -> Batch:
     """The columns known before any scoring; tokens never trained are masked here, once."""
     rows = []
     for r in rollouts:
         mask = torch.tensor(r.mask or [True] * len(r.ids), dtype=torch.bool)
-        if not r.stopped and truncated == "drop":
+        if not r.stopped and not r.notes.get("cut") and truncated == "drop":
             mask = torch.zeros_like(mask)
         if r.stopped and stop_token == "mask":
             mask = torch.cat((mask[:-1], torch.tensor([False])))
         rows.append(mask)
+    found = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
     return Batch(
         ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
         mask=pad(rows, False),
@@ -111,6 +217,8 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         stopped=torch.tensor([r.stopped for r in rollouts]),
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
+        prefix=torch.tensor([r.prefix for r in rollouts]),
+        notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
         # A key of five: that of four drew the token itself.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
     )
@@ -123,7 +231,7 @@ def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
 
 def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Batch:
     """The batch with the flat columns of its trained tokens, measured for some rows at a time, put back in place."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for at, columns in parts:
         rows = torch.tensor(at, dtype=torch.long)
         for name, flat in columns.named():

@@ -10,7 +10,9 @@ import tyro
 
 from opd.method import Method
 from opd.methods import METHODS
+from opd.rollouts import TeacherPrefix, listens
 from opd.tasks.task import Data
+from opd.teachers.client import Remote
 from opd.types import Column, Refusal, Sampling, StopToken, Truncated
 from opd.weights import Constant, SequenceMean, TokenMean
 
@@ -53,7 +55,7 @@ class Train:
     """Frozen third model of the methods that read one (g-opd); empty is the student as it is before the first step."""
     context: str = ""
     """What the teacher reads and the student does not: a column of the row (response, answer, any other), or peer,
-    a right response of the same prompt's other rollouts."""
+    a right response of the same prompt's other rollouts; empty is the method's own, none for most."""
     context_template: str = CONTEXT
     """How the teacher's question is written, with {prompt} and {context} in it."""
     method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=METHODS["vopd"])
@@ -106,6 +108,7 @@ class Train:
     """Type of the teacher's weights."""
     teacher_device: str = "same"
     """Where the teacher lives: same as the student, cpu, cuda:1, ..."""
+    remote: Remote = Remote()
     micro_batch_tokens: int = 8192
     """Padded tokens that go through a model at once; lower it when memory runs out."""
     chunk_mb: int = 256
@@ -190,7 +193,8 @@ class Train:
 
     def routes(self) -> dict[str, str]:
         """Every teacher by its name; "" is --teacher."""
-        out = {"": self.teacher or self.method.teacher}
+        own = self.method.teacher
+        out = {"": self.teacher or (own.weights if own else "")}
         for route in self.route:
             name, equals, model = route.partition("=")
             if not (name and equals and model) or name in out:
@@ -198,14 +202,19 @@ class Train:
             out[name] = model
         return out
 
+    def told(self) -> str:
+        """What the teacher reads and the student does not: a column, peer, or nothing."""
+        own = self.method.teacher
+        return self.context or (own.context if own else "")
+
     def _check_teachers(self) -> None:
         """Refuse a teacher that is missing, or that has nothing to say to the student it is."""
-        teachers = self.routes()
+        teachers, told, who = self.routes(), self.told(), self.resolved().rollouts
         if not teachers[""]:
             raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
         for name, model in teachers.items():
             field = f"--route {name}=" if name else "--teacher "
-            if model == "self" and not self.context:
+            if model == "self" and not told:
                 raise Refusal(
                     f"{field}self: the student itself; the KL between the two is 0 and nothing is learnt: "
                     "give --context, what the teacher knows and the student does not, or name another teacher"
@@ -213,10 +222,18 @@ class Train:
         missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
         if missing:
             raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
-        if self.context and self.teacher_prompt == "same":
-            raise Refusal(f"--context {self.context}: is in the teacher's prompt, and --teacher-prompt same has none")
-        if self.context == "peer" and self.resolved().rollouts.per_prompt < 2:
+        if told and self.teacher_prompt == "same":
+            raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")
+        if told == "peer" and who.per_prompt < 2:
             raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
+        if told == "peer" and (listens(who) or isinstance(who, TeacherPrefix)):
+            raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {who}")
+        moving = [m for m in teachers.values() if m == "self" or m.startswith("ema")]
+        if isinstance(who, TeacherPrefix) and moving:
+            raise Refusal(
+                f"--teacher {moving[0]}: its weights move, and it would begin each response once for all steps: switch "
+                "the prefix off (tropd --no-prefix), or name base or another model"
+            )
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and change what the estimator means, each with the reason."""

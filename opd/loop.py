@@ -12,25 +12,30 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
+from opd import bridge
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
 from opd.evaluation import interval
 from opd.method import Method, Target
-from opd.metrics import standard_error, summary
+from opd.metrics import by_teacher, initial_kl, speaking, standard_error, summary, weighting
 from opd.progress import Progress, loading
-from opd.rollouts import OnPolicy, Rollouts
-from opd.runs import Run, plain
+from opd.representation import Bridge
+from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
+from opd.runs import Run, load_memory, plain, save_memory
 from opd.session import Session, learning_rate, open_session
 from opd.student import rows
 from opd.tasks.task import Task
-from opd.tokens import Severity
+from opd.teachers.local import LocalTeacher
+from opd.tokens import Severity, spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.vocabulary import Columns, Heard
 
-FREE = frozenset({"resume", "quiet", "out", "keep", "trackers"})  # settings that may change when a run resumes
+FREE = frozenset({"resume", "quiet", "out", "keep", "trackers", "remote"})  # may change when a run resumes
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
+LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
 
 
@@ -77,22 +82,29 @@ def train(config: Train) -> Path:
         accelerator.init_trackers("opd", config={name: str(value) for name, value in settings.items()})
     accelerator.wait_for_everyone()
 
-    loop = Loop(config, method, session, run)
+    loop, memory = Loop(config, method, session, run), NOTHING if checkpoint is None else load_memory(checkpoint)
     with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
         found = [d for agreed in session.agreements.values() for d in agreed.differences]
         differ = dict.fromkeys(str(d) for d in found if d.severity == Severity.WARNING)
         for line in (*config.warnings(), *differ):
             progress.say(f"warning: {line}")
+        if (term := method.hidden()) is not None and term.bridge is not None:
+            loop.cross(term.bridge, checkpoint)
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
         for step in range(start + 1, config.steps + 1):
-            progress.stepped(step, loop.step(step))
+            numbers, memory = loop.step(step, memory)
+            progress.stepped(step, numbers)
+            for line in initial_kl(numbers, session.vocabulary.size) if step == 1 else ():
+                progress.say(line)
             last = step == config.steps or progress.interrupted
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
                 progress.evaluated(step, loop.evaluate(step))
             if last or step % config.save_every == 0:
                 with run.checkpoint(step, config.keep, main) as folder:
-                    session.save(folder)
+                    loop.session.save(folder)
+                    if main:
+                        save_memory(memory, folder)
                 accelerator.wait_for_everyone()
             if progress.interrupted:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
@@ -112,14 +124,36 @@ class Loop:
     refused: int = 0  # steps in a row whose gradients were not finite
     heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
 
-    def step(self, step: int) -> dict[str, float]:
-        """One rollout batch: sample, score, update; returns its numbers."""
+    def cross(self, built: Bridge, checkpoint: Path | None) -> None:
+        """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
+        config, session = self.config, self.session
+        teacher, device = session.teachers[""], session.accelerator.device
+        assert session.lenses is not None and isinstance(teacher, LocalTeacher)
+        if checkpoint is not None:
+            lenses = bridge.load(session.lenses, checkpoint)
+        else:
+            prompts = session.prompts.batch(1, built.rollouts)
+            rollouts = self._collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)  # steps are from 1
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
+            )
+            micro = micro_batches({i: _width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
+            student = session.plain()
+            lenses, cosine = bridge.fitted(
+                built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
+            )
+            self._log("metrics", 0, {"bridge_cosine": cosine})
+            (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
+        self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
+
+    def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
+        """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
         config, session, who = self.config, self.session, self.method.rollouts
         clock = Clock({})
         with clock("rollout"):
             prompts = session.prompts.batch(step, config.batch // who.per_prompt)
-            rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task)
-            if config.context == "peer":
+            rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task, memory)
+            if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
             batch = collate(
@@ -129,22 +163,42 @@ class Loop:
         if not self.method.local():
             with clock("measure"):
                 batch, _ = self._pass(batch, rollouts, None)
+        if isinstance(who, StopOnAgreement):
+            if not who.online:
+                lengths = torch.tensor([len(r.ids) for r in rollouts])
+                batch = who.cut(batch, lengths, who.threshold(step, memory))
+                self.heard.clear()  # it is about the tokens trained before the cut
+            memory = who.remember(memory, batch)
         numbers: dict[str, float] = {}
         share = config.batch // who.updates
+        saves = step in (1, config.steps) or step % config.rollouts_every == 0
+        others: dict[str, Tensor] = {}
         for update in range(who.updates):
             part = slice(update * share, (update + 1) * share)
+            if saves and update + 1 == who.updates:
+                with clock("save"):
+                    others = self._alternatives(batch[part], rollouts[part])
             with clock("update"):
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
         self._log("metrics", step, numbers)
-        self._log("perf", step, clock.row(numbers["tokens"]))
-        if session.accelerator.is_main_process and (step == 1 or step % config.rollouts_every == 0):
-            self.run.save_rollouts(
-                step, rollouts[part], [session.collector.text(r.ids) for r in rollouts[part]], measured
-            )
-        return numbers
+        wire = [teacher.traffic() for teacher in session.teachers.values()]
+        self._log("perf", step, clock.row(numbers["tokens"]) | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
+        if session.accelerator.is_main_process and saves:
+            texts = [session.collector.text(r.ids) for r in rollouts[part]]
+            said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
+            tokens = spelled(session.collector.tokenizer, said)
+            targets = self.method.prepare(batch[part])
+            self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
+        return numbers, memory
 
     def _collect(
-        self, prompts: Sequence[Rendered], who: Rollouts, sampling: Sampling, step: int, task: Task
+        self,
+        prompts: Sequence[Rendered],
+        who: Rollouts,
+        sampling: Sampling,
+        step: int,
+        task: Task,
+        memory: Memory = NOTHING,
     ) -> list[Rollout]:
         """This process's share of the prompts, sampled and verified; then everyone's, in order."""
         accelerator = self.session.accelerator
@@ -159,8 +213,40 @@ class Loop:
                 seed=self.config.seed,
                 step=step,
                 first=first * who.per_prompt,
+                total=self.config.steps,
+                memory=memory,
             )
         return gather_object(mine)
+
+    def _micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """This process's rows, every n-th one, in micro-batches."""
+        accelerator, micro = self.session.accelerator, []
+        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+        for name in self.session.teachers:  # those of a micro-batch share their teacher
+            widths = {i: _width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
+            micro += micro_batches(widths, self.config.micro_batch_tokens)
+        # Every process runs as many, empty ones included: wrappers wait for each other in forward.
+        return micro + [[]] * (max(gather_object([len(micro)])) - len(micro))
+
+    @torch.no_grad()
+    def _alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
+        session, parts = self.session, []
+        for at in self._micro(rollouts):
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
+            heard = self._heard(rolls, trained)
+            _, found = session.student(inputs, heard, self.method, None, session.vocabulary, likeliest=LIKELIEST)
+            parts.append((at, found.cpu()))
+        out: dict[str, Tensor] = {}
+        for at, found in gather_object(parts):
+            here = torch.tensor(at, dtype=torch.long)
+            for name, flat in vars(found).items():
+                new = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
+                whole = out.setdefault(f"alternatives_{name}", new)
+                whole[here] = torch.zeros_like(whole[here]).masked_scatter(batch.mask[here][..., None], flat)
+        return out
 
     def _pass(
         self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
@@ -170,16 +256,9 @@ class Loop:
         Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
         """
         session, accelerator = self.session, self.session.accelerator
-        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
-        micro: list[list[int]] = []
-        for name in session.teachers:  # those of a micro-batch share their teacher
-            widths = {i: _width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
-            micro += micro_batches(widths, self.config.micro_batch_tokens)
-        # Every process runs as many micro-batches, empty ones included: wrappers wait for each other in forward.
-        most = max(gather_object([len(micro)]))
+        micro = self._micro(rollouts)
         parts: list[tuple[list[int], Columns, float]] = []
-        for k in range(most):
-            at = micro[k] if k < len(micro) else []
+        for k, at in enumerate(micro):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
             trained = masks(cut, rolls)
             inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
@@ -187,7 +266,7 @@ class Loop:
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
             heard = self._heard(rolls, trained)
-            last = accelerator.no_sync(session.student) if k + 1 < most else contextlib.nullcontext()
+            last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
                 loss, columns = session.student(inputs, heard, self.method, flat, session.vocabulary)
                 if targets is not None:
@@ -202,9 +281,10 @@ class Loop:
         session, key = self.session, tuple(r.index for r in rollouts)
         if key in self.heard:
             return self.heard[key]
-        teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained)
+        own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
+        teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained, other)
         reference = session.reference and session.reference.hidden(rollouts, trained)
-        heard = Heard(teacher, reference)
+        heard = Heard(teacher, reference, own)
         if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
             self.heard[key] = heard
         return heard
@@ -212,7 +292,8 @@ class Loop:
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
         config, session = self.config, self.session
-        batch, loss = self._pass(batch, rollouts, self.method.prepare(batch))
+        targets = self.method.prepare(batch)
+        batch, loss = self._pass(batch, rollouts, targets)
         self._check(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
         lr = learning_rate(config, update, config.steps * self.method.rollouts.updates)
@@ -231,9 +312,12 @@ class Loop:
                 "or look at the saved rollouts"
             )
         numbers = {"loss": loss, "grad_norm": float(norm), "lr": lr, "refused": float(not finite)}
-        return batch, numbers | summary(batch)
+        numbers |= summary(batch) | speaking(batch) | weighting(targets, batch.mask)
+        return batch, numbers | by_teacher(batch, session.teachers, [r.teacher for r in rollouts])
 
     def _check(self, batch: Batch) -> None:
+        if batch.teacher_logp is None:
+            return
         bad = batch.mask & (batch.teacher_logp == -torch.inf)
         if bad.any():
             token = int(batch.ids[bad][0])
@@ -254,13 +338,21 @@ class Loop:
             prompts = session.held_out.first(config.eval_limit)
             # Step -1: every evaluation draws with the same noise.
             rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
-        assert batch.reverse_kl is not None
+        if session.accelerator.is_main_process:
+            self.run.save_evaluation(step, rollouts, batch)
+        name, column = "reverse_kl", batch.reverse_kl
+        if column is None:  # a teacher that says log q of these tokens alone
+            assert batch.student_logp is not None and batch.teacher_logp is not None
+            name, column = "log_ratio", batch.student_logp - batch.teacher_logp
         numbers = {
-            "eval_reverse_kl": float(batch.reverse_kl[batch.mask].mean()),
-            "eval_reverse_kl_se": standard_error(batch.reverse_kl, batch.mask),
+            f"eval_{name}": float(column[batch.mask].mean()),
+            f"eval_{name}_se": standard_error(column, batch.mask),
             "eval_length": float(batch.mask.sum(1).float().mean()),
             "eval_stopped": float(batch.stopped.float().mean()),
         }
+        if batch.hidden_distance is not None and batch.hidden_cosine is not None:
+            numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
+            numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
         if session.held_out.task.scored:
             accuracy = interval([r.outcome for r in rollouts])
             numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}

@@ -21,10 +21,10 @@ from opd.divergences import Divergence, ReverseKL
 from opd.estimators import Baseline, Estimator, Sampled
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, Reward
-from opd.rollouts import OnPolicy, Rollouts
+from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix
 from opd.surrogates import Reinforce
 from opd.transforms import Discount, DiscountExpected, MeanFuture
-from opd.types import GIVEN, Batch, Column, call, reads
+from opd.types import GIVEN, MEASURED, Batch, Column, call, reads
 from opd.weights import TokenMean, TruncatedImportance
 
 SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the token drawn
@@ -110,6 +110,11 @@ class PolicyGradient:
         """Whether the head pass can score this term by itself."""
         return not self.transforms and not reads(self.surrogate)
 
+    def needs(self) -> frozenset[str]:
+        """What a teacher must tell: log q of the sampled token, or its whole distribution."""
+        one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
+        return frozenset({"teacher_logp" if one else "vocabulary"})
+
     @torch.no_grad()
     def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
         """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
@@ -165,6 +170,10 @@ class Match:
         """Whether the head pass can score this term by itself: always."""
         return True
 
+    def needs(self) -> frozenset[str]:
+        """What a teacher must tell: its whole distribution."""
+        return frozenset({"vocabulary"})
+
     def score(self, at: Positions) -> None:
         """Nothing is rewarded."""
         return None
@@ -198,6 +207,10 @@ class MatchHidden:
         """Whether the term needs no measuring pass before it: always."""
         return True
 
+    def needs(self) -> frozenset[str]:
+        """What a teacher must tell: its layers' states."""
+        return frozenset({"layers"})
+
     def score(self, at: Positions) -> None:
         """Nothing is rewarded."""
         return None
@@ -213,6 +226,14 @@ Term = PolicyGradient | Match | MatchHidden
 
 
 @dataclass(frozen=True)
+class Privileged:
+    """A teacher made of the student's own weights, which is told what the student is not."""
+
+    weights: str = "self"  # as they are; base: as they were before training; ema:RATE: their moving average
+    context: str = "response"  # a column of the prompt's row; peer: a right response of the same prompt's group
+
+
+@dataclass(frozen=True)
 class Method:
     """A sum of terms over the same rollouts."""
 
@@ -220,7 +241,7 @@ class Method:
     reduction: Column = TokenMean()
     rollouts: Rollouts = OnPolicy()
     filters: tuple[Column, ...] = ()  # which trained tokens stay; applied before all else, so none is in a denominator
-    teacher: str = ""  # its own choice of the student's weights (self, base, ema:RATE); "" leaves it to the run
+    teacher: Privileged | None = None  # its own choice of one; the run's --teacher and --context win
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -229,21 +250,41 @@ class Method:
             raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
         for term in self.terms:
             if isinstance(term, PolicyGradient):
-                if not isinstance(self.rollouts, OnPolicy):
-                    raise ValueError(
-                        f"{self.rollouts} lets others speak, and a policy gradient is a sum over the student's own "
-                        "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
-                    )
+                self._check_speaker(term)
                 if self.rollouts.updates > 1 and not reads(term.surrogate):
                     raise ValueError(
                         f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
                         "policy; a policy gradient then needs a surrogate with a ratio (ImportanceSampling, Clipped)"
                     )
 
+    def _check_speaker(self, term: PolicyGradient) -> None:
+        """Refuse a policy gradient on tokens that the student did not draw."""
+        read = frozenset().union(*map(reads, term.column_leaves()))
+        match self.rollouts:
+            case Mixture():
+                raise ValueError(
+                    f"{self.rollouts} lets others speak, and a policy gradient is a sum over the student's own "
+                    "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
+                )
+            case Blend() if "sampler_logp" not in read:
+                raise ValueError(
+                    f"{self.rollouts} draws from a mixture of both models, and a policy gradient then needs the ratio "
+                    "p/mu: add the weight TruncatedImportance(), or match distributions instead (opd-topk)"
+                )
+            case TeacherPrefix() if "prefix" not in read:
+                raise ValueError(
+                    f"{self.rollouts} lets the teacher write the first tokens, and a policy gradient is a sum over the "
+                    "student's own: add the weight StudentTokens(), or match distributions instead (opd-topk)"
+                )
+
     def reads(self) -> frozenset[str]:
         """The columns that prepare looks at."""
         leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
         return frozenset().union(*map(reads, leaves))
+
+    def needs(self) -> frozenset[str]:
+        """What every teacher must provide: measured columns, `vocabulary` (whole distributions), `layers`."""
+        return frozenset().union(self.reads() & MEASURED, *(term.needs() for term in self.terms))
 
     def models(self) -> frozenset[str]:
         """The distributions that its terms compare the student with, by their name in `Positions`."""
@@ -259,6 +300,8 @@ class Method:
 
     def local(self) -> bool:
         """Whether every leaf is token-local: then measure, prepare and loss are one head pass."""
+        if isinstance(self.rollouts, StopOnAgreement) and not self.rollouts.online:
+            return False
         return self.reads() <= GIVEN and all(term.local() for term in self.terms)
 
     @torch.no_grad()

@@ -63,6 +63,37 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "batch": 2048,
         "sampling": Sampling(temperature=0.6, max_new_tokens=12288),
     },
+    # KAT, arXiv:2606.09471, appendix C, the 1.7B student: 3 % warm-up; the longest response is read off its figures.
+    "kat": {
+        "lr": 1e-6,
+        "schedule": "cosine",
+        "warmup": 12,
+        "batch": 128,
+        "steps": 400,
+        "sampling": Sampling(top_p=0.95, max_new_tokens=2048),
+    },
+    # TRB, arXiv:2605.31159, training set-up: 64 prompts x 4, one pass over 25,600 of them.
+    "trb": {
+        "lr": 1e-5,
+        "weight_decay": 0.01,
+        "warmup": 15,
+        "batch": 256,
+        "steps": 400,
+        "sampling": Sampling(max_new_tokens=7168),
+    },
+    # TrOPD, arXiv:2606.01249, training set-up, which states no sampling temperature: 128 prompts x 4.
+    "tropd": {"lr": 5e-6, "batch": 512, "steps": 200, "sampling": Sampling(max_new_tokens=8096)},
+    # OPRD, arXiv:2606.06021, released scripts: 8 prompts x 2, 3 % warm-up.
+    "oprd": {
+        "lr": 1e-5,
+        "schedule": "cosine",
+        "warmup": 15,
+        "weight_decay": 0.01,
+        "batch": 16,
+        "per_prompt": 2,
+        "steps": 500,
+        "sampling": Sampling(max_new_tokens=16384),
+    },
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
     "rock-freeze": {
@@ -76,6 +107,22 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "sampling": Sampling(max_new_tokens=8000),
     },
 }
+
+
+ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "embedded": {
+        "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "warmup": 4},  # responses are 50 to 160 tokens
+        "trb": {"steps": 20},
+        "oprd": {"bridge_rank": 8},  # `small` is narrower than the teacher
+        "scope": {"per_prompt": 8},
+    },
+}
+
+
+def arguments(preset: str, method: str) -> list[str]:
+    """The method's own flags that a preset sets; those the user sets come after them, and win."""
+    found = ARGUMENTS.get(preset, {}).get(method, {})
+    return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:

@@ -84,7 +84,9 @@ class Progress:
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """An evaluation is done."""
-        line = f"reverse KL {numbers['eval_reverse_kl']:.4f} +- {numbers['eval_reverse_kl_se']:.4f} nats/token, "
+        name = "reverse_kl" if "eval_reverse_kl" in numbers else "log_ratio"
+        line = f"{name.replace('_kl', ' KL').replace('_', ' ')} "
+        line += f"{numbers[f'eval_{name}']:.4f} +- {numbers[f'eval_{name}_se']:.4f} nats/token, "
         line += f"length {numbers['eval_length']:.0f}"
         if numbers["eval_stopped"] < 0.5:
             line += f", only {numbers['eval_stopped']:.0%} ended by themselves: raise --max-new-tokens"

@@ -57,7 +57,7 @@ class Prompts:
         ids = prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
         asked = str(prompt.columns.get(config.route_column, ""))
         teacher = asked if asked in self.teacher_tokenizers else ""
-        context = "" if config.context in ("", "peer") else self._context(row)
+        context = "" if config.told() in ("", "peer") else self._context(row)
         teacher_ids = self.heard(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
         longest = max(len(ids), len(teacher_ids))
         if longest > self.room:
@@ -77,7 +77,7 @@ class Prompts:
         return prompts.render(text, prompt, chat_template_kwargs=arguments, system="")
 
     def _context(self, row: int) -> str:
-        prompt, name = self.task.prompts[row], self.config.context
+        prompt, name = self.task.prompts[row], self.config.told()
         known = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
         text = str(known.get(name) or "")
         if not text and not self.optional:

@@ -3,18 +3,21 @@
 config.json  method.txt  environment.json   what ran, where
 metrics.jsonl                               reproducible numbers, one line a step
 perf.jsonl                                  seconds, tokens/s, bytes
-rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches
+evals/step-N.jsonl                          outcome and reverse KL of each held-out prompt
+rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches, with what both models preferred
+rollouts/step-N.tokens.json                 the texts of the ids in there
 checkpoints/step-N/                         a model folder, optimizer.safetensors, state.json
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd.method import Method
-from opd.types import Batch, Refusal, Rollout
+from opd.method import Method, Target
+from opd.types import Batch, Prompt, Refusal, Rollout
 
 
 def plain(value: object) -> object:
@@ -103,10 +106,39 @@ class Run:
         with disk(f"writing {self.folder / name}.jsonl"), (self.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def save_rollouts(self, step: int, rollouts: list[Rollout], texts: list[str], batch: Batch) -> None:
-        """Texts and columns of one batch, to be read token by token later."""
+    def save_evaluation(self, step: int, rollouts: Sequence[Rollout], batch: Batch) -> None:
+        """What became of each held-out prompt, so that runs can be compared in pairs."""
+        lengths = batch.mask.sum(1)
+        rows = [
+            {"prompt": digest(r.prompt), "outcome": r.outcome, "length": n, "stopped": r.stopped}
+            for r, n in zip(rollouts, lengths.tolist(), strict=True)
+        ]
+        if batch.reverse_kl is not None:
+            means = batch.reverse_kl.where(batch.mask, 0).sum(1) / lengths.clamp(min=1)
+            rows = [row | {"reverse_kl": kl} for row, kl in zip(rows, means.tolist(), strict=True)]
+        with disk(f"writing {self.folder / 'evals'}"):
+            (self.folder / "evals").mkdir(exist_ok=True)
+            self._write(f"evals/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def save_rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        texts: Sequence[str],
+        batch: Batch,
+        targets: Sequence[Target],
+        others: Mapping[str, Tensor],
+        tokens: Mapping[int, str],
+    ) -> None:
+        """Texts and columns of one batch, to be read token by token later.
+
+        `others`: more columns, [B, T, ...]; `tokens`: the text of every id in there.
+        """
         folder = self.folder / "rollouts"
-        columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        columns = {f.name: getattr(batch, f.name) for f in fields(batch)} | dict(others)
+        for i, (target, score) in enumerate(zip(targets, batch.scores or [None] * len(targets), strict=True)):
+            columns[f"weight.{i}"] = target.weight
+            columns[f"advantage.{i}"] = score if target.advantage is None else target.advantage
         tensors = {k: v.contiguous().cpu() for k, v in columns.items() if isinstance(v, Tensor)}
         rows = [
             {
@@ -114,6 +146,7 @@ class Run:
                 "prompt": r.prompt.text or list(map(dict, r.prompt.messages)),
                 "answer": r.prompt.answer,
                 "response": text,
+                "tokens": len(r.ids),
                 "outcome": r.outcome,
                 "stopped": r.stopped,
             }
@@ -122,6 +155,7 @@ class Run:
         with disk(f"writing {folder}"):
             folder.mkdir(exist_ok=True)
             save_file(tensors, folder / f"step-{step:06d}.safetensors")
+            self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
             self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     @contextlib.contextmanager
@@ -164,6 +198,24 @@ def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
         name, field = key.rsplit("/", 1)
         out.setdefault(name, {})[field] = x
     return out
+
+
+def digest(prompt: Prompt) -> str:
+    """A prompt's name in any run: the same for the same question and answer."""
+    text = json.dumps([list(map(dict, prompt.messages)), prompt.text, prompt.answer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save_memory(memory: Mapping[str, Tensor], folder: Path) -> None:
+    """What the run remembers between steps, where it remembers anything."""
+    if memory:
+        save_file({name: x.contiguous() for name, x in memory.items()}, folder / "memory.safetensors")
+
+
+def load_memory(folder: Path) -> dict[str, Tensor]:
+    """What `save_memory` wrote."""
+    path = folder / "memory.safetensors"
+    return load_file(path) if path.is_file() else {}
 
 
 def environment() -> dict[str, object]:

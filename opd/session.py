@@ -11,25 +11,28 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from opd import models, prompts, tokens
+from opd import bridge, models, remote, tokens
 from opd.collect import Collector
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.reading import Prompts
-from opd.rollouts import OnPolicy
+from opd.representation import Lenses
+from opd.rollouts import OnPolicy, listens
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
 from opd.tasks.load import load
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
+from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine, open_teacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
+Teacher = LocalTeacher | HiddenTeacher | LogpTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -39,7 +42,7 @@ class Session:
 
     accelerator: Accelerator
     student: torch.nn.Module  # Student, wrapped by Accelerate
-    teachers: dict[str, LocalTeacher]  # by the names of --route; "" is --teacher
+    teachers: dict[str, Teacher]  # by the names of --route; "" is --teacher
     reference: LocalTeacher | None  # for methods that read one
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
@@ -47,6 +50,7 @@ class Session:
     prompts: Prompts
     held_out: Prompts | None
     agreements: dict[str, tokens.Agreement]  # with each teacher
+    lenses: Lenses | None  # for methods that match hidden states
 
     def plain(self) -> Student:
         """The student without its wrappers."""
@@ -63,12 +67,14 @@ class Session:
             save_optimizer(whole["state"], folder / "optimizer.safetensors")
             for teacher in self.teachers.values():
                 teacher.save(folder)
+            if self.lenses is not None:
+                bridge.save(self.lenses, folder)
 
     def restore(self, folder: Path) -> int:
         """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at."""
         optimizer = self.optimizer.optimizer
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
-        whole["state"] = load_optimizer(folder / "optimizer.safetensors")
+        whole["state"] |= load_optimizer(folder / "optimizer.safetensors")  # what had no gradient yet has no state there
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
         for teacher in self.teachers.values():
             teacher.restore(folder)
@@ -80,15 +86,13 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     trust = config.trust_remote_code
     source = models.locate(config.student, field="student", trust_remote_code=trust)
     sources = {name: _teacher_source(name, model, source, config) for name, model in config.routes().items()}
-    text = models.tokenizer(source, field="student")
-    texts = {name: models.tokenizer(s, field=_field(name)) for name, s in sources.items()}
-    shapes = [
-        AutoConfig.from_pretrained(s.folder, **s.options()).get_text_config() for s in (source, *sources.values())
-    ]
-    stops = [
-        prompts.stop_ids(models.generation_config(s), t)
-        for s, t in ((source, text), *((s, texts[name]) for name, s in sources.items()))
-    ]
+    own = remote.known(source, field="student")
+    known = {
+        name: remote.known_there(s, own, config) if isinstance(s, Server) else remote.known(s, field=_field(name))
+        for name, s in sources.items()
+    }
+    text, texts = own.text, {name: k.text for name, k in known.items()}
+    shapes, stops = zip(*((k.shape, k.stop) for k in (own, *known.values())), strict=True)
     agreements = [
         tokens.require(
             tokens.agreement(
@@ -102,7 +106,8 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         )
         for name, shape, eos in zip(sources, shapes[1:], stops[1:], strict=True)
     ]
-    size, stop = min(a.vocabulary for a in agreements), tuple(sorted({id for a in agreements for id in a.stop}))
+    size, stop = min(a.vocabulary for a in agreements), tuple(dict.fromkeys(id for a in agreements for id in a.stop))
+    lenses = bridge.plain_lenses(method, shapes[0], dict(zip(map(_field, sources), shapes[1:], strict=True)))
     context = min(s.max_position_embeddings for s in shapes)
     room = context - config.sampling.max_new_tokens
     asked = Prompts(load(config.data), text, texts, config, room)
@@ -131,6 +136,8 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
         project_dir=config.out,
+        # Without the heads, and the layers above those matched, some parameters have no gradient to wait for.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if method.headless() else None,
     )
     per_update = accelerator.num_processes * method.rollouts.per_prompt * method.rollouts.updates
     if config.batch % per_update:
@@ -143,32 +150,48 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     student = Student(_trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     models.verify_head(student.model, field="student")
-    opened: dict[str, LocalTeacher] = {}
-    for name, model in config.routes().items():
-        opened[name] = _teacher(model, sources[name], student.model, config, on, device, field=_field(name))
+    merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
+    opened: dict[str, Teacher] = {}
+    for name, called in config.routes().items():
+        at = sources[name]
+        if isinstance(at, Server):
+            if listens(method.rollouts):
+                raise Refusal(
+                    f"--{_field(name)} {called}: is behind a server, and {method.rollouts} asks it before each token: "
+                    "name a model to open here (kat --no-online cuts once the rollouts are measured)"
+                )
+            opened[name] = there = open_teacher(at, to=device, stop=merged)
+            if config.remote.teacher_local:
+                remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
+        else:
+            opened[name] = _teacher(called, at, student.model, config, on, device, field=_field(name))
+    local = {name: t for name, t in opened.items() if isinstance(t, LocalTeacher)}
     reference = _reference(method, config, source, student.model, size, on, device)
-    frozen = {**{_field(name): t for name, t in opened.items()}, **({"reference": reference} if reference else {})}
+    frozen = {**{_field(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
     for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
         models.verify_finite(model, text, ids=size, field=field)
-    models.small_threads(student.model, *(t.model for t in opened.values()))
+    models.small_threads(student.model, *(t.model for t in local.values()))
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
-    speaker, *others = (
-        HFEngine(m, size, stop, config.decode_rows) for m in (student.model, *(t.model for t in opened.values()))
-    )
-    merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
+    engine = lambda model: HFEngine(model, size, stop, config.decode_rows)
+    writers = {
+        name: ServerEngine(t.server, size, stop) if not isinstance(t, LocalTeacher) else engine(t.model)
+        for name, t in opened.items()
+    }
+    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20)
     return Session(
         accelerator=accelerator,
         student=wrapped,
         teachers=opened,
         reference=reference,
         optimizer=wrapped_optimizer,
-        vocabulary=Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20),
-        collector=Collector(speaker, dict(zip(opened, others, strict=True)), text),
+        vocabulary=vocabulary,
+        collector=Collector(engine(student.model), writers, text, vocabulary),
         prompts=asked,
         held_out=held_out,
         agreements=dict(zip(opened, agreements, strict=True)),
+        lenses=lenses,
     )
 
 
@@ -182,9 +205,11 @@ def _own(model: str) -> bool:
     return model in ("self", "base") or average_rate(model) is not None
 
 
-def _teacher_source(name: str, model: str, student: models.Source, config: Train) -> models.Source:
+def _teacher_source(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server:
     """Where a teacher's tokenizer and weights come from; refuses one with nothing to say."""
-    if model.startswith(("openai:", "http://", "https://")):
+    if model.startswith(("http://", "https://")):
+        return remote.reached(model, config, field=_field(name))
+    if model.startswith("openai:"):
         raise Refusal(
             f"--{_field(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
             f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
@@ -193,7 +218,7 @@ def _teacher_source(name: str, model: str, student: models.Source, config: Train
     if _own(model):
         return student
     source = models.locate(model, field=_field(name), trust_remote_code=config.trust_remote_code)
-    if source == student and not (config.context or config.resume):
+    if source == student and not (config.told() or config.resume):
         raise Refusal(
             f"--{_field(name)} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
             "--context, what the teacher knows and the student does not, or name another teacher"

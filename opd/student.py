@@ -20,7 +20,17 @@ from opd.method import Method, Target
 from opd.models import base, head
 from opd.representation import Lens
 from opd.types import Rollout, pad
-from opd.vocabulary import Columns, Heard, Hidden, Vocabulary, head_pass, measure, predictors
+from opd.vocabulary import (
+    Alternatives,
+    Columns,
+    Heard,
+    Hidden,
+    Vocabulary,
+    alternatives,
+    head_pass,
+    measure,
+    predictors,
+)
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,18 @@ class Student(nn.Module):
         method: Method,
         targets: tuple[Target, ...] | None,
         vocabulary: Vocabulary,
-    ) -> tuple[Float[Tensor, ""], Columns]:
-        """Loss and columns of the trained tokens; without targets (flat, [N]) only the columns are measured."""
+        *,
+        likeliest: int = 0,
+    ) -> tuple[Float[Tensor, ""], Columns | Alternatives]:
+        """Loss and columns of the trained tokens; without targets (flat, [N]) only the columns are measured.
+
+        With `likeliest`, nothing but so many of each model's likeliest tokens.
+        """
         with self.recomputing():
             final, views = states(self.model, at, heard.lens)
         student, ids = Hidden(final, head(self.model), views), at.ids[at.trained]
+        if likeliest:
+            return final.new_zeros(()), alternatives(student, heard.teacher, likeliest, vocabulary)
         if targets is None:
             loss, columns = final.new_zeros(()), measure(method, student, heard, ids, vocabulary)
         elif method.headless():

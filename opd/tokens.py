@@ -150,6 +150,16 @@ def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
     return "\n".join(out)
 
 
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
+    """The text of each token as it reads inside a response, spaces included; pieces of a character by their name."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # alone, some tokenizers drop a leading space
+    start = str(tokenizer.decode(before))
+    whole = {i: str(tokenizer.decode([*before, i], clean_up_tokenization_spaces=False)) for i in sorted(set(ids))}
+    cut = {i: text.removeprefix(start) for i, text in whole.items()}
+    broken = [i for i, text in cut.items() if not text or "\ufffd" in text]
+    return cut | dict(zip(broken, map(str, tokenizer.convert_ids_to_tokens(broken)), strict=True))
+
+
 def _side(who: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[int, ...]) -> _Side:
     ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
     return _Side(who=who, tokenizer=tokenizer, rows=rows, eos=eos, ids=ids, names={i: t for t, i in ids.items()})

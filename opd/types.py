@@ -77,6 +77,8 @@ class Rollout:
     source: int = STUDENT
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
+    prefix: int = 0  # tokens at its start that the teacher wrote
+    notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # the sampler's; one, or one a token
     teacher: str = ""  # who scores it: a name of --route; "" is --teacher
     prompt: Prompt = field(default_factory=Prompt)
 
@@ -95,23 +97,28 @@ class Batch:
     stopped: Bool[Tensor, " B"]  # ended by a stop token
     outcome: Float[Tensor, " B"]  # verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
+    prefix: Int[Tensor, " B"] | None = None  # tokens at the start of a response that the teacher wrote
     coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; the same on every process
     student_logp: Float[Tensor, "B T"] | None = None  # the trainer's own
     student_entropy: Float[Tensor, "B T"] | None = None
     teacher_logp: Float[Tensor, "B T"] | None = None
     teacher_entropy: Float[Tensor, "B T"] | None = None
     reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) of the whole distribution
+    hidden_distance: Float[Tensor, "B T"] | None = None  # mean over layers of the matched hidden states
+    hidden_cosine: Float[Tensor, "B T"] | None = None
     scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
+    notes: Mapping[str, Tensor] = field(default_factory=dict)  # what the sampler noted, [B] or [B, T]; for metrics
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """The same columns on some rows."""
         column = {f.name: getattr(self, f.name) for f in fields(self)}
         cut = {k: v[rows] for k, v in column.items() if isinstance(v, Tensor)}
-        return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores))
+        notes = {k: v[rows] for k, v in self.notes.items()}
+        return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores), notes=notes)
 
 
 GIVEN = frozenset(
-    {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "coin"}
+    {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
 COLUMNS = GIVEN | MEASURED

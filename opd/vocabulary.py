@@ -98,6 +98,19 @@ class Columns:
         return Columns(**whole, scores=scores)
 
 
+@dataclass(frozen=True)
+class Alternatives:
+    """What else could have been said: the student's likeliest tokens, then the teacher's, A in all.  For readers."""
+
+    ids: Int[Tensor, "N A"]
+    student_logp: Float[Tensor, "N A"]
+    teacher_logp: Float[Tensor, "N A"]  # nan where the teacher is `Given`
+
+    def cpu(self) -> "Alternatives":
+        """The same in main memory."""
+        return Alternatives(self.ids.cpu(), self.student_logp.cpu(), self.teacher_logp.cpu())
+
+
 def blocks(n: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover n."""
     return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
@@ -109,9 +122,7 @@ def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> 
 
 
 @torch.no_grad()
-def measure(
-    method: Method, student: Hidden, heard: Heard, ids: Int[Tensor, " N"], vocabulary: Vocabulary
-) -> Columns:
+def measure(method: Method, student: Hidden, heard: Heard, ids: Int[Tensor, " N"], vocabulary: Vocabulary) -> Columns:
     """All columns and the method's scores, a chunk at a time, without gradient."""
     sweep = _Sweep.of(method, student, heard, vocabulary.canonical(ids), vocabulary)
     with torch.autocast(ids.device.type, enabled=False):
@@ -140,6 +151,27 @@ def head_pass(
         (method, student.head, heard, vocabulary.canonical(ids), targets, vocabulary, out),
     )
     return loss, out[0]
+
+
+@torch.no_grad()
+def alternatives(student: Hidden, teacher: Hidden | Given, k: int, vocabulary: Vocabulary) -> Alternatives:
+    """Each model's k likeliest tokens with the log-probs of both, some rows at a time; A = k for each with a head."""
+    sides = [_Side.of(x, matmul_dtype(x.states), vocabulary) for x in (student, teacher) if isinstance(x, Hidden)]
+    n, v, most = len(student.states), vocabulary.size, min(k, vocabulary.size)
+    rows = vocabulary.chunk(n, 8 * v * 4)  # fp32 of both models, and what log_softmax needs on the way
+    sides = [replace(side, logits=side.logits.new_empty(rows, v)) for side in sides]
+    like = sides[0].logits.new_empty(0, dtype=wide(sides[0].logits.dtype))
+    out = Alternatives(
+        like.new_empty(n, len(sides) * most, dtype=torch.int32), *like.new_full((2, n, len(sides) * most), torch.nan)
+    )
+    with torch.autocast(like.device.type, enabled=False):
+        for part in blocks(n, rows):
+            logp = [vocabulary.logp(side.fill(part).to(like.dtype), side.hidden.head) for side in sides]
+            ids = torch.cat([x.topk(most).indices for x in logp], -1)
+            out.ids[part] = ids
+            for kept, x in zip((out.student_logp, out.teacher_logp), logp, strict=False):
+                kept[part] = x.gather(-1, ids)
+    return out
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,16 @@ from opd.methods.eopd import eopd, eopd_sampled
 from opd.methods.fire import fire
 from opd.methods.gopd import g_opd
 from opd.methods.iw import iw_opd
+from opd.methods.kat import kat
+from opd.methods.oprd import oprd
 from opd.methods.optimal import opd_optimal, opd_stratified
 from opd.methods.pg import pg
 from opd.methods.power import poweropd
+from opd.methods.privileged import opsd, sdft, sdpo
 from opd.methods.reward_shapes import opd_plus, opd_signlog, opd_tv, reopold, topd
 from opd.methods.rock import rock_freeze
 from opd.methods.scope import scope
+from opd.methods.trb import trb
 from opd.methods.tropd import tropd
 from opd.methods.vopd import vopd, vopd_topk
 
@@ -58,7 +62,13 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     eopd_sampled,
     scope,
     rock_freeze,
+    kat,
+    trb,
     tropd,
+    oprd,
+    opsd,
+    sdft,
+    sdpo,
     opd_optimal,
     opd_stratified,
     pg,

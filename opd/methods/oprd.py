@@ -10,9 +10,10 @@ BRIDGED = 10.0  # weight of (2 - 2 cos) / rank in the authors' scripts
 def oprd(last: int = 2000, layers: tuple[int, ...] = (), bridge_rank: int = 0, coef: float = 1.0) -> Method:
     """Hidden states matched layer by layer, without the heads.  OPRD, arXiv:2606.06021, Eq. 6 and 14-15.
 
-    Column t is about the states that predict token t, as the paper says; its code takes those after it. Behind a
-    bridge both models' states are projected, the teacher's on its principal components, the student's by a projection
-    fitted before training; the loss is then 10 (2 - 2 cos) / rank.
+    Column t is about the states that predict token t, as the paper says; its code takes those after it. As they are,
+    states of two models mean the same only where one was trained from the other. Behind a bridge both are projected,
+    the teacher's on its principal components, the student's by a projection fitted before training; the loss is then
+    10 (2 - 2 cos) / rank.
 
     Args:
         last: tokens at the end of each response that are matched.

@@ -3,14 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.divergences import kl
 from opd.estimators import top
 from opd.method import Match, Method, PolicyGradient
-from opd.rewards import Trusted
-from opd.rollouts import OnPolicy
+from opd.rewards import One, Trusted
+from opd.rollouts import OnPolicy, TeacherPrefix
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,44 @@ class Rejected:
         return 1 - Accepted()(student_logp, teacher_logp, coin, mask)
 
 
-def tropd(k: int = 64, per_prompt: int = 4, soft: bool = False) -> Method:
-    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-6.
+@dataclass(frozen=True)
+class StudentTokens:
+    """1 on the tokens that the student wrote, 0 on the teacher's prefix."""
+
+    def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return 1 - PrefixTokens()(prefix, mask)
+
+
+@dataclass(frozen=True)
+class PrefixTokens:
+    """1 on the teacher's prefix, 0 on the tokens that the student wrote.  Eq. 8."""
+
+    def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        at = torch.arange(mask.shape[1], device=mask.device)
+        return (at < prefix[:, None]).to(torch.get_default_dtype())
+
+
+def tropd(
+    k: int = 64,
+    per_prompt: int = 4,
+    soft: bool = False,
+    prefix: bool = True,
+    length: int = 0,
+    beta: float = 0.001,
+) -> Method:
+    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-9.
 
     Args:
         k: the teacher's most probable tokens on which the forward KL is summed, raw.
         per_prompt: rollouts of a prompt.
         soft: the coin of acceptance replaced by its mean, min(q/p, 1): same expected gradient, less noise.
+        prefix: the teacher writes the first tokens of each response, fewer from step to step; off: the student all.
+        length: tokens of the longest prefix, at the first step; 0 is --max-new-tokens.
+        beta: weight of the prefix's negative log-likelihood.
     """
-    outlier = RawForwardKL(k)
-    coin = (PolicyGradient(weights=(Accepted(),)), Match(outlier, weights=(Rejected(),)))
-    mean = (PolicyGradient(Trusted()), Match(outlier, weights=(Outlier(),)))
-    return Method(mean if soft else coin, rollouts=OnPolicy(per_prompt))
+    outlier, own = RawForwardKL(k), (StudentTokens(),) if prefix else ()
+    coin = (PolicyGradient(weights=(Accepted(), *own)), Match(outlier, weights=(Rejected(), *own)))
+    mean = (PolicyGradient(Trusted(), weights=own), Match(outlier, weights=(Outlier(), *own)))
+    guided = (PolicyGradient(One(), weights=(PrefixTokens(),), coef=beta),) if prefix else ()
+    who = TeacherPrefix(length, per_prompt) if prefix else OnPolicy(per_prompt)
+    return Method((*(mean if soft else coin), *guided), rollouts=who)

@@ -1,0 +1,61 @@
+"""Self-distillation: the student's own weights teach, told what the student is not."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from opd.divergences import JSD, BucketKL, Divergence, ReverseKL, Support
+from opd.method import Match, Method, Privileged
+from opd.rollouts import OnPolicy
+
+
+@dataclass(frozen=True)
+class ClippedForwardKL:
+    """sum_v min(q log(q/p), bound): no single token decides.  OPSD, arXiv:2601.18734, official code."""
+
+    bound: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"bound={self.bound}: the clip of one token's share of the KL is above 0")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        q = teacher_logp.exp()
+        return (q * (teacher_logp - student_logp).where(q > 0, 0)).clamp(max=self.bound).sum(-1)
+
+
+def opsd(beta: float = 0.5, clip: float = 0.0, teacher: str = "self", context: str = "response") -> Method:
+    """The student, told the solution, teaches the student.  OPSD, arXiv:2601.18734.
+
+    Args:
+        beta: the teacher's share of the Jensen-Shannon mixture, inside (0, 1).
+        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05).
+        teacher: self (live weights), base (the official code: as they were before training), or ema:RATE.
+        context: what the teacher is told: a column of the row, or peer.
+    """
+    divergence: Divergence = ClippedForwardKL(clip) if clip else JSD(beta)
+    return Method((Match(divergence),), teacher=Privileged(teacher, context))
+
+
+def sdft(teacher: str = "base", context: str = "response") -> Method:
+    """The base model, shown a demonstration, teaches by reverse KL.  SDFT, arXiv:2601.19897.
+
+    Args:
+        teacher: base, or ema:RATE for a moving average of the student.
+        context: the demonstration: a column of the row, or peer.
+    """
+    return Method((Match(ReverseKL()),), teacher=Privileged(teacher, context))
+
+
+def sdpo(k: int = 100, per_prompt: int = 8, teacher: str = "ema:0.05", context: str = "peer") -> Method:
+    """An average of the student, shown a right answer of the same group, teaches.  SDPO, arXiv:2601.20802.
+
+    Args:
+        k: the student's most probable tokens on which the reverse KL is taken; the rest is one bucket.
+        per_prompt: rollouts of a prompt.
+        teacher: ema:RATE, self, or base.
+        context: peer (a rollout without a right peer is not trained), or a column with feedback or a solution.
+    """
+    term = Match(BucketKL(Support(k, "student")))
+    return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged(teacher, context))
