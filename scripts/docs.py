@@ -224,7 +224,7 @@ def default_of(field: dataclasses.Field) -> str:
     """How the table shows a default; one that depends on the machine is not this machine's."""
     if field.default is not dataclasses.MISSING:
         value = field.default
-        if value in ("", ()):
+        if value in ("", (), None):
             return "none"
         if isinstance(value, bool):
             return "on" if value else "off"

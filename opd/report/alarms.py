@@ -1,0 +1,162 @@
+"""What went wrong without an error: `alarms(log) -> findings`, each with the number that shows it and a remedy.
+
+Trends compare the first fifth of the steps with the last; a run of fewer than ten steps has none.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from opd.report.compare import paired
+from opd.report.logs import Log
+
+FEWEST = 10  # steps that make a trend
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One finding."""
+
+    name: str
+    text: str
+    remedy: str
+
+
+def alarms(log: Log) -> list[Alarm]:
+    """All of them, the worst first."""
+    rules = (refused, agreement_trap, length_explosion, truncated, entropy_collapse, repeating, sampler_gap, diverging)
+    return [alarm for rule in rules for alarm in rule(log)]
+
+
+def trend(log: Log, name: str) -> tuple[float, float] | None:
+    """The mean over the first and over the last fifth of the steps."""
+    values = list(log.series(name).values())
+    if len(values) < FEWEST:
+        return None
+    fifth = len(values) // 5
+    return float(np.mean(values[:fifth])), float(np.mean(values[-fifth:]))
+
+
+def refused(log: Log) -> Iterator[Alarm]:
+    """Gradients that were not finite."""
+    steps = [step for step, value in log.series("refused").items() if value]
+    if steps:
+        yield Alarm(
+            "refused steps",
+            f"{len(steps)} steps had gradients that are not finite, the first was step {steps[0]}",
+            "lower --lr; with bf16 try --precision fp32 for a few steps to see whether it is rounding",
+        )
+
+
+def agreement_trap(log: Log) -> Iterator[Alarm]:
+    """The student comes to agree with the teacher on text that solves nothing.  KAT, arXiv:2606.09471."""
+    kl, tables = log.series("eval_reverse_kl"), {s: t for s, t in log.prompts.items() if t}
+    if len(tables) < 2 or not all(s in kl for s in tables):
+        return
+    mean = {s: np.mean([r["outcome"] for r in t.values()]) for s, t in tables.items()}
+    best, last = max(mean, key=lambda s: (mean[s], -s)), max(tables)
+    both = [p for p in tables[best] if p in tables[last]]
+    if best == last or not both or kl[last] >= kl[best]:
+        return
+    a, b = (np.array([[tables[s][p]["outcome"] for p in both]]) for s in (last, best))
+    lost = paired(a, b)
+    if lost.high < 0:
+        yield Alarm(
+            "agreement trap",
+            f"held-out KL fell from {kl[best]:.3f} to {kl[last]:.3f} after step {best}, and accuracy fell with it by "
+            f"{-100 * lost.value:.1f} points (95 %: {-100 * lost.high:.1f} to {-100 * lost.low:.1f})",
+            f"keep the checkpoint of step {best}; `opd inspect` sorted by trap shows where agreement is cheap",
+        )
+
+
+def length_explosion(log: Log) -> Iterator[Alarm]:
+    """Responses grow without need."""
+    found = trend(log, "length")
+    if found and found[1] > 1.6 * found[0]:
+        yield Alarm(
+            "length explosion",
+            f"responses grew from {found[0]:.0f} to {found[1]:.0f} tokens",
+            "read the longest in `opd inspect`; --truncated drop, --reduction sequence or a lower --lr",
+        )
+
+
+def truncated(log: Log) -> Iterator[Alarm]:
+    """Responses that end at the length limit."""
+    values = list(log.series("stopped").values())
+    late = float(np.mean(values[-max(1, len(values) // 5) :])) if values else 1.0
+    if late < 0.9:
+        limit = log.config.get("sampling.max_new_tokens", "?")
+        yield Alarm(
+            "truncated generations",
+            f"{1 - late:.0%} of the last rollouts were cut at --max-new-tokens {limit}",
+            "raise --max-new-tokens, or --truncated drop; if none ends at all, the stop token is wrong",
+        )
+
+
+def entropy_collapse(log: Log) -> Iterator[Alarm]:
+    """The student becomes surer than its teacher."""
+    own, teacher = trend(log, "student_entropy"), trend(log, "teacher_entropy")
+    if own and teacher and own[1] < 0.5 * own[0] and own[1] < 0.5 * teacher[1]:
+        yield Alarm(
+            "entropy collapse",
+            f"student entropy fell from {own[0]:.3f} to {own[1]:.3f} nats, half the teacher's {teacher[1]:.3f} or less",
+            "add a forward KL (eopd, --also gkd-forward:0.1), or lower --lr",
+        )
+
+
+def repeating(log: Log) -> Iterator[Alarm]:
+    """Responses that say the same again."""
+    saved = sorted(log.columns)
+    if len(saved) < 2:
+        return
+    first, last = (repetition(c["ids"], _said(c)) for c in (log.columns[saved[0]], log.columns[saved[-1]]))
+    if last > 0.2 and last > first + 0.1:
+        yield Alarm(
+            "repetition",
+            f"{last:.0%} of the 4-grams of a response stood in it before, {first:.0%} at step {saved[0]}",
+            "read the rollouts with the longest trap in `opd inspect`; a lower --lr, or --truncated drop",
+        )
+
+
+def repetition(ids: Int[Tensor, "B T"], said: Bool[Tensor, "B T"], n: int = 4) -> float:
+    """The mean over responses of the share of n-grams that stood in the response before."""
+    shares = []
+    for row, mask in zip(ids, said, strict=True):
+        tokens = row[mask].tolist()
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def _said(columns: Mapping[str, Tensor]) -> Bool[Tensor, "B T"]:
+    """The tokens of each response: up to the last one that was trained on."""
+    return columns["mask"].flip(1).cumsum(1).flip(1) > 0
+
+
+def sampler_gap(log: Log) -> Iterator[Alarm]:
+    """The sampler and the trainer compute one number; where they differ, one of them is wrong."""
+    s = {k: log.config.get(f"sampling.{k}") for k in ("temperature", "top_p", "top_k")}
+    method = str(log.config.get("method"))
+    if s != {"temperature": 1.0, "top_p": 1.0, "top_k": 0} or ("rollouts=" in method and "OnPolicy" not in method):
+        return  # then they are not meant to be equal
+    gap = max(log.series("sampler_gap").items(), key=lambda x: x[1], default=(0, 0.0))
+    if gap[1] > 0.3:
+        yield Alarm(
+            "sampler gap",
+            f"sampler and trainer differ by {gap[1]:.2f} nats on a token of step {gap[0]}",
+            "compare at --precision fp32: if the gap stays, the engine's weights or template are not the student's",
+        )
+
+
+def diverging(log: Log) -> Iterator[Alarm]:
+    """The divergence that is being minimised rises."""
+    found = trend(log, "reverse_kl")
+    if found and found[1] > 1.1 * found[0]:
+        yield Alarm(
+            "KL rises",
+            f"reverse KL on the student's own rollouts rose from {found[0]:.3f} to {found[1]:.3f} nats per token",
+            "lower --lr or add --warmup; a batch of 32 or more rollouts makes steps quieter",
+        )

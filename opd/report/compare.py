@@ -1,0 +1,72 @@
+"""Comparisons: differences between runs on the same held-out prompts, and what sets their configurations apart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.report.logs import INCIDENTAL, Group
+
+DRAWS = 4000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference `a - b` over shared prompts."""
+
+    a: str
+    b: str
+    prompts: int
+    value: float
+    low: float
+    high: float
+    better: int  # prompts on which a is above b
+    worse: int
+
+
+def paired(a: Float[np.ndarray, "R N"], b: Float[np.ndarray, "S N"], names: tuple[str, str] = ("", "")) -> Paired:
+    """Mean difference with a 95 % percentile bootstrap over prompts, and over runs where there are several.
+
+    Rows are runs, columns the same prompts in both.  Prompts are drawn once for both sides: what is hard is hard for
+    both.  Runs are drawn on each side by themselves: their seeds are not paired.
+    """
+    n = a.shape[1]
+    noise = np.random.default_rng(0)
+    drawn = noise.multinomial(n, np.full(n, 1 / n), DRAWS) / n
+    weights = [noise.multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x) for x in (a, b)]
+    means = [((drawn @ x.T) * w).sum(1) for x, w in zip((a, b), weights, strict=True)]
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    each = a.mean(0) - b.mean(0)
+    return Paired(*names, n, float(each.mean()), float(low), float(high), int((each > 0).sum()), int((each < 0).sum()))
+
+
+def gains(groups: Sequence[Group], name: str) -> list[Paired]:
+    """What training changed: the last evaluation of each group against its first."""
+    out = []
+    for g in groups:
+        both = [p for p in g.shared(g.last()) if p in set(g.shared(0))]
+        after, before = g.held_out(name, g.last(), both), g.held_out(name, 0, both)
+        if both and g.last() and after is not None and before is not None:
+            out.append(paired(after, before, (g.name, "before training")))
+    return out
+
+
+def between(groups: Sequence[Group], name: str) -> list[Paired]:
+    """Each two groups at their last evaluations, on the prompts that both have."""
+    out = []
+    for a, b in combinations(groups, 2):
+        known = set(b.shared(b.last()))
+        both = [p for p in a.shared(a.last()) if p in known]
+        left, right = a.held_out(name, a.last(), both), b.held_out(name, b.last(), both)
+        if both and left is not None and right is not None:
+            out.append(paired(left, right, (a.name, b.name)))
+    return out
+
+
+def apart(tables: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
+    """The names whose values differ between tables, and the others."""
+    names = [k for k in dict.fromkeys(k for t in tables for k in t) if k not in INCIDENTAL]
+    differ = [k for k in names if any(t.get(k) != tables[0].get(k) for t in tables)]
+    return differ, [k for k in names if k not in differ]

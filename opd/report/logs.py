@@ -1,0 +1,191 @@
+"""A run folder read back, `read(folder) -> Log`; runs that differ by their seed alone, `grouped(logs) -> groups`."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from opd.evaluation import interval
+from opd.methods import METHODS
+from opd.types import Refusal
+
+INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # no other configuration
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What one run wrote."""
+
+    folder: Path
+    config: Mapping[str, object]  # flat: data.source, sampling.temperature, ...
+    environment: Mapping[str, object]
+    steps: tuple[Row, ...]  # of training
+    evaluations: tuple[Row, ...]
+    perf: tuple[Row, ...]
+    prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
+
+    @cached_property
+    def columns(self) -> Mapping[int, Mapping[str, torch.Tensor]]:
+        """The saved columns of every step that saved its rollouts."""
+        files = sorted((self.folder / "rollouts").glob("step-*.safetensors"))
+        return {int(path.stem.removeprefix("step-")): load_file(path) for path in files}
+
+    def series(self, name: str) -> dict[int, float]:
+        """A number by step, from whichever log has it; the speed of evaluations is not that of training."""
+        perf = (r for r in self.perf if "evaluate_s" not in r)
+        return {r["step"]: r[name] for r in (*self.steps, *self.evaluations, *perf) if r.get(name) is not None}
+
+
+def read(folder: Path) -> Log:
+    """A run folder; refuses what is none, or has no finished step."""
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"RUN {folder}: there is no config.json in it; name the --out folder of an `opd train`")
+    rows = lines(folder / "metrics.jsonl")
+    if not rows:
+        raise Refusal(f"RUN {folder}: no step is finished yet; wait for the first line of its metrics.jsonl")
+    environment = folder / "environment.json"
+    evals = sorted((folder / "evals").glob("step-*.jsonl"))
+    return Log(
+        folder=folder,
+        config=dict(flat(json.loads((folder / "config.json").read_text()))),
+        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        steps=tuple(r for r in rows if "loss" in r),
+        evaluations=tuple(r for r in rows if "loss" not in r),
+        perf=tuple(lines(folder / "perf.jsonl")),
+        prompts={int(p.stem.removeprefix("step-")): {r["prompt"]: r for r in lines(p)} for p in evals},
+    )
+
+
+def lines(path: Path) -> list[Row]:
+    """The whole lines of a log: the last one of a run at work may be half written."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def flat(value: object, path: str = "") -> list[tuple[str, object]]:
+    """Nested settings as dotted names."""
+    if isinstance(value, Mapping) and value:
+        return [leaf for k, v in value.items() for leaf in flat(v, f"{path}.{k}" if path else str(k))]
+    return [(path, value)]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A number over the steps: the mean of the runs, what it is between, and each run's own."""
+
+    x: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    runs: tuple[Mapping[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, seeds apart."""
+
+    name: str
+    runs: tuple[Log, ...]
+
+    def setting(self, name: str) -> object:
+        """One of the settings that all runs share."""
+        return self.runs[0].config.get(name, "")
+
+    def names(self) -> list[str]:
+        """Every number that was logged, in the order of the logs."""
+        rows = [r for run in self.runs for r in (*run.steps, *run.evaluations, *run.perf)]
+        return [n for n in dict.fromkeys(k for r in rows for k in r) if n != "step"]
+
+    def series(self, name: str) -> Series:
+        """The band: 95 % intervals where an evaluation has them, else what the seeds are between."""
+        runs = [run.series(name) for run in self.runs]
+        steps = sorted(set().union(*runs))
+        values = [[run[s] for run in runs if s in run] for s in steps]
+        mean = tuple(sum(v) / len(v) for v in values)
+        bands = [self._band(name, s, v) for s, v in zip(steps, values, strict=True)]
+        return Series(tuple(steps), mean, tuple(b[0] for b in bands), tuple(b[1] for b in bands), tuple(runs))
+
+    def _band(self, name: str, step: int, values: Sequence[float]) -> tuple[float, float]:
+        if name == "eval_accuracy":
+            shares = self.held_out("outcome", step)
+            if shares is not None:
+                among = interval(shares.mean(0).tolist())
+                return min(among.low, *values), max(among.high, *values)
+            own = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
+            return min(low for low, _ in own), max(high for _, high in own)
+        if name == "eval_reverse_kl":  # the runs share their prompts: more of them do not make this error smaller
+            errors = [run.series("eval_reverse_kl_se").get(step, 0.0) for run in self.runs]
+            centre, half = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
+            return min(centre - half, *values), max(centre + half, *values)
+        return min(values), max(values)
+
+    def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
+        """[runs, prompts]: a number of the held-out prompts (those in `among`) at a step; None where a run lacks it."""
+        found = [run.prompts.get(step) for run in self.runs]
+        tables = [t for t in found if t]
+        shared = list(among) or self.shared(step)
+        if len(tables) < len(found) or not shared or any(p not in t for t in tables for p in shared):
+            return None
+        return np.array([[float(t[p][name]) for p in shared] for t in tables])
+
+    def shared(self, step: int) -> list[str]:
+        """The held-out prompts that every run evaluated at a step."""
+        tables = [run.prompts.get(step, {}) for run in self.runs]
+        return [p for p in tables[0] if all(p in t for t in tables)]
+
+    def last(self) -> int:
+        """The newest step at which every run was evaluated by prompts; 0 where none was."""
+        return max(set.intersection(*(set(run.prompts) for run in self.runs)), default=0)
+
+
+def grouped(logs: Sequence[Log]) -> list[Group]:
+    """Runs of equal settings together, under names that tell the groups apart."""
+    by: dict[str, list[Log]] = {}
+    for log in logs:
+        key = {k: v for k, v in log.config.items() if k not in INCIDENTAL}
+        by.setdefault(json.dumps(key, sort_keys=True), []).append(log)
+    groups = [Group(method_name(str(runs[0].config["method"])), tuple(runs)) for runs in by.values()]
+    more: tuple[Callable[[Group], str], ...] = (
+        lambda g: g.name or folders(g),
+        lambda g: f"{g.name}, {told}" if (told := differing(g, [o for o in groups if o.name == g.name])) else g.name,
+        lambda g: f"{g.name} ({folders(g)})",
+    )
+    named = groups
+    for name in more:
+        taken = [g.name for g in named]
+        named = [Group(name(g), g.runs) if not g.name or taken.count(g.name) > 1 else g for g in named]
+        groups = named
+    return named
+
+
+def method_name(method: str) -> str:
+    """The listed method that prints so, numbers aside; "" for others."""
+    shape = lambda text: re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
+    same = [name for name, factory in METHODS.items() if repr(factory()) == method]
+    alike = [name for name, factory in METHODS.items() if shape(repr(factory())) == shape(method)]
+    return next(iter((*same, *alike)), "")
+
+
+def folders(group: Group) -> str:
+    """What the names of its folders begin with."""
+    names = [run.folder.resolve().name for run in group.runs]
+    common = names[0]
+    while not all(n.startswith(common) for n in names):
+        common = common[:-1]
+    return re.sub(r"[-_.]*(seed)?[-_.]*\d*$", "", common) or names[0]
+
+
+def differing(group: Group, others: Sequence[Group]) -> str:
+    """The settings, short ones, in which a group differs from others."""
+    values = {k: {json.dumps(o.setting(k)) for o in others} for k in group.runs[0].config if k not in INCIDENTAL}
+    told = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
+    short = [x for x in told if len(x) <= 40]
+    return ", ".join(short[:3])

@@ -1,0 +1,112 @@
+"""`opd inspect`: saved rollouts as a page that shows every token, `inspect(Inspect(...)) -> its path`."""
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd.report.logs import lines
+from opd.report.page import write
+from opd.types import Refusal
+
+PLAIN: Mapping[str, str] = {  # columns that a page colours by -> what they are called
+    "reverse_kl": "reverse KL",
+    "student_entropy": "student entropy",
+    "teacher_entropy": "teacher entropy",
+    "student_logp": "student log p",
+    "teacher_logp": "teacher log q",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What is shown, and where."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    step: int = 0
+    """A step that saved its rollouts; 0 is the newest of them."""
+    out: Path = Path("inspect.html")
+    """The page."""
+
+
+def inspect(config: Inspect) -> Path:
+    """Read the rollouts, write the page; returns its path."""
+    folder = config.run / "rollouts"
+    steps = [int(p.stem.removeprefix("step-")) for p in sorted(folder.glob("step-*.safetensors"))]
+    if not steps:
+        raise Refusal(f"RUN {config.run}: no saved rollouts in it; name the --out folder of an `opd train`")
+    step = config.step or steps[-1]
+    if step not in steps:
+        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, steps))}; --rollouts-every sets that")
+    path = folder / f"step-{step:06d}"
+    rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
+    texts = path.with_suffix(".tokens.json")
+    if not texts.is_file():
+        raise Refusal(f"RUN {config.run}: {texts.name} is not there; the run was written by another version of opd")
+    write(config.out, "inspect", payload(config.run, step, rows, columns, json.loads(texts.read_text())))
+    return config.out
+
+
+def payload(
+    run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> dict[str, object]:
+    """The rollouts and their columns, flat over the tokens that were said: row b's are at [start[b], start[b + 1])."""
+    mask = columns["mask"]
+    lengths = torch.tensor([row["tokens"] for row in rows])
+    said = torch.arange(mask.shape[1]) < lengths[:, None]
+    names = list(texts)
+    place = torch.zeros(1 + max(map(int, names)), dtype=torch.long)
+    place[torch.tensor([int(n) for n in names])] = torch.arange(len(names))
+    shown = {title: columns[name] for name, title in PLAIN.items() if name in columns}
+    if "student_logp" in columns and "teacher_logp" in columns:
+        shown = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **shown}
+    terms = sum(name.startswith("weight.") for name in columns)
+    for i in range(terms):
+        number = f" {i + 1}" if terms > 1 else ""
+        if f"advantage.{i}" in columns:
+            shown[f"advantage{number}"] = columns[f"advantage.{i}"]
+        shown[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1 is a token's share of a mean over tokens
+    data: dict[str, object] = {
+        "run": str(run),
+        "step": step,
+        "rollouts": rows,
+        "start": [0, *lengths.cumsum(0).tolist()],
+        "tokens": list(texts.values()),
+        "names": [int(n) for n in names],
+        "ids": packed(place[columns["ids"].long()][said].to(torch.int32)),
+        "trained": packed(mask[said].to(torch.uint8)),
+        "columns": {title: packed(rounded(x.float().where(mask, torch.nan)[said], 12)) for title, x in shown.items()},
+    }
+    if "alternatives_ids" in columns:
+        ids = columns["alternatives_ids"]
+        data["width"] = ids.shape[-1]
+        data["alternatives"] = packed(place[ids.long()][said].to(torch.int32))
+        for name in ("student_logp", "teacher_logp"):
+            data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][said].to(torch.bfloat16))
+    return data
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """fp32 with the last bits of the mantissa zero: three significant digits stay, and gzip finds little else."""
+    return ((x.contiguous().view(torch.int32) >> bits) << bits).view(torch.float32)
+
+
+def packed(x: Tensor) -> str:
+    """Type, then the bytes of a tensor, little-endian, gzipped, in base64; ids in 16 bits where they fit."""
+    if x.dtype == torch.bfloat16:
+        kind, array = "b16", x.contiguous().view(torch.int16).numpy()
+    elif x.dtype == torch.int32 and (x.numel() == 0 or int(x.max()) < 1 << 16):
+        kind, array = "u16", x.numpy().astype("<u2")
+    else:
+        array = x.contiguous().numpy()
+        kind = f"{array.dtype.kind}{8 * array.itemsize}"
+    return f"{kind}:{base64.b64encode(gzip.compress(array.tobytes(), 6, mtime=0)).decode()}"
