@@ -32,7 +32,7 @@ from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
-Teacher = LocalTeacher | HiddenTeacher | LogpTeacher
+AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -42,7 +42,7 @@ class Session:
 
     accelerator: Accelerator
     student: torch.nn.Module  # Student, wrapped by Accelerate
-    teachers: dict[str, Teacher]  # by the names of --route; "" is --teacher
+    teachers: dict[str, AnyTeacher]  # by the names of --route; "" is --teacher
     reference: LocalTeacher | None  # for methods that read one
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
@@ -151,7 +151,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     models.verify_head(student.model, field="student")
     merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
-    opened: dict[str, Teacher] = {}
+    opened: dict[str, AnyTeacher] = {}
     for name, called in config.routes().items():
         at = sources[name]
         if isinstance(at, Server):

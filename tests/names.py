@@ -1,5 +1,6 @@
 """Every name a method prints itself with."""
 
+from opd.against import *  # noqa: F403
 from opd.divergences import *  # noqa: F403
 from opd.estimators import *  # noqa: F403
 from opd.method import *  # noqa: F403

@@ -10,7 +10,7 @@ from opd.divergences import JSD, BucketForwardKL, ForwardKL, ReverseKL, Support
 from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
 from opd.exact import measure, token_gradients
 from opd.method import Match, Method, PolicyGradient, Positions
-from opd.methods import METHODS, opd, opd_plus, pg, tropd
+from opd.methods import METHODS, g_opd, opd, opd_plus, pg, tropd
 from opd.methods.eopd import TopKForwardKL
 from opd.methods.tropd import Outlier, RawForwardKL
 from opd.rewards import (
@@ -358,3 +358,24 @@ def test_over_the_coin_tropd_is_its_soft_form(pair):
     got = hard.loss(many, hard.prepare(batch)).view(n, 5, 1).sum(0)
     close(got, want, rtol=1e-3, atol=1e-4)
     assert set(hard.prepare(batch)[1].weight.unique().tolist()) == {0.0, 1 / (5 * n)}
+
+
+def test_g_opd_descends_the_kl_to_what_lies_beyond_the_teacher():
+    """E over y of the gradient is that of KL(student || normalised q^lambda b^(1 - lambda))."""
+    student, teacher, reference = torch.randn(3, 6, 5)
+    for strength in (0.5, 1.0, 1.25, 2.0):
+        got = token_gradients(g_opd(strength), student, teacher, reference)
+        p = student.clone().requires_grad_()
+        beyond = strength * teacher.log_softmax(-1) + (1 - strength) * reference.log_softmax(-1)
+        kl = torch.nn.functional.kl_div(beyond.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True)
+        want = torch.autograd.grad(kl, p)[0]
+        close((student.softmax(-1)[..., None] * got).sum(1), want)
+        value = token_gradients(g_opd(strength, "value"), student, teacher, reference)
+        close((student.softmax(-1)[..., None] * value).sum(1), want)
+
+
+def test_g_opd_by_hand():
+    """lambda (log q - log b) - (log p - log b) at the sampled token, times its score."""
+    p, q, b = (torch.tensor([x]).log() for x in ([0.5, 0.5], [0.8, 0.2], [0.4, 0.6]))
+    reward = 1.25 * math.log(0.8 / 0.4) - math.log(0.5 / 0.4)
+    close(token_gradients(g_opd(), p, q, b)[0, 0], -reward * torch.tensor([0.5, -0.5]))
