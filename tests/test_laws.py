@@ -77,6 +77,7 @@ def given(ids):
         "source": torch.where(torch.arange(20) < 15, STUDENT, DATA),
         "outcome": torch.rand(20).round(),
         "sampler_logp": -torch.rand(20, 3),
+        "prefix": torch.arange(20) % 3,
     }
 
 
