@@ -23,6 +23,7 @@ from opd.exact import Size
 from opd.method import Method
 from opd.methods import METHODS
 from opd.presets import arguments, settings
+from opd.rollouts import OnPolicy
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
 
@@ -189,7 +190,7 @@ def _plus(method: Method, other: str) -> Method:
         raise Refusal(f"--also {other}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
     name, *flags = name.split() or [""]
     more = _method(name, flags)
-    if more.rollouts != method.rollouts:
+    if more.rollouts not in (method.rollouts, OnPolicy()):
         raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
     if more.filters:
         raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")

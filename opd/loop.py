@@ -283,7 +283,7 @@ class Loop:
             return self.heard[key]
         own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
         teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained, other)
-        reference = session.reference and session.reference.hidden(rollouts, trained)
+        reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
         heard = Heard(teacher, reference, own)
         if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
             self.heard[key] = heard

@@ -381,6 +381,15 @@ def test_also_takes_the_flags_of_the_other_method():
         _plus(both, "oprd:1")
 
 
+def test_also_takes_the_rollouts_of_the_method_for_those_that_ask_for_none():
+    mixed = METHODS["gkd"](share=0.5)
+    assert _plus(mixed, "oprd:1").rollouts == mixed.rollouts
+    with pytest.raises(opd.Refusal, match="its rollouts are Mixture"):
+        _plus(METHODS["vopd"](), "gkd --share 0.5:1")
+    with pytest.raises(opd.Refusal, match=r"--also vopd:1: Mixture.* lets others speak"):
+        _plus(mixed, "vopd:1")
+
+
 # runs
 
 
