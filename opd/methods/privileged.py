@@ -25,37 +25,31 @@ class ClippedForwardKL:
         return (q * (teacher_logp - student_logp).where(q > 0, 0)).clamp(max=self.bound).sum(-1)
 
 
-def opsd(beta: float = 0.5, clip: float = 0.0, teacher: str = "self", context: str = "response") -> Method:
+def opsd(beta: float = 0.5, clip: float = 0.0) -> Method:
     """The student, told the solution, teaches the student.  OPSD, arXiv:2601.18734.
 
     Args:
         beta: the teacher's share of the Jensen-Shannon mixture, inside (0, 1).
-        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05).
-        teacher: self (live weights), base (the official code: as they were before training), or ema:RATE.
-        context: what the teacher is told: a column of the row, or peer.
+        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05,
+            and --teacher base: the weights as they were before training).
     """
     divergence: Divergence = ClippedForwardKL(clip) if clip else JSD(beta)
-    return Method((Match(divergence),), teacher=Privileged(teacher, context))
+    return Method((Match(divergence),), teacher=Privileged("self", "response"))
 
 
-def sdft(teacher: str = "base", context: str = "response") -> Method:
-    """The base model, shown a demonstration, teaches by reverse KL.  SDFT, arXiv:2601.19897.
-
-    Args:
-        teacher: base, or ema:RATE for a moving average of the student.
-        context: the demonstration: a column of the row, or peer.
-    """
-    return Method((Match(ReverseKL()),), teacher=Privileged(teacher, context))
+def sdft() -> Method:
+    """The base model, shown a demonstration, teaches by reverse KL; or --teacher ema:RATE.  SDFT, arXiv:2601.19897."""
+    return Method((Match(ReverseKL()),), teacher=Privileged("base", "response"))
 
 
-def sdpo(k: int = 100, per_prompt: int = 8, teacher: str = "ema:0.05", context: str = "peer") -> Method:
+def sdpo(k: int = 100, per_prompt: int = 8) -> Method:
     """An average of the student, shown a right answer of the same group, teaches.  SDPO, arXiv:2601.20802.
+
+    A rollout whose group has no other right one is not trained.  --context COLUMN gives feedback or a solution instead.
 
     Args:
         k: the student's most probable tokens on which the reverse KL is taken; the rest is one bucket.
         per_prompt: rollouts of a prompt.
-        teacher: ema:RATE, self, or base.
-        context: peer (a rollout without a right peer is not trained), or a column with feedback or a solution.
     """
     term = Match(BucketKL(Support(k, "student")))
-    return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged(teacher, context))
+    return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged("ema:0.05", "peer"))
