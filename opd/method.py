@@ -21,7 +21,7 @@ from opd.divergences import Divergence, ReverseKL
 from opd.estimators import Baseline, Estimator, Sampled
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, Reward
-from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix
+from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, listens
 from opd.surrogates import Reinforce
 from opd.transforms import Discount, DiscountExpected, MeanFuture
 from opd.types import GIVEN, MEASURED, Batch, Column, call, reads
@@ -283,8 +283,13 @@ class Method:
         return frozenset().union(*map(reads, leaves))
 
     def needs(self) -> frozenset[str]:
-        """What every teacher must provide: measured columns, `vocabulary` (whole distributions), `layers`."""
-        return frozenset().union(self.reads() & MEASURED, *(term.needs() for term in self.terms))
+        """What every teacher must provide: measured columns, `vocabulary` (whole distributions), `layers`, `decoding`.
+
+        The last is for rollouts that the teacher reads while they are written.
+        """
+        heard = {"decoding"} if listens(self.rollouts) else set()
+        heard |= {"reverse_kl"} if isinstance(self.rollouts, StopOnAgreement) else set()
+        return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
 
     def models(self) -> frozenset[str]:
         """The distributions that its terms compare the student with, by their name in `Positions`."""

@@ -57,9 +57,11 @@ def reached(url: str, config: Train, *, field: str) -> Server:
     missing = method.needs() - server.provides
     if missing:
         enough = [name for name, factory in METHODS.items() if factory().needs() <= server.provides]
-        wanted = "their layers" if "layers" in missing else f"more of the teacher ({', '.join(sorted(missing))})"
-        said = "final hidden states" if server.told else "log-probs of the sampled tokens"
-        way = "load the model here" if server.told else "serve it by `opd serve` or load it here"
+        wanted = f"more of the teacher ({', '.join(sorted(missing))})"
+        said = "final states and the head" if server.told else "log-probs of the sampled tokens"
+        way = "load the model here"
+        if missing <= HiddenTeacher.provides:
+            way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
             f"{', '.join(enough)}"

@@ -23,7 +23,7 @@ from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.reading import Prompts
 from opd.representation import Lenses
-from opd.rollouts import OnPolicy, listens
+from opd.rollouts import OnPolicy
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
 from opd.tasks.load import load
@@ -74,7 +74,8 @@ class Session:
         """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at."""
         optimizer = self.optimizer.optimizer
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
-        whole["state"] |= load_optimizer(folder / "optimizer.safetensors")  # what had no gradient yet has no state there
+        # What had no gradient yet has no state there.
+        whole["state"] |= load_optimizer(folder / "optimizer.safetensors")
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
         for teacher in self.teachers.values():
             teacher.restore(folder)
@@ -155,11 +156,6 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     for name, called in config.routes().items():
         at = sources[name]
         if isinstance(at, Server):
-            if listens(method.rollouts):
-                raise Refusal(
-                    f"--{_field(name)} {called}: is behind a server, and {method.rollouts} asks it before each token: "
-                    "name a model to open here (kat --no-online cuts once the rollouts are measured)"
-                )
             opened[name] = there = open_teacher(at, to=device, stop=merged)
             if config.remote.teacher_local:
                 remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)

@@ -89,7 +89,15 @@ def parse(words: list[str], monkeypatch) -> object:
     def stop(value):
         raise Parsed(value)
 
-    for module, function in (("loop", "train"), ("evaluation", "evaluate"), ("rock", "rock"), ("serve.server", "serve"), ("demo", "demo")):
+    for module, function in (
+        ("loop", "train"),
+        ("evaluation", "evaluate"),
+        ("rock", "rock"),
+        ("report.page", "report"),
+        ("report.tokens", "inspect"),
+        ("serve.server", "serve"),
+        ("demo", "demo"),
+    ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:
         code = cli.main(words)

@@ -25,7 +25,7 @@ class LocalTeacher:
     two prompts it reads.
     """
 
-    provides = MEASURED | {"vocabulary", "layers"}  # measured columns, whole distributions, hidden states
+    provides = MEASURED | {"vocabulary", "layers", "decoding"}  # columns, whole distributions, hidden states
 
     def __init__(
         self,
