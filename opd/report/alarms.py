@@ -3,7 +3,7 @@
 Trends compare the first fifth of the steps with the last; a run of fewer than ten steps has none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,10 +109,10 @@ def entropy_collapse(log: Log) -> Iterator[Alarm]:
 
 def repeating(log: Log) -> Iterator[Alarm]:
     """Responses that say the same again."""
-    saved = sorted(log.columns)
+    saved = log.saved()
     if len(saved) < 2:
         return
-    first, last = (repetition(c["ids"], _said(c)) for c in (log.columns[saved[0]], log.columns[saved[-1]]))
+    first, last = (repetition(**log.columns(step, ("ids", "mask"))) for step in (saved[0], saved[-1]))
     if last > 0.2 and last > first + 0.1:
         yield Alarm(
             "repetition",
@@ -121,19 +121,14 @@ def repeating(log: Log) -> Iterator[Alarm]:
         )
 
 
-def repetition(ids: Int[Tensor, "B T"], said: Bool[Tensor, "B T"], n: int = 4) -> float:
+def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
     """The mean over responses of the share of n-grams that stood in the response before."""
     shares = []
-    for row, mask in zip(ids, said, strict=True):
-        tokens = row[mask].tolist()
+    for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):  # up to the last trained token
+        tokens = row[said].tolist()
         grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return float(np.mean(shares)) if shares else 0.0
-
-
-def _said(columns: Mapping[str, Tensor]) -> Bool[Tensor, "B T"]:
-    """The tokens of each response: up to the last one that was trained on."""
-    return columns["mask"].flip(1).cumsum(1).flip(1) > 0
 
 
 def sampler_gap(log: Log) -> Iterator[Alarm]:

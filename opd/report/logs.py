@@ -4,13 +4,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from opd.evaluation import interval
 from opd.methods import METHODS
@@ -32,11 +31,16 @@ class Log:
     perf: tuple[Row, ...]
     prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
 
-    @cached_property
-    def columns(self) -> Mapping[int, Mapping[str, torch.Tensor]]:
-        """The saved columns of every step that saved its rollouts."""
-        files = sorted((self.folder / "rollouts").glob("step-*.safetensors"))
-        return {int(path.stem.removeprefix("step-")): load_file(path) for path in files}
+    def saved(self) -> list[int]:
+        """The steps that saved their rollouts."""
+        return [
+            int(p.stem.removeprefix("step-")) for p in sorted((self.folder / "rollouts").glob("step-*.safetensors"))
+        ]
+
+    def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Those of some columns that were saved; the alternatives beside them are large."""
+        with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in names if name in file.keys()}
 
     def series(self, name: str) -> dict[int, float]:
         """A number by step, from whichever log has it; the speed of evaluations is not that of training."""

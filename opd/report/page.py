@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from opd.report.alarms import alarms
-from opd.report.compare import apart, between, gains
+from opd.report.compare import Paired, apart, between, gains
 from opd.report.logs import Group, Log, grouped, read
 from opd.runs import disk
 from opd.types import Refusal
@@ -173,7 +173,9 @@ def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
     return {"name": name, "title": title, "unit": unit, "main": name in CURVES, "lines": lines}
 
 
-def comparisons(compare: Any, groups: Sequence[Group]) -> list[dict[str, object]]:
+def comparisons(
+    compare: Callable[[Sequence[Group], str], list[Paired]], groups: Sequence[Group]
+) -> list[dict[str, object]]:
     """Paired differences, of accuracy where prompts are verified and of reverse KL everywhere."""
     out: list[dict[str, object]] = []
     scored = any(g.series("eval_accuracy").x for g in groups)
@@ -188,10 +190,10 @@ def comparisons(compare: Any, groups: Sequence[Group]) -> list[dict[str, object]
 
 def positions(group: Group) -> list[dict[str, object]]:
     """Reverse KL by position in the response, at the first saved step and at the last; over all seeds."""
-    steps = sorted(set.intersection(*(set(run.columns) for run in group.runs)))
+    steps = sorted(set.intersection(*(set(run.saved()) for run in group.runs)))
     out = []
     for step in dict.fromkeys(steps[:1] + steps[-1:]):
-        both = [run.columns[step] for run in group.runs]
+        both = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]
         if not all("reverse_kl" in c for c in both):
             continue
         rows = [(kl, m) for c in both for kl, m in zip(c["reverse_kl"], c["mask"], strict=True)]

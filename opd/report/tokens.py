@@ -23,6 +23,7 @@ PLAIN: Mapping[str, str] = {  # columns that a page colours by -> what they are 
     "teacher_entropy": "teacher entropy",
     "student_logp": "student log p",
     "teacher_logp": "teacher log q",
+    "hidden_distance": "hidden distance",
 }
 
 

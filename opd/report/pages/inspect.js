@@ -113,8 +113,8 @@ function one() {
   tip.hidden = true;
   if (b === undefined) { holder.replaceChildren(el("p", { class: "quiet" }, "No rollout is like that.")); $("#facts").replaceChildren(); $("#prompt").textContent = ""; $("#answer").textContent = ""; return; }
   const r = rollouts[b], s = stats[b], fact = (name, value) => el("span", {}, el("span", { class: "quiet" }, `${name} `), el("b", { class: "number" }, value));
-  $("#facts").replaceChildren(fact("rollout", String(r.index)), fact("outcome", show(r.outcome)), fact("tokens", String(s.length)), fact("mean KL", `${show(s.kl)} nats`),
-    fact("longest trap", `${s.trap[1]} tokens`), r.stopped ? "" : fact("", "truncated"), s.off ? fact("not trained on", `${s.off} tokens`) : "");
+  $("#facts").replaceChildren(fact("rollout", String(r.index)), fact("outcome", show(r.outcome)), fact("tokens", String(s.length)), Number.isNaN(s.kl) ? "" : fact("mean KL", `${show(s.kl)} nats`),
+    columns[KL] ? fact("longest trap", `${s.trap[1]} tokens`) : "", r.stopped ? "" : fact("", "truncated"), s.off ? fact("not trained on", `${s.off} tokens`) : "");
   $("#prompt").textContent = words(b);
   $("#answer").textContent = r.answer ? `Expected answer: ${r.answer}` : "";
   const text = state.search.toLowerCase(), spans = [], ends = [];
@@ -147,7 +147,7 @@ function tint() {
   const means = { "log ratio r": "log q − log p: below zero (orange, underlined) the teacher would rather not have said it", "reverse KL": "KL(student ‖ teacher) of the next token, nats", weight: "1 is the share of a token in a mean over tokens" };
   $("#legend").replaceChildren(el("b", {}, state.color), el("span", { class: "number" }, diverging ? show(-top) : "0"),
     el("span", { class: "scale", style: `background: linear-gradient(to right, ${stops.join(", ")})` }), el("span", { class: "number" }, `${diverging ? "+" : sign}${show(top)}`),
-    el("span", { class: "quiet" }, means[state.color] || (diverging ? "orange and underlined: below zero" : ""), " · dotted: the longest trap"));
+    el("span", { class: "quiet" }, means[state.color] || (diverging ? "orange and underlined: below zero" : ""), columns[KL] ? " · dotted: the longest trap" : ""));
 }
 function recolor(name) {
   state.color = name;

@@ -168,7 +168,10 @@ function all() {
   const teachers = [...new Set(G.map((g) => `${g.student} from ${g.teacher}, on ${g.prompts}`))];
   $("#about").textContent = teachers.join("; ");
   document.title = `${G.map((g) => g.name).join(" · ")} – opd report`;
-  $("#alarms").append(...DATA.alarms.length ? DATA.alarms.map((a) => el("div", { class: "alarm", role: "note" }, el("b", {}, `${a.name} `), `${a.run}: ${a.text}. `, el("span", { class: "quiet" }, `What to do: ${a.remedy}.`)))
+  const causes = new Map();
+  for (const a of DATA.alarms) causes.set(a.name + a.remedy, [...(causes.get(a.name + a.remedy) || []), a]);
+  $("#alarms").append(...causes.size ? [...causes.values()].map((same) => el("div", { class: "alarm", role: "note" }, el("b", {}, `${same[0].name} `),
+    same.map((a) => `${a.run}: ${a.text}`).join("; "), ". ", el("span", { class: "quiet" }, `What to do: ${same[0].remedy}.`)))
     : [el("p", { class: "fine" }, "No alarms: lengths, entropies, repetition, truncation and the sampler look healthy.")]);
   results();
   $("#legend").append(...G.map((g, i) => el("button", { "aria-pressed": true, title: "Show or hide", onclick: (e) => {
