@@ -111,8 +111,8 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
 
 ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "embedded": {
-        "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "warmup": 4},  # responses are 50 to 160 tokens
-        "trb": {"steps": 20},
+        "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
+        "trb": {"anneal": 20},
         "oprd": {"bridge_rank": 8},  # `small` is narrower than the teacher
         "scope": {"per_prompt": 8},
     },

@@ -254,7 +254,12 @@ def ids(world):
 def given(ids):
     mask = torch.arange(3) < torch.randint(1, 4, (24, 1))
     mask[0], mask[1] = tensor([True, False, True]), False
-    return {"mask": mask, "group": torch.arange(24) % 5, "outcome": torch.rand(24).round()}
+    return {
+        "mask": mask,
+        "group": torch.arange(24) % 5,
+        "outcome": torch.rand(24).round(),
+        "prefix": torch.arange(24) % 3,
+    }
 
 
 SELECTORS = {
@@ -283,7 +288,7 @@ def test_the_mechanism_fires(m, world, ids, given):
 def test_weights_leave_the_denominator_alone(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     for term, target in zip(m.terms, m.prepare(batch), strict=True):
-        want = batch.mask.double()
+        want = term.coef * batch.mask.double()
         for leaf in term.weights:
             want = want * call(leaf, batch).where(batch.mask, 0)
         close(target.weight * batch.mask.sum(), want)

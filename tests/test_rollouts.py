@@ -435,10 +435,10 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-SMALL = {"window": 4, "floor": 2, "buffer": 20, "ready": 8, "warmup": 2, "eta": 0.1, "patience": 2}
+SMALL = {"window": 4, "floor": 2, "buffer": 20, "ready": 8, "after": 2, "eta": 0.1, "patience": 2}
 LIMITED = {"data": opd.Data(limit=3)}  # prompts come back: their prefixes too
 RUNS = {
-    "trb": (METHODS["trb"](eps0=0.05, steps=4, per_prompt=2), {}),
+    "trb": (METHODS["trb"](eps0=0.05, anneal=4, per_prompt=2), {}),
     "kat": (METHODS["kat"](**SMALL), {}),
     "kat --no-online": (METHODS["kat"](**SMALL, online=False), {}),
     "tropd": (METHODS["tropd"](per_prompt=2, length=24), LIMITED),

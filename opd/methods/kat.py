@@ -10,7 +10,7 @@ def kat(
     floor: int = 16,
     buffer: int = 4096,
     ready: int = 512,
-    warmup: int = 50,
+    after: int = 50,
     eta: float = 0.3,
     patience: int = 4,
     k: int = 64,
@@ -26,11 +26,11 @@ def kat(
         floor: tokens that always stay (16 for the 1.7B student, 32 for the 4B).
         buffer: rollouts whose least window is remembered, over all processes.
         ready: rollouts remembered before the first cut.
-        warmup: steps before the first cut.
+        after: steps before the first cut.
         eta: the threshold is the (1 - eta) quantile of what is remembered.
         patience: windows in a row below the threshold that end a rollout.
         k: tokens on which the reverse KL is matched, the student's, with one bucket for the rest.
         online: the teacher reads along and the rest is never sampled; off cuts once the whole rollout is measured.
     """
-    who = StopOnAgreement(window, floor, buffer, ready, warmup, eta, patience, online)
+    who = StopOnAgreement(window, floor, buffer, ready, after, eta, patience, online)
     return Method((Match(BucketKL(Support(k))),), rollouts=who)
