@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import opd
 from opd.kernels.logits import Head, Vocabulary
@@ -75,6 +76,22 @@ def test_texts_of_tokens_add_up_to_the_response():
     ids = text("Sep: 27+48=75\n<answer>75", add_special_tokens=False)["input_ids"]
     said = spelled(text, ids)
     assert "".join(said[i] for i in ids) == text.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_spaces_of_tokens_stay(kind):
+    """GPT's kind of tokenizer, and that of sentencepiece, whose decoder drops the space that begins a text."""
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
+    words.decoder = getattr(tokenizers.decoders, kind)()
+    sentence = "a sum of a sum and a half \u00e9 \U0001f99d"
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if kind == "ByteLevel" else []
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    words.train_from_iterator([sentence], trainer)
+    text = PreTrainedTokenizerFast(tokenizer_object=words)
+    ids = text("sum and half \U0001f99d", add_special_tokens=False)["input_ids"]
+    said = [spelled(text, ids)[i] for i in ids]
+    assert "".join(said).strip().startswith("sum and half ") and all(said) and "\ufffd" not in "".join(said)
 
 
 def test_a_run_folder_says_what_the_pages_need(runs):

@@ -112,7 +112,8 @@ def repeating(log: Log) -> Iterator[Alarm]:
     saved = log.saved()
     if len(saved) < 2:
         return
-    first, last = (repetition(**log.columns(step, ("ids", "mask"))) for step in (saved[0], saved[-1]))
+    both = [log.columns(step, ("ids", "mask")) for step in (saved[0], saved[-1])]
+    first, last = (repetition(columns["ids"], columns["mask"]) for columns in both)
     if last > 0.2 and last > first + 0.1:
         yield Alarm(
             "repetition",

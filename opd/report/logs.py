@@ -33,14 +33,14 @@ class Log:
 
     def saved(self) -> list[int]:
         """The steps that saved their rollouts."""
-        return [
-            int(p.stem.removeprefix("step-")) for p in sorted((self.folder / "rollouts").glob("step-*.safetensors"))
-        ]
+        files = sorted((self.folder / "rollouts").glob("step-*.safetensors"))
+        return [int(path.stem.removeprefix("step-")) for path in files]
 
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Those of some columns that were saved; the alternatives beside them are large."""
         with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
-            return {name: file.get_tensor(name) for name in names if name in file.keys()}
+            there = set(file.keys())
+            return {name: file.get_tensor(name) for name in names if name in there}
 
     def series(self, name: str) -> dict[int, float]:
         """A number by step, from whichever log has it; the speed of evaluations is not that of training."""
