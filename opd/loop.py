@@ -266,6 +266,8 @@ class Loop:
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
             heard = self._heard(rolls, trained)
+            if k + 1 < len(micro):
+                self._ahead(batch, rollouts, micro[k + 1])
             last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
                 loss, columns = session.student(inputs, heard, self.method, flat, session.vocabulary)
@@ -275,6 +277,12 @@ class Loop:
             parts.append((at, columns.cpu(), float(loss.detach())))
         everyone = gather_object(parts)
         return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
+
+    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
+        """Let a teacher behind a server begin on the next rows while the student works on these."""
+        rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+        if rolls and tuple(r.index for r in rolls) not in self.heard:
+            self.session.teachers[rolls[0].teacher].ahead(rolls, masks(cut, rolls))
 
     def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
         """The states of teacher and reference; a method that measures first asks twice, and they run once."""

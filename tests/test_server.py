@@ -235,6 +235,21 @@ def test_states_are_the_local_teachers(server, teacher):
     assert moved["teacher_retries"] == 0 and remote.traffic()["teacher_requests"] == 0
 
 
+def test_what_is_asked_ahead_is_the_answer_to_that_question_alone(server, teacher):
+    remote = open_teacher(reach(server, QUICK), to=CPU, stop=())
+    many, masks = rollouts()
+    remote.traffic()
+    remote.ahead(many[:4], masks[:4])
+    torch.testing.assert_close(
+        remote.hidden(many[:4], masks[:4]).states, teacher.hidden(many[:4], masks[:4]).states, rtol=1e-5, atol=1e-5
+    )
+    once = remote.traffic()["teacher_requests"]
+    remote.ahead(many[:4], masks[:4])
+    there, here = (x.hidden(many[4:], masks[4:]).states for x in (remote, teacher))
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+    assert once == 1
+
+
 def columns(pair, heard, asked, vocabulary, method):
     student = AutoModelForCausalLM.from_pretrained(pair[0]).eval()
     at = rows(*asked, teacher=False, device=CPU)
@@ -482,6 +497,8 @@ def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, mo
 @pytest.mark.parametrize(
     ("url", "changes", "told"),
     [
+        ("{server}", {"method": METHODS["kat"](), "per_prompt": 1}, "needs more of the teacher (decoding): load"),
+        ("{server}", {"method": METHODS["oprd"]()}, "needs more of the teacher (layers): load"),
         ("http://127.0.0.1:1", {"remote": replace(QUICK, teacher_retries=0)}, "failed 1 times"),
         ("http://user:word@127.0.0.1:1", {}, "no secrets in an address"),
         ("http://", {}, "not the address of a server"),
@@ -492,8 +509,8 @@ def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, mo
         ("openai:gpt", {}, "text-only"),
     ],
 )
-def test_teachers_that_cannot_be_used_are_one_line(pair, plain, tmp_path, url, changes, told):
-    fill = lambda x: x.format(plain=plain, teacher=pair[1])
+def test_teachers_that_cannot_be_used_are_one_line(pair, server, plain, tmp_path, url, changes, told):
+    fill = lambda x: x.format(server=server, plain=plain, teacher=pair[1])
     changes = {**changes, "route": tuple(map(fill, changes.get("route", ())))}
     with pytest.raises(opd.Refusal) as caught:
         opd.train(config(pair, tmp_path / "run", fill(url), **changes))

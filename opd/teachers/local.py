@@ -48,6 +48,9 @@ class LocalTeacher:
             final, views = states(self.model, rows(rollouts, masks, teacher=self.own_prompt, device=device), lens)
         return Hidden(final.to(self.to), self.head, tuple(view.to(self.to) for view in views))
 
+    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
+        """What `hidden` will be asked next: nothing is gained by knowing it early."""
+
     def follow(self) -> None:
         """The student made a step."""
 

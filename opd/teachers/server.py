@@ -7,10 +7,10 @@ and masks.  A batch goes out as chunks, several at once; a chunk that fails is a
 import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx
 import numpy as np
@@ -35,6 +35,7 @@ SPREAD = 64  # ids whose text a plain server is asked for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
 T = TypeVar("T")
+K = TypeVar("K", Hidden, Given)
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,30 @@ class _Row:
     at: tuple[int, ...]  # the trained tokens
 
 
-class _Remote:
+class _Remote(Generic[K]):
     """What both kinds of server teacher share: rows out in chunks, answers back in order, an account of the bytes."""
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         self.server, self.client, self.to = server, server.client, to
         self.pool = ThreadPoolExecutor(server.client.how.teacher_concurrency, "teacher")
+        self.early = ThreadPoolExecutor(1, "teacher-ahead")
+        self.pending: tuple[object, Future] | None = None
         self.before = Traffic()
+
+    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
+        """Ask now what `hidden` will want next: the server works while the student does."""
+        self.pending = (_key(rollouts, masks), self.early.submit(self._ask, rollouts, masks))
+
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> K:
+        """What the server says of the trained tokens, after the teacher's own prompt; no layer below the last."""
+        assert lens is None, "a server shows no layers"
+        pending, self.pending = self.pending, None
+        if pending is not None and pending[0] == _key(rollouts, masks):
+            return pending[1].result()
+        return self._ask(rollouts, masks)
+
+    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> K:
+        raise NotImplementedError
 
     def follow(self) -> None:
         """The student made a step."""
@@ -162,7 +180,7 @@ class _Remote:
         return [out[i] for i in range(len(rows)) if i in out]
 
 
-class HiddenTeacher(_Remote):
+class HiddenTeacher(_Remote[Hidden]):
     """An `opd serve`: final states come over the wire, 2 or 4 bytes times the width for each token.
 
     Exact, and every method works: the head is fetched once, and the head pass measures whole distributions.
@@ -178,9 +196,7 @@ class HiddenTeacher(_Remote):
         on = {name: x.to(to) for name, x in found.items()}
         self.head = Head(on["weight"], on.get("bias"), told["scale"], told["softcap"])
 
-    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
-        """Final states at the trained tokens, after the teacher's own prompt; no layer below."""
-        assert lens is None, "a server shows no layers"
+    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
         found = self._each(_rows(rollouts, masks), CHUNK, self._states)
         empty = torch.empty(0, self.width, dtype=self.dtype)
         return Hidden(torch.cat([empty, *found]).to(self.to), self.head)
@@ -212,7 +228,7 @@ class HiddenTeacher(_Remote):
         return read
 
 
-class LogpTeacher(_Remote):
+class LogpTeacher(_Remote[Given]):
     """Any server of vLLM's protocol: it says log q of the sampled tokens, and nothing of the others.
 
     Exact ids through /inference/v1/generate where the server has it (vLLM >= 0.32, V2 runner), 4 bytes a token; else
@@ -231,9 +247,7 @@ class LogpTeacher(_Remote):
                 f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
             )
 
-    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Given:
-        """log q of the trained tokens, after the teacher's own prompt."""
-        assert lens is None, "a server shows no layers"
+    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Given:
         rows = _rows(rollouts, masks)
         found = self._each(rows, 1, self._chosen) if self.chosen else self._each(rows, CHUNK, self._prompted)
         return Given(torch.cat([torch.empty(0), *found]).to(self.to))
@@ -359,6 +373,11 @@ def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Seq
         return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()
 
     return (of(remote.hidden(rollouts, masks)) - of(local.hidden(rollouts, masks))).abs()
+
+
+def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:
+    """Which tokens are asked about."""
+    return tuple((r.teacher_prompt_ids, r.ids, *mask) for r, mask in zip(rollouts, masks, strict=True))
 
 
 def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[_Row]:
