@@ -299,7 +299,9 @@ def visit(browser):
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: wrong.append(request.url) if "://" in request.url[5:] else None)
+        page.on(
+            "request", lambda request: wrong.extend([request.url] * (not request.url.startswith(("file:", "data:"))))
+        )
         page.goto(path.resolve().as_uri())
         return page
 

@@ -6,7 +6,8 @@ let ids, trained, alternatives, columns = {}, scale = {}, stats = [], order = []
 
 /** The numbers that Python packed: their type, then gzip in base64. */
 async function unpacked(text) {
-  const [kind, body] = text.split(":"), raw = Uint8Array.from(atob(body), (c) => c.charCodeAt(0));
+  const [kind, body] = text.split(":"), letters = atob(body), raw = new Uint8Array(letters.length);
+  for (let i = 0; i < raw.length; i++) raw[i] = letters.charCodeAt(i);
   const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("gzip"));
   const bytes = await new Response(stream).arrayBuffer();
   if (kind !== "b16") return new { u8: Uint8Array, u16: Uint16Array, i32: Int32Array, f32: Float32Array }[kind](bytes);
@@ -223,7 +224,7 @@ async function open() {
   const entries = Object.entries(DATA.columns), done = await Promise.all([unpacked(DATA.ids), unpacked(DATA.trained), ...entries.map(([, x]) => unpacked(x))]);
   [ids, trained] = done;
   entries.forEach(([name], n) => { columns[name] = done[n + 2]; scale[name] = reach(done[n + 2]); });
-  if (DATA.alternatives) alternatives = { ids: await unpacked(DATA.alternatives), student: await unpacked(DATA.alternatives_student_logp), teacher: await unpacked(DATA.alternatives_teacher_logp) };
+  const rest = async () => alternatives = { ids: await unpacked(DATA.alternatives), student: await unpacked(DATA.alternatives_student_logp), teacher: await unpacked(DATA.alternatives_teacher_logp) };
   measure();
   const asked = new URLSearchParams(location.hash.slice(1)), options = (into, all) => into.append(...all.map(([value, text]) => el("option", { value }, text)));
   options($("#sort"), Object.entries(SORTS).map(([k, [t]]) => [k, t]));
@@ -249,6 +250,7 @@ async function open() {
   arrange();
   select(Math.max(0, order.findIndex((b) => String(rollouts[b].index) === asked.get("i"))));
   document.title = `opd inspect: ${DATA.run}, step ${DATA.step}`;
+  if (DATA.alternatives) await rest(); // the largest part: the page works meanwhile
   document.body.dataset.ready = "yes";
 }
 open();
