@@ -13,12 +13,14 @@ import pytest
 import opd
 from opd import cli
 from opd.config import Evaluate, Train
+from opd.exact import Size
 from opd.methods import METHODS
 from opd.rock import Context, Rock
 from opd.serve.server import Serve
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import Sampling
+from opd.variance import Variance
 from tests import test_laws
 from tests.test_laws import given, ids, world  # noqa: F401
 
@@ -64,7 +66,7 @@ def test_generated_parts_are_fresh():
 
 
 def test_every_flag_is_documented():
-    for owner in (Train, Remote, Serve, Evaluate, Rock, Context, Data, Sampling):
+    for owner in (Train, Remote, Serve, Evaluate, Size, Variance, Rock, Context, Data, Sampling):
         hidden = {"method", "data", "sampling", "remote", "consistency"}
         assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
     for name, factory in METHODS.items():
@@ -86,12 +88,13 @@ class Parsed(Exception):
 def parse(words: list[str], monkeypatch) -> object:
     """What the command line of `opd` makes of some words, just before it acts."""
 
-    def stop(value):
+    def stop(value, *more):
         raise Parsed(value)
 
     for module, function in (
         ("loop", "train"),
         ("evaluation", "evaluate"),
+        ("variance", "variance"),
         ("rock", "rock"),
         ("report.page", "report"),
         ("report.tokens", "inspect"),
@@ -161,7 +164,7 @@ def test_links_and_named_files_exist():
 
 
 def test_named_tests_exist():
-    source = (ROOT / "tests/test_exact.py").read_text()
+    source = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in ("exact", "variance"))
     named = re.findall(r"`(test_\w+)`", TEXT["docs/estimators.md"])
     assert len(named) > 10
     assert all(f"def {name}(" in source for name in named), [x for x in named if f"def {x}(" not in source]
