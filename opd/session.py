@@ -12,22 +12,19 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import PreTrainedModel
 
-from opd import bridge, models, remote, tokens
+from opd import bridge, models, opening, remote, tokens
 from opd.collect import Collector
-from opd.config import DTYPES, Train
+from opd.config import Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.reading import Prompts
 from opd.representation import Lenses
-from opd.rollouts import OnPolicy
 from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student
 from opd.tasks.load import load
-from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
+from opd.teachers.local import LocalTeacher
 from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine, open_teacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
@@ -86,10 +83,10 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     """Check what can be checked without weights, then load them; `checkpoint` replaces the student's own weights."""
     trust = config.trust_remote_code
     source = models.locate(config.student, field="student", trust_remote_code=trust)
-    sources = {name: _teacher_source(name, model, source, config) for name, model in config.routes().items()}
+    sources = {name: opening.source_of(name, model, source, config) for name, model in config.routes().items()}
     own = remote.known(source, field="student")
     known = {
-        name: remote.known_there(s, own, config) if isinstance(s, Server) else remote.known(s, field=_field(name))
+        name: remote.known_there(s, own, config) if isinstance(s, Server) else remote.known(s, field=opening.flag(name))
         for name, s in sources.items()
     }
     text, texts = own.text, {name: k.text for name, k in known.items()}
@@ -108,7 +105,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         for name, shape, eos in zip(sources, shapes[1:], stops[1:], strict=True)
     ]
     size, stop = min(a.vocabulary for a in agreements), tuple(dict.fromkeys(id for a in agreements for id in a.stop))
-    lenses = bridge.plain_lenses(method, shapes[0], dict(zip(map(_field, sources), shapes[1:], strict=True)))
+    lenses = bridge.plain_lenses(method, shapes[0], dict(zip(map(opening.flag, sources), shapes[1:], strict=True)))
     context = min(s.max_position_embeddings for s in shapes)
     room = context - config.sampling.max_new_tokens
     asked = Prompts(load(config.data), text, texts, config, room)
@@ -148,7 +145,9 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             f"x {method.rollouts.updates} updates)"
         )
     device = accelerator.device
-    student = Student(_trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
+    student = Student(
+        opening.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing
+    )
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     models.verify_head(student.model, field="student")
     merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
@@ -160,10 +159,10 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             if config.remote.teacher_local:
                 remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
         else:
-            opened[name] = _teacher(called, at, student.model, config, on, device, field=_field(name))
+            opened[name] = opening.teacher(called, at, student.model, config, on, device, field=opening.flag(name))
     local = {name: t for name, t in opened.items() if isinstance(t, LocalTeacher)}
-    reference = _reference(method, config, source, student.model, size, on, device)
-    frozen = {**{_field(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
+    reference = opening.reference(method, config, source, student.model, size, on, device)
+    frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
     for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
         models.verify_finite(model, text, ids=size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
@@ -189,119 +188,6 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         agreements=dict(zip(opened, agreements, strict=True)),
         lenses=lenses,
     )
-
-
-def _field(teacher: str) -> str:
-    """The flag that named it, for messages."""
-    return f"route {teacher}" if teacher else "teacher"
-
-
-def _own(model: str) -> bool:
-    """Whether a teacher's name stands for the student's own weights."""
-    return model in ("self", "base") or average_rate(model) is not None
-
-
-def _teacher_source(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server:
-    """Where a teacher's tokenizer and weights come from; refuses one with nothing to say."""
-    if model.startswith(("http://", "https://")):
-        return remote.reached(model, config, field=_field(name))
-    if model.startswith("openai:"):
-        raise Refusal(
-            f"--{_field(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
-            f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
-            "vocabulary"
-        )
-    if _own(model):
-        return student
-    source = models.locate(model, field=_field(name), trust_remote_code=config.trust_remote_code)
-    if source == student and not (config.told() or config.resume):
-        raise Refusal(
-            f"--{_field(name)} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
-            "--context, what the teacher knows and the student does not, or name another teacher"
-        )
-    return source
-
-
-def _teacher(
-    model: str,
-    source: models.Source,
-    student: PreTrainedModel | PeftModel,
-    config: Train,
-    on: torch.device,
-    to: torch.device,
-    *,
-    field: str,
-) -> LocalTeacher:
-    """One teacher, its weights loaded or shared."""
-    low = DTYPES[config.precision]
-    rate = average_rate(model)
-    if _own(model) and on != to:
-        raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
-    if model == "self":
-        return LocalTeacher(student, to=to, low=low)
-    if rate is not None:
-        return Average(student, rate, to=to, low=low)
-    if model == "base" and isinstance(student, PeftModel):
-        if not isinstance(config.resolved().rollouts, OnPolicy):
-            raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
-        return WithoutAdapter(student, to=to, low=low)
-    return _frozen(source, field, config, on, to)
-
-
-def _reference(
-    method: Method,
-    config: Train,
-    source: models.Source,
-    student: PreTrainedModel | PeftModel,
-    size: int,
-    on: torch.device,
-    to: torch.device,
-) -> LocalTeacher | None:
-    """The third model, for the methods that compare with it."""
-    if "reference_logp" not in method.models():
-        return None
-    if not config.reference and isinstance(student, PeftModel):
-        return WithoutAdapter(student, to=to, low=DTYPES[config.precision], own_prompt=False)
-    if config.reference:
-        source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
-    reference = _frozen(source, "reference", config, on, to, own_prompt=False)
-    if len(reference.head.weight) < size:
-        raise Refusal(
-            f"--reference {config.reference}: its head has {len(reference.head.weight)} rows, and student and teacher "
-            f"share {size} ids; name a model of their vocabulary"
-        )
-    return reference
-
-
-def _frozen(
-    source: models.Source, field: str, config: Train, on: torch.device, to: torch.device, *, own_prompt: bool = True
-) -> LocalTeacher:
-    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on)
-    models.verify_head(weights, field=field)
-    return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
-
-
-def _trainable(
-    config: Train, source: models.Source, checkpoint: Path | None, device: torch.device
-) -> PreTrainedModel | PeftModel:
-    start = source if checkpoint is None else models.Source(str(checkpoint))
-    frozen_base = config.lora_rank > 0 and config.precision == "bf16"
-    dtype = torch.bfloat16 if frozen_base else torch.float32  # what is trained stays fp32: peft keeps adapters so
-    model = models.load(start, field="student", dtype=dtype, device=device)
-    if config.lora_rank and checkpoint is None:
-        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
-        adapter = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
-            lora_dropout=0.0,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            model = get_peft_model(model, adapter)
-        except ValueError as error:
-            raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
-    return model
 
 
 def learning_rate(config: Train, update: int, total: int) -> float:

@@ -1,0 +1,130 @@
+"""The models of a run: where they come from, what is refused, and how each is loaded or shared."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from opd import models, remote
+from opd.config import DTYPES, Train
+from opd.method import Method
+from opd.rollouts import OnPolicy
+from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
+from opd.teachers.server import Server
+from opd.types import Refusal
+
+
+def flag(teacher: str) -> str:
+    """The flag that named it, for messages."""
+    return f"route {teacher}" if teacher else "teacher"
+
+
+def _own(model: str) -> bool:
+    """Whether a teacher's name stands for the student's own weights."""
+    return model in ("self", "base") or average_rate(model) is not None
+
+
+def source_of(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server:
+    """Where a teacher's tokenizer and weights come from; refuses one with nothing to say."""
+    if model.startswith(("http://", "https://")):
+        return remote.reached(model, config, field=flag(name))
+    if model.startswith("openai:"):
+        raise Refusal(
+            f"--{flag(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
+            f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
+            "vocabulary"
+        )
+    if _own(model):
+        return student
+    source = models.locate(model, field=flag(name), trust_remote_code=config.trust_remote_code)
+    if source == student and not (config.told() or config.resume):
+        raise Refusal(
+            f"--{flag(name)} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
+            "--context, what the teacher knows and the student does not, or name another teacher"
+        )
+    return source
+
+
+def teacher(
+    model: str,
+    source: models.Source,
+    student: PreTrainedModel | PeftModel,
+    config: Train,
+    on: torch.device,
+    to: torch.device,
+    *,
+    field: str,
+) -> LocalTeacher:
+    """A teacher in this process, its weights loaded or shared."""
+    low = DTYPES[config.precision]
+    rate = average_rate(model)
+    if _own(model) and on != to:
+        raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
+    if model == "self":
+        return LocalTeacher(student, to=to, low=low)
+    if rate is not None:
+        return Average(student, rate, to=to, low=low)
+    if model == "base" and isinstance(student, PeftModel):
+        if not isinstance(config.resolved().rollouts, OnPolicy):
+            raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
+        return WithoutAdapter(student, to=to, low=low)
+    return _frozen(source, field, config, on, to)
+
+
+def reference(
+    method: Method,
+    config: Train,
+    source: models.Source,
+    student: PreTrainedModel | PeftModel,
+    size: int,
+    on: torch.device,
+    to: torch.device,
+) -> LocalTeacher | None:
+    """The third model, for the methods that compare with it."""
+    if "reference_logp" not in method.models():
+        return None
+    if not config.reference and isinstance(student, PeftModel):
+        return WithoutAdapter(student, to=to, low=DTYPES[config.precision], own_prompt=False)
+    if config.reference:
+        source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
+    reference = _frozen(source, "reference", config, on, to, own_prompt=False)
+    if len(reference.head.weight) < size:
+        raise Refusal(
+            f"--reference {config.reference}: its head has {len(reference.head.weight)} rows, and student and teacher "
+            f"share {size} ids; name a model of their vocabulary"
+        )
+    return reference
+
+
+def _frozen(
+    source: models.Source, field: str, config: Train, on: torch.device, to: torch.device, *, own_prompt: bool = True
+) -> LocalTeacher:
+    """A model that is never trained."""
+    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on)
+    models.verify_head(weights, field=field)
+    return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
+
+
+def trainable(
+    config: Train, source: models.Source, checkpoint: Path | None, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """The student: its own weights or a checkpoint's, under an adapter where one is asked for."""
+    start = source if checkpoint is None else models.Source(str(checkpoint))
+    frozen_base = config.lora_rank > 0 and config.precision == "bf16"
+    dtype = torch.bfloat16 if frozen_base else torch.float32  # what is trained stays fp32: peft keeps adapters so
+    model = models.load(start, field="student", dtype=dtype, device=device)
+    if config.lora_rank and checkpoint is None:
+        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
+            lora_dropout=0.0,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = get_peft_model(model, adapter)
+        except ValueError as error:
+            raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
+    return model
