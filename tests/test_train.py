@@ -112,10 +112,10 @@ def wait_for(path: Path, run: subprocess.Popen, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
-KAT = "kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2 --eta 0.1 --patience 2".split()  # it has a memory
+KAT = "kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2 --eta 0.1 --patience 2"  # it has a memory
 
 
-@pytest.mark.parametrize("method", [["vopd"], ["--lora-rank", "4", "opd-zscore"], ["gkd", "--share", "0.5"], KAT])
+@pytest.mark.parametrize("method", [["vopd"], ["--lora-rank", "4", "opd-zscore"], ["gkd", "--share", "0.5"], KAT.split()])
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, method):
     whole = launch(command(pair, tmp_path / "whole", *method))
     assert whole.wait(300) == 0, whole.stderr.read()
