@@ -113,10 +113,11 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "embedded": {
         "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
         "trb": {"anneal": 20},
-        "oprd": {"bridge_rank": 8},  # `small` is narrower than the teacher
-        "scope": {"per_prompt": 8},
+        "oprd": {"bridge_rank": 8},  # the models have no ancestor in common
     },
 }
+_TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
+EMBEDDED: Mapping[str, Mapping[str, Any]] = {"oprd": {"lr": 1e-4}, "opsd": _TOLD, "sdft": _TOLD, "sdpo": _TOLD}
 
 
 def arguments(preset: str, method: str) -> list[str]:
@@ -131,7 +132,7 @@ def settings(preset: str, method: str) -> Mapping[str, Any]:
         case "none":
             return {}
         case "embedded":
-            return _EMBEDDED
+            return {**_EMBEDDED, **EMBEDDED.get(method, {})}
         case "paper" if method in PAPER:
             return PAPER[method]
         case "paper":

@@ -1,0 +1,81 @@
+"""Every method on the embedded pair at one budget: `python scripts/compare.py --out outputs/compare`.
+
+Each trains by its embedded preset from the same start, on the same prompts, and is judged on the same held-out ones;
+what is there already is not run again.  The table is for `docs/choosing.md`.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from opd.methods import METHODS
+
+PAIR = "--student embedded:student --prompts embedded:ledger --eval-prompts embedded:ledger --preset embedded"
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What is run."""
+
+    out: Path = Path("outputs/compare")
+    """A run folder for each method and seed."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which of them."""
+    seeds: int = 1
+    steps: int = 20
+    batch: int = 32
+    problems: int = 256
+    """Held-out problems, greedy."""
+
+
+def main(config: Compare) -> None:
+    """Run what is missing, print the table."""
+    rows = []
+    for name in config.methods:
+        for seed in range(config.seeds):
+            folder = config.out / f"{name}-{seed}"
+            if not (folder / "checkpoints" / f"step-{config.steps:06d}").is_dir():
+                _train(config, name, seed, folder)
+            rows.append(_row(name, seed, folder))
+            print(rows[-1], flush=True)
+
+
+def _train(config: Compare, name: str, seed: int, folder: Path) -> None:
+    teacher = [] if METHODS[name]().teacher else ["--teacher", "embedded:teacher"]
+    size = f"--steps {config.steps} --batch {config.batch} --eval-every {config.steps} --eval-limit {config.problems}"
+    rocks = []
+    if name == "rock-freeze":
+        file = config.out / "rocks.json"
+        if not file.is_file():
+            pair = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger"
+            _opd(["rock", *pair.split(), "--top", "8", "--max-new-tokens", "256", "--out", str(file)])
+        rocks = ["--tokens", str(file)]
+    run = [*PAIR.split(), *teacher, *size.split(), "--seed", str(seed), "--save-every", "1000", "--resume", "--quiet"]
+    _opd(["train", *run, "--out", str(folder), name, *rocks])
+
+
+def _opd(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "opd", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr.strip().splitlines()[-1], file=sys.stderr, flush=True)
+
+
+def _row(name: str, seed: int, folder: Path) -> str:
+    """A line of the table."""
+    if not (folder / "metrics.jsonl").is_file():
+        return f"| `{name}` | {seed} | did not run | | | |"
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row for row in logged if "eval_accuracy" in row]
+    spent = [json.loads(line) for line in (folder / "perf.jsonl").read_text().splitlines()]
+    seconds = sum(row["seconds"] for row in spent if "evaluate_s" not in row)
+    right = f"{100 * last['eval_accuracy']:.1f} % [{100 * last['eval_low']:.1f}, {100 * last['eval_high']:.1f}]"
+    kl = f"{first['eval_reverse_kl']:.3f} | {last['eval_reverse_kl']:.3f}"
+    return f"| `{name}` | {seed} | {right} | {kl} | {last['eval_length']:.0f} | {seconds:.0f} |"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Compare, description=__doc__))
