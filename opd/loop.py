@@ -26,7 +26,7 @@ from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
 from opd.runs import Run, load_memory, plain, save_memory
 from opd.session import Session, learning_rate, open_session
-from opd.student import rows
+from opd.student import micro_batches, rows
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.tokens import Severity, spelled
@@ -384,17 +384,6 @@ class Loop:
         if self.session.accelerator.is_main_process:
             self.run.log(name, {"step": step, **row})
         self.session.accelerator.log(row, step=step)
-
-
-def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
-    """Rows, longest first, in groups whose padded size stays within `budget` tokens; a longer row goes alone."""
-    out: list[list[int]] = []
-    for row in sorted(widths, key=lambda i: (-widths[i], i)):
-        if out and (len(out[-1]) + 1) * widths[out[-1][0]] <= budget:
-            out[-1].append(row)
-        else:
-            out.append([row])
-    return out
 
 
 def _width(rollout: Rollout) -> int:

@@ -145,6 +145,7 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     plain, ours = base(model), head(model)
     ids = torch.arange(1, 9, device=plain.device)[None] % len(ours.weight)
     hidden = plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    before = plain.base_model(input_ids=ids[:, :5], use_cache=False).last_hidden_state
     raw = torch.nn.functional.linear(hidden, ours.weight, ours.bias).float() * ours.scale
     if ours.softcap:
         raw = torch.tanh(raw / ours.softcap) * ours.softcap
@@ -156,6 +157,11 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
         raise Refusal(
             f"--{field}: {type(plain).__name__} computes its logits in a way opd does not know "
             f"(they differ by {gap.max():.3g}); please report the architecture"
+        )
+    if (hidden[:, :5] - before).abs().max() > tolerance * before.abs().max():
+        raise Refusal(
+            f"--{field}: {type(plain).__name__} looks at tokens to the right of the one it predicts, padding included; "
+            "opd needs a causal model"
         )
 
 

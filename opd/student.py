@@ -38,7 +38,6 @@ class Rows:
     """Prompts and responses as one model reads them, right padded."""
 
     ids: Int[Tensor, "B L"]
-    real: Bool[Tensor, "B L"]  # not padding
     trained: Bool[Tensor, "B L"]  # response tokens trained on
 
 
@@ -50,17 +49,40 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs] or [
         torch.zeros(2, dtype=torch.bool)
     ]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
-    return Rows(pad(ids, 0).to(device), pad(real, False).to(device), pad(trained, False).to(device))
+    return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))
+
+
+def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
+    """Rows of like width, longest first, in the groups that waste least; a row beyond the budget goes alone.
+
+    A group costs its padded tokens, at most `budget` of them, and a 64th of the budget for the calls it takes.
+    """
+    order = sorted(widths, key=lambda i: (-widths[i], i))
+    least, start = [0] * (len(order) + 1), [0] * (len(order) + 1)  # of the first rows; where their last group starts
+    for end in range(1, len(order) + 1):
+        first = end - 1
+        least[end], start[end] = least[first] + widths[order[first]], first
+        while first and (end - first + 1) * widths[order[first - 1]] <= budget:
+            first -= 1
+            cost = least[first] + (end - first) * widths[order[first]]
+            if cost < least[end]:
+                least[end], start[end] = cost, first
+        least[end] += budget // 64
+    out, end = [], len(order)
+    while end:
+        out.append(order[start[end] : end])
+        end = start[end]
+    return out[::-1]
 
 
 def states(
     model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None
 ) -> tuple[Float[Tensor, "N H"], tuple[Float[Tensor, "N D"], ...]]:
-    """The final hidden states that predict the trained tokens, row by row; and the views of a lens on the layers."""
-    out = base(model).base_model(
-        input_ids=at.ids, attention_mask=at.real.long(), use_cache=False, output_hidden_states=lens is not None
-    )
+    """The final hidden states that predict the trained tokens, row by row; and the views of a lens on the layers.
+
+    Padding is on the right, where a causal model never looks: without a mask attention takes its fastest way.
+    """
+    out = base(model).base_model(input_ids=at.ids, use_cache=False, output_hidden_states=lens is not None)
     final = predictors(out.last_hidden_state, at.trained)
     if lens is None:
         return final, ()

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import HFEngine, Sample
-from opd.loop import micro_batches
 from opd.models import base, head
-from opd.student import Rows, final_states
+from opd.student import Rows, final_states, micro_batches
 from opd.teachers import wire
 from opd.types import Sampling, pad
 from opd.vocabulary import Hidden, Scores, Vocabulary, scores
@@ -106,5 +105,4 @@ class Served:
         trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in asked]
         for mask, a in zip(trained, asked, strict=True):
             mask[list(a.at)] = True
-        real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
-        return Rows(pad(ids, 0).to(device), pad(real, False).to(device), pad(trained, False).to(device))
+        return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))
