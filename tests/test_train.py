@@ -81,11 +81,16 @@ def test_run_folder(pair, tmp_path):
     assert all(r["sampler_gap"] < 1e-3 for r in metrics(folder) if "sampler_gap" in r)
 
 
-@pytest.mark.parametrize("name", ["vopd", "opd-zscore"])  # one pass, and two
-def test_micro_batches_do_not_change_the_run(pair, tmp_path, name):
-    runs = [
-        opd.train(config(pair, tmp_path / str(n), method=METHODS[name](), micro_batch_tokens=n)) for n in (100, 100_000)
-    ]
+KAT = METHODS["kat"](window=3, floor=2, ready=4, after=1, patience=2)
+# One pass; two; and with statistics of the batch, of groups, of the run so far.
+BATCH = {
+    name: METHODS[name]() for name in ("vopd", "opd-zscore", "fire", "entropy", "eopd", "iw-opd", "scope", "tropd")
+}
+
+
+@pytest.mark.parametrize("method", [*BATCH.values(), KAT], ids=[*BATCH, "kat"])
+def test_micro_batches_do_not_change_the_run(pair, tmp_path, method):
+    runs = [opd.train(config(pair, tmp_path / str(n), method=method, micro_batch_tokens=n)) for n in (100, 100_000)]
     for a, b in zip(*map(metrics, runs), strict=True):
         assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -112,10 +117,11 @@ def wait_for(path: Path, run: subprocess.Popen, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
-KAT = "kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2 --eta 0.1 --patience 2"  # it has a memory
+MEMORY = "kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2 --eta 0.1 --patience 2"
+RESUMED = [["vopd"], ["--lora-rank", "4", "opd-zscore"], ["gkd", "--share", "0.5"], MEMORY.split()]
 
 
-@pytest.mark.parametrize("method", [["vopd"], ["--lora-rank", "4", "opd-zscore"], ["gkd", "--share", "0.5"], KAT.split()])
+@pytest.mark.parametrize("method", RESUMED)
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, method):
     whole = launch(command(pair, tmp_path / "whole", *method))
     assert whole.wait(300) == 0, whole.stderr.read()
