@@ -131,7 +131,11 @@ def test_heads_of_other_families(family):
     assert (found.scale, found.softcap, found.bias is not None) == expected[family]
 
 
-def test_two_processes_make_the_run_of_one(tmp_path):
+KAT = "kat --window 3 --floor 2 --ready 8 --after 1 --patience 2"
+
+
+@pytest.mark.parametrize("method", ["opd-zscore", KAT])  # statistics of the batch, and a memory of the run
+def test_two_processes_make_the_run_of_one(tmp_path, method):
     """DDP on the CPU: same rollouts, same losses, same evaluations, up to the order of sums."""
     flags = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger-short --eval-limit 5"
     flags += " --eval-prompts embedded:ledger-short --steps 3 --batch 10 --max-new-tokens 48 --micro-batch-tokens 300"
@@ -141,7 +145,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     found = []
     for start in starts:
         out = tmp_path / str(len(start))
-        command = [*start, "-m", "opd", "train", *flags.split(), "--out", str(out), "opd-zscore"]
+        command = [*start, "-m", "opd", "train", *flags.split(), "--out", str(out), *method.split()]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         found.append([eval(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
