@@ -61,7 +61,7 @@ class HFEngine:
     vocabulary: int  # ids that may be sampled
     stop: tuple[int, ...]  # any of them ends a response
     rows: int = 64  # decoded at once
-    compact: float = 0.75  # drop finished rows once no more than this share is alive
+    compact: float = 0.9  # drop finished rows once no more than this share is alive
 
     @torch.no_grad()
     def generate(
