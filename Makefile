@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/opd demo --out outputs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: install
 	$(BIN)/ruff check
