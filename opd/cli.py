@@ -30,6 +30,7 @@ from opd.types import Refusal, Sampling
 USAGE = """usage: opd COMMAND ...
 
   opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]
+  opd doctor --student S --teacher T --prompts P [run flags] METHOD [method flags] [--json]
   opd eval --model M --prompts P [flags]
   opd methods [NAME] [--json]
   opd exact [METHOD [method flags] | --methods A,B,...] [--json]
@@ -37,6 +38,7 @@ USAGE = """usage: opd COMMAND ...
   opd rock --student S --teacher T --prompts P --out FILE
   opd report RUN [RUN...] [--out report.html] [--static DIR]
   opd inspect RUN [--step N] [--out inspect.html]
+  opd rescore RUN --method NAME [--method NAME ...] [--step N] [--json]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
   opd bench [flags]
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "doctor": _doctor,
         "eval": _eval,
         "methods": _methods,
         "exact": _exact,
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rock": _rock,
         "report": _report,
         "inspect": _inspect,
+        "rescore": _rescore,
         "prune": _prune,
         "serve": _serve,
         "bench": _bench,
@@ -115,16 +119,45 @@ class _TrainFlags:
     run: Train
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DoctorFlags(_TrainFlags):
+    json: bool = False
+    """Print as json."""
+
+
 def _train(args: list[str]) -> int:
+    flags = _run(args, _TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
+    from opd.loop import train  # after parsing: help and mistakes answer at once
+
+    print(train(flags.run))
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    about = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
+    flags = _run(args, _DoctorFlags, "opd doctor", about)
+    from opd.doctor.command import doctor
+    from opd.doctor.findings import errors, show
+
+    found = doctor(flags.run)
+    if flags.json:
+        print(json.dumps([asdict(f) for f in found], indent=2))
+    else:
+        show(found, Console())
+    return 2 if errors(found) else 0
+
+
+def _run(args: list[str], kind: type[_TrainFlags], prog: str, about: str) -> Any:
+    """The flags of a run and its METHOD, read as `kind`."""
     asked = next((a for a in args if a in METHODS), None)
     if asked and {"-h", "--help"} & set(args[args.index(asked) :]):
         _method(asked, ["--help"])
     parse = lambda **default: _parsed(
-        _TrainFlags,
+        kind,
         args,
-        prog="opd train",
-        description="Distil a student from a teacher on the student's own samples:\n"
-        "opd train --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
+        prog=prog,
+        description=f"{about}\n"
+        f"{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
         f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
         "`opd methods` explains them, `opd train METHOD --help` lists a method's flags.",
         return_unknown_args=True,
@@ -141,10 +174,7 @@ def _train(args: list[str]) -> int:
     if flags.preset != "none":
         run = replace(flags.run, **settings(flags.preset, name))
         flags, _ = parse(default=replace(flags, run=run))  # a second reading: what the user set wins
-    from opd.loop import train  # after parsing: help and mistakes answer at once
-
-    print(train(replace(flags.run, method=method)))
-    return 0
+    return replace(flags, run=replace(flags.run, method=method))
 
 
 def _method(name: str, flags: list[str]) -> Method:
@@ -192,6 +222,10 @@ def _plus(method: Method, other: str) -> Method:
     more = _method(name, flags)
     if more.rollouts not in (method.rollouts, OnPolicy()):
         raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
+    if more.asks is not None:
+        raise Refusal(
+            f"--also {other}: it asks a teacher for texts ({more.asks}), as a run does or not: name it METHOD"
+        )
     if more.filters:
         raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")
     try:
@@ -373,6 +407,59 @@ def _inspect(args: list[str]) -> int:
 
     about = "Saved rollouts as one page: every token with its numbers, and what both models would rather have said."
     print(shown(_parsed(Inspect, args, prog="opd inspect", description=about)))
+    return 0
+
+
+def _rescore(args: list[str]) -> int:
+    from opd.rescore import Rescore, rescore
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flags:
+        method: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """NAME or NAME:flag=value:flag; repeat for more.  None: all methods."""
+        json: bool = False
+        """Print as json."""
+        what: Rescore
+
+    flags = _parsed(
+        Flags,
+        args,
+        prog="opd rescore",
+        description="What other methods would have said about the saved rollouts of a run.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    asked = _several(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}
+    found = rescore(flags.what, asked)
+    if flags.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    heads = ("mean A", "std A", "used", "eff.", "kept", "r", "rank r", "cosine", "opposed")
+    shown = Table(*(Column(head, no_wrap=True) for head in ("method", *heads)), box=None, pad_edge=False)
+    for name, verdict in found.methods.items():
+        like = verdict.agreement
+        alike = [] if like is None else [like.pearson, like.spearman, like.cosine]
+        told = [*("-" if x is None else f"{x:.2f}" for x in alike), "" if like is None else f"{like.opposed:.0%}"]
+        for i, term in enumerate(verdict.terms):
+            size = ("" if x is None else f"{x:.2g}" for x in (term.advantage, term.advantage_std))
+            kept = f"{verdict.kept}/{found.rollouts}"
+            shares = (f"{term.weighted:.0%}", f"{term.effective:.0%}")
+            shown.add_row(Text("" if i else name), *size, *shares, *(() if i else (kept, *(told if like else ()))))
+    print(f"{found.run}, step {found.step}: {found.rollouts} rollouts, {found.tokens} trained tokens")
+    Console().print(shown, highlight=False)
+    if found.beside:
+        print(
+            "used, eff.: share of tokens with weight, and effective share; r to opposed: weight x advantage of each "
+            f"token beside that of {found.beside}"
+        )
+    for name, verdict in found.methods.items():
+        for line in filter(None, (*verdict.lacks, verdict.note)):
+            print(f"{name}: {line}")
+    for name, verdict in found.methods.items() if flags.method else ():
+        if verdict.agreement and verdict.agreement.tokens:
+            print(f"\n{name} against {found.beside}, where they differ most (1 is a side's root mean square)")
+            for x in verdict.agreement.tokens:
+                text = f"{x.before}[{x.text}]{x.after}".replace("\n", "\\n")
+                print(f"  {x.own:+7.2f} {x.other:+7.2f}  rollout {x.rollout}, token {x.position}: {text}")
     return 0
 
 

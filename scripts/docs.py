@@ -27,6 +27,7 @@ from opd.presets import arguments as method_flags
 from opd.presets import settings
 from opd.report.page import Report
 from opd.report.tokens import Inspect
+from opd.rescore import Rescore
 from opd.rock import Context, Rock
 from opd.serve.server import Serve
 from opd.tasks.task import Data
@@ -194,6 +195,7 @@ flags stand after its name, and in [methods](methods.md).
         ("opd variance", Variance, f"{several} chooses; `--json`: numbers for machines."),
         ("opd report", Report, '"Looking at runs" in [running](running.md) shows the page.'),
         ("opd inspect", Inspect, '"Looking at runs" in [running](running.md) shows the page.'),
+        ("opd rescore", Rescore, "`--method NAME:flag=value` repeats, none is all; `--json`: numbers for machines."),
         ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
         ("context filter of opd rock", Context, "Fields of `opd.rock.Context`; the paper gives no values."),
         ("prompts (all commands)", Data, "Fields of `opd.Data`."),

@@ -98,6 +98,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("rock", "rock"),
         ("report.page", "report"),
         ("report.tokens", "inspect"),
+        ("rescore", "rescore"),
         ("serve.server", "serve"),
         ("demo", "demo"),
     ):

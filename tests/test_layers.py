@@ -12,7 +12,7 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "types noise rewards against estimators divergences transforms weights surrogates rollouts representation method "
+        "types noise questions rewards against estimators divergences transforms weights surrogates rollouts representation method "
         "methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
@@ -20,7 +20,7 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
     ),
     "program": (
-        "prune rock variance config presets reading bridge remote opening session progress runs loop evaluation report report.* doctor inspect bench bench.* serve serve.* cli "
+        "prune rock variance config presets reading bridge remote opening asking session progress runs loop evaluation rescore report report.* doctor doctor.* inspect bench bench.* serve serve.* cli "
         "demo __main__ opd"  # opd: the package's front door, which opens on all floors
     ),
 }
