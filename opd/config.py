@@ -137,6 +137,8 @@ class Train:
     """Seed of data order, sampling and initialisation."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
+    doctor: bool = True
+    """Look at models, prompts, memory and some rollouts before the first step; `opd doctor` prints all it finds."""
     quiet: bool = False
     """No progress output."""
 

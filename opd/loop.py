@@ -18,9 +18,13 @@ from torch import Tensor
 from opd import bridge
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
+from opd.doctor import cost, pair, settings
+from opd.doctor.examine import examine
+from opd.doctor.findings import Finding, alarming, errors
+from opd.doctor.probe import Probe, Rehearsal
 from opd.evaluation import interval
 from opd.method import Method, Target
-from opd.metrics import by_teacher, initial_kl, speaking, standard_error, summary, weighting
+from opd.metrics import by_teacher, speaking, standard_error, summary, weighting
 from opd.progress import Progress, loading
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
@@ -29,13 +33,14 @@ from opd.session import Session, learning_rate, open_session
 from opd.student import micro_batches, rows
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
-from opd.tokens import Severity, spelled
+from opd.tokens import spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.vocabulary import Columns, Heard
 
-FREE = frozenset({"resume", "quiet", "out", "keep", "trackers", "remote"})  # may change when a run resumes
+FREE = frozenset({"resume", "quiet", "doctor", "out", "keep", "trackers", "remote"})  # may change when a run resumes
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
 LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
+REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
 
 
@@ -66,9 +71,9 @@ def train(config: Train) -> Path:
     config.check()
     method, run = config.resolved(), Run(Path(config.out))
     config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
-    settings = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    written = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if run.exists() and config.resume:
-        run.matches(settings, FREE)
+        run.matches(written, FREE)
     elif not run.empty():
         raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
     checkpoint = run.newest()
@@ -76,18 +81,21 @@ def train(config: Train) -> Path:
         session = open_session(config, method, checkpoint)
     start = 0 if checkpoint is None else session.restore(checkpoint)
     accelerator, main = session.accelerator, session.accelerator.is_main_process
+    loop, memory = Loop(config, method, session, run), NOTHING if checkpoint is None else load_memory(checkpoint)
+    found = examined(loop) if config.doctor and checkpoint is None else noted(loop)
+    if bad := errors(found):
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        said = str(bad[0]).removeprefix("error: ")
+        raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
-        run.start(settings, repr(method), start)
+        run.start(written, repr(method), start)
     if config.trackers:
-        accelerator.init_trackers("opd", config={name: str(value) for name, value in settings.items()})
+        accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()
 
-    loop, memory = Loop(config, method, session, run), NOTHING if checkpoint is None else load_memory(checkpoint)
     with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
-        found = [d for agreed in session.agreements.values() for d in agreed.differences]
-        differ = dict.fromkeys(str(d) for d in found if d.severity == Severity.WARNING)
-        for line in (*config.warnings(), *differ):
-            progress.say(f"warning: {line}")
+        for line in dict.fromkeys(map(str, alarming(found))):
+            progress.say(line)
         if (term := method.hidden()) is not None and term.bridge is not None:
             loop.cross(term.bridge, checkpoint)
         if config.eval_prompts and start == 0:
@@ -95,8 +103,6 @@ def train(config: Train) -> Path:
         for step in range(start + 1, config.steps + 1):
             numbers, memory = loop.step(step, memory)
             progress.stepped(step, numbers)
-            for line in initial_kl(numbers, session.vocabulary.size) if step == 1 else ():
-                progress.say(line)
             last = step == config.steps or progress.interrupted
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
                 progress.evaluated(step, loop.evaluate(step))
@@ -111,6 +117,20 @@ def train(config: Train) -> Path:
                 break
     accelerator.end_training()
     return run.folder
+
+
+def examined(loop: "Loop") -> list[Finding]:
+    """What the doctor finds of an opened run, on every process alike; nothing is trained or written."""
+    session, device = loop.session, loop.session.accelerator.device
+    plain = replace(loop, method=Method(), session=replace(session, lenses=None), heard={})
+    probe = Probe(loop.config, loop.method, session, min(gather_object([cost.free(device)])))
+    return examine(probe, plain.rehearse, lambda rollouts: plain.measure(rollouts, REHEARSED))
+
+
+def noted(loop: "Loop") -> list[Finding]:
+    """What is known without a look."""
+    probe = Probe(loop.config, loop.method, loop.session, 0)
+    return [*settings.told(probe), *pair.vocabulary(probe)]
 
 
 @dataclass
@@ -379,6 +399,18 @@ class Loop:
         """Every column of finished rollouts, all of whose tokens count."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
         return self._pass(batch, rollouts, None)[0]
+
+    def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
+        """A step that changes nothing, and its seconds."""
+        config, clock = self.config, Clock({})
+        with clock("rollout"):
+            rollouts = self._collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
+        with clock("measure"):
+            batch = self.measure(rollouts, REHEARSED)
+        with clock("update"):
+            self._pass(batch, rollouts, self.method.prepare(batch))
+        self.session.optimizer.zero_grad()
+        return Rehearsal(rollouts, batch, clock.seconds)
 
     def _log(self, name: str, step: int, row: dict[str, float]) -> None:
         if self.session.accelerator.is_main_process:

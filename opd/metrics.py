@@ -1,7 +1,6 @@
 """What a step looked like: pure functions of the batch, `(columns) -> named numbers`.  Nats, tokens, shares."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -89,27 +88,6 @@ def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) ->
         mask = batch.mask & torch.tensor([t == name for t in teachers])[:, None]
         if mask.any():
             out[f"reverse_kl.{name or 'teacher'}"] = float(batch.reverse_kl[mask].mean())
-    return out
-
-
-def initial_kl(numbers: Mapping[str, float], vocabulary: int) -> list[str]:
-    """What the first step says about each teacher, in a line each: half a uniform guess is far, a rounding error near."""
-    out = []
-    for name, value in numbers.items():
-        if name == "reverse_kl" and any(other.startswith("reverse_kl.") for other in numbers):
-            continue
-        if name.startswith("reverse_kl"):
-            who = f"teacher {name.partition('.')[2]}".removesuffix(" teacher").rstrip()
-            line = f"{who}: KL(student || teacher) {value:.4f} nats/token at the start"
-            if value < 1e-4:
-                line = (
-                    f"warning: {line}: it says what the student says, there is nothing to learn; is it the same model?"
-                )
-            elif value > math.log(vocabulary) / 2:
-                line = (
-                    f"warning: {line}: they hardly speak one language; is the prompt template or the tokenizer wrong?"
-                )
-            out.append(line)
     return out
 
 

@@ -1,0 +1,1 @@
+"""What would go wrong, found before the first step."""

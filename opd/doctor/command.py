@@ -1,0 +1,25 @@
+"""The doctor alone: `doctor(Train) -> findings`, for `opd doctor` and for Python."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from opd.config import Train
+from opd.doctor.findings import Finding, Level
+from opd.loop import Loop, examined
+from opd.progress import loading
+from opd.runs import Run
+from opd.session import open_session
+from opd.types import Refusal
+
+
+def doctor(config: Train) -> list[Finding]:
+    """Everything that is found before a first step; what a run refuses to open is an error among the findings."""
+    try:
+        config.check()
+        method = config.resolved()
+        config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
+        with loading(config.student, *config.routes().values(), quiet=config.quiet):
+            session = open_session(config, method, None)
+            return examined(Loop(config, method, session, Run(Path(config.out))))
+    except Refusal as refusal:
+        return [Finding(check="opening", level=Level.ERROR, what=str(refusal))]

@@ -1,0 +1,180 @@
+"""What a run will take: bytes of the student's device against those that are free, seconds of a step."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from opd.config import DTYPES
+from opd.doctor.findings import Finding, Level, ok
+from opd.doctor.probe import Looked, Probe
+from opd.models import base
+from opd.teachers.local import LocalTeacher
+
+SHORT, LONG = 16, 48  # tokens of the two forwards that say what one keeps for its backward pass
+STATES = 2 << 30  # bytes of teacher states kept between measuring and training, at most
+TIGHT, OVER = 0.9, 1.25  # of the free memory: a warning, and more than an estimate can be wrong by
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that needs memory beside the weights, which are there already."""
+
+    name: str
+    bytes: int
+    smaller: str  # what makes it so
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process may still take: of the device, of the machine within its container."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    out = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        out = min(out, int(most) - int(used.read_text()))
+    return out
+
+
+def kept(probe: Probe, tokens: int) -> int:
+    """Bytes that a forward over one row of so many tokens keeps for its backward pass, without checkpointing."""
+    plain, config = probe.session.plain(), probe.config
+    model, seen = base(plain.model), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    low = DTYPES[config.precision]
+    with (
+        torch.enable_grad(),
+        torch.autocast(model.device.type, low, enabled=low != torch.float32),
+        saved_tensors_hooks(pack, lambda x: x),
+    ):
+        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # the graph lives as long as this
+    assert out.requires_grad
+    return sum(seen.values())
+
+
+def parts(probe: Probe) -> list[Part]:
+    """What the configuration needs on the student's device, in bytes, on top of what is loaded."""
+    config, session = probe.config, probe.session
+    model = session.plain().model
+    shape = model.config.get_text_config()
+    trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
+    itemsize, layers, width = DTYPES[config.precision].itemsize, shape.num_hidden_layers, shape.hidden_size
+    longest = max(max(len(p.ids), len(p.teacher_ids)) for p in session.prompts.first(64))
+    row = longest + config.sampling.max_new_tokens
+    share = -(-config.batch // session.accelerator.num_processes)
+    tokens = min(max(config.micro_batch_tokens, row), share * row)
+
+    a, b = kept(probe, SHORT), kept(probe, LONG)
+    each = (b - a) / (LONG - SHORT)  # bytes of a token; the rest are copies of weights in the compute type
+    copies, layer = max(0.0, a - SHORT * each), each / layers
+    acts = tokens * (each if not config.gradient_checkpointing else layers * width * itemsize + layer)
+    working = tokens * layer / 2  # gradients on their way back, while what they came from is freed
+
+    heads = shape.to_dict().get("num_key_value_heads") or shape.num_attention_heads
+    head = shape.to_dict().get("head_dim") or width // shape.num_attention_heads
+    rows = min(config.decode_rows, share)
+    cache = 2 * layers * heads * head * itemsize * rows * row * (1 + 1 / layers)  # a layer is copied as it grows
+    states = [t.head.weight.shape[1] for t in session.teachers.values() if isinstance(t, LocalTeacher)]
+    widest = max(states, default=width)
+    batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
+    kept_states = tokens * widest * 4 if probe.method.local() else batch
+    logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
+    less = max(1024, config.micro_batch_tokens // 4)
+    return [
+        Part("gradients", 4 * trained, "--lora-rank 32 trains few weights"),
+        Part("AdamW", 8 * trained, "--lora-rank 32 trains few weights"),
+        Part("weights in the compute type", int(copies), "--precision fp32 makes none"),
+        Part("activations", int(acts + working), f"--gradient-checkpointing, or --micro-batch-tokens {less}"),
+        Part("logits", logits, f"--chunk-mb {max(16, config.chunk_mb // 4)}"),
+        Part("KV cache", int(cache), f"--decode-rows {max(1, config.decode_rows // 4)}"),
+        Part("teacher at work", int(tokens * layer * widest / width), f"--micro-batch-tokens {less}"),
+        Part("teacher states", kept_states, "a smaller --batch"),
+    ]
+
+
+def peak(needs: Sequence[Part]) -> int:
+    """Of a run: sampling and training take turns, gradients and optimizer stay."""
+    size = {p.name: p.bytes for p in needs}
+    stays = size["gradients"] + size["AdamW"] + size["weights in the compute type"] + size["teacher states"]
+    return stays + max(size["KV cache"], size["teacher at work"], size["activations"] + size["logits"])
+
+
+def memory(probe: Probe) -> Iterator[Finding]:
+    """An estimate: does the run fit?"""
+    needs, there = parts(probe), probe.free
+    most = peak(needs)
+    table = "\n".join(f"{p.name:<28}{shown(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
+    line = f"about {shown(most)} beside the models, {shown(there)} free"
+    if most <= TIGHT * there:
+        yield ok("memory", line)
+        return
+    worst = sorted(needs, key=lambda p: -p.bytes)[:2]
+    names = " and ".join(f"{p.name} ({shown(p.bytes)})" for p in worst)
+    over = most > OVER * there
+    yield Finding(
+        check="memory",
+        level=Level.ERROR if over else Level.WARNING,
+        what=f"{line}: {names}",
+        why=f"the run {'will' if over else 'may'} end out of memory, in its first step or at its longest responses",
+        do="; ".join(dict.fromkeys(p.smaller for p in worst))
+        + ("; --teacher-device for the teacher" if _together(probe) else ""),
+        detail=table,
+    )
+
+
+def _together(probe: Probe) -> bool:
+    device = probe.session.accelerator.device
+    return any(isinstance(t, LocalTeacher) and t.model.device == device for t in probe.session.teachers.values())
+
+
+def shown(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def duration(looked: Looked) -> Iterator[Finding]:
+    """An estimate from the rehearsal: sampling takes between one time per group of --decode-rows and one per token."""
+    config, seconds, n = looked.probe.config, looked.rehearsal.seconds, len(looked.rehearsal.rollouts)
+    share = config.batch / n
+    groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
+    update = seconds["update"] + (0 if looked.probe.method.local() else seconds["measure"])
+    evals = config.steps // config.eval_every + 2 if config.eval_prompts else 0
+    held = evals * config.eval_limit / n * seconds["measure"]
+    step = [seconds["rollout"] * times + update * share for times in sorted((groups, share))]
+    times = [config.steps * s + held + evals * seconds["rollout"] * config.eval_limit / n for s in step]
+    tokens = int(looked.rehearsal.batch.mask.sum()) * share
+    yield ok(
+        "time",
+        f"a step of {config.batch} rollouts takes about {apart(*map(clock, step))}, {config.steps} of them "
+        f"{apart(*map(clock, times))}, {apart(*(f'{tokens / s:.0f}' for s in reversed(step)))} tokens/s (an estimate "
+        f"from {n} rollouts, which took {looked.seconds:.1f} s; responses may grow)",
+    )
+
+
+def apart(low: str, high: str) -> str:
+    """A range."""
+    return low if low == high else f"{low} to {high}"
+
+
+def clock(seconds: float) -> str:
+    """A duration as people read it."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+BEFORE: Sequence = (memory,)
+AFTER: Sequence = (duration,)

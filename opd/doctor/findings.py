@@ -1,0 +1,69 @@
+"""What the doctor says: findings as values, on a terminal, as json, and as lines of a run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rich.console import Console
+from rich.text import Text
+
+
+class Level(StrEnum):
+    """How bad it is: only an error keeps a run from starting."""
+
+    OK = "ok"
+    NOTE = "note"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+MARKS = {Level.OK: "✓", Level.NOTE: "·", Level.WARNING: "!", Level.ERROR: "✗"}
+COLORS = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.ERROR: "red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One: what is so, why it matters, what to do.  Sentences that say all three by themselves are `what` alone."""
+
+    check: str
+    level: Level
+    what: str
+    why: str = ""
+    do: str = ""
+    detail: str = ""  # several lines, for people: a diff, a table
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.check}: {': '.join(filter(None, (self.what, self.why, self.do)))}"
+
+
+def ok(check: str, what: str) -> Finding:
+    """Nothing to do."""
+    return Finding(check=check, level=Level.OK, what=what)
+
+
+def errors(found: Iterable[Finding]) -> list[Finding]:
+    """Those with which no run may start."""
+    return [f for f in found if f.level is Level.ERROR]
+
+
+def alarming(found: Iterable[Finding]) -> list[Finding]:
+    """Those a run tells of."""
+    return [f for f in found if f.level in (Level.WARNING, Level.ERROR)]
+
+
+def show(found: Sequence[Finding], console: Console) -> None:
+    """All of them, the verdict last."""
+    width = max(len(f.check) for f in found)
+    for f in found:
+        mark, name = (f"{MARKS[f.level]} ", COLORS[f.level]), (f"{f.check:<{width}}  ", "bold")
+        console.print(Text.assemble(mark, name, f.what), soft_wrap=True)
+        for word, text in (("why", f.why), ("do", f.do)):
+            if text:
+                console.print(Text.assemble(" " * (width + 4), (f"{word}: ", "dim"), text), soft_wrap=True)
+        for line in f.detail.splitlines():
+            tint = {"+": "green", "-": "red"}.get(line[:1], "dim")
+            console.print(Text(" " * (width + 4) + line, tint), soft_wrap=True)
+    count = {level: sum(f.level is level for f in found) for level in Level}
+    numbers = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in count.items() if n and level is not Level.OK)
+    verdict = "training cannot start" if count[Level.ERROR] else "training may start"
+    console.print(Text(f"{verdict}: {numbers or 'nothing to mend'}", "bold red" if count[Level.ERROR] else "bold"))

@@ -1,0 +1,219 @@
+"""What a run is told, its prompts and verifier, and how the student's rollouts end: findings of each.
+
+Each check is `(Probe) -> findings` or, on rollouts, `(Looked) -> findings`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from opd.doctor.findings import Finding, Level, ok
+from opd.doctor.probe import Looked, Probe
+from opd.metrics import repetition
+from opd.prompts import short
+from opd.reading import RIGHT
+from opd.rollouts import Mixture
+from opd.types import DATA, Prompt
+
+VERIFIED = 32  # prompts whose own answers are verified
+FULL = 0.2  # full fine-tuning's rate times the width, beyond which it is that of LoRA: 1e-4 at 2048, 5e-5 at 4096
+LORA = (3e-5, 10.0)  # the least of LoRA's rates, and how many times full fine-tuning's the most is
+REPEATS = 0.3  # of the 4-grams of a response
+GAP = {"fp32": 0.01, "bf16": 0.3}  # nats: trainer against sampler on one token
+
+
+def told(probe: Probe) -> Iterator[Finding]:
+    """Settings that change what is estimated."""
+    for line in probe.config.warnings():
+        yield Finding(check="settings", level=Level.WARNING, what=line)
+
+
+def compatible(probe: Probe) -> Iterator[Finding]:
+    """What the method reads, beside what teachers, verifier and data give."""
+    method, task = probe.method, probe.session.prompts.task
+    lacks = {name: sorted(method.needs() - teacher.provides) for name, teacher in probe.session.teachers.items()}
+    missing = {name: columns for name, columns in lacks.items() if columns}
+    for name, columns in missing.items():
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=f"the method needs {', '.join(columns)} of " + f"teacher {name}".rstrip() + ", which does not give it",
+            why="a column would be missing in the first step",
+            do="load that teacher here, serve it by `opd serve`, or take a method that needs less",
+        )
+    if "outcome" in method.reads() and not task.scored:
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=f"the method reads outcomes, and nothing scores responses to {task.name}",
+            why="every outcome is 0, so its weights are constants",
+            do="give the prompts answers and a --verifier, or take another method",
+        )
+    if "group" in method.reads() and method.rollouts.per_prompt < 2:
+        yield Finding(
+            check="method",
+            level=Level.WARNING,
+            what="the method compares the rollouts of a prompt, and there is 1",
+            why="within a group of one every weight is 1 and every advantage 0 or unchanged",
+            do="--per-prompt 4 or more",
+        )
+    rows = range(min(VERIFIED, len(task.prompts)))
+    mute = [i for i in rows if not task.prompts[i].response]
+    if isinstance(method.rollouts, Mixture) and method.rollouts.other == DATA and mute:
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=f"the method trains on the data's responses, and row {mute[0]} has none",
+            why="the step that draws it stops the run",
+            do="name the column with --response-column, or let the teacher write (--other teacher)",
+        )
+    if not missing:
+        needs = ", ".join(sorted(method.needs() | method.reads() & {"outcome", "group"}))
+        yield ok("method", f"what it reads is there: {needs}")
+
+
+def rate(probe: Probe) -> Iterator[Finding]:
+    """Is --lr that of full fine-tuning or of LoRA?  "LoRA Without Regret" (Thinking Machines, 2025): 10 times apart."""
+    config, width = probe.config, probe.session.plain().model.config.get_text_config().hidden_size
+    most, least = FULL / width, LORA[0]
+    if config.lora_rank and not least <= config.lr <= LORA[1] * most:
+        low = config.lr < least
+        yield Finding(
+            check="learning rate",
+            level=Level.WARNING,
+            what=f"--lr {config.lr:g} with --lora-rank {config.lora_rank} at width {width}",
+            why="adapters want about ten times the rate of full fine-tuning: "
+            + ("at this one they hardly move" if low else "this one is beyond that, and training may diverge"),
+            do="--lr 1e-4 to 5e-4" if low else f"--lr {LORA[1] * most / 2:.0e} or less",
+        )
+    elif not config.lora_rank and config.lr > most:
+        yield Finding(
+            check="learning rate",
+            level=Level.WARNING,
+            what=f"--lr {config.lr:g} for all weights of a model of width {width}",
+            why="rates this large are for LoRA; full fine-tuning at one forgets or diverges within some steps",
+            do=f"--lr {most / 5:.0e}, or --lora-rank 32",
+        )
+    else:
+        kind = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+        yield ok("learning rate", f"{config.lr:g} for {kind} at width {width}")
+
+
+def lengths(probe: Probe) -> Iterator[Finding]:
+    """Prompts beside the context; those that do not fit were refused when the run was opened."""
+    rendered = probe.session.prompts.first(VERIFIED)
+    longest = max(max(len(p.ids), len(p.teacher_ids)) for p in rendered)
+    room, new = probe.session.prompts.room, probe.config.sampling.max_new_tokens
+    yield ok("length", f"prompts of up to {longest} tokens, {new} new ones, a context of {room + new}")
+
+
+def verifier(probe: Probe) -> Iterator[Finding]:
+    """Are the data's own answers right, and is an empty one wrong?"""
+    task = probe.session.prompts.task
+    rows = [task.prompts[i] for i in range(min(VERIFIED, len(task.prompts)))]
+    rows = [p for p in rows if p.response or p.answer]
+    if not task.scored or not rows:
+        yield Finding(
+            check="verifier",
+            level=Level.NOTE,
+            what=f"nothing scores responses to {task.name}",
+            why="OPD needs no score; without one there is no accuracy to watch",
+            do="give the prompts an answer column and a --verifier to see accuracy",
+        )
+        return
+    scores = [max(task.verify(text, p) for text in _right(p)) for p in rows]
+    share = float(np.mean([score > RIGHT for score in scores]))
+    if any(task.verify("", p) > RIGHT for p in rows):
+        yield Finding(
+            check="verifier",
+            level=Level.WARNING,
+            what="an empty response verifies as right",
+            why="then accuracy, and methods that read outcomes, say nothing",
+            do="mend the verifier: it must score 0 where there is no answer",
+        )
+    elif share < 0.9:
+        bad = rows[next(i for i, score in enumerate(scores) if score <= RIGHT)]
+        yield Finding(
+            check="verifier",
+            level=Level.WARNING,
+            what=f"{share:.0%} of {len(rows)} prompts' own answers verify as right; not {short(bad.answer)}",
+            why="no response can be right where the reference is not: accuracy has that ceiling, and methods that read "
+            "outcomes train on mistakes",
+            do="compare --answer-column and --verifier with the data",
+        )
+    else:
+        yield ok("verifier", f"{share:.0%} of {len(rows)} prompts' own answers verify as right, an empty one does not")
+
+
+def _right(prompt: Prompt) -> tuple[str, ...]:
+    """Responses that a right verifier accepts: the reference, or the bare answer in one of the usual dresses."""
+    if prompt.response:
+        return (prompt.response,)
+    return prompt.answer, f"\\boxed{{{prompt.answer}}}", f"The answer is {prompt.answer}"
+
+
+def stops(looked: Looked) -> Iterator[Finding]:
+    """Do responses end by themselves, and within which budget?"""
+    batch, most = looked.rehearsal.batch, looked.probe.config.sampling.max_new_tokens
+    stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in looked.rehearsal.rollouts]
+    context = looked.probe.session.prompts.room + most
+    if stopped < 0.9:
+        larger = min(2 * most, context - max(len(r.prompt_ids) for r in looked.rehearsal.rollouts))
+        more = f"--max-new-tokens {larger}, or" if larger > most else "the context allows no more:"
+        never = not batch.stopped.any()
+        wrong = "; a student that never says its stop token has the wrong one, or is no chat model" if never else ""
+        yield Finding(
+            check="stops",
+            level=Level.WARNING,
+            what=f"none of {len(long)} rollouts ended within --max-new-tokens {most}"
+            if never
+            else f"{1 - stopped:.0%} of {len(long)} rollouts were cut at --max-new-tokens {most}",
+            why=f"a cut response has no end to learn from, and lengths then grow to the limit{wrong}",
+            do=f"{more} --truncated drop" + ("; compare the finding `turn end`" if never else ""),
+        )
+        return
+    budget = int(np.quantile(long, 0.95))
+    yield ok("stops", f"{stopped:.0%} of {len(long)} rollouts ended; 95 % within {budget} of {most} tokens")
+
+
+def repeats(looked: Looked) -> Iterator[Finding]:
+    """Responses that say the same again."""
+    batch = looked.rehearsal.batch
+    share = repetition(batch.ids, batch.mask)
+    if share > REPEATS:
+        text = looked.probe.session.collector.text(looked.rehearsal.rollouts[0].ids)
+        yield Finding(
+            check="repetition",
+            level=Level.WARNING,
+            what=f"{share:.0%} of the 4-grams of a response stood in it before: {short(text[-60:])}",
+            why="a teacher finds a loop likely once it has begun, and the student learns to stay in it",
+            do="look at its template and stop ids; a base model may need some supervised steps first, or a "
+            "--max-new-tokens below where loops begin",
+        )
+    else:
+        yield ok("repetition", f"{share:.0%} of the 4-grams of a response stood in it before")
+
+
+def sampler(looked: Looked) -> Iterator[Finding]:
+    """Sampler and trainer compute one number."""
+    batch, config = looked.rehearsal.batch, looked.probe.config
+    s = config.sampling
+    if batch.student_logp is None or (s.temperature, s.top_p, s.top_k, config.loss_temperature) != (1, 1, 0, 1):
+        return  # then they are not meant to be equal
+    terminal = batch.ids.new_tensor(looked.probe.session.vocabulary.stop)
+    mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids have the sum of their shares
+    gap = float((batch.student_logp - batch.sampler_logp)[mask].abs().max()) if mask.any() else 0.0
+    if gap > GAP[config.precision]:
+        yield Finding(
+            check="sampler",
+            level=Level.WARNING,
+            what=f"sampler and trainer give one token log-probs that are {gap:.2g} nats apart",
+            why="rollouts are then of another policy than the one that is trained",
+            do="compare at --precision fp32: if the gap stays, the model's cached forward is not its plain one",
+        )
+    else:
+        yield ok("sampler", f"sampler and trainer agree to {gap:.1g} nats")
+
+
+BEFORE: Sequence = (told, compatible, rate, lengths, verifier)
+AFTER: Sequence = (stops, repeats, sampler)
