@@ -1,6 +1,7 @@
 """Rewards in the place of the log ratio, by hand and by enumeration; EOPD's and TrOPD's forward KLs."""
 
 import math
+from dataclasses import dataclass
 from math import log
 
 import pytest
@@ -33,6 +34,7 @@ from tests.by_hand import INF, NAN, close, logp, tensor
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+@dataclass(frozen=True)
 class Pearson:
     """(u - 1)^2, whose reward is u^2 - 1."""
 
