@@ -101,6 +101,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("rescore", "rescore"),
         ("serve.server", "serve"),
         ("demo", "demo"),
+        ("doctor.command", "doctor"),
     ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:
