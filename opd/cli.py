@@ -116,6 +116,8 @@ class _TrainFlags:
     """Start from settings of a name: paper (the method's publication), embedded (tuned on the embedded pair)."""
     also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME:weight of another method whose terms are added, "NAME FLAGS:weight" with flags of it; repeat for more."""
+    json: bool = False
+    """Print each line of metrics.jsonl as it is written, for machines; what is for people goes to stderr."""
     run: Train
 
 
@@ -129,7 +131,10 @@ def _train(args: list[str]) -> int:
     flags = _run(args, _TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
     from opd.loop import train  # after parsing: help and mistakes answer at once
 
-    print(train(flags.run))
+    if flags.json:
+        train(flags.run, lambda row: print(json.dumps(row), flush=True))
+    else:
+        print(train(flags.run))
     return 0
 
 

@@ -7,7 +7,7 @@ through student and head pass, step.  Methods whose leaves are all token-local s
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -15,17 +15,20 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from opd import bridge
+from opd import asking, bridge
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
 from opd.doctor import cost, pair, settings
-from opd.doctor.examine import examine
+from opd.doctor.examine import before, examine
 from opd.doctor.findings import Finding, alarming, errors
 from opd.doctor.probe import Probe, Rehearsal
 from opd.evaluation import interval
 from opd.method import Method, Target
-from opd.metrics import by_teacher, speaking, standard_error, summary, weighting
+from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
 from opd.progress import Progress, loading
+from opd.questions import Question
+from opd.report.alarms import alarms
+from opd.report.logs import read
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
 from opd.runs import Run, load_memory, plain, save_memory
@@ -33,12 +36,14 @@ from opd.session import Session, learning_rate, open_session
 from opd.student import micro_batches, rows
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
+from opd.teachers.text import TextTeacher
 from opd.tokens import spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.vocabulary import Columns, Heard
 
 FREE = frozenset({"resume", "quiet", "doctor", "out", "keep", "trackers", "remote"})  # may change when a run resumes
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
+LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
 LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
@@ -57,17 +62,22 @@ class Clock:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def row(self, tokens: float) -> dict[str, float]:
-        """The line of perf.jsonl: seconds by phase, trained tokens a second, peak memory."""
+    def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
+        """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
         cuda = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         total = sum(self.seconds.values())
         phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
-        return {**phases, "seconds": total, "tokens_per_s": tokens / total, "peak_mb": peak / 2**20}
+        of = {"rollout": sampled, "measure": tokens, "update": tokens}
+        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
+        return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}
 
 
-def train(config: Train) -> Path:
-    """Run it all; returns the run folder.  Raises Refusal for what the user can mend."""
+def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row: None) -> Path:
+    """Run it all; returns the run folder.  Raises Refusal for what the user can mend.
+
+    `each` is called with every line of metrics.jsonl once it is written, by the main process.
+    """
     config.check()
     method, run = config.resolved(), Run(Path(config.out))
     config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
@@ -81,7 +91,7 @@ def train(config: Train) -> Path:
         session = open_session(config, method, checkpoint)
     start = 0 if checkpoint is None else session.restore(checkpoint)
     accelerator, main = session.accelerator, session.accelerator.is_main_process
-    loop, memory = Loop(config, method, session, run), NOTHING if checkpoint is None else load_memory(checkpoint)
+    loop, memory = Loop(config, method, session, run, each), NOTHING if checkpoint is None else load_memory(checkpoint)
     found = examined(loop) if config.doctor and checkpoint is None else noted(loop)
     if bad := errors(found):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -106,6 +116,9 @@ def train(config: Train) -> Path:
             last = step == config.steps or progress.interrupted
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
                 progress.evaluated(step, loop.evaluate(step))
+            if main and not config.quiet and (step % LOOK_EVERY == 0 or last):
+                for alarm in alarms(read(run.folder)):
+                    progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
             if last or step % config.save_every == 0:
                 with run.checkpoint(step, config.keep, main) as folder:
                     loop.session.save(folder)
@@ -124,6 +137,8 @@ def examined(loop: "Loop") -> list[Finding]:
     session, device = loop.session, loop.session.accelerator.device
     plain = replace(loop, method=Method(), session=replace(session, lenses=None), heard={})
     probe = Probe(loop.config, loop.method, session, min(gather_object([cost.free(device)])))
+    if loop.method.asks is not None:  # nothing scores the tokens of a rehearsal
+        return before(probe)
     return examine(probe, plain.rehearse, lambda rollouts: plain.measure(rollouts, REHEARSED))
 
 
@@ -141,6 +156,7 @@ class Loop:
     method: Method
     session: Session
     run: Run
+    each: Callable[[dict[str, float]], object] = lambda row: None
     refused: int = 0  # steps in a row whose gradients were not finite
     heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
 
@@ -189,6 +205,9 @@ class Loop:
                 batch = who.cut(batch, lengths, who.threshold(step, memory))
                 self.heard.clear()  # it is about the tokens trained before the cut
             memory = who.remember(memory, batch)
+        if self.method.asks is not None:
+            with clock("ask"):
+                batch = self._asked(self.method.asks, batch, rollouts)
         numbers: dict[str, float] = {}
         share = config.batch // who.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
@@ -200,9 +219,13 @@ class Loop:
                     others = self._alternatives(batch[part], rollouts[part])
             with clock("update"):
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
+        if others:
+            ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
+            numbers |= agreeing(ids, own, other, batch.mask[part])
         self._log("metrics", step, numbers)
         wire = [teacher.traffic() for teacher in session.teachers.values()]
-        self._log("perf", step, clock.row(numbers["tokens"]) | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
+        wired = {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]}
+        self._log("perf", step, clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts))) | wired)
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
             said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
@@ -210,6 +233,17 @@ class Loop:
             targets = self.method.prepare(batch[part])
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
         return numbers, memory
+
+    def _asked(self, question: Question, batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
+        """The columns that a question fills; the main process asks."""
+        session = self.session
+        told: list[dict[str, Tensor] | None] = [None]
+        if session.accelerator.is_main_process:
+            teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
+            text, seed = session.collector.tokenizer, self.config.seed
+            told = [asking.asked(question, batch, rollouts, teachers, text, seed)]
+        (columns,) = broadcast_object_list(told)
+        return replace(batch, **columns)
 
     def _collect(
         self,
@@ -339,8 +373,17 @@ class Loop:
                 f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
                 "or look at the saved rollouts"
             )
-        numbers = {"loss": loss, "grad_norm": float(norm), "lr": lr, "refused": float(not finite)}
+        clipped = min(float(norm), config.max_grad_norm)
+        numbers = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            "grad_clipped": clipped,
+            "lr": lr,
+            "refused": float(not finite),
+        }
         numbers |= summary(batch) | speaking(batch) | weighting(targets, batch.mask)
+        numbers |= asking.numbers(batch, self.method.asks)
+        numbers |= by_task(batch, [r.prompt for r in rollouts])
         return batch, numbers | by_teacher(batch, session.teachers, [r.teacher for r in rollouts])
 
     def _check(self, batch: Batch) -> None:
@@ -369,12 +412,13 @@ class Loop:
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
         name, column = "reverse_kl", batch.reverse_kl
-        if column is None:  # a teacher that says log q of these tokens alone
-            assert batch.student_logp is not None and batch.teacher_logp is not None
-            name, column = "log_ratio", batch.student_logp - batch.teacher_logp
-        numbers = {
-            f"eval_{name}": float(column[batch.mask].mean()),
-            f"eval_{name}_se": standard_error(column, batch.mask),
+        if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
+            name, column = "log_ratio", batch.student_logp - batch.teacher_logp  # it says log q of these tokens alone
+        numbers = {}
+        if column is not None:
+            numbers[f"eval_{name}"] = float(column[batch.mask].mean())
+            numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
+        numbers |= {
             "eval_length": float(batch.mask.sum(1).float().mean()),
             "eval_stopped": float(batch.stopped.float().mean()),
         }
@@ -415,6 +459,8 @@ class Loop:
     def _log(self, name: str, step: int, row: dict[str, float]) -> None:
         if self.session.accelerator.is_main_process:
             self.run.log(name, {"step": step, **row})
+            if name == "metrics":
+                self.each({"step": step, **row})
         self.session.accelerator.log(row, step=step)
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.method import Target
-from opd.types import Batch
+from opd.types import Batch, Prompt
 
 
 def summary(batch: Batch) -> dict[str, float]:
@@ -28,20 +28,77 @@ def summary(batch: Batch) -> dict[str, float]:
         column = getattr(batch, name)
         if column is not None:
             out[name] = float(column[mask].mean())
+    if batch.student_entropy is not None and batch.teacher_entropy is not None:
+        out["entropy_gap"] = float((batch.student_entropy - batch.teacher_entropy)[mask].abs().mean())
+    if batch.reverse_kl is not None:
+        out |= {f"reverse_kl_{part}": value for part, value in by_third(batch.reverse_kl, mask).items()}
+    out["repetition"] = repetition(batch.ids, mask)
     if batch.student_logp is not None:
         own = mask if batch.prefix is None else mask & (torch.arange(mask.shape[1]) >= batch.prefix[:, None])
         gap = (batch.student_logp - batch.sampler_logp)[own]
         if len(gap) and "beta" not in batch.notes:
             out["sampler_gap"] = float(gap.abs().max())  # trainer against sampler: 0 up to rounding, or it is wrong
+        if len(gap):
+            out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu: 1 where the student itself drew
     if batch.student_logp is not None and batch.teacher_logp is not None:
         accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
         out["rejected"] = float(1 - accepted.mean())  # by a teacher that speculates: on policy the total variation
     for i, score in enumerate(batch.scores):
         if score is not None:
-            suffix = f"_{i}" if len(batch.scores) > 1 else ""
-            out[f"advantage{suffix}"] = float(score[mask].mean())
-            out[f"advantage_std{suffix}"] = float(score[mask].std(correction=0))
+            suffix, said = f"_{i}" if len(batch.scores) > 1 else "", score[mask]
+            out[f"advantage{suffix}"] = float(said.mean())
+            out[f"advantage_std{suffix}"] = float(said.std(correction=0))
+            ordered = said.sort().values
+            out[f"advantage_p1{suffix}"] = float(ordered[round(0.01 * (len(ordered) - 1))])
+            out[f"advantage_p99{suffix}"] = float(ordered[round(0.99 * (len(ordered) - 1))])
+            out[f"advantage_max{suffix}"] = float(said.abs().max())
     return out
+
+
+def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+    """Its mean over the first, the middle and the last third of each response's trained tokens."""
+    third = 3 * (mask.cumsum(1) - 1) // mask.sum(1, keepdim=True).clamp(min=1)
+    parts = {name: mask & (third == i) for i, name in enumerate(("first", "middle", "last"))}
+    return {name: float(column[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def effective(weights: Float[Tensor, " n"]) -> float:
+    """(sum w)^2 / (n sum w^2), the effective share: 1 where all weigh the same, 1/n where one has it all."""
+    return float(weights.sum().square() / (len(weights) * weights.square().sum())) if weights.any() else 0.0
+
+
+def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
+    """The mean over responses, up to the last trained token, of the share of n-grams that stood in one before."""
+    shares = []
+    for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
+        tokens = row[said].tolist()
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def agreeing(
+    ids: Int[Tensor, "B T A"],
+    student_logp: Float[Tensor, "B T A"],
+    teacher_logp: Float[Tensor, "B T A"],
+    mask: Bool[Tensor, "B T"],
+) -> dict[str, float]:
+    """How far the two models' k likeliest tokens, the student's before the teacher's, are the same, and how likely.
+
+    The share of tokens in both lists, and what each model gives to those: Rethinking OPD, arXiv:2604.13016.  Nothing
+    where the teacher has no list (its log-probs are nan).
+    """
+    if not mask.any() or teacher_logp[mask].isnan().any():
+        return {}
+    k = ids.shape[-1] // 2
+    own, other = ids[mask].split(k, -1)
+    both = (own[:, :, None] == other[:, None, :]).any(-1)
+    mass = lambda logp: float(logp[mask][:, :k].exp().where(both, 0).sum(-1).mean())
+    return {
+        f"top{k}_overlap": float(both.float().mean()),
+        f"top{k}_student_mass": mass(student_logp),
+        f"top{k}_teacher_mass": mass(teacher_logp),
+    }
 
 
 def speaking(batch: Batch) -> dict[str, float]:
@@ -66,16 +123,12 @@ def speaking(batch: Batch) -> dict[str, float]:
 
 
 def weighting(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
-    """How each term spreads over the trained tokens: the share that it weighs at all, and the effective share.
-
-    The latter is (sum w)^2 / (n sum w^2): 1 where all weigh the same, 1/n where one has all the weight.
-    """
+    """How each term spreads over the trained tokens: the share that it weighs at all, and the effective share."""
     out = {}
     for i, target in enumerate(targets):
         suffix, w = f"_{i}" if len(targets) > 1 else "", target.weight[mask]
-        some = bool((w != 0).any())
-        out[f"weighted{suffix}"] = float((w != 0).float().mean()) if some else 0.0
-        out[f"effective{suffix}"] = float(w.sum().square() / (len(w) * w.square().sum())) if some else 0.0
+        out[f"weighted{suffix}"] = float((w != 0).float().mean()) if len(w) else 0.0
+        out[f"effective{suffix}"] = effective(w)
     return out
 
 
@@ -89,6 +142,29 @@ def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) ->
         if mask.any():
             out[f"reverse_kl.{name or 'teacher'}"] = float(batch.reverse_kl[mask].mean())
     return out
+
+
+TASKS = ("task", "data_source", "source", "subject", "domain")  # columns of a prompt that name its kind
+MOST_TASKS = 16  # a column with more values in a batch names no tasks
+
+
+def by_task(batch: Batch, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Reverse KL, outcome and length of each task, by the first column of TASKS that tells the prompts apart."""
+    for column in TASKS:
+        names = [p.columns.get(column) for p in prompts]
+        tasks = sorted({n for n in names if isinstance(n, str)})
+        if not 1 < len(tasks) <= MOST_TASKS:
+            continue
+        out = {}
+        for task in tasks:
+            rows = torch.tensor([n == task for n in names])
+            mask = batch.mask & rows[:, None]
+            out[f"outcome.{task}"] = float(batch.outcome[rows].float().mean())
+            out[f"length.{task}"] = float(mask.sum() / rows.sum())
+            if batch.reverse_kl is not None and mask.any():
+                out[f"reverse_kl.{task}"] = float(batch.reverse_kl[mask].mean())
+        return out
+    return {}
 
 
 def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:

@@ -44,6 +44,7 @@ class Progress:
         )
         self.task = self.bar.add_task("train", total=steps, completed=start, health="")
         self.said = 0.0
+        self.warned: set[str] = set()
         self.handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Progress":
@@ -67,10 +68,16 @@ class Progress:
         """One line that stays."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def warn(self, name: str, line: str) -> None:
+        """Something goes wrong: said once."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.say(f"warning: {name}: {line}")
+
     def stepped(self, step: int, numbers: dict[str, float]) -> None:
         """A step is done."""
-        seen = f"KL {numbers['reverse_kl']:.4f}" if "reverse_kl" in numbers else ""
-        seen = seen or f"hidden {numbers.get('hidden_distance', 0):.4f}"
+        shown = {"reverse_kl": "KL", "hidden_distance": "hidden", "agreement": "agreement", "verdict": "verdict"}
+        seen = next((f"{said} {numbers[name]:.4f}" for name, said in shown.items() if name in numbers), "")
         health = (
             f"{seen}  |g| {numbers['grad_norm']:.2f}  "
             f"length {numbers['length']:.0f}  stopped {numbers['stopped']:.0%}  right {numbers['outcome']:.0%}"
@@ -84,9 +91,10 @@ class Progress:
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """An evaluation is done."""
-        name = "reverse_kl" if "eval_reverse_kl" in numbers else "log_ratio"
-        line = f"{name.replace('_kl', ' KL').replace('_', ' ')} "
-        line += f"{numbers[f'eval_{name}']:.4f} +- {numbers[f'eval_{name}_se']:.4f} nats/token, "
+        line = ""
+        for name, said in (("reverse_kl", "reverse KL"), ("log_ratio", "log ratio")):
+            if f"eval_{name}" in numbers:
+                line = f"{said} {numbers[f'eval_{name}']:.4f} +- {numbers[f'eval_{name}_se']:.4f} nats/token, "
         line += f"length {numbers['eval_length']:.0f}"
         if numbers["eval_stopped"] < 0.5:
             line += f", only {numbers['eval_stopped']:.0%} ended by themselves: raise --max-new-tokens"

