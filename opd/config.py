@@ -224,6 +224,8 @@ class Train:
         missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
         if missing:
             raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
+        if told and self.method.asks is not None:
+            raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
         if told and self.teacher_prompt == "same":
             raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")
         if told == "peer" and who.per_prompt < 2:

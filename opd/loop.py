@@ -224,8 +224,8 @@ class Loop:
             numbers |= agreeing(ids, own, other, batch.mask[part])
         self._log("metrics", step, numbers)
         wire = [teacher.traffic() for teacher in session.teachers.values()]
-        wired = {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]}
-        self._log("perf", step, clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts))) | wired)
+        row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
+        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
             said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}

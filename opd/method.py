@@ -19,12 +19,13 @@ from torch import Tensor
 from opd.against import Against, Extrapolated, Teacher, models
 from opd.divergences import Divergence, ReverseKL
 from opd.estimators import Baseline, Estimator, Sampled
+from opd.questions import Question
 from opd.representation import Bridge, distance
-from opd.rewards import LogRatio, Reward
+from opd.rewards import LogRatio, One, Reward
 from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, listens
 from opd.surrogates import Reinforce
 from opd.transforms import Discount, DiscountExpected, MeanFuture
-from opd.types import GIVEN, MEASURED, Batch, Column, call, reads
+from opd.types import ASKED, GIVEN, MEASURED, Batch, Column, call, reads
 from opd.weights import TokenMean, TruncatedImportance
 
 SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the token drawn
@@ -111,7 +112,9 @@ class PolicyGradient:
         return not self.transforms and not reads(self.surrogate)
 
     def needs(self) -> frozenset[str]:
-        """What a teacher must tell: log q of the sampled token, or its whole distribution."""
+        """What a teacher must tell: log q of the sampled token, its whole distribution, or nothing."""
+        if (self.reward, self.baseline, self.estimator) == (One(), None, Sampled()):
+            return frozenset()
         one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
         return frozenset({"teacher_logp" if one else "vocabulary"})
 
@@ -171,8 +174,8 @@ class Match:
         return True
 
     def needs(self) -> frozenset[str]:
-        """What a teacher must tell: its whole distribution."""
-        return frozenset({"vocabulary"})
+        """What a teacher must tell: its whole distribution; nothing, where it is not compared with."""
+        return frozenset({"vocabulary"} if "teacher_logp" in models(self.against) else ())
 
     def score(self, at: Positions) -> None:
         """Nothing is rewarded."""
@@ -242,12 +245,14 @@ class Method:
     rollouts: Rollouts = OnPolicy()
     filters: tuple[Column, ...] = ()  # which trained tokens stay; applied before all else, so none is in a denominator
     teacher: Privileged | None = None  # its own choice of one; the run's --teacher and --context win
+    asks: Question | None = None  # of teachers that write, and give no log-probs
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("a method needs at least one term")
         if sum(isinstance(term, MatchHidden) for term in self.terms) > 1:
             raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
+        self._check_asked()
         for term in self.terms:
             if isinstance(term, PolicyGradient):
                 self._check_speaker(term)
@@ -256,6 +261,17 @@ class Method:
                         f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
                         "policy; a policy gradient then needs a surrogate with a ratio (ImportanceSampling, Clipped)"
                     )
+
+    def _check_asked(self) -> None:
+        """Refuse columns that nobody fills, and questions about what the student did not write."""
+        told = frozenset() if self.asks is None else self.asks.columns
+        if missing := self.reads() & ASKED - told:
+            raise ValueError(
+                f"reads {', '.join(sorted(missing))}, which asks={self.asks} does not fill: Continue(...) fills chunk "
+                "and agreement, Grade(...) verdict and judged"
+            )
+        if self.asks is not None and not isinstance(self.rollouts, OnPolicy):
+            raise ValueError(f"{self.rollouts} takes a teacher that reads tokens, and {self.asks} one that reads text")
 
     def _check_speaker(self, term: PolicyGradient) -> None:
         """Refuse a policy gradient on tokens that the student did not draw."""
@@ -288,6 +304,7 @@ class Method:
         The last is for rollouts that the teacher reads while they are written.
         """
         heard = {"decoding"} if listens(self.rollouts) else set()
+        heard |= {"text"} if self.asks is not None else set()
         heard |= {"reverse_kl"} if isinstance(self.rollouts, StopOnAgreement) else set()
         return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
 

@@ -6,12 +6,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from opd import models, remote
+from opd import models, prompts, remote
 from opd.config import DTYPES, Train
+from opd.engines.hf import HFEngine
 from opd.method import Method
+from opd.methods import METHODS
 from opd.rollouts import OnPolicy
+from opd.teachers import wire
+from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.teachers.server import Server
+from opd.teachers.text import Endpoint, Gate, Local, TextTeacher
 from opd.types import Refusal
 
 
@@ -25,15 +30,23 @@ def _own(model: str) -> bool:
     return model in ("self", "base") or average_rate(model) is not None
 
 
-def source_of(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server:
-    """Where a teacher's tokenizer and weights come from; refuses one with nothing to say."""
+def source_of(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server | None:
+    """Where a teacher's tokenizer and weights come from, None where only texts matter; refuses one without a word."""
+    method = config.resolved()
+    if method.asks is not None:
+        if missing := method.needs() - TextTeacher.provides:
+            raise Refusal(
+                f"--{flag(name)} {model}: is asked for texts alone ({method.asks}), and other terms need more of it "
+                f"({', '.join(sorted(missing))}): leave them out"
+            )
+        return None
     if model.startswith(("http://", "https://")):
         return remote.reached(model, config, field=flag(name))
     if model.startswith("openai:"):
         raise Refusal(
             f"--{flag(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
-            f"with them ({', '.join(sorted(LocalTeacher.provides))}); name a model opd can load, with the student's "
-            "vocabulary"
+            f"with them ({', '.join(sorted(method.needs()))}); name a model opd can load, with the student's "
+            f"vocabulary, or take a method that only asks for texts: {', '.join(asking())}"
         )
     if _own(model):
         return student
@@ -44,6 +57,39 @@ def source_of(name: str, model: str, student: models.Source, config: Train) -> m
             "--context, what the teacher knows and the student does not, or name another teacher"
         )
     return source
+
+
+def asking() -> list[str]:
+    """The listed methods of text-only teachers."""
+    return [name for name, factory in METHODS.items() if factory().asks is not None]
+
+
+def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoint | Local:
+    """A model that writes: behind an endpoint, or here, with its own tokenizer; refuses the student's own weights."""
+    config.remote.check()
+    if model.startswith("openai:"):
+        return Endpoint(model, config.remote, field=field)
+    if _own(model) or model.startswith(("http://", "https://")):
+        way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
+        raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")
+    source = models.locate(model, field=field, trust_remote_code=config.trust_remote_code)
+    text = models.tokenizer(source, field=field)
+    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on).requires_grad_(False)
+    size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
+    models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
+    stop = prompts.stop_ids(models.generation_config(source), text)
+    arguments = prompts.known(text, prompts.template_arguments(config.data.template_args))
+    engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
+    name = f"{source.folder} {wire.weights_hash(weights)}"
+    return Local(name, engine, text, context.max_position_embeddings, arguments)
+
+
+def text_teacher(model: str, config: Train, on: torch.device, *, field: str) -> TextTeacher:
+    """A teacher that writes, and what it wrote before."""
+    answers = Answers(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
+    return TextTeacher(
+        writer(model, config, on, field=field), answers, Gate(f"{field} {model}", config.remote.judge_failures)
+    )
 
 
 def teacher(

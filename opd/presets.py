@@ -113,6 +113,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "embedded": {
         "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
         "trb": {"anneal": 20},
+        "omniopd": {"chunks": 6, "length": 8, "texts": 4},
         "oprd": {"bridge_rank": 8},  # the models have no ancestor in common
     },
 }

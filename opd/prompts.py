@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,22 @@ def with_context(prompt: Prompt, context: str, template: str) -> Prompt:
         return replace(prompt, text=fill(prompt.text))
     *before, last = prompt.messages
     return replace(prompt, messages=(*before, {**last, "content": fill(last["content"])}))
+
+
+def begun(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """A prompt's ids with the beginning of its answer, ready for the rest."""
+    ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs, system="")
+    return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
+
+
+def after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that some ids add to those before them: alone, many tokenizers drop the space they begin with."""
+    read = lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))
+    near = list(before)[-8:]
+    whole, start = read([*near, *ids]), read(near)
+    return whole[len(start) :] if whole.startswith(start) else read(ids)
 
 
 def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

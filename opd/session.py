@@ -26,10 +26,11 @@ from opd.student import Student
 from opd.tasks.load import load
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine, open_teacher
+from opd.teachers.text import TextTeacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
-AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher
+AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -85,10 +86,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     source = models.locate(config.student, field="student", trust_remote_code=trust)
     sources = {name: opening.source_of(name, model, source, config) for name, model in config.routes().items()}
     own = remote.known(source, field="student")
-    known = {
-        name: remote.known_there(s, own, config) if isinstance(s, Server) else remote.known(s, field=opening.flag(name))
-        for name, s in sources.items()
-    }
+    known = {name: own if s is None else _known(s, own, config, opening.flag(name)) for name, s in sources.items()}
     text, texts = own.text, {name: k.text for name, k in known.items()}
     shapes, stops = zip(*((k.shape, k.stop) for k in (own, *known.values())), strict=True)
     agreements = [
@@ -154,7 +152,9 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     opened: dict[str, AnyTeacher] = {}
     for name, called in config.routes().items():
         at = sources[name]
-        if isinstance(at, Server):
+        if at is None:
+            opened[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
+        elif isinstance(at, Server):
             opened[name] = there = open_teacher(at, to=device, stop=merged)
             if config.remote.teacher_local:
                 remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
@@ -170,10 +170,12 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
     engine = lambda model: HFEngine(model, size, stop, config.decode_rows)
-    writers = {
-        name: ServerEngine(t.server, size, stop) if not isinstance(t, LocalTeacher) else engine(t.model)
-        for name, t in opened.items()
-    }
+    writers: dict[str, HFEngine | ServerEngine] = {}
+    for name, t in opened.items():
+        if isinstance(t, LocalTeacher | TextTeacher):  # a method that asks for texts lets no teacher write rollouts
+            writers[name] = engine(t.model if isinstance(t, LocalTeacher) else student.model)
+        else:
+            writers[name] = ServerEngine(t.server, size, stop)
     vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20)
     return Session(
         accelerator=accelerator,
@@ -188,6 +190,13 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         agreements=dict(zip(opened, agreements, strict=True)),
         lenses=lenses,
     )
+
+
+def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
+    """A teacher that scores, before its weights."""
+    if isinstance(source, Server):
+        return remote.known_there(source, student, config)
+    return remote.known(source, field=field)
 
 
 def learning_rate(config: Train, update: int, total: int) -> float:

@@ -7,7 +7,7 @@ Masked tokens may hold anything on entry, infinities included.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -65,3 +65,37 @@ class MeanFuture:
         x = x.where(mask, 0)
         later, count = reward_to_go(x, 1.0) - x, reward_to_go(mask.to(x.dtype), 1.0) - mask.to(x.dtype)
         return x + later / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class GroupAdvantage:
+    """x times a judge's verdict less its mean over the group, divided by its deviation with `norm_std`.
+
+    GRPO, arXiv:2402.03300; the mean alone is Dr. GRPO, arXiv:2503.20783.  A group that the judge did not score has
+    none, and rollouts without a trained token are not in the statistics.
+    """
+
+    norm_std: bool = False
+    eps: float = 1e-6
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        verdict: Float[Tensor, " B"],
+        judged: Bool[Tensor, " B"],
+        group: Int[Tensor, " B"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        advantage = group_centred(verdict.to(x.dtype), group, judged & mask.any(1), self.eps if self.norm_std else None)
+        return x.where(mask, 0) * advantage[:, None]
+
+
+def group_centred(
+    x: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
+) -> Float[Tensor, " B"]:
+    """x less its mean over the marked rows of its group, over their deviation plus `eps` where given; else 0."""
+    _, at = group.unique(return_inverse=True)
+    add = lambda y: y.new_zeros(len(at)).scatter_add(0, at, y.where(among, 0))[at]
+    count = add(torch.ones_like(x)).clamp(min=1)
+    centred = (x - add(x) / count).where(among, 0)
+    return centred if eps is None else centred / ((add(centred.square()) / count).sqrt() + eps)

@@ -106,6 +106,10 @@ class Batch:
     reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) of the whole distribution
     hidden_distance: Float[Tensor, "B T"] | None = None  # mean over layers of the matched hidden states
     hidden_cosine: Float[Tensor, "B T"] | None = None
+    chunk: Int[Tensor, "B T"] | None = None  # audited chunks, numbered from 1 in each response; 0 outside
+    agreement: Float[Tensor, "B T"] | None = None  # similarities of a chunk and a text-only teacher's, summed
+    verdict: Float[Tensor, " B"] | None = None  # a judge's score of the response, from 0 to 1
+    judged: Bool[Tensor, " B"] | None = None  # whether there is a verdict: a judge may fail
     scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
     notes: Mapping[str, Tensor] = field(default_factory=dict)  # what the sampler noted, [B] or [B, T]; for metrics
 
@@ -121,7 +125,8 @@ GIVEN = frozenset(
     {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
-COLUMNS = GIVEN | MEASURED
+ASKED = frozenset({"chunk", "agreement", "verdict", "judged"})  # what a text-only teacher or a judge says fills them
+COLUMNS = GIVEN | MEASURED | ASKED
 
 Column = Callable[..., Tensor]  # a pure function; which columns it reads is its signature
 

@@ -49,7 +49,7 @@ class Given:
 class Heard:
     """What the frozen models say about the trained tokens."""
 
-    teacher: Hidden | Given
+    teacher: Hidden | Given | None  # None: it writes, and scores nothing
     reference: Hidden | None = None  # where a term is against it
     lens: Lens | None = None  # through which the student's layers meet the teacher's views
 
@@ -61,6 +61,10 @@ class Heard:
 
 @dataclass(frozen=True)
 class Columns:
+    def said(self, columns: "Columns") -> "Columns":
+        """The columns that somebody told."""
+        return columns if self.teacher is not None else replace(columns, teacher_logp=None)
+
     """Per-token numbers of a pass, flat, detached; None what it did not look at."""
 
     student_logp: Float[Tensor, " N"] | None = None
@@ -104,7 +108,7 @@ class Alternatives:
 
     ids: Int[Tensor, "N A"]
     student_logp: Float[Tensor, "N A"]
-    teacher_logp: Float[Tensor, "N A"]  # nan where the teacher is `Given`
+    teacher_logp: Float[Tensor, "N A"]  # nan where the teacher has no head
 
     def cpu(self) -> "Alternatives":
         """The same in main memory."""
@@ -131,7 +135,7 @@ def measure(method: Method, student: Hidden, heard: Heard, ids: Int[Tensor, " N"
                 sweep.closed(rows, None)
             else:
                 sweep.autograd(rows, None)
-    return sweep.columns
+    return heard.said(sweep.columns)
 
 
 def head_pass(
@@ -150,11 +154,11 @@ def head_pass(
         student.head.bias,
         (method, student.head, heard, vocabulary.canonical(ids), targets, vocabulary, out),
     )
-    return loss, out[0]
+    return loss, heard.said(out[0])
 
 
 @torch.no_grad()
-def alternatives(student: Hidden, teacher: Hidden | Given, k: int, vocabulary: Vocabulary) -> Alternatives:
+def alternatives(student: Hidden, teacher: Hidden | Given | None, k: int, vocabulary: Vocabulary) -> Alternatives:
     """Each model's k likeliest tokens with the log-probs of both, some rows at a time; A = k for each with a head."""
     sides = [_Side.of(x, matmul_dtype(x.states), vocabulary) for x in (student, teacher) if isinstance(x, Hidden)]
     n, v, most = len(student.states), vocabulary.size, min(k, vocabulary.size)
@@ -237,6 +241,8 @@ class _Sweep:
         linear = low != torch.float16 and not curved
         return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, linear)
 
+        if heard.teacher is None:
+            given = scratch.new_full((len(ids),), torch.nan)  # no leaf may look there
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
         return blocks(len(self.ids), len(self.gradient))

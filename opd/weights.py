@@ -254,6 +254,62 @@ class FrozenWindow:
         return torch.where(rock | (near & high), self.weight, 1.0)
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """(agreement + alpha pbar) / (texts + alpha) on audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 4-5.
+
+    `agreement` sums over a text-only teacher's texts how like the chunk each is; pbar is the geometric mean of p over
+    the chunk.  `apart`: scaled so that a token mean is a mean over the audited tokens.
+    """
+
+    texts: int = 10
+    alpha: float = 1.0
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha}: the student's own weight in texts, 0 (none) or more")
+
+    def __call__(
+        self,
+        chunk: Int[Tensor, "B T"],
+        agreement: Float[Tensor, "B T"],
+        student_logp: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        prior = _chunk_mean(student_logp, chunk, audited).exp()
+        posterior = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
+        return posterior.where(audited, 0) * _share(audited, mask, self.apart)
+
+
+@dataclass(frozen=True)
+class Unaudited:
+    """1 outside the audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 8; `apart` as in `Posterior`."""
+
+    apart: bool = False
+
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        rest = mask & (chunk == 0)
+        return rest * _share(rest, mask, self.apart)
+
+
+def _chunk_mean(
+    x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Mean of x over the tokens of each one's chunk."""
+    at = chunk.where(audited, 0)
+    empty = x.new_zeros(len(x), int(at.max()) + 1 if at.numel() else 1)
+    total = empty.scatter_add(1, at, x.where(audited, 0))
+    count = empty.scatter_add(1, at, audited.to(x.dtype))
+    return (total / count.clamp(min=1)).gather(1, at)
+
+
+def _share(some: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
+    """What makes a token mean a mean over some tokens, where that is asked."""
+    return mask.sum() / some.sum().clamp(min=1) if apart else 1.0
+
+
 def group_softmax(
     score: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"]
 ) -> Float[Tensor, " B"]:

@@ -16,11 +16,12 @@ from opd.rewards import Power
 from opd.rollouts import OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling
 from opd.transforms import Discount, DiscountExpected, Whiten
-from opd.types import DATA, GIVEN, MEASURED, STUDENT
+from opd.types import ASKED, DATA, GIVEN, MEASURED, STUDENT
 from opd.weights import Constant, SequenceMean, TruncatedImportance
 
 pytestmark = pytest.mark.usefixtures("float64")
 close = torch.testing.assert_close
+BY_TOKEN = MEASURED | {"sampler_logp", "coin", "agreement"}
 
 VARIANTS = {
     # Terms on hidden states have no place in a world of tables: test_representation.py has their laws, on models.
@@ -71,6 +72,7 @@ def given(ids):
     """Masks ragged, with a hole and an empty row; samples from some other policy."""
     mask = torch.arange(3) < torch.randint(1, 4, (20, 1))
     mask[0], mask[1] = torch.tensor([True, False, True]), False
+    chunk = torch.randint(0, 3, (20, 3))
     return {
         "mask": mask,
         "group": torch.arange(20) % 5,
@@ -78,6 +80,10 @@ def given(ids):
         "outcome": torch.rand(20).round(),
         "sampler_logp": -torch.rand(20, 3),
         "prefix": torch.arange(20) % 3,
+        "chunk": chunk,
+        "agreement": torch.rand(20, 3) * (chunk > 0),
+        "verdict": torch.rand(20),
+        "judged": torch.arange(20) % 5 != 4,  # of each group all or none
     }
 
 
@@ -119,7 +125,7 @@ def test_gradient_is_finite_and_not_zero(m, world, ids, given):
 @pytest.mark.parametrize("junk", [float("nan"), -float("inf")])
 def test_padding_is_invisible(m, junk, world, ids, given):
     batch = world.measure(m, ids, **given)
-    other = poisoned(batch, junk, MEASURED | {"sampler_logp", "coin"})
+    other = poisoned(batch, junk, BY_TOKEN)
     after = batch.mask.flip(1).cumsum(1).flip(1) == 0  # a hole in the mask is context of what follows
     other = dataclasses.replace(other, ids=other.ids.where(~after, (other.ids + 1) % 4))
     targets = m.prepare(other)
@@ -148,7 +154,8 @@ def test_masking_does_not_rest_on_the_leaves(world, ids, given):
 def test_longer_padding_is_invisible(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     wide = lambda x, fill: torch.nn.functional.pad(x, (0, 2), value=fill)
-    columns = {name: wide(getattr(batch, name), float("nan")) for name in MEASURED | {"sampler_logp", "coin"}}
+    columns = {name: wide(getattr(batch, name), float("nan")) for name in BY_TOKEN}
+    columns["chunk"] = wide(batch.chunk, 0)
     scores = tuple(x if x is None else wide(x, float("nan")) for x in batch.scores)
     other = dataclasses.replace(batch, **columns, ids=wide(batch.ids, 0), mask=wide(batch.mask, False), scores=scores)
     for x, y in zip(m.prepare(other), m.prepare(batch), strict=True):
@@ -159,8 +166,8 @@ def test_longer_padding_is_invisible(m, world, ids, given):
 
 
 @every
-def test_nothing_trained_is_no_gradient(m, world, ids):
-    batch = world.measure(m, ids, mask=torch.zeros(20, 3, dtype=torch.bool))
+def test_nothing_trained_is_no_gradient(m, world, ids, given):
+    batch = world.measure(m, ids, **given | {"mask": torch.zeros(20, 3, dtype=torch.bool)})
     for target in m.prepare(batch):
         assert (target.weight == 0).all()
         assert target.advantage is None or (target.advantage == 0).all()
@@ -198,10 +205,11 @@ def test_reads_only_what_it_names(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     unread = {name: None for name in MEASURED - m.reads()}
     floats = {
-        x: torch.full_like(getattr(batch, x), float("nan")) for x in {"outcome", "sampler_logp", "coin"} - m.reads()
+        x: torch.full_like(getattr(batch, x), float("nan"))
+        for x in {"outcome", "sampler_logp", "coin", "agreement", "verdict"} - m.reads()
     }
     bare = dataclasses.replace(batch, **unread, **floats)
-    assert m.reads() <= GIVEN | MEASURED
+    assert m.reads() <= GIVEN | MEASURED | ASKED
     close(gradient(m, world, bare), gradient(m, world, batch))
 
 
@@ -254,7 +262,7 @@ def test_terms_add(m, world, ids, given):
 @every
 def test_data_carries_no_gradient(m, world, ids, given):
     batch = world.measure(m, ids, **given)
-    live = {name: getattr(batch, name).clone().requires_grad_() for name in MEASURED | {"sampler_logp", "coin"}}
+    live = {name: getattr(batch, name).clone().requires_grad_() for name in BY_TOKEN}
     scores = tuple(x if x is None else x.clone().requires_grad_() for x in batch.scores)
     for target in m.prepare(dataclasses.replace(batch, **live, scores=scores)):
         assert not target.weight.requires_grad

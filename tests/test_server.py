@@ -110,7 +110,7 @@ class Proxy:
                         self.end_headers()
                         self.wfile.write(b"abc")
                         return self.connection.shutdown(socket.SHUT_RDWR)
-                headers = {k: v for k, v in self.headers.items() if k in ("Content-Type", "Authorization")}
+                headers = {k: v for k, v in self.headers.items() if k.title() in ("Content-Type", "Authorization")}
                 asked = urllib.request.Request(
                     proxy.target + self.path, body or None, headers=headers, method=self.command
                 )

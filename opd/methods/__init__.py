@@ -24,6 +24,7 @@ from opd.methods.fire import fire
 from opd.methods.gopd import g_opd
 from opd.methods.iw import iw_opd
 from opd.methods.kat import kat
+from opd.methods.omniopd import omniopd
 from opd.methods.oprd import oprd
 from opd.methods.optimal import opd_optimal, opd_stratified
 from opd.methods.pg import pg
@@ -69,6 +70,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     opsd,
     sdft,
     sdpo,
+    omniopd,
     opd_optimal,
     opd_stratified,
     pg,

@@ -130,12 +130,9 @@ class Routes:
         """POST /v1/chat/completions."""
         self._check_model(asked.model)
         turns = tuple({"role": m.role, "content": m.text()} for m in asked.messages)
-        row = prompts.render(
-            self.served.tokenizer,
-            Prompt(messages=turns),
-            chat_template_kwargs=asked.chat_template_kwargs,
-            system="",
-        )
+        text = str(turns[-1]["content"]) if asked.continue_final_message else ""
+        turns = turns[:-1] if asked.continue_final_message else turns
+        row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), text, asked.chat_template_kwargs)
         most = asked.max_completion_tokens or asked.max_tokens or self.served.context - len(row)
         self._check_row(row, most)
         drawn = self._draw([row] * asked.n, asked, most)

@@ -5,7 +5,7 @@ A field that is not served is refused by name rather than ignored: an ignored `l
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 Id = Annotated[StrictInt, Field(ge=0)]
 Ids = Annotated[list[Id], Field(min_length=1)]
@@ -68,7 +68,18 @@ class Chat(Drawing):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = {}
+
+    @model_validator(mode="after")
+    def begun(self) -> "Chat":
+        """One goes on from an answer that has begun, or opens a new one."""
+        if self.add_generation_prompt == self.continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message: one of them must be true, not both")
+        if self.continue_final_message and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
+            raise ValueError("continue_final_message: the last message must be the assistant's, after another")
+        return self
 
 
 class ScoringParameters(Asking):

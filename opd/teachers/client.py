@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -42,6 +42,13 @@ class Remote:
     """Tokenizer of a server that is not `opd serve`: hub id or folder; empty: it has the student's."""
     teacher_local: str = ""
     """A local copy of the server's model: its log-probs are compared with the server's before the first step."""
+    teacher_prefix: Literal["continue", "ask"] = "continue"
+    """How a text-only teacher (openai:) is made to go on from a begun answer: continue, by continue_final_message,
+    which vLLM and `opd serve` have; or ask, in words, for any other endpoint."""
+    teacher_cache: str = ""
+    """Folder where the answers of text-only teachers and judges are kept, for several runs; empty: the run's own."""
+    judge_failures: float = 0.4
+    """Share of the last questions to a text-only teacher or judge that may fail; beyond it the run stops."""
 
     def check(self) -> None:
         """Refuse impossible settings."""
@@ -50,6 +57,8 @@ class Remote:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if self.teacher_retries < 0:
             raise Refusal(f"--teacher-retries {self.teacher_retries}: must be 0 or more")
+        if not 0 <= self.judge_failures <= 1:
+            raise Refusal(f"--judge-failures {self.judge_failures}: a share lies in [0, 1]")
 
 
 @dataclass

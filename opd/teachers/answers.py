@@ -1,0 +1,51 @@
+"""What models wrote, kept on disk: the same question is asked once, by this run or by another with the same file."""
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd.types import Refusal
+
+
+def key(*parts: object) -> str:
+    """The name of a question: model, prompt, parameters and seed, as json gives them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Answers:
+    """Texts by key in one SQLite file, which appears with the first of them; threads and processes may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.file: sqlite3.Connection | None = None
+
+    def find(self, key: str) -> list[str] | None:
+        """What was written; None if nothing was."""
+        with self.lock:
+            if self.file is None and not self.path.is_file():
+                return None
+            row = self._do("SELECT texts FROM answers WHERE key = ?", key).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def keep(self, key: str, texts: Sequence[str]) -> None:
+        """Write it down."""
+        with self.lock:
+            self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
+
+    def _do(self, statement: str, *values: str) -> sqlite3.Cursor:
+        try:
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Every statement is a transaction of its own: what was paid for outlives a killed run.
+                self.file = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+                self.file.execute("PRAGMA journal_mode=WAL")
+                self.file.execute("PRAGMA synchronous=NORMAL")
+                self.file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, texts TEXT) WITHOUT ROWID")
+            return self.file.execute(statement, values)
+        except (sqlite3.Error, OSError) as error:
+            raise Refusal(
+                f"--teacher-cache {self.path}: {error}; name a folder that can be written, or remove a broken file"
+            ) from error

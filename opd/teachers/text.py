@@ -1,0 +1,326 @@
+"""Teachers and judges that only write: `continue_(prefixes, ...) -> texts`, `chat(conversations, ...) -> texts`.
+
+A model behind an OpenAI-compatible endpoint, or one in this process.  A question that fails comes back without texts
+and is counted; the others of its batch are kept, on disk too.  Where too many fail, the run stops and says why.
+"""
+
+import importlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd import prompts
+from opd.engines.hf import HFEngine
+from opd.representation import Lens
+from opd.teachers.answers import Answers, key
+from opd.teachers.client import Remote
+from opd.teachers.server import STUDENTS
+from opd.types import Prompt, Refusal, Rollout, Sampling
+
+LEAST, LAST = 10, 50  # questions before failures can stop a run, and those that are looked at
+ON = (
+    "Below, an answer to the last question has begun. Write what comes next, from the very character where it breaks "
+    "off. Repeat none of it, and say nothing else.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A question, and how its answer begins."""
+
+    prompt: Prompt
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class How:
+    """The parameters of a question."""
+
+    n: int
+    max_tokens: int
+    temperature: float
+
+
+@dataclass
+class Account:
+    """What was asked so far; threads add to it under the lock."""
+
+    calls: int = 0  # questions that went to the model
+    cached: int = 0  # questions that it had answered before
+    failed: int = 0
+    read_tokens: int = 0
+    written_tokens: int = 0
+    seconds: float = 0.0  # of the calls, side by side ones added up
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **more: float | int) -> None:
+        """Count."""
+        with self.lock:
+            for name, value in more.items():
+                setattr(self, name, getattr(self, name) + value)
+
+    def numbers(self) -> dict[str, float]:
+        """All counts."""
+        with self.lock:
+            return {f.name: float(getattr(self, f.name)) for f in fields(self) if f.name != "lock"}
+
+
+class Gate:
+    """Stops a run in which too many questions fail: more than a share of the last ones, once there are some."""
+
+    def __init__(self, who: str, most: float) -> None:
+        self.who, self.most, self.lock = who, most, threading.Lock()
+        self.last: deque[bool] = deque(maxlen=LAST)
+        self.why = ""
+
+    def note(self, why: str) -> None:
+        """One question more: empty if it was answered, else why not."""
+        with self.lock:
+            self.last.append(bool(why))
+            self.why = why or self.why
+            if len(self.last) >= LEAST and (share := sum(self.last) / len(self.last)) > self.most:
+                raise Refusal(
+                    f"--{self.who}: {share:.0%} of the last {len(self.last)} questions failed, and --judge-failures "
+                    f"allows {self.most:.0%}; the last: {self.why}: mend that, then run the same command with --resume"
+                )
+
+
+class Failed(Exception):
+    """A question without an answer, and why."""
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A model that writes."""
+
+    @property
+    def name(self) -> str:
+        """Part of every key."""
+
+    def write(
+        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
+    ) -> Iterator[tuple[int, list[str] | Failed]]:
+        """(place, texts) of each question and its seed, in any order."""
+
+
+class Endpoint:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, name: str, how: Remote, *, field: str) -> None:
+        self.model, at, self.url = name.removeprefix("openai:").partition("@")
+        self.name, self.how, self.field = f"openai:{self.model}", how, field
+        parts = urlsplit(self.url)
+        if not self.model or (at and (parts.scheme not in ("http", "https") or not parts.hostname)):
+            raise Refusal(f"--{field} {name}: write openai:MODEL@http://host:port/v1, or openai:MODEL for OpenAI's own")
+        if parts.username or parts.password:
+            raise Refusal(
+                f"--{field} {self.name}@...: no secrets in an address, for it is logged; put the key into "
+                f"{how.teacher_token_env}"
+            )
+        openai = needed("openai", f"--{field} {self.name}")
+        self.errors = openai
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy of the environment does not reach it
+        self.client = openai.OpenAI(
+            api_key=os.environ.get(how.teacher_token_env, "") or "none",
+            base_url=self.url or "https://api.openai.com/v1",
+            timeout=how.teacher_timeout,
+            max_retries=how.teacher_retries,
+            http_client=openai.DefaultHttpxClient(trust_env=not local),
+        )
+
+    def write(
+        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
+    ) -> Iterator[tuple[int, list[str] | Failed]]:
+        """Some requests at a time."""
+        pool = ThreadPoolExecutor(self.how.teacher_concurrency, "text")
+        try:
+            jobs = {pool.submit(self._one, begun, seed, how, account): i for i, (begun, seed) in enumerate(asked)}
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _one(self, begun: Begun, seed: int, how: How, account: Account) -> list[str] | Failed:
+        """All the texts of one question: servers that give fewer at once are asked again."""
+        texts: list[str] = []
+        start, openai = time.perf_counter(), self.errors
+        try:
+            while len(texts) < how.n:
+                given = self._ask(begun, (seed + len(texts)) % (1 << 31), how.n - len(texts), how, account)
+                if not given:
+                    return Failed(f"{self.name} gave no text")
+                texts += given
+            return texts[: how.n]
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise Refusal(
+                f"--{self.field} {self.name}: it wants a key (HTTP {error.status_code}): export it in "
+                f"{self.how.teacher_token_env}, or name another variable by --teacher-token-env"
+            ) from error
+        except openai.NotFoundError as error:
+            raise Refusal(f"--{self.field} {self.name}: {_line(error)}: name a model that the server has") from error
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # the latter: malformed answers
+            return Failed(f"{type(error).__name__}: {_line(error)}")
+        finally:
+            account.add(seconds=time.perf_counter() - start)
+
+    def _ask(self, begun: Begun, seed: int, n: int, how: How, account: Account) -> list[str]:
+        drawing: dict[str, Any] = {"model": self.model, "n": n, "temperature": how.temperature, "seed": seed}
+        if begun.prompt.messages:
+            turns, more = self._turns(begun)
+            # OpenAI's own models know one of the two names, older servers the other.
+            most = "max_tokens" if self.url else "max_completion_tokens"
+            said = self.client.chat.completions.create(
+                messages=turns, extra_body=more, **{most: how.max_tokens}, **drawing
+            )
+            texts = [choice.message.content for choice in said.choices]
+        else:
+            whole = begun.prompt.text + begun.text
+            said = self.client.completions.create(prompt=whole, max_tokens=how.max_tokens, **drawing)
+            texts = [choice.text for choice in said.choices]
+        if said.usage is not None:
+            account.add(read_tokens=said.usage.prompt_tokens, written_tokens=said.usage.completion_tokens)
+        return [text or "" for text in texts]
+
+    def _turns(self, begun: Begun) -> tuple[list[dict[str, str]], dict[str, object]]:
+        """The conversation, and what is added to the request."""
+        turns = [dict(turn) for turn in begun.prompt.messages]
+        if not begun.text:
+            return turns, {}
+        if self.how.teacher_prefix == "ask":
+            return [*turns, {"role": "user", "content": ON + begun.text}], {}
+        # vLLM's, which other servers share.
+        more: dict[str, object] = {"add_generation_prompt": False, "continue_final_message": True}
+        return [*turns, {"role": "assistant", "content": begun.text}], more
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model in this process."""
+
+    name: str
+    engine: HFEngine
+    tokenizer: Tokenizer
+    context: int  # tokens
+    arguments: Mapping[str, Any]  # of its chat template
+
+    def write(
+        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
+    ) -> Iterator[tuple[int, list[str] | Failed]]:
+        """All of them in batches; the i-th text of a question draws from a stream of its own."""
+        start, rows, index, places = time.perf_counter(), [], [], []
+        for i, (begun, seed) in enumerate(asked):
+            ids = prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
+            if len(ids) + how.max_tokens > self.context:
+                yield i, Failed(f"{len(ids)} tokens and {how.max_tokens} new ones, in a context of {self.context}")
+                continue
+            rows += [ids] * how.n
+            index += [seed * how.n + j for j in range(how.n)]
+            places.append(i)
+        sampling = Sampling(temperature=how.temperature, max_new_tokens=how.max_tokens)
+        drawn = self.engine.generate(rows, sampling, seed=0, step=0, index=index)
+        account.add(
+            seconds=time.perf_counter() - start,
+            read_tokens=sum(map(len, rows)),
+            written_tokens=sum(len(sample.ids) for sample in drawn),
+        )
+        for k, i in enumerate(places):
+            some = range(k * how.n, (k + 1) * how.n)
+            yield i, [prompts.after(self.tokenizer, rows[j], drawn[j].ids) for j in some]
+
+
+class TextTeacher:
+    """A model that answers in texts.  It scores nothing: for methods that ask for no log-prob of it."""
+
+    provides = STUDENTS | {"text"}
+
+    def __init__(self, writer: Writer, answers: Answers, gate: Gate) -> None:
+        self.writer, self.answers, self.gate = writer, answers, gate
+        self.account, self.before = Account(), dict[str, float]()
+
+    def continue_(
+        self, prefixes: Sequence[Begun], n: int, max_tokens: int, seed: int, temperature: float = 1.0
+    ) -> list[list[str]]:
+        """`n` continuations of each begun answer, in tokens of the teacher's own; none of one that failed."""
+        return self._texts(prefixes, How(n, max_tokens, temperature), seed)
+
+    def chat(
+        self,
+        conversations: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        seed: int,
+        n: int = 1,
+        temperature: float = 0.0,
+    ) -> list[list[str]]:
+        """`n` answers to each conversation; none where it failed."""
+        return self._texts([Begun(x) for x in conversations], How(n, max_tokens, temperature), seed)
+
+    def _texts(self, asked: Sequence[Begun], how: How, seed: int) -> list[list[str]]:
+        """From disk, else from the model; equal questions are one."""
+        keys, found = [], dict[str, list[str]]()
+        wanted: dict[str, tuple[Begun, int]] = {}
+        for x in asked:
+            turns = [dict(turn) for turn in x.prompt.messages]
+            k = key(self.writer.name, turns, x.prompt.text, x.text, asdict(how), seed)
+            keys.append(k)
+            if k in found or k in wanted:
+                continue
+            if (kept := self.answers.find(k)) is not None:
+                found[k] = kept
+            else:
+                wanted[k] = (x, int(k[:7], 16))  # the seed of a question is its own: 28 bits
+        self.account.add(calls=len(wanted), cached=len(found))
+        names = list(wanted)
+        for i, texts in self.writer.write(list(wanted.values()), how, self.account) if wanted else ():
+            if isinstance(texts, Failed):
+                self.account.add(failed=1)
+                self.gate.note(str(texts))
+                continue
+            self.gate.note("")
+            self.answers.keep(names[i], texts)
+            found[names[i]] = texts
+        return [found.get(k, []) for k in keys]
+
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> None:
+        """No states."""
+
+    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
+        """Nothing is asked of it micro-batch by micro-batch."""
+
+    def follow(self) -> None:
+        """The student made a step."""
+
+    def traffic(self) -> dict[str, float]:
+        """What was asked since the last call, for perf.jsonl."""
+        now = self.account.numbers()
+        new = {f"teacher_{name}": value - self.before.get(name, 0.0) for name, value in now.items()}
+        self.before = now
+        return new
+
+    def save(self, folder: Path) -> None:
+        """Nothing: its answers are on disk."""
+
+    def restore(self, folder: Path) -> None:
+        """Nothing."""
+
+
+def needed(package: str, what: str) -> Any:
+    """A package of the extra `text`."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise Refusal(f"{what}: needs {package}, which is not installed; pip install 'opd[text]'") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

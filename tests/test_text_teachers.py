@@ -1,0 +1,383 @@
+"""Teachers and judges that only write: numbers by hand, real server processes, and what happens when they fail."""
+
+import json
+import math
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Raw
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from opd import cli, loop, prompts
+from opd.asking import continued
+from opd.collect import collate
+from opd.engines.hf import HFEngine
+from opd.method import Positions
+from opd.methods import METHODS
+from opd.models import EMBEDDED
+from opd.questions import Continue
+from opd.tasks.load import load
+from opd.tasks.task import Data
+from opd.teachers.answers import Answers
+from opd.teachers.client import Remote
+from opd.teachers.text import Begun, Endpoint, Gate, Local, TextTeacher
+from opd.types import Batch, Refusal, Rollout
+from opd.weights import Posterior, Unaudited
+from tests.models_for_tests import tiny
+from tests.test_server import Proxy, serving
+
+QUICK = Remote(teacher_retries=1, teacher_timeout=20.0, teacher_concurrency=3)
+close = torch.testing.assert_close
+
+
+def lines(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def edits(a: str, b: str) -> int:
+    """Levenshtein's distance, by the table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+# Which chunks
+
+
+def test_chunks_start_at_the_peaks_and_do_not_overlap():
+    entropy = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.6, 0.5]])
+    every = torch.ones(1, 8, dtype=torch.bool)
+    # 1 takes 1-3, 3 lies in it, 5 takes 5-7; 6 and 7 would end beyond the response.
+    assert Continue(2, 3).chosen(entropy, every).tolist() == [[0, 1, 1, 1, 0, 2, 2, 2]]
+    assert Continue(1, 3).chosen(entropy, every).tolist() == [[0, 1, 1, 1, 0, 0, 0, 0]]
+    assert Continue(9, 2).chosen(entropy, every).tolist() == [[0, 1, 1, 2, 2, 3, 3, 0]]
+    assert not Continue(2, 9).chosen(entropy, every).any()
+    mask = torch.tensor([[True, True, True, False, True, True, True, False]])  # what is not trained is in no chunk
+    assert Continue(2, 3).chosen(entropy, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
+    padded = entropy.where(mask, float("nan"))
+    assert Continue(2, 3).chosen(padded, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
+
+
+def test_the_posterior_by_hand(float64):
+    chunk = torch.tensor([[0, 1, 1, 2], [1, 1, 0, 0]])
+    agreement = torch.tensor([[0.0, 3.0, 3.0, 0.0], [1.5, 1.5, 0.0, 0.0]])
+    logp = torch.tensor([[0.5, 0.2, 0.8, 0.3], [0.9, 0.4, 0.5, 0.5]]).log()
+    mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    first, second, third = (3 + 0.16**0.5) / 5, 0.3 / 5, (1.5 + 0.36**0.5) / 5  # (k + pbar) / (N + 1), N = 4
+    close(Posterior(4)(chunk, agreement, logp, mask), torch.tensor([[0, first, first, second], [third, third, 0, 0]]))
+    close(Posterior(4, 0.0)(chunk, agreement, logp, mask)[0], torch.tensor([0, 0.75, 0.75, 0]))  # k / N
+    assert Unaudited()(chunk, mask).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    apart = Posterior(4, apart=True)(chunk, agreement, logp, mask)
+    close(apart[0, 1], torch.tensor(first * 7 / 5))
+    close(Unaudited(apart=True)(chunk, mask), torch.tensor([[3.5, 0, 0, 0], [0, 0, 3.5, 0]]))
+    assert (Posterior(4)(chunk, agreement, logp, mask & False) == 0).all()
+
+
+def test_the_loss_of_omniopd_by_hand(float64):
+    """-sum_c pihat_c sum_t log p(y_t) + beta sum KL(ref || p), over the tokens; no gradient through pihat."""
+    student = torch.randn(2, 4, 5).requires_grad_()
+    reference, ids = torch.randn(2, 4, 5).log_softmax(-1), torch.randint(5, (2, 4))
+    chunk = torch.tensor([[0, 1, 1, 0], [2, 2, 1, 1]])
+    agreement = torch.tensor([[0.0, 1.2, 1.2, 0.0], [0.3, 0.3, 2.0, 2.0]])
+    logp = student.log_softmax(-1)
+    at = Positions(ids, logp, torch.full_like(logp, math.nan), reference)
+    own = at.sampled(logp).detach()
+    batch = Batch(
+        ids=ids,
+        mask=torch.ones(2, 4, dtype=torch.bool),
+        group=torch.arange(2),
+        source=torch.zeros(2, dtype=torch.long),
+        stopped=torch.ones(2, dtype=torch.bool),
+        outcome=torch.zeros(2),
+        sampler_logp=own,
+        student_logp=own,
+        chunk=chunk,
+        agreement=agreement,
+        scores=(torch.ones(2, 4), None),
+    )
+    method = METHODS["omniopd"](texts=3)
+    loss = method.loss(at, method.prepare(batch)).sum()
+    wanted = torch.zeros(())
+    for row in range(2):
+        for t in range(4):
+            if number := int(chunk[row, t]):
+                there = [u for u in range(4) if chunk[row, u] == number]
+                prior = math.exp(sum(float(own[row, u]) for u in there) / len(there))
+                wanted = wanted - (float(agreement[row, t]) + prior) / 4 * logp[row, t, ids[row, t]]
+            else:
+                r = reference[row, t]
+                wanted = wanted + 0.1 * (r.exp() * (r - logp[row, t])).sum()
+    close(loss, wanted / 8)
+    both = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, wanted / 8)]
+    close(*both)
+
+
+# Real processes
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(EMBEDDED / "teacher", "--name", "big") as (url, _):
+        yield url
+
+
+def endpoint(url, folder, how=QUICK, name="big"):
+    return TextTeacher(
+        Endpoint(f"openai:{name}@{url}/v1", how, field="teacher"), Answers(folder / "a.sqlite"), Gate("teacher x", 0.4)
+    )
+
+
+@pytest.fixture(scope="module")
+def here():
+    text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher").eval()
+    return Local("here", HFEngine(model, len(text), (text.eos_token_id,)), text, 512, {})
+
+
+def questions(count=5):
+    """Ledger problems, and the first tokens of their solutions."""
+    text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
+    task = load(Data(source="embedded:ledger-short", limit=count))
+    return [
+        Begun(p, text.decode(text(p.response, add_special_tokens=False)["input_ids"][: 2 * i]))
+        for i, p in enumerate(task.prompts)
+    ]
+
+
+def test_a_server_goes_on_as_the_model_here(server, here, tmp_path):
+    """Greedily, after the chat template and the same begun answer: the wire changes nothing."""
+    remote, local = endpoint(server, tmp_path), TextTeacher(here, Answers(tmp_path / "b.sqlite"), Gate("x", 0.4))
+    asked = questions()
+    there = remote.continue_(asked, 1, 64, 0, temperature=0.0)
+    assert there == local.continue_(asked, 1, 64, 0, temperature=0.0)
+    for begun, (text,) in zip(asked, there, strict=True):
+        assert begun.text + text == begun.prompt.response  # the embedded teacher is right, and went on where it was
+    assert remote.chat([q.prompt for q in asked], max_tokens=64, seed=0) == [[q.prompt.response] for q in asked]
+
+
+def test_texts_are_many_and_differ_and_are_drawn_again_alike(server, here, tmp_path):
+    for k, make in enumerate(
+        (lambda f: endpoint(server, f), lambda f: TextTeacher(here, Answers(f / "x"), Gate("x", 0.4)))
+    ):
+        asked = [replace(x, text="<plan>") for x in questions(3)]
+        first, again, other = (
+            make(tmp_path / f"{k}{name}").continue_(asked, 6, 12, seed, temperature=3.0)
+            for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        )
+        assert first == again != other
+        assert [len(texts) for texts in first] == [6, 6, 6] and all(len(set(texts)) > 1 for texts in first)
+
+
+def test_answers_are_asked_once(server, tmp_path):
+    teacher = endpoint(server, tmp_path)
+    asked = questions()
+    first = teacher.continue_([*asked, asked[0]], 2, 8, 0)
+    spent = teacher.traffic()
+    assert spent["teacher_calls"] == 5 and spent["teacher_cached"] == 0 and spent["teacher_written_tokens"] == 5 * 2 * 8
+    assert first[0] == first[-1] and spent["teacher_read_tokens"] > 5 * 20 and spent["teacher_seconds"] > 0
+    again = endpoint("http://127.0.0.1:9", tmp_path)  # nobody is there, and nobody is asked
+    assert again.continue_(asked, 2, 8, 0) == first[:-1]
+    assert again.traffic() == {**dict.fromkeys(spent, 0.0), "teacher_cached": 5.0}
+    with pytest.raises(Refusal, match="teacher-cache"):
+        (tmp_path / "broken.sqlite").write_text("this is no database, and says so at some length " * 50)
+        Answers(tmp_path / "broken.sqlite").find("x")
+
+
+@pytest.mark.parametrize("fault", ["500", "malformed", "drop", "other"])
+def test_one_failure_loses_one_question(server, fault, tmp_path):
+    with Proxy(server, lambda path, n: fault if n in (2, 3, 4) else None) as proxy:
+        teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=0))
+        asked = questions(8)
+        found = teacher.continue_(asked, 1, 8, 0)
+        assert [i for i, texts in enumerate(found) if not texts] == [2, 3, 4], found
+        assert teacher.traffic()["teacher_failed"] == 3
+        assert all(teacher.continue_(asked, 1, 8, 0))  # those three are asked again, the others are on disk
+        assert teacher.traffic()["teacher_calls"] == 3
+
+
+def test_the_library_tries_again(server, tmp_path):
+    with Proxy(server, lambda path, n: "500" if n == 0 else "429" if n == 1 else None) as proxy:
+        teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=3))
+        assert all(teacher.continue_(questions(2), 1, 4, 0)) and not teacher.traffic()["teacher_failed"]
+
+
+def test_a_teacher_that_is_down_stops_the_run(tmp_path):
+    teacher = endpoint("http://127.0.0.1:9", tmp_path, replace(QUICK, teacher_retries=0))
+    with pytest.raises(Refusal, match=r"100% of the last 10 questions failed.*--judge-failures.*--resume"):
+        teacher.continue_(questions(40), 1, 4, 0)
+    assert teacher.traffic()["teacher_failed"] < 20  # the others were not waited for
+
+
+def test_keys_come_from_the_environment_and_go_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", "s3cret-value")
+    with serving(EMBEDDED / "teacher", "--name", "big", "--token-env", "MY_KEY", MY_KEY="s3cret-value") as (url, _):
+        with pytest.raises(Refusal, match=r"OPD_TOKEN.*--teacher-token-env"):
+            endpoint(url, tmp_path).continue_(questions(1), 1, 4, 0)
+        told = replace(QUICK, teacher_token_env="MY_KEY")
+        assert all(endpoint(url, tmp_path, told).continue_(questions(2), 1, 4, 0))
+        with pytest.raises(Refusal, match=r"other.*big"):
+            endpoint(url, tmp_path, told, "other").continue_(questions(1), 1, 4, 0)
+    for file in tmp_path.rglob("*"):
+        assert b"s3cret" not in file.read_bytes()
+    with pytest.raises(Refusal, match="no secrets in an address") as refused:
+        Endpoint("openai:big@http://me:s3cret@host/v1", QUICK, field="teacher")
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["openai:", "openai:@http://host/v1", "openai:m@ftp://host", "openai:m@host"])
+def test_bad_addresses(name):
+    with pytest.raises(Refusal, match="write openai:MODEL@http"):
+        Endpoint(name, QUICK, field="teacher")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return AutoTokenizer.from_pretrained(EMBEDDED / "student")
+
+
+@pytest.fixture
+def audited(text):
+    """Four beginnings of right responses, and entropies as of a student."""
+    rollouts = []
+    for i, q in enumerate(questions(4)):
+        ids = text(q.prompt.response, add_special_tokens=False)["input_ids"][: 12 + 6 * i]
+        own = prompts.render(text, q.prompt, chat_template_kwargs={}, system="")
+        one = {"index": i, "group": i, "stopped": False, "prompt": q.prompt}
+        rollouts.append(
+            Rollout(prompt_ids=own, teacher_prompt_ids=own, ids=tuple(ids), sampler_logp=(0.0,) * len(ids), **one)
+        )
+    batch = collate(rollouts, stop_token="train", truncated="train", seed=0, step=1)
+    return rollouts, replace(batch, student_entropy=torch.rand(batch.mask.shape))
+
+
+def test_likeness_is_that_of_the_texts(server, text, audited, tmp_path):
+    """The agreement column against distances of our own, on texts asked for once more."""
+    teacher, (rollouts, batch) = endpoint(server, tmp_path), audited
+    question = Continue(2, 8, 3, 2.0)
+    found = continued(question, batch, rollouts, {"": teacher}, text, 5)
+    chunk = question.chosen(batch.student_entropy, batch.mask)
+    assert torch.equal(found["chunk"], chunk) and chunk.max() == 2
+    assert (found["agreement"][chunk == 0] == 0).all() and found["agreement"].unique().numel() > 4
+    for row, rollout in enumerate(rollouts):
+        for number in range(1, int(chunk[row].max()) + 1):
+            at = (chunk[row] == number).nonzero()[:, 0].tolist()
+            said, before = (text.decode(rollout.ids[a:b]) for a, b in ((at[0], at[-1] + 1), (0, at[0])))
+            (texts,) = teacher.continue_([Begun(rollout.prompt, before)], 3, 8, 5, 2.0)
+            wanted = sum(1 - edits(said, t) / max(len(said), len(t)) for t in texts)
+            assert found["agreement"][row, at].tolist() == pytest.approx([wanted] * 8)
+
+
+def test_a_chunk_without_an_answer_is_not_audited(server, text, audited, tmp_path):
+    rollouts, batch = audited
+    question = Continue(1, 8, 1)
+    with Proxy(server, lambda path, n: "500" if n == 1 else None) as proxy:
+        teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=0))
+        found = continued(question, batch, rollouts, {"": teacher}, text, 5)["chunk"]
+    whole = question.chosen(batch.student_entropy, batch.mask)
+    assert found[1].max() == 0 and whole[1].max() == 1
+    assert torch.equal(found[[0, 2, 3]], whole[[0, 2, 3]])
+
+
+# Runs
+
+
+PAIR = ["--student", "embedded:student", "--prompts", "embedded:ledger", "--preset", "embedded", "--quiet"]
+SMALL = ["--steps", "3", "--batch", "8", "--max-new-tokens", "64", "--save-every", "2", "--warmup", "0"]
+OMNI = ["omniopd", "--chunks", "3", "--length", "6", "--texts", "2"]
+EXACT = ("loss", "grad_norm", "agreement", "audited", "student_logp")
+
+
+def test_a_run_and_its_second_time(server, tmp_path, capsys):
+    """By the command line through a socket; the second run has all its answers on disk, and gives the same numbers."""
+    told = [*PAIR, *SMALL, "--teacher", f"openai:big@{server}/v1", "--teacher-cache", str(tmp_path / "kept")]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.main(["train", *told, "--out", str(first), *OMNI]) == 0, capsys.readouterr()
+    for row in lines(first):
+        assert row["grad_norm"] > 0 and 0.1 < row["agreement"] <= 1 and 0.1 < row["audited"] < 0.6
+        assert row["weighted_0"] == pytest.approx(row["audited"]) and row["weighted_1"] == pytest.approx(
+            1 - row["audited"]
+        )
+        assert "reverse_kl" not in row and "teacher_logp" not in row
+    assert sum(row["teacher_calls"] for row in lines(first, "perf")) > 30
+    nobody = [x.replace(server, "http://127.0.0.1:9") for x in told]
+    assert cli.main(["train", *nobody, "--out", str(second), *OMNI]) == 0, capsys.readouterr()
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert a == b
+    for row in lines(second, "perf"):
+        assert row["teacher_calls"] == 0 and row["teacher_cached"] > 5
+
+
+def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
+    """With a teacher in this process, which reads no token of the student's."""
+    told = [*PAIR, *SMALL, "--teacher", "embedded:teacher"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert cli.main(["train", *told, "--out", str(whole), *OMNI]) == 0, capsys.readouterr()
+    interrupted = threading.Event()
+    real = loop.Loop.step
+
+    def step(self, number, memory):
+        if number == 3 and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        return real(self, number, memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "step", step)
+        assert cli.main(["train", *told, "--out", str(part), *OMNI]) == 130
+    assert cli.main(["train", *told, "--out", str(part), "--resume", *OMNI]) == 0, capsys.readouterr()
+    assert lines(whole) == lines(part)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A random model whose tokenizer spells single bytes: nothing of the student's vocabulary."""
+    folder = tiny(tmp_path_factory.mktemp("foreign"), seed=3, rows=300)
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Raw(models.BPE(vocab={s: i for i, s in enumerate([*symbols, "<end>"])}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<end>")
+    text.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    text.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 256, "pad_token_id": 256}))
+    return folder
+
+
+def test_a_teacher_of_other_tokens(foreign, tmp_path, capsys):
+    told = [*PAIR, *SMALL, "--steps", "1", "--teacher", str(foreign)]
+    assert cli.main(["train", *told, "--out", str(tmp_path / "white"), "vopd"]) == 2
+    assert "tokens have another id" in capsys.readouterr().err
+    assert cli.main(["train", *told, "--out", str(tmp_path / "text"), *OMNI]) == 0, capsys.readouterr()
+    (row,) = lines(tmp_path / "text")
+    assert row["agreement"] < 0.5 and row["grad_norm"] > 0  # it babbles
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--teacher", "openai:big@http://127.0.0.1:9/v1", "vopd"], "gives no log-probs.*omniopd"),
+        (["--teacher", "base", "omniopd"], "asks for texts alone"),
+        (["--teacher", "http://127.0.0.1:9", "omniopd"], "openai:MODEL@http://127.0.0.1:9/v1"),
+        (
+            ["--teacher", "embedded:teacher", "--also", "gkd-forward:0.1", "omniopd"],
+            "other terms need more.*vocabulary",
+        ),
+        (["--teacher", "embedded:teacher", "--also", "omniopd:0.1", "vopd"], "asks a teacher for texts"),
+        (["--teacher", "embedded:teacher", "--context", "answer", "omniopd"], "told nothing more"),
+        (["--teacher", "embedded:teacher", "--judge-failures", "2", "omniopd"], r"lies in \[0, 1\]"),
+        (["--teacher", "embedded:teacher", "omniopd", "--chunks", "0"], "chunks=0"),
+    ],
+)
+def test_refused(more, said, tmp_path, capsys):
+    assert cli.main(["train", *PAIR, *SMALL, "--out", str(tmp_path / "x"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(said, error), error
