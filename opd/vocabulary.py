@@ -4,10 +4,11 @@
 token, the loss, and its gradient over the student's logits while the chunk is alive (gradient in forward).  Matmuls are
 the minimum, 2NV(H_S + H_T) forward and 4NVH_S backward; no tensor of [N, V] exists for either model.
 
-Between the matmuls a chunk is swept in blocks of rows: by closed forms (`kernels/rows.py`) where the method has one and
-the head is linear, by autograd otherwise.
+Between the matmuls a chunk is swept by closed forms (`kernels/rows.py`; in C where `kernels/native.py` can) where the
+method has one and the head is linear, by autograd in blocks of rows otherwise.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.divergences import kl
+from opd.kernels import native
 from opd.kernels.logits import Head, Vocabulary
 from opd.kernels.matmul import addmm, matmul_dtype, mm, wide
 from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_, sweep_student_
@@ -26,6 +28,7 @@ from opd.types import MEASURED
 CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU: its passes find it in the L2 cache
 GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
 DEVICE = 1 << 28  # the same on an accelerator
+_ROOM: dict[tuple[str, torch.dtype, int], Tensor] = {}  # of `_kept`; nothing in it outlives a pass
 TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns of a teacher that is `Given`
 
 
@@ -58,13 +61,13 @@ class Heard:
         kept = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
         return sum(x.nbytes for side in kept for x in (side.states, *side.views))
 
-
-@dataclass(frozen=True)
-class Columns:
     def said(self, columns: "Columns") -> "Columns":
         """The columns that somebody told."""
         return columns if self.teacher is not None else replace(columns, teacher_logp=None)
 
+
+@dataclass(frozen=True)
+class Columns:
     """Per-token numbers of a pass, flat, detached; None what it did not look at."""
 
     student_logp: Float[Tensor, " N"] | None = None
@@ -192,9 +195,9 @@ class _Side:
         weight = hidden.head.weight.detach()[: vocabulary.size].to(low)
         return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=wide(low) if weight.is_cuda else low))
 
-    def room(self, n: int) -> "_Side":
+    def room(self, n: int, name: str) -> "_Side":
         """The same with a buffer for n tokens."""
-        return replace(self, logits=self.logits.new_empty(n, self.logits.shape[1]))
+        return replace(self, logits=_kept(name, n, self.logits))
 
     def fill(self, rows: slice) -> Float[Tensor, "n V"]:
         """W h of some tokens."""
@@ -229,7 +232,8 @@ class _Sweep:
         )
         every = [side for side in (own, other, third) if side is not None]
         n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in every))
-        own, other, third = own.room(n), other and other.room(n), third and third.room(n)
+        own = own.room(n, "student")
+        other, third = other and other.room(n, "teacher"), third and third.room(n, "reference")
         logits = own.logits
         gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
@@ -237,12 +241,12 @@ class _Sweep:
         # fp16 has no number for a gradient times the sum of e.
         curved = student.head.softcap or (other is not None and other.hidden.head.softcap)
         given = heard.teacher.logp.to(scratch) if isinstance(heard.teacher, Given) else None
+        if heard.teacher is None:
+            given = scratch.new_full((len(ids),), torch.nan)  # no leaf may look there
         columns = Columns.empty(method, len(ids), scratch, MEASURED if given is None else TOLD)
         linear = low != torch.float16 and not curved
         return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, linear)
 
-        if heard.teacher is None:
-            given = scratch.new_full((len(ids),), torch.nan)  # no leaf may look there
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
         return blocks(len(self.ids), len(self.gradient))
@@ -254,9 +258,43 @@ class _Sweep:
         looked: dict[int, list[Tensor]] = {
             i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
         }
-        r = self.scratch.shape[1]
-        cut = lambda side: [None] * len(z.split(r)) if side is None else side.fill(rows).split(r)
-        frozen = (cut(self.teacher), cut(self.reference))
+        t = None if self.teacher is None else self.teacher.fill(rows)
+        if t is not None and not looked and (form is None or not form.shifted) and native.runs(z, t):
+            self._native(z, t, ids, sums, form)
+        else:
+            self._blockwise(rows, z, t, sums, looked, form)
+        seen = sums.columns() if self.given is None else sums.student() | {"teacher_logp": self.given[rows]}
+        scores = tuple(
+            (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
+            for i, x in enumerate(self.method.terms)
+        )
+        columns = Columns(**seen, scores=scores)
+        self.columns.fill(rows, columns)
+        return columns, self.student.hidden.head.scale / v.temperature / sums.e
+
+    def _native(self, z: Tensor, t: Tensor, ids: Tensor, sums: Sums, form: Form | None) -> None:
+        """A chunk at once, in C."""
+        assert self.teacher is not None
+        shares = self.vocabulary.logits_(z, self.student.hidden.head)
+        self.vocabulary.logits_(t, self.teacher.hidden.head)
+        native.sweep_(z, t, ids, sums)
+        if form is not None:
+            form.gradient_(z, z, t, ids, sums)  # it looks at e alone
+            self.vocabulary.spread_(z, shares)
+
+    def _blockwise(
+        self,
+        rows: slice,
+        z: Tensor,
+        t: Tensor | None,
+        sums: Sums,
+        looked: dict[int, list[Tensor]],
+        form: Form | None,
+    ) -> None:
+        """A chunk in blocks of rows that stay in the cache, in torch."""
+        ids, v, r = self.ids[rows], self.vocabulary, self.scratch.shape[1]
+        cut = lambda x: [None] * len(z.split(r)) if x is None else x.split(r)
+        frozen = (cut(t), cut(None if self.reference is None else self.reference.fill(rows)))
         split = (sums.split(r), z.split(r), *frozen, ids.split(r), self.gradient[: len(z)].split(r))
         for part, student, teacher, reference, drawn, gradient in zip(*split, strict=True):
             room = self.scratch[:, : len(drawn)]
@@ -280,14 +318,6 @@ class _Sweep:
                     value = self.method.terms[i].score(at)
                     assert value is not None
                     found.append(value)
-        seen = sums.columns() if self.given is None else sums.student() | {"teacher_logp": self.given[rows]}
-        scores = tuple(
-            (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
-            for i, x in enumerate(self.method.terms)
-        )
-        columns = Columns(**seen, scores=scores)
-        self.columns.fill(rows, columns)
-        return columns, self.student.hidden.head.scale / v.temperature / sums.e
 
     def differentiate(self, rows: slice, targets: tuple[Target, ...]) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
         """Choose between the two ways; the summed loss, and what each row of `gradient` is still to be scaled by."""
@@ -331,6 +361,17 @@ class _Sweep:
             seen = _columns(self.method, at, whole=self.given is None)
             self.columns.fill(slice(rows.start + block.start, rows.start + block.stop), seen)
         return loss
+
+
+def _kept(name: str, n: int, like: Float[Tensor, "0 V"]) -> Float[Tensor, "n V"]:
+    """Room for logits, the same in every pass on a CPU: fresh pages cost more there than the sweep that fills them."""
+    if like.device.type != "cpu":
+        return like.new_empty(n, like.shape[1])  # the allocator keeps it
+    key, size = (name, like.dtype, threading.get_ident()), n * like.shape[1]
+    if key not in _ROOM or len(_ROOM[key]) < size:
+        _ROOM.pop(key, None)  # before its successor is there
+        _ROOM[key] = like.new_empty(size)
+    return _ROOM[key][:size].view(n, like.shape[1])
 
 
 def _rows(budget: int, like: Float[Tensor, "*r V"]) -> int:

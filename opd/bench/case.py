@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opd.bench.result import Clock
+
 Objective = Literal["vopd", "reverse-kl"]
 
 
@@ -32,7 +34,7 @@ class Shape:
     """Alternating rounds, after one to warm up."""
     threads: int = 1
     """Of torch, on a CPU."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of hidden states and heads."""

@@ -106,6 +106,7 @@ class ThroughLogp:
 
     column = "student_logp"
     sign = -1.0
+    shifted = False  # whether the gradient is made of u and v, too
 
     def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
         """e becomes sums.e (p - 1_y), the one-hot subtracted before any rounding: p_y may be near 1."""
@@ -124,6 +125,7 @@ class ThroughKL:
 
     column = "reverse_kl"
     sign = 1.0
+    shifted = True
 
     def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
         """e becomes sums.e p (u - v - E_p[u - v]); u is consumed."""

@@ -1,0 +1,178 @@
+"""A whole training step beside TRL's: rollouts, teacher, loss, backward, optimizer; same models, prompts and limits.
+
+Both match the reverse KL on the student's own samples.  Steps alternate in one process: ours runs when TRL's trainer
+reports the end of its own.
+"""
+
+import contextlib
+import io
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from opd import models
+from opd.bench.result import CLOCKS, Clock, Result, spread, versions
+from opd.config import Train
+from opd.loop import Loop
+from opd.methods import METHODS
+from opd.rollouts import NOTHING
+from opd.runs import Run
+from opd.session import open_session
+from opd.types import Sampling
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is trained, and how often."""
+
+    student: str = "embedded:student"
+    """Hub id, folder, GGUF file or embedded model."""
+    teacher: str = "embedded:teacher"
+    """The same, of the teacher."""
+    prompts: str = "embedded:ledger"
+    """Prompts; every step takes the same ones."""
+    batch: int = 32
+    """Rollouts of a step, one a prompt."""
+    max_new_tokens: int = 256
+    """Longest response."""
+    rounds: int = 8
+    """Steps of each, alternating, after one to warm up."""
+    threads: int = 1
+    """Of torch."""
+    clock: Clock = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+
+
+@dataclass
+class Ours:
+    """Steps of opd, and what each took."""
+
+    loop: Loop
+    clock: Clock
+    done: int = 0
+
+    @classmethod
+    def of(cls, step: Step, folder: Path) -> "Ours":
+        """Opened like `opd train` opens a run; fp32."""
+        config = Train(
+            student=step.student,
+            teacher=step.teacher,
+            prompts=step.prompts,
+            out=folder,
+            method=METHODS["opd-full"](),
+            batch=step.batch,
+            steps=1000,
+            rollouts_every=1000,
+            lr=1e-5,
+            sampling=Sampling(max_new_tokens=step.max_new_tokens),
+            precision="fp32",
+            teacher_precision="fp32",
+            quiet=True,
+        )
+        config = replace(config, data=replace(config.data, source=config.prompts, limit=step.batch))
+        method = config.resolved()
+        run = Run(folder)
+        run.start({}, repr(method), 0)
+        return cls(Loop(config, method, open_session(config, method, None), run), step.clock)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds, and tokens trained on."""
+        self.done += 1
+        start = CLOCKS[self.clock]()
+        numbers, _ = self.loop.step(self.done, NOTHING)
+        return CLOCKS[self.clock]() - start, numbers["tokens"]
+
+
+class Turns(TrainerCallback):
+    """Times the trainer's steps, and lets ours run between them."""
+
+    def __init__(self, ours: Ours, prompt_tokens: int) -> None:
+        self.ours, self.prompt_tokens = ours, prompt_tokens
+        self.found: list[tuple[float, float, float, float]] = []  # seconds and tokens of TRL's, then of ours
+        self.start, self.seen = 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer has its batch of prompts."""
+        self.start = CLOCKS[self.ours.clock]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer has stepped."""
+        seconds = CLOCKS[self.ours.clock]() - self.start
+        tokens, self.seen = state.num_input_tokens_seen - self.seen - self.prompt_tokens, state.num_input_tokens_seen
+        self.found.append((seconds, tokens, *self.ours.step()))
+
+
+def measured(step: Step) -> Result:
+    """Tokens a second of both; where TRL cannot run, ours and the reason."""
+    torch.set_num_threads(step.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, reason = Ours.of(step, Path(folder) / "run"), ""
+        try:
+            found = _beside(ours, step, folder)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"TRL cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}"
+            found = [(0.0, 0.0, *ours.step()) for _ in range(step.rounds + 1)]
+    found, known = found[1:], versions("opd", "torch", "transformers", "trl")
+    theirs = [tokens / seconds for seconds, tokens, *_ in found if seconds]
+    mine = [tokens / seconds for *_, seconds, tokens in found]
+    rows = [("opd", spread(mine, 0), spread([x[3] / step.batch for x in found], 0), "")]
+    if theirs:
+        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+        rows.append(("TRL", spread(theirs, 0), spread([x[1] / step.batch for x in found], 0), spread(ratios)))
+    notes = (
+        *([reason] if reason else []),
+        f"medians [min, max] of {step.rounds} alternating steps, {step.clock} clock; {step}; {known}",
+        "TRL: DistillationTrainer, beta 1, fp32, no gradient checkpointing, the batch at once; ours: opd-full",
+    )
+    header = ("trainer", "tokens/s", "tokens a response", "ours faster by")
+    title = f"training step, {step.student} from {step.teacher}, {step.batch} responses of at most "
+    numbers = {"step": vars(step), "versions": known, "found": found, "refused": reason}
+    return Result(f"{title}{step.max_new_tokens} tokens", header, tuple(rows), notes, numbers)
+
+
+def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, float, float]]:
+    """TRL's trainer, with our steps between its own."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    session = ours.loop.session
+    asked = session.prompts.first(step.batch)
+    text = session.collector.tokenizer
+    prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in asked]
+    student, teacher = (
+        models.load(models.locate(name, field=field), field=field, dtype=torch.float32, device=torch.device("cpu"))
+        for name, field in ((step.student, "student"), (step.teacher, "teacher"))
+    )
+    turns = Turns(ours, sum(len(p.ids) for p in asked))
+    config = DistillationConfig(
+        output_dir=folder,
+        per_device_train_batch_size=step.batch,
+        max_steps=step.rounds + 1,
+        max_completion_length=step.max_new_tokens,
+        beta=1.0,
+        learning_rate=1e-5,
+        bf16=False,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = DistillationTrainer(
+            model=models.base(student),
+            teacher_model=models.base(teacher),
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=text,
+            callbacks=[turns],
+        )
+        trainer.train()
+    return turns.found
