@@ -41,7 +41,7 @@ USAGE = """usage: opd COMMAND ...
   opd rescore RUN --method NAME [--method NAME ...] [--step N] [--json]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
-  opd bench [flags]
+  opd bench head|step|rollouts|growth|all [flags]
   opd demo
   opd --version
 
@@ -280,25 +280,36 @@ def _eval(args: list[str]) -> int:
         _EvalFlags,
         args,
         prog="opd eval",
-        description="Accuracy of a model on problems with a verifier: avg@k, pass@k, 95 % intervals over prompts.",
+        description="Accuracy of a model on problems with a verifier: avg@k, pass@k, maj@k, with 95 % intervals over "
+        "prompts; or of two models, and their difference paired by prompt.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    from opd.evaluation import evaluate
+    from opd.evaluation import evaluate, save
+    from opd.report.compare import versus
 
-    scores = evaluate(flags.what)
-    table = {"model": flags.what.model, "task": flags.what.prompts, **scores.table()}
+    what = flags.what
+    asked = {name: replace(what, model=name) for name in (what.model, what.against) if name}
+    if what.against == what.model:
+        raise Refusal(f"--against {what.against}: is --model itself; name another one")
+    scores = {name: evaluate(config) for name, config in asked.items()}
+    if what.out:
+        save(what.out, scores)
+    task = {"task": what.prompts, **({"set": what.set} if what.set else {})}
+    tables = [{"model": name, **task, **score.table()} for name, score in scores.items()]
+    paired = {name: asdict(p) for name, p in versus(*scores.items()).items()} if what.against else {}
     if flags.json:
-        print(json.dumps(table, indent=2))
+        print(json.dumps(tables[0] if not paired else {"models": tables, "paired": paired}, indent=2))
         return 0
-    shown = Table("", "value", "95 % interval", box=None, pad_edge=False)
-    for name, value in table.items():
-        if isinstance(value, dict):
-            shown.add_row(
-                name, f"{100 * value['value']:.1f} %", f"[{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
-            )
-        else:
-            shown.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value), "")
-    Console().print(shown, markup=False)
+    shares = lambda x: f"{100 * x['value']:.1f} % [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
+    told = lambda x: shares(x) if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else str(x)
+    heads = ("", *(["value"] * len(tables)), *(["difference", "better / worse"] if paired else []))
+    shown = Table(*heads, box=None, pad_edge=False)
+    for name in tables[0]:
+        more = paired.get(name)
+        apart = (shares(more), f"{more['better']} / {more['worse']}") if more else ()
+        shown.add_row(name, *(told(table[name]) for table in tables), *apart)
+    Console().print(shown, markup=False, highlight=False)
+    print("[ ] are 95 % intervals over prompts" + (", of the difference by a paired bootstrap" if paired else ""))
     return 0
 
 
@@ -484,10 +495,17 @@ def _serve(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from opd.bench.case import Shape
-    from opd.bench.head import main
+    from opd.bench.command import PARTS
 
-    main(_parsed(Shape, args, prog="opd bench", description="The head pass beside naive torch and the peers."))
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: opd bench PART [flags]\n")
+        print("\n".join(f"  {part:9} {about}" for part, (_, _, about) in PARTS.items()))
+        return 0
+    if name not in PARTS:
+        raise Refusal(f"{name}: no part of the benchmark{_near(name, list(PARTS))}; there are {', '.join(PARTS)}")
+    kind, run, about = PARTS[name]
+    run(_parsed(kind, rest, prog=f"opd bench {name}", description=about))
     return 0
 
 

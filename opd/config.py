@@ -10,6 +10,7 @@ import tyro
 
 from opd.method import Method
 from opd.methods import METHODS
+from opd.questions import Grade
 from opd.rollouts import TeacherPrefix, listens
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
@@ -53,6 +54,9 @@ class Train:
     """Column of the prompts that names their teacher."""
     reference: str = ""
     """Frozen third model of the methods that read one (g-opd); empty is the student as it is before the first step."""
+    judge: str = ""
+    """Who grades responses for the methods that ask (ropd): empty, the teacher itself; verifier, the task's verifier
+    and the steps that right answers share; or a model, as --teacher names one that only writes."""
     context: str = ""
     """What the teacher reads and the student does not: a column of the row (response, answer, any other), or peer,
     a right response of the same prompt's other rollouts; empty is the method's own, none for most."""
@@ -224,6 +228,8 @@ class Train:
         missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
         if missing:
             raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
+        if self.judge and not isinstance(self.method.asks, Grade):
+            raise Refusal(f"--judge {self.judge}: the method asks no judge; leave it out, or take ropd")
         if told and self.method.asks is not None:
             raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
         if told and self.teacher_prompt == "same":
@@ -260,9 +266,15 @@ class Evaluate:
     """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
     prompts: str
     """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    set: str = ""
+    """The benchmark that --prompts is the file of: gsm8k, math-500, aime24, aime25, amc23, minerva, olympiad, gpqa,
+    sciknoweval or sciknoweval-filling.  It chooses columns, wording and verifier; flags that are set win."""
+    against: str = ""
+    """Another model, on the same problems with the same noise: the difference, paired by problem."""
     data: Data = Data(split="test")
-    samples: int = 1
-    """Responses to each prompt (the k of avg@k and pass@k)."""
+    samples: int = 0
+    """Responses to each prompt (the k of avg@k, pass@k and maj@k); 0 is the set's own number where --temperature is
+    above 0, else 1."""
     sampling: Sampling = Sampling(temperature=0.0)
     precision: Precision = field(default_factory=native)
     """Type of the weights."""
@@ -270,7 +282,9 @@ class Evaluate:
     """Where the model runs: cpu, cuda, cuda:1, ..."""
     decode_rows: int = 64
     """Responses decoded at once."""
+    out: str = ""
+    """A .jsonl file for what became of each problem: answers, outcomes, lengths, responses."""
     seed: int = 0
-    """Seed of the samples."""
+    """Seed of the samples, of the rows that --limit keeps, and of shuffled options."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""

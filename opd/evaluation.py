@@ -1,8 +1,10 @@
-"""How good a model is: avg@k, pass@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
+"""How good a model is: avg@k, pass@k, maj@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -11,8 +13,12 @@ from opd import models, prompts
 from opd.config import DTYPES, Evaluate
 from opd.engines.hf import HFEngine
 from opd.progress import loading
+from opd.runs import digest, disk
+from opd.tasks import sets
+from opd.tasks.answers import marked, plain, said, spoken
 from opd.tasks.load import load
-from opd.types import Refusal
+from opd.tasks.task import Task
+from opd.types import Prompt, Refusal
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,29 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def majority(said: Sequence[str], outcomes: Sequence[float], same: Callable[[int, int], bool]) -> float:
+    """maj@k: the outcome of the answer that most samples give; the mean over the answers where several lead.
+
+    `same(i, j)` tells whether sample j gives the answer of sample i; one that says nothing has no vote.
+    """
+    classes: list[list[int]] = []
+    for j, answer in enumerate(said):
+        mine = next((c for c in classes if said[c[0]] == answer or same(c[0], j)), None) if answer else []
+        if mine is None:
+            classes.append([j])
+        else:
+            mine.append(j)
+    most = max(map(len, classes), default=0)
+    leading = [outcomes[c[0]] for c in classes if len(c) == most]
+    return sum(leading) / len(leading) if leading else 0.0
+
+
+def final(response: str) -> str:
+    """The answer of a response as text: marked, said, or its last line."""
+    text = spoken(response)
+    return plain(marked(text) or said(text) or text.rpartition("\n")[2])
+
+
 @dataclass(frozen=True)
 class Scores:
     """Outcomes of k samples for each prompt, and what they came with."""
@@ -61,19 +90,43 @@ class Scores:
     outcomes: tuple[tuple[float, ...], ...]  # [prompts][k]
     lengths: tuple[int, ...]  # tokens, of every response
     stopped: tuple[bool, ...]
+    majorities: tuple[float, ...]  # maj@k of each prompt
+    prompts: tuple[Prompt, ...]
+    responses: tuple[str, ...]  # of every prompt's samples, in order
+
+    def each(self) -> dict[str, list[float]]:
+        """Every measure by prompt."""
+        k = len(self.outcomes[0])
+        right = [sum(x >= 1 for x in row) for row in self.outcomes]  # pass@k counts a response as right from 1 on
+        measures = {f"avg@{k}": [sum(row) / k for row in self.outcomes]}
+        measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in _powers(k) if k > 1}
+        return measures | ({f"maj@{k}": list(self.majorities)} if k > 1 else {})
 
     def average(self) -> Estimate:
         """avg@k: the mean outcome."""
         return interval([sum(row) / len(row) for row in self.outcomes])
 
-    def passing(self, k: int) -> Estimate:
-        """pass@k; a response counts as right from an outcome of 1."""
-        return interval([pass_at_k(sum(x >= 1 for x in row), len(row), k) for row in self.outcomes])
+    def problems(self) -> list[dict[str, object]]:
+        """What became of each problem."""
+        k = len(self.outcomes[0])
+        return [
+            {
+                "prompt": digest(prompt),
+                "question": prompt.text or prompt.messages[-1]["content"],
+                "answer": prompt.answer,
+                "outcomes": row,
+                "majority": self.majorities[i],
+                "lengths": self.lengths[i * k : (i + 1) * k],
+                "stopped": self.stopped[i * k : (i + 1) * k],
+                "responses": self.responses[i * k : (i + 1) * k],
+            }
+            for i, (prompt, row) in enumerate(zip(self.prompts, self.outcomes, strict=True))
+        ]
 
     def table(self) -> dict[str, object]:
         """All numbers, for json."""
         k = len(self.outcomes[0])
-        rows = {f"avg@{k}": self.average()} | {f"pass@{j}": self.passing(j) for j in _powers(k) if k > 1}
+        rows = {name: interval(values) for name, values in self.each().items()}
         return {
             "prompts": len(self.outcomes),
             "samples": k,
@@ -89,15 +142,18 @@ def _powers(k: int) -> list[int]:
 
 def evaluate(config: Evaluate) -> Scores:
     """Sample, verify, count.  Raises Refusal for what the user can mend."""
-    for name in ("samples", "decode_rows"):
-        if getattr(config, name) < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name, least in (("samples", 0), ("decode_rows", 1)):
+        if getattr(config, name) < least:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     config.sampling.check()
+    own = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
+    config = replace(config, samples=config.samples or own)
     if config.samples > 1 and config.sampling.temperature == 0:
         raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
     with loading(config.model, quiet=False):
         source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
-    task = load(replace(config.data, source=config.prompts, seed=config.seed))
+    data = replace(config.data, source=config.prompts, seed=config.seed)
+    task = sets.load(config.set, data) if config.set else load(data)
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
@@ -118,11 +174,33 @@ def evaluate(config: Evaluate) -> Scores:
     engine = HFEngine(model, len(text), stop, config.decode_rows)
     asked = [i for i in ids for _ in range(config.samples)]
     drawn = engine.generate(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
-    say = lambda i: str(text.decode(list(drawn[i].ids), skip_special_tokens=True))
-    outcomes = [task.verify(say(i), task.prompts[i // config.samples]) for i in range(len(asked))]
-    k = config.samples
+    responses = tuple(str(text.decode(list(s.ids), skip_special_tokens=True)) for s in drawn)
+    k, questions = config.samples, tuple(task.prompts)
+    parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]
+    outcomes = [tuple(task.verify(x, p) for x in responses[at]) for p, at in zip(questions, parts, strict=True)]
     return Scores(
-        tuple(tuple(outcomes[i : i + k]) for i in range(0, len(outcomes), k)),
+        tuple(outcomes),
         tuple(len(s.ids) for s in drawn),
         tuple(s.stopped for s in drawn),
+        tuple(elected(task, p, responses[at], o) for p, at, o in zip(questions, parts, outcomes, strict=True)),
+        questions,
+        responses,
     )
+
+
+def save(path: str, scores: Mapping[str, Scores]) -> None:
+    """What became of each problem under each model, a line each."""
+    rows = [{"model": name, **row} for name, score in scores.items() for row in score.problems()]
+    with disk(f"--out {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def elected(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:
+    """maj@k of one prompt: answers are the same where the task's verifier says so, or their texts are."""
+    answers = [final(response) for response in responses]
+
+    def same(i: int, j: int) -> bool:
+        return task.by_answer and task.verify(responses[j], replace(prompt, answer=answers[i])) >= 1
+
+    return majority(answers, outcomes, same)

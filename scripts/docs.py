@@ -30,6 +30,7 @@ from opd.report.tokens import Inspect
 from opd.rescore import Rescore
 from opd.rock import Context, Rock
 from opd.serve.server import Serve
+from opd.tasks.sets import SETS
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import Refusal, Sampling
@@ -208,7 +209,12 @@ flags stand after its name, and in [methods](methods.md).
                 name = "RUN" if "Positional" in str(field.type) else f"--{dashed(field.name)}"
                 out.append(f"| `{name}` | {default_of(field)} | {cell(helps[field.name])} |")
         out.append("")
-    return "\n".join(out)
+    out += ["## sets (opd eval)\n", "Fields of `opd.tasks.sets.SETS`; columns as in their files.\n"]
+    out += ["| `--set` | what | question, answer, options | verifier | samples |", "|---|---|---|---|---|"]
+    for name, x in SETS.items():
+        columns = listed(filter(None, (*list(x.columns.values())[:3], *x.gathered[1:])))
+        out.append(f"| `{name}` | {cell(x.what)} | {columns} | `{x.verifier}` | {x.samples} |")
+    return "\n".join([*out, ""])
 
 
 def attributes(owner: type) -> dict[str, str]:

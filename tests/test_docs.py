@@ -140,7 +140,7 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
         case "python":
             assert (ROOT / words[0]).is_file(), line
         case other:
-            assert other in ("source", "pip", "pre-commit"), f"{page}: {line}: no test knows how to check it"
+            assert other in ("source", "pip", "pre-commit", "lm_eval"), f"{page}: {line}: no test knows how to check it"
     assert "opd:" not in capsys.readouterr().err
 
 

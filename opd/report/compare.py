@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float
 
+from opd.evaluation import Scores
 from opd.report.logs import INCIDENTAL, Group
 
 DRAWS = 4000  # of the bootstrap
@@ -40,6 +41,17 @@ def paired(a: Float[np.ndarray, "R N"], b: Float[np.ndarray, "S N"], names: tupl
     low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
     each = a.mean(0) - b.mean(0)
     return Paired(*names, n, float(each.mean()), float(low), float(high), int((each > 0).sum()), int((each < 0).sum()))
+
+
+def versus(a: tuple[str, Scores], b: tuple[str, Scores]) -> dict[str, Paired]:
+    """Each measure of two models, by name, on the same problems."""
+    (one, mine), (other, theirs) = a, b
+    assert mine.prompts == theirs.prompts
+    against = theirs.each()
+    return {
+        name: paired(np.array([values]), np.array([against[name]]), (one, other))
+        for name, values in mine.each().items()
+    }
 
 
 def gains(groups: Sequence[Group], name: str) -> list[Paired]:

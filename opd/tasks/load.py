@@ -4,11 +4,15 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd.tasks import ledger
 from opd.tasks.task import SIZES, Data, Made, Task, ask
 from opd.tasks.verify import VERIFIERS, find
 from opd.types import Prompt, Refusal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LEDGERS = {"ledger": "full", "ledger-short": "short"}
 
@@ -27,13 +31,13 @@ def load(data: Data) -> Task:
     return PROCEDURAL[kind](name, data)
 
 
-def table(data: Data) -> Task:
-    """Make a task of the rows of a file, a folder or a hub dataset, scored against their answers."""
+def table(data: Data, given: "Dataset | None" = None) -> Task:
+    """Make a task of the rows of a file, a folder or a hub dataset, or of given ones, scored against their answers."""
     from opd.tasks import rows, tables  # `datasets` takes seconds to import, and the embedded tasks do without
 
     score = find(data.verifier)
     built_in = data.verifier in VERIFIERS and data.verifier != "none"
-    prompts = rows.prompts(tables.read(data), data, needs_answers=built_in)
+    prompts = rows.prompts(given or tables.read(data), data, needs_answers=built_in)
     for i in range(0, len(prompts) if built_in else 0, 1 + len(prompts) // 200):
         answer = prompts[i].answer
         if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
@@ -43,7 +47,8 @@ def table(data: Data) -> Task:
             )
     path = Path(data.source).expanduser()
     name = path.stem if path.exists() else data.source
-    return Task(name=name, prompts=prompts, verify=partial(_by_answer, score), scored=data.verifier != "none")
+    scored = data.verifier != "none"
+    return Task(name=name, prompts=prompts, verify=partial(_by_answer, score), scored=scored, by_answer=scored)
 
 
 def embedded(name: str, data: Data) -> Task:

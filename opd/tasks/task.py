@@ -19,6 +19,7 @@ class Task:
     prompts: Sequence[Prompt]  # may make each prompt anew when it is asked for
     verify: Callable[[str, Prompt], float]  # never raises on what a model says; a user's own function may
     scored: bool = True  # False: there is no verifier and every score is 0
+    by_answer: bool = False  # verify looks at nothing of the prompt but its answer: it can compare two responses
 
 
 @dataclass(frozen=True, kw_only=True)
