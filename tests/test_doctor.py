@@ -27,6 +27,7 @@ from opd.models import EMBEDDED
 from opd.runs import Run
 from opd.session import open_session
 from opd.tasks.task import Data
+from opd.teachers.client import Remote
 from opd.types import Refusal, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,6 +342,37 @@ def test_command(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "✗ uniform" in out and "do: " in out and "training cannot start: " in out
     assert not (tmp_path / "outputs").exists()
+
+
+def test_each_of_several_teachers(tmp_path):
+    """A column chooses the teacher; one of two is the student itself."""
+    asked = rows(
+        tmp_path, *({**RIGHT, "question": ASK.replace("4", str(i)), "teacher": "ab"[i % 2]} for i in range(10))
+    )
+    other = copied(tmp_path, "student")
+    found = doctor(healthy(prompts=asked, route=("a=embedded:teacher", f"b={other}")))
+    assert not errors(found)
+    said = {f.what.partition(" is ")[0]: f.level for f in found if f.check == "distance"}
+    assert said == {"KL(student || teacher a)": "ok", "KL(student || teacher b)": "warning"}
+
+
+def test_teacher_behind_a_server(tmp_path):
+    """Compared with its weights where they are named; its KL is known where it says log-probs of tokens alone."""
+    from tests.test_server import PLAIN, Proxy, serving
+
+    with serving(EMBEDDED / "teacher") as (url, _):
+        levels = {
+            local: {f.check: f for f in doctor(healthy(teacher=url, remote=Remote(teacher_local=local)))}
+            for local in ("", "embedded:teacher", "embedded:small")
+        }
+        with Proxy(url, lambda path, n: None, PLAIN) as proxy:
+            tokens_alone = doctor(healthy(teacher=proxy.url, method=METHODS["opd"]()))
+    with serving(EMBEDDED / "student") as (url, _), Proxy(url, lambda path, n: None, PLAIN) as proxy:
+        itself = doctor(healthy(teacher=proxy.url, method=METHODS["opd"]()))
+    assert levels[""]["server"].level == "note" and levels["embedded:teacher"]["server"].level == "ok"
+    assert levels["embedded:small"]["opening"].level == "error" and "nats" in levels["embedded:small"]["opening"].what
+    assert not alarming(tokens_alone) and {"distance", "finite"} & {f.check for f in tokens_alone} == {"distance"}
+    assert {f.check for f in errors(itself)} == {"distance"}
 
 
 MEMORY = {"full": {}, "lora": {"lora_rank": 4}, "checkpointing": {"gradient_checkpointing": True}}

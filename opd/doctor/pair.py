@@ -20,6 +20,7 @@ from opd.tokens import Severity
 
 LEVELS = {Severity.NOTE: Level.NOTE, Severity.WARNING: Level.WARNING, Severity.REFUSE: Level.ERROR}
 SAME = 1e-4  # nats/token: a teacher that says what the student says
+NEAR = 0.1  # nats: no token of such a teacher is further away
 FAR = 3.0  # nats/token: hardly one language; or half of log V, where that is less
 UNIFORM = 0.98  # of log V: an entropy that knows nothing
 LIKED = 0.1  # nats/token: more that a teacher likes an answer after its other prompt
@@ -228,14 +229,15 @@ def distance(looked: Looked) -> Iterator[Finding]:
     """KL(student || teacher) per teacher at the start: has it something to say, in one language?"""
     batch, config = looked.rehearsal.batch, looked.probe.config
     size, several = looked.probe.session.vocabulary.size, len(looked.probe.session.teachers) > 1
-    column = batch.reverse_kl
-    if column is None and batch.student_logp is not None and batch.teacher_logp is not None:
-        column = batch.student_logp - batch.teacher_logp  # its mean over the student's own tokens is the KL
-    assert column is not None
+    assert batch.student_logp is not None and batch.teacher_logp is not None
+    r = batch.teacher_logp - batch.student_logp
+    # Where the teacher tells no more: its mean over the student's own tokens is the KL too, quieter than that of -r.
+    column = r.exp() - 1 - r if batch.reverse_kl is None else batch.reverse_kl
     for _, who, mask in teachers(looked):
         value, error = float(column[mask].mean()), standard_error(column, mask)
+        same = value < SAME and float(r[mask].abs().max()) < NEAR
         line = f"KL(student || {who}) is {value:.4g} +- {error:.2g} nats/token at the start"
-        if value < SAME and config.told() == "peer":
+        if same and config.told() == "peer":
             yield Finding(
                 check="distance",
                 level=Level.NOTE,
@@ -243,7 +245,7 @@ def distance(looked: Looked) -> Iterator[Finding]:
                 why="what peers tell the teacher was not in these rollouts",
                 do="look at the reverse KL of the first steps",
             )
-        elif batch.reverse_kl is not None and value < SAME:
+        elif same:
             yield Finding(
                 check="distance",
                 level=Level.WARNING if several else Level.ERROR,
