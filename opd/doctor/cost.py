@@ -26,7 +26,7 @@ class Part:
 
     name: str
     bytes: int
-    smaller: str  # what makes it so
+    smaller: tuple[str, ...]  # what makes it so
 
 
 def free(device: torch.device) -> int:
@@ -92,16 +92,16 @@ def parts(probe: Probe) -> list[Part]:
     batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
     kept_states = tokens * widest * 4 if probe.method.local() else batch
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
-    less = max(1024, config.micro_batch_tokens // 4)
+    less = f"--micro-batch-tokens {max(row, tokens // 4)}"
     return [
-        Part("gradients", 4 * trained, "--lora-rank 32 trains few weights"),
-        Part("AdamW", 8 * trained, "--lora-rank 32 trains few weights"),
-        Part("weights in the compute type", int(copies), "--precision fp32 makes none"),
-        Part("activations", int(acts + working), f"--gradient-checkpointing, or --micro-batch-tokens {less}"),
-        Part("logits", logits, f"--chunk-mb {max(16, config.chunk_mb // 4)}"),
-        Part("KV cache", int(cache), f"--decode-rows {max(1, config.decode_rows // 4)}"),
-        Part("teacher at work", int(tokens * layer * widest / width), f"--micro-batch-tokens {less}"),
-        Part("teacher states", kept_states, "a smaller --batch"),
+        Part("gradients", 4 * trained, ("--lora-rank 32",)),
+        Part("AdamW", 8 * trained, ("--lora-rank 32",)),
+        Part("weights in the compute type", int(copies), ("--precision fp32",)),
+        Part("activations", int(acts + working), (less, "--gradient-checkpointing")),
+        Part("logits", logits, (f"--chunk-mb {max(16, config.chunk_mb // 4)}",)),
+        Part("KV cache", int(cache), (f"--decode-rows {max(1, config.decode_rows // 4)}",)),
+        Part("teacher at work", int(tokens * layer * widest / width), (less,)),
+        Part("teacher states", kept_states, ("a smaller --batch",)),
     ]
 
 
@@ -123,21 +123,17 @@ def memory(probe: Probe) -> Iterator[Finding]:
         return
     worst = sorted(needs, key=lambda p: -p.bytes)[:2]
     names = " and ".join(f"{p.name} ({shown(p.bytes)})" for p in worst)
-    over = most > OVER * there
+    over, device = most > OVER * there, probe.session.accelerator.device
+    local = [t for t in probe.session.teachers.values() if isinstance(t, LocalTeacher)]
+    elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == device for t in local) else ()
     yield Finding(
         check="memory",
         level=Level.ERROR if over else Level.WARNING,
         what=f"{line}: {names}",
         why=f"the run {'will' if over else 'may'} end out of memory, in its first step or at its longest responses",
-        do="; ".join(dict.fromkeys(p.smaller for p in worst))
-        + ("; --teacher-device for the teacher" if _together(probe) else ""),
+        do="; ".join(dict.fromkeys((*worst[0].smaller, *worst[1].smaller, *elsewhere))),
         detail=table,
     )
-
-
-def _together(probe: Probe) -> bool:
-    device = probe.session.accelerator.device
-    return any(isinstance(t, LocalTeacher) and t.model.device == device for t in probe.session.teachers.values())
 
 
 def shown(size: int) -> str:

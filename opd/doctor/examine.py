@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from opd.collect import Rendered
-from opd.doctor import cost, pair, settings
+from opd.doctor import cost, pair, settings, teacher
 from opd.doctor.findings import Finding, errors
 from opd.doctor.probe import Probe, Rehearsal, rehearsed
 from opd.types import Batch, Rollout
@@ -22,7 +22,7 @@ def examine(
     if errors(found):
         return found
     looked = rehearsed(probe, rehearse, measure)
-    after = list(pair.finite(looked))
+    after = list(teacher.finite(looked))
     if not errors(after):  # means over numbers that are none say nothing
-        after += [f for part in (pair, settings, cost) for check in part.AFTER for f in check(looked)]
+        after += [f for part in (teacher, settings, cost) for check in part.AFTER for f in check(looked)]
     return found + after

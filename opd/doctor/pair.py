@@ -1,29 +1,22 @@
-"""Two models side by side: tokens, where turns end, templates; and whether the teacher has something to say.
+"""Two models side by side, without rollouts: tokens, where turns end, templates, precision.
 
-Each check is `(Probe) -> findings` or, on rollouts, `(Looked) -> findings`.
+Each check is `(Probe) -> findings`.
 """
 
 import difflib
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.doctor.findings import Finding, Level, ok
-from opd.doctor.probe import Looked, Probe, teachers
-from opd.metrics import standard_error
+from opd.doctor.probe import Probe
 from opd.prompts import decodes_to_itself, short
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import HiddenTeacher, LogpTeacher
 from opd.tokens import Severity
 
 LEVELS = {Severity.NOTE: Level.NOTE, Severity.WARNING: Level.WARNING, Severity.REFUSE: Level.ERROR}
-SAME = 1e-4  # nats/token: a teacher that says what the student says
-NEAR = 0.1  # nats: no token of such a teacher is further away
-FAR = 3.0  # nats/token: hardly one language; or half of log V, where that is less
-UNIFORM = 0.98  # of log V: an entropy that knows nothing
-LIKED = 0.1  # nats/token: more that a teacher likes an answer after its other prompt
 TEXTS = 64  # prompts whose text is sent to ids and back
 MARK = "5"  # an answer whose end is easy to find
 
@@ -197,113 +190,4 @@ def server(probe: Probe) -> Iterator[Finding]:
         )
 
 
-def finite(looked: Looked) -> Iterator[Finding]:
-    """Log-probs that are numbers."""
-    batch = looked.rehearsal.batch
-    for side in ("student", "teacher"):
-        names = [f"{side}_logp", f"{side}_entropy", *(["reverse_kl"] if side == "teacher" else [])]
-        columns = [x for x in (getattr(batch, name) for name in names) if x is not None]
-        bad = [batch.mask & ~x.isfinite() for x in columns]
-        if not any(x.any() for x in bad):
-            continue
-        where = torch.stack(bad).any(0)
-        row, at = where.nonzero()[0].tolist()
-        token = int(batch.ids[row, at])
-        named = str(looked.probe.session.collector.tokenizer.decode([token]))
-        low = looked.probe.config.precision if side == "student" else looked.probe.config.teacher_precision
-        yield Finding(
-            check="finite",
-            level=Level.ERROR,
-            what=f"the {side}'s log-probs are not finite on {int(where.sum())} of {int(batch.mask.sum())} tokens, the "
-            f"first is {named!r} ({token})",
-            why="one such token makes the gradient of its whole batch nan"
-            + ("; where the student's own are too, look there first" if side == "teacher" else ""),
-            do=f"its states or logits overflow: try --{'' if side == 'student' else 'teacher-'}precision fp32"
-            if low != "fp32"
-            else "its weights overflow in fp32 already, or mask a token: evaluate that model alone (`opd eval`)",
-        )
-        return
-
-
-def distance(looked: Looked) -> Iterator[Finding]:
-    """KL(student || teacher) per teacher at the start: has it something to say, in one language?"""
-    batch, config = looked.rehearsal.batch, looked.probe.config
-    size, several = looked.probe.session.vocabulary.size, len(looked.probe.session.teachers) > 1
-    assert batch.student_logp is not None and batch.teacher_logp is not None
-    r = batch.teacher_logp - batch.student_logp
-    # Where the teacher tells no more: its mean over the student's own tokens is the KL too, quieter than that of -r.
-    column = r.exp() - 1 - r if batch.reverse_kl is None else batch.reverse_kl
-    for _, who, mask in teachers(looked):
-        value, error = float(column[mask].mean()), standard_error(column, mask)
-        same = value < SAME and float(r[mask].abs().max()) < NEAR
-        line = f"KL(student || {who}) is {value:.4g} +- {error:.2g} nats/token at the start"
-        if same and config.told() == "peer":
-            yield Finding(
-                check="distance",
-                level=Level.NOTE,
-                what=line,
-                why="what peers tell the teacher was not in these rollouts",
-                do="look at the reverse KL of the first steps",
-            )
-        elif same:
-            yield Finding(
-                check="distance",
-                level=Level.WARNING if several else Level.ERROR,
-                what=f"{line}: the teacher says what the student says",
-                why="there is nothing to learn: every reward is 0",
-                do="is it the same model, or --teacher base without a --context that it uses? name another teacher",
-            )
-        elif value > min(FAR, math.log(size) / 2):
-            yield Finding(
-                check="distance",
-                level=Level.WARNING,
-                what=f"{line}: they hardly speak one language",
-                why="0.02 to 1.5 is usual; rewards of such size are mostly noise, and the student's text means little "
-                "to this teacher",
-                do="is a chat template or the tokenizer wrong? else begin with some supervised steps on the teacher's "
-                "answers",
-            )
-        else:
-            yield ok("distance", f"{line} (0.02 to 1.5 is usual)")
-
-
-def uniform(looked: Looked) -> Iterator[Finding]:
-    """Models that know nothing."""
-    batch, top = looked.rehearsal.batch, math.log(looked.probe.session.vocabulary.size)
-    sides = [("student", batch.student_entropy, batch.mask, Level.WARNING)]
-    sides += [(who, batch.teacher_entropy, mask, Level.ERROR) for _, who, mask in teachers(looked)]
-    for who, column, mask, level in sides:
-        if column is not None and (value := float(column[mask].mean())) > UNIFORM * top:
-            yield Finding(
-                check="uniform",
-                level=level,
-                what=f"the {who}'s entropy is {value:.3f} nats/token of {top:.3f} that are possible",
-                why="it guesses every token: its weights were never trained, or were not loaded",
-                do="look at the files of that model: missing tensors are filled with random numbers",
-            )
-
-
-def asked(looked: Looked) -> Iterator[Finding]:
-    """Does the teacher like the answers better after its other prompt?"""
-    batch, own = looked.rehearsal.batch, looked.probe.config.teacher_prompt == "own"
-    if looked.other is None or batch.teacher_logp is None:
-        return
-    gain = looked.other - batch.teacher_logp
-    read, not_read = ("its own template", "the student's") if own else ("the student's ids", "its own template")
-    for _, who, mask in teachers(looked):
-        value, error = float(gain[mask].mean()), standard_error(gain, mask)
-        if value > max(LIKED, 2 * error):
-            yield Finding(
-                check="teacher prompt",
-                level=Level.WARNING,
-                what=f"{who} finds the answers {value:.2f} +- {error:.2f} nats/token likelier after {not_read} than "
-                f"after {read}, which it reads",
-                why="a teacher asked in a template that it does not know scores badly, and its scores are the gradient",
-                do=f"--teacher-prompt {'same' if own else 'own'}, or mend its chat_template",
-            )
-        else:
-            yield ok("teacher prompt", f"{who} likes {read} better than {not_read}, by {-value:.2f} nats/token")
-
-
 BEFORE: Sequence = (vocabulary, ends, begins, templates, round_trip, precision, server)
-AFTER: Sequence = (finite, distance, uniform, asked)
