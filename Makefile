@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers that spin while they wait steal the cores of the ones that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check docs bench clean
 
 install: .venv/installed
 
@@ -20,14 +20,17 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-check: install
+check: install docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/opd bench
+	$(BIN)/opd bench all --out outputs/bench
 
 clean:
 	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache

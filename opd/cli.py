@@ -495,17 +495,17 @@ def _serve(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from opd.bench.command import PARTS
+    from opd.bench.command import PARTS, bench
 
     name, *rest = args or ["--help"]
     if name in ("-h", "--help"):
         print("usage: opd bench PART [flags]\n")
-        print("\n".join(f"  {part:9} {about}" for part, (_, _, about) in PARTS.items()))
+        print("\n".join(f"  {part:9} {about}" for part, (_, about) in PARTS.items()))
         return 0
     if name not in PARTS:
         raise Refusal(f"{name}: no part of the benchmark{_near(name, list(PARTS))}; there are {', '.join(PARTS)}")
-    kind, run, about = PARTS[name]
-    run(_parsed(kind, rest, prog=f"opd bench {name}", description=about))
+    kind, about = PARTS[name]
+    bench(_parsed(kind, rest, prog=f"opd bench {name}", description=about))
     return 0
 
 

@@ -102,6 +102,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("serve.server", "serve"),
         ("demo", "demo"),
         ("doctor.command", "doctor"),
+        ("bench.command", "bench"),
     ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:

@@ -454,12 +454,12 @@ from opd.method import Target
 from opd.methods import METHODS
 from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass, measure
 torch.set_num_threads(1)
-n, v = 32768, 16384  # [N, V] is 2 GB for one model
+n, v = 16384, 16384  # [N, V] is 1 GB for one model
 states, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
 student, teacher = Hidden(states, Head(weight)), Hidden(torch.randn(n, 8), Head(torch.randn(v, 8)))
 ids, method, vocabulary = torch.randint(0, v, (n,)), METHODS[sys.argv[1]](), Vocabulary(v, chunk_bytes=32 << 20)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29),) * 2)
 try:
     torch.empty(n, v)
 except RuntimeError:

@@ -104,8 +104,8 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has stepped."""
         seconds = CLOCKS[self.ours.clock]() - self.start
-        tokens, self.seen = state.num_input_tokens_seen - self.seen - self.prompt_tokens, state.num_input_tokens_seen
-        self.found.append((seconds, tokens, *self.ours.step()))
+        read, self.seen = float(state.num_input_tokens_seen - self.seen), state.num_input_tokens_seen
+        self.found.append((seconds, read - self.prompt_tokens, *self.ours.step()))
 
 
 def measured(step: Step) -> Result:

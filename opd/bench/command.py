@@ -1,0 +1,117 @@
+"""`opd bench`: parts by name, and all of them with sizes that two CPU cores finish in a quarter of an hour."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from opd.bench import growth, head, rollouts, step
+from opd.bench.case import Shape
+from opd.bench.growth import Growth
+from opd.bench.result import Clock, Result
+from opd.bench.rollouts import Ragged
+from opd.bench.step import Step
+
+
+@dataclass(frozen=True)
+class All:
+    """Where the tables, numbers and the plot go, and how long it may take."""
+
+    out: Path = Path("outputs/bench")
+    """Folder of bench.md, bench.json and bench.png."""
+    clock: Clock = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+    head_rounds: int = 7
+    """Alternating rounds of the head pass."""
+    step_rounds: int = 6
+    """Alternating training steps."""
+    rollout_rounds: int = 3
+    """Alternating rounds of rollouts."""
+
+
+PARTS: dict[str, tuple[type, str]] = {
+    "head": (Shape, "The head pass beside naive torch and the peers."),
+    "step": (Step, "A training step, rollouts included, beside TRL's."),
+    "rollouts": (Ragged, "Ragged rollouts beside model.generate."),
+    "growth": (Growth, "Time and memory against N, V, k, batch, length."),
+    "all": (All, "Every part; its tables, numbers and plot in a folder."),
+}
+
+
+def bench(asked: Shape | Step | Ragged | Growth | All) -> None:
+    """Run the part whose settings these are, and show its table."""
+    match asked:
+        case Shape():
+            head.main(asked)
+        case Step():
+            step.measured(asked).show()
+        case Ragged():
+            rollouts.measured(asked).show()
+        case Growth():
+            growth.measured(asked).show()
+        case All():
+            everything(asked)
+
+
+def everything(asked: All) -> None:
+    """Run the parts, show each table as it is there, write the folder."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    shapes = [
+        Shape(chunk=512, rounds=asked.head_rounds, clock=asked.clock),
+        Shape(
+            chunk=256, tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("floor", "ours", "naive")
+        ),  # memory
+        Shape(frozen=True, rounds=asked.head_rounds, clock=asked.clock, memory=False, arms=("floor", "ours", "naive")),
+    ]
+    parts: list[Callable[[], Result]] = [lambda shape=shape: head.measured(shape) for shape in shapes]  # type: ignore[misc]
+    parts += [
+        lambda: step.measured(Step(rounds=asked.step_rounds, clock=asked.clock)),
+        lambda: rollouts.measured(Ragged(rounds=asked.rollout_rounds, clock=asked.clock)),
+        lambda: growth.measured(Growth(clock=asked.clock)),
+    ]
+    found: list[Result] = []
+    for part in parts:
+        found.append(part())
+        found[-1].show()
+        (asked.out / "bench.md").write_text("\n".join(result.markdown() for result in found))
+        numbers = {result.title: result.numbers for result in found}
+        (asked.out / "bench.json").write_text(json.dumps(numbers, indent=1, default=str))
+    plot(found[0], found[-1], asked.out / "bench.png")
+    print(asked.out)
+
+
+def plot(arms: Result, grown: Result, file: Path) -> None:
+    """The head pass of every arm beside the floor, and the curves."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    rows = arms.numbers["rows"]
+    median = lambda values: sorted(values)[len(values) // 2]
+    base = median(rows["floor"]["seconds"])
+    names = list(rows)[::-1]
+    axes[0, 0].barh(names, [median(rows[name]["seconds"]) / base for name in names], color="#4477aa")
+    axes[0, 0].axvline(1, color="black", lw=0.8)
+    axes[0, 0].set(title=f"head pass, N={arms.numbers['shape']['tokens']}", xlabel="time over the matmuls alone")
+    points = grown.numbers["points"]
+
+    def curve(axis: Axes, names: Sequence[str], key: Callable[[dict], float], label: str) -> None:
+        for name in names:
+            some = [p for p in points if p["curve"] == name]
+            axis.plot([p["x"] for p in some], [key(p) for p in some], "o-", label=name.split(", ")[1])
+        axis.set(xlabel=names[0].split(", ")[0], ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+
+    seconds = lambda p: median(p["seconds"])
+    curve(axes[0, 1], ("N, head pass", "N, naive"), seconds, "seconds")
+    curve(axes[0, 2], ("N, head pass", "N, naive"), lambda p: p["peak_bytes"] / 2**20, "peak extra memory, MB")
+    curve(axes[1, 0], ("V, head pass",), seconds, "seconds")
+    curve(axes[1, 1], ("k, vopd-topk",), seconds, "seconds")
+    curve(axes[1, 2], ("batch, update", "length, update"), seconds, "seconds")
+    axes[1, 2].set(xlabel="responses, or tokens of each")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,145 @@
+"""How time and memory grow: the head pass with N, V, H, k and the chunk, an update with batch and length."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from opd import models
+from opd.bench.case import Case, Shape
+from opd.bench.peers import naive, ours
+from opd.bench.result import Clock, Result, in_turn, peak, spread, versions
+from opd.method import Target
+from opd.methods import METHODS
+from opd.student import Student, micro_batches, rows
+from opd.teachers.local import LocalTeacher
+from opd.types import Rollout
+from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
+
+PROMPT = 40  # tokens before each response
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The middle of each curve, and how often."""
+
+    tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
+    """N."""
+    vocabulary: tuple[int, ...] = (8192, 16384, 32768)
+    """V, at the second N."""
+    width: int = 256
+    """H of both models."""
+    k: tuple[int, ...] = (1, 16, 64)
+    """Of vopd-topk, at the second N and V."""
+    batch: tuple[int, ...] = (8, 16, 32)
+    """Rollouts of an update of the embedded student."""
+    length: tuple[int, ...] = (50, 100, 200)
+    """Tokens of each of its responses, at the second batch."""
+    chunk: int = 256
+    """Tokens of a chunk of the head pass."""
+    rounds: int = 3
+    """Rounds, after one to warm up."""
+    threads: int = 1
+    """Of torch."""
+    clock: Clock = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+
+
+def measured(growth: Growth) -> Result:
+    """One row a point: seconds, and peak extra memory where it is a head pass."""
+    torch.set_num_threads(growth.threads)
+    n, v = growth.tokens[1], growth.vocabulary[1]
+    points: dict[tuple[str, int], tuple[Callable[[], object], Callable[[], object]]] = {}
+    for tokens in growth.tokens:
+        points["N, head pass", tokens] = _head(growth, tokens, v, ours)
+        points["N, naive", tokens] = _head(growth, tokens, v, naive)
+    for size in growth.vocabulary:
+        points["V, head pass", size] = _head(growth, n, size, ours)
+    for k in growth.k:
+        points["k, vopd-topk", k] = _topk(growth, n, v, k)
+    update = _Update.opened()
+    for batch in growth.batch:
+        points["batch, update", batch] = update.of(batch, growth.length[1])
+    for length in growth.length:
+        points["length, update", length] = update.of(growth.batch[1], length)
+    rows_, found = [], []
+    for (curve, x), (run, clear) in points.items():
+        seconds = in_turn({"": run}, rounds=growth.rounds, clock=growth.clock, after=clear)[""]
+        extra = peak(run)
+        clear()
+        rows_.append((curve, f"{x}", spread(seconds, 3), f"{extra / 2**20:.0f}"))
+        found.append({"curve": curve, "x": x, "seconds": seconds, "peak_bytes": extra})
+    known = versions("opd", "torch")
+    notes = (
+        f"N={n} V={v} H={growth.width} chunk {growth.chunk} but for what grows; an update is that of embedded:student, "
+        f"{growth.length[1]} tokens a response, {growth.batch[1]} responses, but for what grows",
+        "peak memory over what the process held; the head pass of a method keeps its logit buffers between passes",
+        f"medians [min, max] of {growth.rounds} rounds, {growth.clock} clock; {growth}; {known}",
+    )
+    numbers = {"growth": vars(growth), "versions": known, "points": found}
+    return Result("growth", ("curve", "at", "seconds", "peak MB"), tuple(rows_), notes, numbers)
+
+
+def _head(growth: Growth, n: int, v: int, arm: Callable) -> tuple[Callable[[], object], Callable[[], object]]:
+    shape = Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width, chunk=growth.chunk)
+    case = Case.of(shape)
+    return (lambda: arm(case, shape)), case.take_gradients
+
+
+def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    case = Case.of(Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width))
+    method, vocabulary = METHODS["vopd-topk"](k=k), Vocabulary(v, chunk_bytes=growth.chunk * v * 8)
+    student = Hidden(case.states, Head(case.weight))
+    heard = Heard(Hidden(case.teacher_states, Head(case.teacher_weight)))
+    target = (Target(torch.ones(n), None, None),)
+    return (lambda: head_pass(method, student, heard, case.ids, target, vocabulary)[0].backward()), case.take_gradients
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Student and teacher of the embedded pair, and everything between rollouts and the optimizer."""
+
+    student: Student
+    teacher: LocalTeacher
+
+    @classmethod
+    def opened(cls) -> "_Update":
+        cpu = torch.device("cpu")
+        student, teacher = (
+            models.load(models.locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
+            for name in ("student", "teacher")
+        )
+        return cls(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu))
+
+    def of(self, batch: int, length: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Forward and backward of so many responses, half of them half as long."""
+        g, cpu, method = torch.Generator().manual_seed(0), torch.device("cpu"), METHODS["vopd"]()
+        some = []
+        for i in range(batch):
+            draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
+            prompt, ids = draw(PROMPT), draw(length // (1 + i % 2))
+            logp = (0.0,) * len(ids)
+            some.append(
+                Rollout(
+                    prompt_ids=prompt,
+                    teacher_prompt_ids=prompt,
+                    ids=ids,
+                    sampler_logp=logp,
+                    index=i,
+                    group=i,
+                    stopped=True,
+                )
+            )
+        groups = micro_batches({i: PROMPT + len(r.ids) for i, r in enumerate(some)}, 8192)
+        vocabulary = Vocabulary(100)
+
+        def run() -> None:
+            for group in groups:
+                part = [some[i] for i in group]
+                masks = [[True] * len(r.ids) for r in part]
+                target = (Target(torch.ones(sum(map(len, masks))), None, None),)
+                at = rows(part, masks, teacher=False, device=cpu)
+                heard = Heard(self.teacher.hidden(part, masks))
+                self.student(at, heard, method, target, vocabulary)[0].backward()
+
+        return run, self.student.zero_grad

@@ -1,0 +1,131 @@
+"""Ragged rollouts beside plain `model.generate`, tokens a second.
+
+A random model of SmolLM2's width whose stop token has the same probability everywhere: lengths are geometric, cut at
+the limit, as ragged as sampling makes them, and the same distribution for both.  Ours keeps the sampler's log-probs.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from opd.bench.result import Clock, Result, in_turn, spread, versions
+from opd.engines.hf import HFEngine
+from opd.types import Sampling
+
+STOP = 2
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The model, the requests, and how often."""
+
+    requests: int = 64
+    """Prompts, of 16 to 63 tokens."""
+    rows: int = 32
+    """Decoded at once, by both."""
+    mean: int = 42
+    """Tokens after which a response stops, on average."""
+    max_new_tokens: int = 160
+    """Longest response."""
+    layers: int = 4
+    """Of the model."""
+    vocabulary: int = 49152
+    """Its tokens."""
+    width: int = 576
+    """Its hidden width, in heads of 64."""
+    rounds: int = 5
+    """Alternating rounds, after one to warm up."""
+    threads: int = 1
+    """Of torch."""
+    clock: Clock = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+
+
+def model(ragged: Ragged) -> LlamaForCausalLM:
+    """Near-uniform logits, but for the stop token's."""
+    torch.manual_seed(0)
+    heads = ragged.width // 64
+    config = LlamaConfig(
+        hidden_size=ragged.width,
+        intermediate_size=ragged.width * 8 // 3,
+        num_hidden_layers=ragged.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
+        vocab_size=ragged.vocabulary,
+        initializer_range=1e-3,
+        eos_token_id=STOP,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    made = LlamaForCausalLM(config).eval()
+    biased = nn.Linear(ragged.width, ragged.vocabulary)
+    biased.weight.data = made.lm_head.weight.data
+    biased.bias.data.zero_()
+    biased.bias.data[STOP] = math.log((ragged.vocabulary - 1) / (ragged.mean - 1))
+    made.lm_head = biased
+    return made
+
+
+def measured(ragged: Ragged) -> Result:
+    """Tokens a second of both, and how ragged the lengths were."""
+    torch.set_num_threads(ragged.threads)
+    made, g = model(ragged), torch.Generator().manual_seed(0)
+    widths = torch.randint(16, 64, (ragged.requests,), generator=g).tolist()
+    prompts = [torch.randint(3, ragged.vocabulary, (n,), generator=g).tolist() for n in widths]
+    lengths: dict[str, list[list[int]]] = {"opd": [], "generate": []}
+
+    def ours() -> None:
+        engine = HFEngine(made, ragged.vocabulary, (STOP,), ragged.rows)
+        sampling = Sampling(max_new_tokens=ragged.max_new_tokens)
+        found = engine.generate(prompts, sampling, seed=0, step=len(lengths["opd"]), index=range(len(prompts)))
+        assert all(len(x.logp) == len(x.ids) for x in found)
+        lengths["opd"].append([len(x.ids) for x in found])
+
+    def plain() -> None:
+        torch.manual_seed(len(lengths["generate"]))
+        found: list[int] = []
+        for start in range(0, len(prompts), ragged.rows):
+            found += _generate(made, prompts[start : start + ragged.rows], ragged.max_new_tokens)
+        lengths["generate"].append(found)
+
+    seconds = in_turn({"opd": ours, "generate": plain}, rounds=ragged.rounds, clock=ragged.clock)
+    speed = {name: [sum(n) / s for n, s in zip(lengths[name][1:], took, strict=True)] for name, took in seconds.items()}
+    rows, flat = [], {name: [x for n in some[1:] for x in n] for name, some in lengths.items()}
+    for name, label in (("opd", "opd, with log-probs"), ("generate", "model.generate, without")):
+        ratios = [a / b for a, b in zip(speed["opd"], speed[name], strict=True)]
+        about = f"{statistics.mean(flat[name]):.0f}, {max(flat[name])}"
+        rows.append((label, spread(speed[name], 0), about, spread(ratios) if name != "opd" else ""))
+    shares = [
+        statistics.mean(part) / max(part)
+        for n in lengths["generate"][1:]
+        for start in range(0, len(n), ragged.rows)
+        if (part := n[start : start + ragged.rows])
+    ]
+    known = versions("opd", "torch", "transformers")
+    notes = (
+        f"lengths are geometric with mean {ragged.mean}, cut at {ragged.max_new_tokens}: of a padded batch's row-steps "
+        f"{statistics.mean(shares):.0%} write a token",
+        f"medians [min, max] of {ragged.rounds} alternating rounds, {ragged.clock} clock; {ragged}; {known}",
+    )
+    numbers = {"ragged": vars(ragged), "versions": known, "seconds": seconds, "lengths": lengths}
+    header = ("engine", "tokens/s", "length: mean, max", "ours faster by")
+    return Result(f"ragged rollouts, {ragged.requests} requests", header, tuple(rows), notes, numbers)
+
+
+def _generate(made: Any, prompts: list[list[int]], most: int) -> list[int]:
+    """Lengths of what transformers' own loop writes for left-padded prompts."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask: Tensor = torch.arange(width)[None] >= width - torch.tensor([len(p) for p in prompts])[:, None]
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most, eos_token_id=STOP, pad_token_id=0
+    )
+    with torch.no_grad():
+        out = made.generate(ids, attention_mask=mask.long(), generation_config=config)
+    ends = out[:, width:] == STOP
+    return torch.where(ends.any(1), ends.long().argmax(1) + 1, ends.shape[1]).tolist()
