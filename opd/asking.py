@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import prompts
-from opd.questions import Continue, Question
+from opd.questions import Continue, Grade, Question
+from opd.tasks.answers import spoken
 from opd.teachers.text import Begun, TextTeacher, needed
 from opd.types import Batch, Rollout
+
+if TYPE_CHECKING:
+    from opd.teachers.judge import Judge
 
 
 def asked(
@@ -18,12 +23,19 @@ def asked(
     batch: Batch,
     rollouts: Sequence[Rollout],
     teachers: Mapping[str, TextTeacher],
+    judge: "Judge | None",
     tokenizer: Tokenizer,
+    *,
+    most: int,
     seed: int,
-) -> dict[str, Tensor]:
-    """The columns that a question fills."""
-    assert isinstance(question, Continue)
-    return continued(question, batch, rollouts, teachers, tokenizer, seed)
+) -> dict[str, Any]:
+    """The columns that a question fills; `most` tokens is the longest answer of a teacher."""
+    match question:
+        case Continue():
+            return continued(question, batch, rollouts, teachers, tokenizer, seed)
+        case Grade():
+            assert judge is not None, "a session opens a judge for a method that asks one"
+            return graded(question, batch, rollouts, teachers, judge, tokenizer, most=most, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,58 @@ def continued(
     return {"chunk": chunk, "agreement": agreement}
 
 
+def graded(
+    question: Grade,
+    batch: Batch,
+    rollouts: Sequence[Rollout],
+    teachers: Mapping[str, TextTeacher],
+    judge: "Judge",
+    tokenizer: Tokenizer,
+    *,
+    most: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The judge's score of each response; a group whose teacher or judge failed has none."""
+    from opd.teachers.judge import Group
+
+    rows: dict[int, list[int]] = {}
+    for i, r in enumerate(rollouts):
+        rows.setdefault(r.group, []).append(i)
+    own = {key: rollouts[some[0]] for key, some in rows.items()}
+    references: dict[int, list[str]] = {}
+    for name, teacher in teachers.items():
+        here = [key for key, r in own.items() if r.teacher == name]
+        found = teacher.chat(
+            [own[key].prompt for key in here],
+            n=question.references,
+            max_tokens=most,
+            seed=seed,
+            temperature=question.temperature,
+        )
+        references |= dict(zip(here, found, strict=True))
+    groups = {
+        key: Group(
+            own[key].prompt,
+            tuple(map(spoken, references[key])),
+            tuple(spoken(_text(tokenizer, rollouts[i], 0, len(rollouts[i].ids))) for i in some),
+        )
+        for key, some in rows.items()
+        if references[key]
+    }
+    rubrics = judge.rubrics(list(groups.values()), question.least, question.most, seed)
+    there = {key: rubric for key, rubric in zip(groups, rubrics, strict=True) if rubric is not None}
+    sheets = judge.grades([groups[key] for key in there], list(there.values()), seed)
+    verdict, judged = torch.zeros(len(rollouts)), torch.zeros(len(rollouts), dtype=torch.bool)
+    theirs = torch.full((len(rollouts),), torch.nan)
+    for (key, rubric), met in zip(there.items(), sheets, strict=True):
+        if met is None:
+            continue
+        scores, first = [rubric.score(x) for x in met], len(groups[key].references)
+        verdict[rows[key]], judged[rows[key]] = torch.tensor(scores[first:]), True
+        theirs[rows[key]] = min(scores[:first])
+    return {"verdict": verdict, "judged": judged, "notes": {**batch.notes, "reference_verdict": theirs}}
+
+
 def numbers(batch: Batch, question: Question | None) -> dict[str, float]:
     """What a text-only teacher or a judge said."""
     out, mask = {}, batch.mask
@@ -84,7 +148,10 @@ def numbers(batch: Batch, question: Question | None) -> dict[str, float]:
     if batch.verdict is not None and batch.judged is not None:
         out["unjudged"] = float(1 - batch.judged.float().mean())  # share of rollouts that a judge failed on
         if batch.judged.any():
-            out["verdict"] = float(batch.verdict[batch.judged].mean())
+            verdict, theirs = (x[batch.judged] for x in (batch.verdict, batch.notes["reference_verdict"]))
+            out["verdict"] = float(verdict.mean())
+            out["reference_verdict"] = float(theirs.mean())  # of the worst of the teacher's answers to each prompt
+            out["above_reference"] = float((verdict > theirs).float().mean())
     return out
 
 

@@ -225,6 +225,7 @@ class Loop:
         self._log("metrics", step, numbers)
         wire = [teacher.traffic() for teacher in session.teachers.values()]
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
+        row |= {} if session.judge is None else session.judge.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
@@ -241,7 +242,10 @@ class Loop:
         if session.accelerator.is_main_process:
             teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
             text, seed = session.collector.tokenizer, self.config.seed
-            told = [asking.asked(question, batch, rollouts, teachers, text, seed)]
+            most = self.config.sampling.max_new_tokens
+            told = [
+                asking.asked(question, batch, rollouts, teachers, session.judge, text, most=most, seed=seed)
+            ]
         (columns,) = broadcast_object_list(told)
         return replace(batch, **columns)
 

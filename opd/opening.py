@@ -1,6 +1,7 @@
 """The models of a run: where they come from, what is refused, and how each is loaded or shared."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,13 +12,18 @@ from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.methods import METHODS
+from opd.questions import Grade
 from opd.rollouts import OnPolicy
+from opd.tasks.task import Task
 from opd.teachers import wire
 from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.teachers.server import Server
-from opd.teachers.text import Endpoint, Gate, Local, TextTeacher
+from opd.teachers.text import Endpoint, Gate, Local, TextTeacher, needed
 from opd.types import Refusal
+
+if TYPE_CHECKING:
+    from opd.teachers.judge import Judge
 
 
 def flag(teacher: str) -> str:
@@ -87,9 +93,26 @@ def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoi
 def text_teacher(model: str, config: Train, on: torch.device, *, field: str) -> TextTeacher:
     """A teacher that writes, and what it wrote before."""
     answers = Answers(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
-    return TextTeacher(
-        writer(model, config, on, field=field), answers, Gate(f"{field} {model}", config.remote.judge_failures)
-    )
+    gate = Gate(f"{field} {model}", config.remote.judge_failures)
+    return TextTeacher(writer(model, config, on, field=field), answers, gate)
+
+
+def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.device) -> "Judge | None":
+    """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
+    if not isinstance(method.asks, Grade):
+        return None
+    needed("pydantic", f"{method.asks}")
+    from opd.teachers.judge import ModelJudge, VerifierJudge
+
+    if config.judge == "verifier":
+        if not task.scored:
+            raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
+        return VerifierJudge(task.verify)
+    own = config.judge or config.routes()[""]
+    model = text_teacher(config.judge, config, on, field="judge") if config.judge else teacher
+    assert isinstance(model, TextTeacher)
+    gate = Gate(f"judge {own}", config.remote.judge_failures)
+    return ModelJudge(model, gate, config.remote.judge_tokens, shared=not config.judge)
 
 
 def teacher(

@@ -94,6 +94,17 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "steps": 500,
         "sampling": Sampling(max_new_tokens=16384),
     },
+    # OmniOPD, arXiv:2606.01476, Section 5 and appendix: 250 steps over 17,000 prompts, so about 64 a step.
+    "omniopd": {"lr": 1e-6, "batch": 64, "steps": 250, "sampling": Sampling(max_new_tokens=20_000)},
+    # ROPD, arXiv:2605.07396, released configuration: 32 prompts x 8 in four updates of 8 prompts.
+    "ropd": {
+        "lr": 1e-6,
+        "weight_decay": 0.01,
+        "batch": 256,
+        "updates": 4,
+        "steps": 500,
+        "sampling": Sampling(max_new_tokens=8192),
+    },
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
     "rock-freeze": {
@@ -118,7 +129,14 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 _TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
-EMBEDDED: Mapping[str, Mapping[str, Any]] = {"oprd": {"lr": 1e-4}, "opsd": _TOLD, "sdft": _TOLD, "sdpo": _TOLD}
+EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "omniopd": {"lr": 1e-4},
+    "oprd": {"lr": 1e-4},
+    "opsd": _TOLD,
+    "ropd": {"judge": "verifier"},  # the embedded teacher writes no json
+    "sdft": _TOLD,
+    "sdpo": _TOLD,
+}
 
 
 def arguments(preset: str, method: str) -> list[str]:

@@ -60,6 +60,7 @@ class Grade:
     references: int = 4
     least: int = 4
     most: int = 12
+    temperature: float = 1.0  # of the references; at the paper's 0 a server that repeats itself gives one
 
     columns = frozenset({"verdict", "judged"})
 

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,9 @@ from opd.teachers.text import TextTeacher
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from opd.teachers.judge import Judge
+
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -42,6 +45,7 @@ class Session:
     student: torch.nn.Module  # Student, wrapped by Accelerate
     teachers: dict[str, AnyTeacher]  # by the names of --route; "" is --teacher
     reference: LocalTeacher | None  # for methods that read one
+    judge: "Judge | None"  # for methods that ask one
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector
@@ -182,6 +186,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         student=wrapped,
         teachers=opened,
         reference=reference,
+        judge=opening.judge(method, config, asked.task, opened[""], on),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(engine(student.model), writers, text, vocabulary),

@@ -111,7 +111,8 @@ def section(row: dict[str, Any]) -> str:
     for term in method.terms:
         lines += [f"`{loss(term)}`", "", *parts(term), ""]
     shared = Method()
-    for part, of in (("over the batch", "reduction"), ("rollouts", "rollouts"), ("teacher", "teacher")):
+    shown = {"over the batch": "reduction"} | {name: name for name in ("rollouts", "teacher", "asks")}
+    for part, of in shown.items():
         if getattr(method, of) != getattr(shared, of):
             lines += [f"- {part}: {said(getattr(method, of))}", ""]
     helps, parameters = arguments(text), inspect.signature(factory).parameters.values()

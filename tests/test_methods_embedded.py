@@ -18,6 +18,7 @@ RUN = {  # the method's flags, where they are not the preset's
     "kat": ["--window", "4", "--floor", "2", "--ready", "8", "--after", "1", "--patience", "2"],
     "trb": ["--anneal", "3"],
     "rock-freeze": ["--tokens", "ROCKS"],
+    "ropd": ["--prompts", "embedded:ledger", "--max-new-tokens", "128"],  # whose answers differ
 }
 FIRED = {  # of each step's numbers; a list of them where it takes a step or more
     "fire": lambda r: r["weighted"] < 0.95 and r["effective"] < r["weighted"],
@@ -35,6 +36,8 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
     "opsd": lambda r: r["reverse_kl"] > 0.01,
     "sdft": lambda r: r["reverse_kl"] > 0.01,
     "sdpo": lambda r: r["tokens"] > 0 and r["reverse_kl"] > 0.01,
+    "omniopd": lambda r: 0 < r["weighted_0"] == pytest.approx(r["audited"]) and 0.5 < r["agreement"] <= 1,
+    "ropd": lambda r: 0 < r["verdict"] < 1 and not r["unjudged"],
     "trb": lambda rows: rows[0]["beta"] > 0 and rows[0]["behavior_kl"] <= 0.02 + 1e-4,
     "kat": lambda rows: rows[-1]["cut"] > 0 and rows[-1]["cut_tokens"] > 0,
     "opd-zscore": lambda r: r["advantage_std"] > 0,

@@ -1,5 +1,6 @@
 """Teachers and judges that only write: numbers by hand, real server processes, and what happens when they fail."""
 
+import http.server
 import json
 import math
 import re
@@ -24,8 +25,10 @@ from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
+from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
 from opd.teachers.text import Begun, Endpoint, Gate, Local, TextTeacher
-from opd.types import Batch, Refusal, Rollout
+from opd.transforms import GroupAdvantage
+from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Posterior, Unaudited
 from tests.models_for_tests import tiny
 from tests.test_server import Proxy, serving
@@ -381,3 +384,254 @@ def test_refused(more, said, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(said, error), error
+
+
+# Judges
+
+PROMPT = Prompt(messages=({"role": "user", "content": "What is 2 + 3 + 4?"},), answer="9")
+GOOD = "2 + 3 = 5\n5 + 4 = 9\n9"
+POOR = "2 + 3 = 5\n5 + 4 = 8\n8"
+
+
+def test_scores_are_points_earned_over_points():
+    rubric = Rubric(
+        criteria=[{"criterion": "a", "points": 5}, {"criterion": "b", "points": 2}, {"criterion": "c", "points": 1}]
+    )
+    assert [rubric.score(x) for x in ((True, True, True), (False,) * 3, (True, False, True))] == [1.0, 0.0, 6 / 8]
+    with pytest.raises(ValueError):
+        rubric.score((True,))
+
+
+def test_group_advantages_by_hand(float64):
+    verdict = torch.tensor([0.75, 0.25, 0.5, 1.0, 0.2, 0.4])
+    group, mask = torch.tensor([0, 0, 0, 1, 1, 2]), torch.ones(6, 2, dtype=torch.bool)
+    known = torch.tensor([True, True, True, False, False, True])
+    mask[2] = False  # not trained, and not in the mean: 0.75 and 0.25 have the mean 0.5
+    one = torch.ones(6, 2)
+    found = GroupAdvantage()(one, verdict, known, group, mask)
+    close(found, torch.tensor([0.25, -0.25, 0, 0, 0, 0])[:, None] * mask)
+    found = GroupAdvantage(norm_std=True, eps=0.05)(one, verdict, known, group, mask)
+    close(found, torch.tensor([1, -1, 0, 0, 0, 0])[:, None] * mask * 0.25 / 0.3)
+
+
+def test_the_loss_of_ropd_is_the_policy_gradient_of_the_advantages(float64):
+    logits = torch.randn(4, 3, 5).requires_grad_()
+    ids, logp = torch.randint(5, (4, 3)), logits.log_softmax(-1)
+    at = Positions(ids, logp, torch.full_like(logp, math.nan))
+    own = at.sampled(logp)
+    batch = Batch(
+        ids=ids,
+        mask=torch.ones(4, 3, dtype=torch.bool),
+        group=torch.tensor([0, 0, 1, 1]),
+        source=torch.zeros(4, dtype=torch.long),
+        stopped=torch.ones(4, dtype=torch.bool),
+        outcome=torch.zeros(4),
+        sampler_logp=own.detach(),
+        student_logp=own.detach(),
+        verdict=torch.tensor([1.0, 0.5, 0.3, 0.9]),
+        judged=torch.tensor([True, True, False, False]),
+        scores=(torch.ones(4, 3),),
+    )
+    method = METHODS["ropd"]()
+    got = torch.autograd.grad(method.loss(at, method.prepare(batch)).sum(), logits, retain_graph=True)[0]
+    wanted = torch.autograd.grad(-(own[0].sum() * 0.25 - own[1].sum() * 0.25) / 12, logits)[0]
+    close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"criteria": [{"criterion": "x", "points": 3}]}', ""),
+        ('<think>{"no": 1}</think>Here:\n```json\n{"criteria": [{"criterion": "x", "points": 3,},]}\n```\nDone.', ""),
+        ("I would rather not.", "no json object"),
+        ('{"criteria": [{"criterion": "x", "points": 9}]}', "points"),
+        ('{"criteria": [{"criterion": "", "points": 1}]}', "criterion"),
+        ('{"criteria": [{"criterion": "x", "points": 3}', "json"),
+        ('{"rubric": []}', "criteria"),
+    ],
+)
+def test_json_is_validated(text, why):
+    filled, said = read(text, Rubric, lambda rubric: "")
+    assert (filled is None) == bool(why) and why in said
+    if not why:
+        assert filled.criteria[0].points == 3
+
+
+def test_the_verifiers_judge_reads(float64):
+    judge = VerifierJudge(lambda text, prompt: float(text.strip().endswith(prompt.answer)))
+    loops = "2 + 3 = 5\n" * 3 + "so 4 it is 9"
+    group = Group(PROMPT, (GOOD, GOOD), (GOOD, POOR, "2 + 3 = 5", loops))
+    (rubric,) = judge.rubrics([group], 4, 12, 0)
+    assert [c.criterion for c in rubric.criteria[4:]] == [
+        "It states: 5 + 4 = 9",
+        "It states: 9",
+        "It states: 2 + 3 = 5",
+    ]
+    (met,) = judge.grades([group], [rubric], 0)
+    scores = [round(14 * rubric.score(x)) for x in met]
+    assert scores[:2] == [14, 14]
+    # right 5, closes 1, numbers 1, once 1, then 2 for each line
+    assert scores[2:] == [14, 0 + 1 + 1 + 1 + 2, 0 + 1 + 0 + 1 + 2, 5 + 1 + 1 + 0 + 2]
+    assert judge.rubrics([group], 4, 5, 0)[0].criteria[4].criterion == "It states: 5 + 4 = 9"
+    alone = Group(PROMPT, (POOR,), (POOR, GOOD))  # no reference is right: the student's own right answer has the steps
+    assert "It states: 5 + 4 = 9" in [c.criterion for c in judge.rubrics([alone], 4, 12, 0)[0].criteria]
+    assert judge.rubrics([Group(PROMPT, (POOR,), (POOR,))], 5, 12, 0) == [None]
+
+
+class Grader:
+    """An OpenAI-compatible server: the verifier's judge, given words alone; `spoils` may spoil its answers."""
+
+    def __init__(self, spoils=lambda kind, n, text: text) -> None:
+        tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
+        self.judge, self.asked, self.texts = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, []
+        self.spoils, grader = spoils, self
+        answers = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_POST(self):
+                turns = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+                said = grader.answer(turns[0]["content"], answers)
+                grader.texts.append([turn["content"] for turn in turns])
+                message = {"role": "assistant", "content": said}
+                whole = {
+                    "id": "x", "object": "chat.completion", "created": 0, "model": "grader",
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+                }  # fmt: skip
+                body = json.dumps(whole).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, text, known):
+        (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
+        tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
+        group = Group(known[question], tagged("reference"), tagged("answer"))
+        kind = "grade" if "<rubric>" in text else "rubric"
+        if kind == "rubric":
+            (rubric,) = self.judge.rubrics([group], 4, 12, 0)
+            said = rubric.model_dump_json()
+        else:
+            (listed,) = re.findall(r"<rubric>\n(.*?)\n</rubric>", text, re.S)
+            found = re.findall(r"^\d+\. \((\d)\) (.*)$", listed, re.M)
+            rubric = Rubric(criteria=[{"criterion": c, "points": int(p)} for p, c in found])
+            (met,) = self.judge.grades([group], [rubric], 0)
+            said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
+        n, self.asked[kind] = self.asked[kind], self.asked[kind] + 1
+        return self.spoils(kind, n, said)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def groups(count=3):
+    task = load(Data(source="embedded:ledger-short", limit=count))
+    wrong = lambda p: p.response.rpartition(">")[0] + ">7" + p.answer
+    return task, [Group(p, (p.response, wrong(p)), (wrong(p), p.response, "", p.response[:9])) for p in task.prompts]
+
+
+def model_judge(url, folder, most=0.4):
+    how = replace(QUICK, teacher_concurrency=1, teacher_retries=0)
+    return ModelJudge(endpoint(url, folder, how, "grader"), Gate("judge x", most), 512, shared=False)
+
+
+def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
+    """Rubric to json and back, answers shuffled and back: the same booleans as without the words between."""
+    task, asked = groups()
+    direct = VerifierJudge(task.verify)
+    with Grader() as grader:
+        judge = model_judge(grader.url, tmp_path)
+        rubrics = judge.rubrics(asked, 4, 12, 0)
+        assert rubrics == direct.rubrics(asked, 4, 12, 0)
+        assert judge.grades(asked, rubrics, 0) == direct.grades(asked, rubrics, 0)
+        spent = judge.traffic()
+        assert spent["judge_calls"] == 6 and spent["judge_read_tokens"] == 42 and spent["judge_written_tokens"] == 18
+        for (text,) in grader.texts[3:]:  # blind: whose an answer is, is not said
+            assert "reference" not in text
+    orders = [g.shuffled() for g in asked]
+    assert all(sorted(order) == list(range(6)) for order in orders) and len(set(map(tuple, orders))) > 1
+    assert orders == [g.shuffled() for g in groups()[1]]
+
+
+SPOILT = {
+    "half": lambda text: text[: len(text) // 2],
+    "words": lambda text: "Sure!",
+    "few": lambda text: text.replace("true", "true, true"),
+    "points": lambda text: re.sub(r'"points":\d', '"points":7', text),
+    "order": lambda text: text.replace('"index": 1', '"index": 2'),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("rubric", "half"), ("rubric", "points"), ("grade", "words"), ("grade", "few"), ("grade", "order")],
+)
+def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
+    task, asked = groups(1)
+    spoil = SPOILT[how]
+    with Grader(lambda what, n, text: spoil(text) if (what, n) == (kind, 0) else text) as grader:
+        judge = model_judge(grader.url, tmp_path)
+        rubrics = judge.rubrics(asked, 4, 12, 0)
+        assert judge.grades(asked, rubrics, 0) == VerifierJudge(task.verify).grades(asked, rubrics, 0)
+        assert grader.asked[kind] == 2
+        (again,) = [turns for turns in grader.texts if len(turns) == 3]
+        assert "That was not as asked" in again[2]
+    with Grader(lambda what, n, text: spoil(text) if what == kind else text) as grader:
+        judge = model_judge(grader.url, tmp_path / "other")
+        rubrics = judge.rubrics(asked, 4, 12, 0)
+        assert (rubrics if kind == "rubric" else judge.grades(asked, rubrics, 0)) == [None]
+        assert grader.asked[kind] == 2
+
+
+def test_a_judge_that_babbles_stops_the_run(tmp_path):
+    _, asked = groups(12)
+    with (
+        Grader(lambda what, n, text: "Sure!") as grader,
+        pytest.raises(Refusal, match=r"judge x: 100% .*no json object"),
+    ):
+        model_judge(grader.url, tmp_path).rubrics(asked, 4, 12, 0)
+
+
+ROPD = [*PAIR, "--limit", "40", *SMALL, "--steps", "2", "--batch", "16", "--max-new-tokens", "128"]
+SAME = ("loss", "grad_norm", "verdict", "reference_verdict")
+
+
+def test_ropd_through_sockets_is_ropd_here(tmp_path, capsys):
+    """The verifier's judge in the process, and the same one behind words and a socket: one run.  Then it babbles."""
+    told = [*ROPD, "--teacher", "embedded:teacher"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert cli.main(["train", *told, "--judge", "verifier", "--out", str(first), "ropd"]) == 0, capsys.readouterr()
+    with Grader() as grader:
+        where = ["--judge", f"openai:grader@{grader.url}/v1"]
+        assert cli.main(["train", *told, *where, "--out", str(second), "ropd"]) == 0, capsys.readouterr()
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert [a[x] for x in SAME] == [b[x] for x in SAME] and a["unjudged"] == 0
+    assert all(row["grad_norm"] > 0 for row in lines(first)[:1]) and {row["verdict"] for row in lines(first)} != {1.0}
+    assert sum(row["judge_calls"] for row in lines(second, "perf")) == 8
+    with Grader(lambda what, n, text: "Sure!" if what == "grade" and n < 4 else text) as grader:
+        where = ["--judge", f"openai:grader@{grader.url}/v1", "--teacher-concurrency", "1"]
+        assert cli.main(["train", *told, *where, "--out", str(third), "ropd"]) == 0, capsys.readouterr()
+    assert [row["unjudged"] for row in lines(third)] == [1.0, 0.0]
+    assert lines(third)[0]["grad_norm"] == 0 and lines(third)[0]["loss"] == 0  # nothing is learnt from nothing
+
+
+def test_a_judge_that_is_down(tmp_path, capsys):
+    where = ["--judge", "openai:grader@http://127.0.0.1:9/v1", "--teacher-retries", "0", "--batch", "96"]
+    told = [*ROPD, "--teacher", "embedded:teacher", *where]
+    assert cli.main(["train", *told, "--out", str(tmp_path / "x"), "ropd"]) == 2
+    assert re.search(r"--judge openai:grader.*: 100% of the last 10 questions failed", capsys.readouterr().err)
+    assert cli.main(["train", *told, "--out", str(tmp_path / "y"), "vopd"]) == 2
+    assert "asks no judge" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from opd.methods.power import poweropd
 from opd.methods.privileged import opsd, sdft, sdpo
 from opd.methods.reward_shapes import opd_plus, opd_signlog, opd_tv, reopold, topd
 from opd.methods.rock import rock_freeze
+from opd.methods.ropd import ropd
 from opd.methods.scope import scope
 from opd.methods.trb import trb
 from opd.methods.tropd import tropd
@@ -71,6 +72,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     sdft,
     sdpo,
     omniopd,
+    ropd,
     opd_optimal,
     opd_stratified,
     pg,

@@ -47,12 +47,14 @@ class Remote:
     which vLLM and `opd serve` have; or ask, in words, for any other endpoint."""
     teacher_cache: str = ""
     """Folder where the answers of text-only teachers and judges are kept, for several runs; empty: the run's own."""
+    judge_tokens: int = 4096
+    """Longest answer of a judge, in tokens."""
     judge_failures: float = 0.4
     """Share of the last questions to a text-only teacher or judge that may fail; beyond it the run stops."""
 
     def check(self) -> None:
         """Refuse impossible settings."""
-        for name in ("teacher_timeout", "teacher_concurrency"):
+        for name in ("teacher_timeout", "teacher_concurrency", "judge_tokens"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if self.teacher_retries < 0:
