@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from opd.cli import _plus, _TrainFlags, main
+from opd.cli import main
+from opd.cli.naming import plus
+from opd.cli.runs import TrainFlags
 from opd.config import Train
 from opd.method import Method
 from opd.methods import METHODS
@@ -100,9 +102,8 @@ def test_impossible_method_settings(capsys, tmp_path, method, says):
     assert says in train(capsys, tmp_path, method=method)
 
 
-@pytest.mark.parametrize("teacher", ["openai:some-model", "https://example.invalid/v1"])
-def test_text_only_teacher(capsys, tmp_path, teacher):
-    line = train(capsys, tmp_path, models=["--student", "embedded:student", "--teacher", teacher])
+def test_text_only_teacher(capsys, tmp_path):
+    line = train(capsys, tmp_path, models=["--student", "embedded:student", "--teacher", "openai:some-model"])
     assert "no log-probs" in line
 
 
@@ -220,9 +221,9 @@ def test_presets_hold_for_what_the_user_does_not_set():
         known = {f: getattr(base, f) for f in settings("paper", name)}
         assert known.keys() == settings("paper", name).keys()
     flags, _ = tyro.cli(
-        _TrainFlags,
+        TrainFlags,
         args=["--student", "s", "--teacher", "t", "--prompts", "p", "--lr", "3"],
-        default=_TrainFlags(run=Train(student="", teacher="", prompts="", batch=256)),
+        default=TrainFlags(run=Train(student="", teacher="", prompts="", batch=256)),
         config=(tyro.conf.OmitArgPrefixes,),
         return_unknown_args=True,
     )
@@ -230,7 +231,7 @@ def test_presets_hold_for_what_the_user_does_not_set():
 
 
 def test_also_adds_terms_at_a_weight():
-    both = _plus(METHODS["vopd"](), "gkd-forward:0.25")
+    both = plus(METHODS["vopd"](), "gkd-forward:0.25")
     assert both == Method(
         (*METHODS["vopd"]().terms, *(type(t)(t.divergence, coef=0.25) for t in METHODS["gkd-forward"]().terms))
     )

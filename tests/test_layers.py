@@ -20,7 +20,7 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
     ),
     "program": (
-        "prune rock variance config presets reading bridge remote opening asking session progress runs loop evaluation rescore report report.* doctor doctor.* inspect bench bench.* serve serve.* cli "
+        "prune rock variance config presets reading bridge remote opening asking session progress runs loop evaluation rescore report report.* doctor doctor.* inspect bench bench.* serve serve.* cli cli.* "
         "demo __main__ opd"  # opd: the package's front door, which opens on all floors
     ),
 }

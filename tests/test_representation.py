@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.bridge import some
-from opd.cli import _plus, main
+from opd.cli import main
+from opd.cli.naming import plus
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target
 from opd.methods import METHODS, oprd
 from opd.representation import Bridge, Lens, Lenses, Projection, distance, fit, layer_map, pca
@@ -375,19 +376,19 @@ def test_impossible_methods_are_refused(wrong, why):
 
 
 def test_also_takes_the_flags_of_the_other_method():
-    both = _plus(METHODS["vopd"](), "oprd --bridge-rank 4 --layers 1 2:0.1")
+    both = plus(METHODS["vopd"](), "oprd --bridge-rank 4 --layers 1 2:0.1")
     assert both.terms[1] == replace(oprd(bridge_rank=4, layers=(1, 2)).terms[0], coef=1.0)
     with pytest.raises(opd.Refusal, match="--also oprd:1: a method matches hidden states in one term"):
-        _plus(both, "oprd:1")
+        plus(both, "oprd:1")
 
 
 def test_also_takes_the_rollouts_of_the_method_for_those_that_ask_for_none():
     mixed = METHODS["gkd"](share=0.5)
-    assert _plus(mixed, "oprd:1").rollouts == mixed.rollouts
+    assert plus(mixed, "oprd:1").rollouts == mixed.rollouts
     with pytest.raises(opd.Refusal, match="its rollouts are Mixture"):
-        _plus(METHODS["vopd"](), "gkd --share 0.5:1")
+        plus(METHODS["vopd"](), "gkd --share 0.5:1")
     with pytest.raises(opd.Refusal, match=r"--also vopd:1: Mixture.* lets others speak"):
-        _plus(mixed, "vopd:1")
+        plus(mixed, "vopd:1")
 
 
 # runs
@@ -432,7 +433,7 @@ def test_a_bridge_brings_models_of_other_shapes_together(folders, tmp_path):
 
 @pytest.mark.parametrize("base", ["vopd", "opd-zscore", "gkd"])  # one pass, two, and no closed form
 def test_beside_another_method(folders, tmp_path, base):
-    method = _plus(METHODS[base](), "oprd --bridge-rank 4:0.5")
+    method = plus(METHODS[base](), "oprd --bridge-rank 4:0.5")
     run = config((folders["student"], folders["wide"]), tmp_path / "run", method=method)
     _, *steps = metrics(opd.train(run))
     assert all(row["grad_norm"] > 0 and {"reverse_kl", "hidden_distance"} < row.keys() for row in steps)

@@ -1,0 +1,90 @@
+"""Methods as the command line names them: `NAME`, `module:factory`, `NAME:weight`, `NAME:flag=value`."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from opd.cli.flags import near, parsed
+from opd.config import Train
+from opd.method import Method
+from opd.methods import METHODS
+from opd.rollouts import OnPolicy
+from opd.tasks.task import Data
+from opd.types import Refusal, Sampling
+
+
+def method_of(name: str, flags: list[str]) -> Method:
+    """The method of that name with its flags."""
+    factory = METHODS[name] if name in METHODS else _imported(name)
+    documented = inspect.getdoc(factory) or ""
+    try:
+        method = parsed(factory, flags, prog=f"opd train {name}", description=documented.split("\n\nArgs:")[0])
+    except ValueError as error:
+        raise Refusal(f"METHOD {name}: {error}") from error
+    if not isinstance(method, Method):
+        raise Refusal(f"{name}: the factory returned a {type(method).__name__}, not an opd.Method")
+    return method
+
+
+def _imported(name: str) -> Callable[..., Method]:
+    module, colon, attribute = name.partition(":")
+    if name.startswith("-"):
+        flags = [f"--{f.name.replace('_', '-')}" for kind in (Train, Data, Sampling) for f in fields(kind)]
+        raise Refusal(f"{name}: unknown flag{near(name.partition('=')[0], flags)}; `opd train --help` lists them")
+    if not colon:
+        raise Refusal(f"{name}: unknown method{near(name, list(METHODS))}; `opd methods` lists them")
+    sys.path.insert(0, "")  # a factory in the folder one works in
+    try:
+        factory = vars(importlib.import_module(module))[attribute]
+    except ImportError as error:
+        raise Refusal(f"{name}: {error}; METHOD as module:factory needs a module on the Python path") from error
+    except KeyError:
+        raise Refusal(f"{name}: the module {module} has no {attribute}") from None
+    if inspect.signature(factory).return_annotation not in (Method, "Method", "opd.Method"):
+        raise Refusal(f"{name}: must be a function annotated to return an opd.Method")
+    return factory
+
+
+def plus(method: Method, other: str) -> Method:
+    """The method with the terms of another, at a weight."""
+    name, colon, weight = other.rpartition(":")
+    try:
+        coef = float(weight)
+    except ValueError:
+        raise Refusal(f"--also {other}: write NAME:weight, such as gkd-forward:0.1") from None
+    if not colon or not coef > 0:
+        raise Refusal(f"--also {other}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
+    name, *flags = name.split() or [""]
+    more = method_of(name, flags)
+    if more.rollouts not in (method.rollouts, OnPolicy()):
+        raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
+    if more.asks is not None:
+        raise Refusal(
+            f"--also {other}: it asks a teacher for texts ({more.asks}), as a run does or not: name it METHOD"
+        )
+    if more.filters:
+        raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")
+    try:
+        return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
+    except ValueError as error:
+        raise Refusal(f"--also {other}: {error}") from error
+
+
+def several(text: str) -> dict[str, Method]:
+    """Methods as --methods lists them: NAME, or NAME:flag=value:flag, separated by commas."""
+    out: dict[str, Method] = {}
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        if word in out:
+            raise Refusal(f"--methods {word}: named twice")
+        first, *rest = word.split(":")
+        if rest and first not in METHODS and "=" not in rest[0]:  # module:factory
+            first, rest = f"{first}:{rest[0]}", rest[1:]
+        pairs = (part.partition("=") for part in rest)
+        out[word] = method_of(
+            first, [x for key, is_, value in pairs for x in ((f"--{key}", value) if is_ else (f"--{key}",))]
+        )
+    if not out:
+        raise Refusal(f"--methods {text}: names no method; write vopd,vopd-topk:k=1, say")
+    return out

@@ -1,0 +1,93 @@
+"""`opd train` and `opd doctor`: a run from its flags."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from opd.cli.flags import parsed
+from opd.cli.naming import method_of, plus
+from opd.config import Train
+from opd.methods import METHODS
+from opd.presets import arguments, settings
+from opd.types import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Flags of `opd train` beside those of the run."""
+
+    preset: Literal["none", "paper", "embedded"] = "none"
+    """Start from settings of a name: paper (the method's publication), embedded (tuned on the embedded pair)."""
+    also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME:weight of another method whose terms are added, "NAME FLAGS:weight" with flags of it; repeat for more."""
+    json: bool = False
+    """Print each line of metrics.jsonl as it is written, for machines; what is for people goes to stderr."""
+    run: Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorFlags(TrainFlags):
+    """Flags of `opd doctor`."""
+
+    json: bool = False
+    """Print as json."""
+
+
+def train(args: list[str]) -> int:
+    """Run it; prints the run folder."""
+    flags = _run(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
+    from opd.loop import train  # after parsing: help and mistakes answer at once
+
+    if flags.json:
+        train(flags.run, lambda row: print(json.dumps(row), flush=True))
+    else:
+        print(train(flags.run))
+    return 0
+
+
+def doctor(args: list[str]) -> int:
+    """Examine it; nothing is written."""
+    about = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
+    flags = _run(args, DoctorFlags, "opd doctor", about)
+    from opd.doctor.command import doctor
+    from opd.doctor.findings import errors, show
+
+    found = doctor(flags.run)
+    if flags.json:
+        print(json.dumps([asdict(f) for f in found], indent=2))
+    else:
+        show(found, Console())
+    return 2 if errors(found) else 0
+
+
+def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
+    """The flags of a run and its METHOD, read as `kind`."""
+    asked = next((a for a in args if a in METHODS), None)
+    if asked and {"-h", "--help"} & set(args[args.index(asked) :]):
+        method_of(asked, ["--help"])
+    parse = lambda **default: parsed(
+        kind,
+        args,
+        prog=prog,
+        description=f"{about}\n"
+        f"{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
+        f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
+        "`opd methods` explains them, `opd train METHOD --help` lists a method's flags.",
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+        **default,
+    )
+    flags, left = parse()
+    if not left:
+        raise Refusal(f"METHOD is missing: name one of {', '.join(METHODS)}, or module:factory")
+    name, *rest = left
+    method = method_of(name, [*arguments(flags.preset, name), *rest])
+    for other in flags.also:
+        method = plus(method, other)
+    if flags.preset != "none":
+        run = replace(flags.run, **settings(flags.preset, name))
+        flags, _ = parse(default=replace(flags, run=run))  # a second reading: what the user set wins
+    return replace(flags, run=replace(flags.run, method=method))

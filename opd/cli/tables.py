@@ -1,0 +1,271 @@
+"""Commands that print a table: methods, exact, variance, eval, rescore."""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from opd.cli.flags import near, parsed
+from opd.cli.naming import method_of, several
+from opd.config import Evaluate
+from opd.exact import Size
+from opd.method import Method
+from opd.methods import METHODS
+from opd.presets import arguments, settings
+from opd.types import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MethodsFlags:
+    name: tyro.conf.Positional[str] = ""
+    """One method, explained."""
+    json: bool = False
+    """Print as json."""
+
+
+def methods(args: list[str]) -> int:
+    """All methods, or one explained."""
+    flags = parsed(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
+    if flags.name and flags.name not in METHODS:
+        raise Refusal(f"{flags.name}: unknown method{near(flags.name, list(METHODS))}; there are {', '.join(METHODS)}")
+    rows = [_explained(name) for name in METHODS if flags.name in ("", name)]
+    if flags.json:
+        print(json.dumps(rows if not flags.name else rows[0], indent=2))
+        return 0
+    console = Console()
+    if flags.name:
+        for key, value in rows[0].items():
+            console.print(f"[bold]{key}[/bold]", highlight=False)
+            text = value if isinstance(value, str) else json.dumps(value, indent=2)
+            console.print(f"  {text}", markup=False, highlight=False)
+        return 0
+    table = Table("method", "what", "source", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(Text(str(row["name"]), "bold"), Text(str(row["what"])), Text(str(row["source"])))
+    console.print(table)
+    return 0
+
+
+def _explained(name: str) -> dict[str, object]:
+    factory = METHODS[name]
+    method = factory()
+    document = inspect.getdoc(factory) or ""
+    presets = {
+        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
+        for p in ("paper", "embedded")
+        if _has(p, name)
+    }
+    return {
+        "name": name,
+        "what": _summary(factory)[0],
+        "source": _summary(factory)[1],
+        "value": repr(method),
+        "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
+        "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
+        "token_local": method.local(),
+        "reads": sorted(method.reads()),
+        "presets": presets,
+    }
+
+
+def _summary(factory: Callable[..., Method]) -> tuple[str, str]:
+    """The first sentence of a docstring, and what follows it in its first paragraph: the source."""
+    what, _, where = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ").partition(".  ")
+    return what + ".", where
+
+
+def _has(preset: str, name: str) -> bool:
+    try:
+        settings(preset, name)
+    except Refusal:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExactFlags:
+    methods: str = ""
+    """NAME or NAME:flag=value:flag, separated by commas; empty: all methods."""
+    json: bool = False
+    """Print as json."""
+    what: Size
+
+
+def exact(args: list[str]) -> int:
+    """Methods in the enumerable world."""
+    flags, left = parsed(
+        _ExactFlags,
+        args,
+        prog="opd exact",
+        description="Every method in a world of enumerable sequences: its mean gradient against that of the sequence "
+        "KL, and its noise.\nopd exact [flags] METHOD [method flags], or --methods, or all.",
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if left and flags.methods:
+        raise Refusal(f"--methods {flags.methods} beside METHOD {left[0]}: give one of the two")
+    world = flags.what.world()
+    listed = {left[0]: method_of(left[0], left[1:])} if left else {name: make() for name, make in METHODS.items()}
+    rows = []
+    for name, method in (several(flags.methods) if flags.methods else listed).items():
+        why = world.outside(method)
+        note = {"note": world.note(method)} if world.note(method) else {}
+        rows.append({"method": name, **({"why": why} if why else {**asdict(world.row(method)), **note})})
+    if flags.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    shown = Table("method", "cosine", "bias", "noise", box=None, pad_edge=False)
+    for row in rows:
+        if "why" not in row:
+            shown.add_row(Text(row["method"]), *(f"{row[key]:.4g}" for key in ("cosine", "bias", "noise")))
+    Console().print(shown, highlight=False)
+    for row in rows:
+        if "why" in row:
+            print(f"{row['method']}: not here: {row['why']}")
+        if "note" in row:
+            print(f"{row['method']}: {row['note']}")
+    return 0
+
+
+def variance(args: list[str]) -> int:
+    """Methods on two real models."""
+    from opd.variance import Variance, variance
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flags:
+        methods: str = "opd,opd-full,vopd,vopd-topk,opd-optimal,opd-stratified"
+        """NAME or NAME:flag=value:flag, separated by commas."""
+        json: bool = False
+        """Print as json."""
+        what: Variance
+
+    flags = parsed(
+        Flags,
+        args,
+        prog="opd variance",
+        description="How noisy the gradient of each method is on two models, at fixed contexts of the student's own.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    found = variance(flags.what, several(flags.methods))
+    if flags.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    heads = ("variance", "of opd's", "in logits", "raised", "noise", "cosine")
+    shown = Table(Column("method", overflow="fold"), *heads, box=None, pad_edge=False)
+    wide = lambda e: Text(f"{e.value:.4g} [{e.low:.3g}, {e.high:.3g}]")
+    for name, x in found.methods.items():
+        numbers = (f"{x.logits.value:.3f}", f"{x.raised:.1%}", f"{x.noise:.4g}", f"{x.cosine:.4f}")
+        shown.add_row(Text(name), wide(x.variance), wide(x.ratio), *numbers)
+    Console().print(shown, highlight=False)
+    print(
+        f"{found.contexts} contexts of {found.rollouts} rollouts, {found.parameters:,} parameters, reverse KL "
+        f"{found.reverse_kl:.4g} nats; 95 % intervals over rollouts"
+    )
+    if found.largest > 0.2:
+        print(f"one rollout holds {found.largest:.0%} of opd's variance: no interval is reliable; add --rollouts")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalFlags:
+    json: bool = False
+    """Print as json."""
+    what: Evaluate
+
+
+def eval_(args: list[str]) -> int:
+    """A model on problems, or two of them."""
+    flags = parsed(
+        _EvalFlags,
+        args,
+        prog="opd eval",
+        description="Accuracy of a model on problems with a verifier: avg@k, pass@k, maj@k, with 95 % intervals over "
+        "prompts; or of two models, and their difference paired by prompt.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    from opd.evaluation import evaluate, save
+    from opd.report.compare import versus
+
+    what = flags.what
+    asked = {name: replace(what, model=name) for name in (what.model, what.against) if name}
+    if what.against == what.model:
+        raise Refusal(f"--against {what.against}: is --model itself; name another one")
+    scores = {name: evaluate(config) for name, config in asked.items()}
+    if what.out:
+        save(what.out, scores)
+    task = {"task": what.prompts, **({"set": what.set} if what.set else {})}
+    tables = [{"model": name, **task, **score.table()} for name, score in scores.items()]
+    paired = {name: asdict(p) for name, p in versus(*scores.items()).items()} if what.against else {}
+    if flags.json:
+        print(json.dumps(tables[0] if not paired else {"models": tables, "paired": paired}, indent=2))
+        return 0
+    shares = lambda x: f"{100 * x['value']:.1f} % [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
+    told = lambda x: shares(x) if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else str(x)
+    heads = ("", *(["value"] * len(tables)), *(["difference", "better / worse"] if paired else []))
+    shown = Table(*heads, box=None, pad_edge=False)
+    for name in tables[0]:
+        more = paired.get(name)
+        apart = (shares(more), f"{more['better']} / {more['worse']}") if more else ()
+        shown.add_row(name, *(told(table[name]) for table in tables), *apart)
+    Console().print(shown, markup=False, highlight=False)
+    print("[ ] are 95 % intervals over prompts" + (", of the difference by a paired bootstrap" if paired else ""))
+    return 0
+
+
+def rescore(args: list[str]) -> int:
+    """Methods on the saved rollouts of a run."""
+    from opd.rescore import Rescore, rescore
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flags:
+        method: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """NAME or NAME:flag=value:flag; repeat for more.  None: all methods."""
+        json: bool = False
+        """Print as json."""
+        what: Rescore
+
+    flags = parsed(
+        Flags,
+        args,
+        prog="opd rescore",
+        description="What other methods would have said about the saved rollouts of a run.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    asked = several(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}
+    found = rescore(flags.what, asked)
+    if flags.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    heads = ("mean A", "std A", "used", "eff.", "kept", "r", "rank r", "cosine", "opposed")
+    shown = Table(*(Column(head, no_wrap=True) for head in ("method", *heads)), box=None, pad_edge=False)
+    for name, verdict in found.methods.items():
+        like = verdict.agreement
+        alike = [] if like is None else [like.pearson, like.spearman, like.cosine]
+        told = [*("-" if x is None else f"{x:.2f}" for x in alike), "" if like is None else f"{like.opposed:.0%}"]
+        for i, term in enumerate(verdict.terms):
+            size = ("" if x is None else f"{x:.2g}" for x in (term.advantage, term.advantage_std))
+            kept = f"{verdict.kept}/{found.rollouts}"
+            shares = (f"{term.weighted:.0%}", f"{term.effective:.0%}")
+            shown.add_row(Text("" if i else name), *size, *shares, *(() if i else (kept, *(told if like else ()))))
+    print(f"{found.run}, step {found.step}: {found.rollouts} rollouts, {found.tokens} trained tokens")
+    Console().print(shown, highlight=False)
+    if found.beside:
+        print(
+            "used, eff.: share of tokens with weight, and effective share; r to opposed: weight x advantage of each "
+            f"token beside that of {found.beside}"
+        )
+    for name, verdict in found.methods.items():
+        for line in filter(None, (*verdict.lacks, verdict.note)):
+            print(f"{name}: {line}")
+    for name, verdict in found.methods.items() if flags.method else ():
+        if verdict.agreement and verdict.agreement.tokens:
+            print(f"\n{name} against {found.beside}, where they differ most (1 is a side's root mean square)")
+            for x in verdict.agreement.tokens:
+                text = f"{x.before}[{x.text}]{x.after}".replace("\n", "\\n")
+                print(f"  {x.own:+7.2f} {x.other:+7.2f}  rollout {x.rollout}, token {x.position}: {text}")
+    return 0
