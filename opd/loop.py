@@ -243,9 +243,7 @@ class Loop:
             teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
             text, seed = session.collector.tokenizer, self.config.seed
             most = self.config.sampling.max_new_tokens
-            told = [
-                asking.asked(question, batch, rollouts, teachers, session.judge, text, most=most, seed=seed)
-            ]
+            told = [asking.asked(question, batch, rollouts, teachers, session.judge, text, most=most, seed=seed)]
         (columns,) = broadcast_object_list(told)
         return replace(batch, **columns)
 
