@@ -21,12 +21,12 @@ from torch import Tensor
 from opd import models
 from opd.collect import collate, masks
 from opd.config import DTYPES, Precision, Train, native
-from opd.loop import Loop
 from opd.method import Method
 from opd.occurrences import Corpus, above, consistency, matched, rank, stability
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.student import Student, final_states, micro_batches, rows
 from opd.tasks.task import Data
 from opd.types import Batch, Refusal, Rollout, Sampling

@@ -21,11 +21,11 @@ from opd.doctor.command import doctor
 from opd.doctor.findings import Level, alarming, errors
 from opd.doctor.probe import Probe
 from opd.engines.hf import HFEngine
-from opd.loop import Loop
 from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import Refusal, Sampling

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.cli import main
 from opd.exact import World
-from opd.loop import Loop
 from opd.method import Match, Method
 from opd.methods import opd_full, rock_freeze
 from opd.methods.rock import Released
@@ -19,6 +18,7 @@ from opd.occurrences import SHARES, Corpus, above, consistency, matched, rank, s
 from opd.rock import Context, Rock, _contexts, _look, rock
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.types import Refusal, Sampling, call
 from opd.weights import Frozen
 from tests.models_for_tests import tiny

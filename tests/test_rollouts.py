@@ -20,7 +20,6 @@ from opd.collect import Collector, Rendered, collate
 from opd.config import Train
 from opd.divergences import kl
 from opd.engines.hf import Beside, Blended, HFEngine, Watched
-from opd.loop import Loop
 from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.methods.tropd import PrefixTokens, StudentTokens
@@ -30,6 +29,7 @@ from opd.noise import uniform
 from opd.rollouts import Blend, Mixture, OnPolicy, StopOnAgreement, TeacherPrefix, blend
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.types import STUDENT, Batch, Prompt, Sampling
 from opd.vocabulary import Vocabulary
 from opd.weights import TruncatedImportance

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from opd import cli, loop, prompts
+from opd import cli, prompts, steps
 from opd.asking import continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
@@ -323,7 +323,7 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert cli.main(["train", *told, "--out", str(whole), *OMNI]) == 0, capsys.readouterr()
     interrupted = threading.Event()
-    real = loop.Loop.step
+    real = steps.Loop.step
 
     def step(self, number, memory):
         if number == 3 and not interrupted.is_set():
@@ -332,7 +332,7 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
         return real(self, number, memory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "step", step)
+        patch.setattr(steps.Loop, "step", step)
         assert cli.main(["train", *told, "--out", str(part), *OMNI]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", *OMNI]) == 0, capsys.readouterr()
     assert lines(whole) == lines(part)

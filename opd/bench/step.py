@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 from opd import models
 from opd.bench.result import CLOCKS, Clock, Result, spread, versions
 from opd.config import Train
-from opd.loop import Loop
 from opd.methods import METHODS
 from opd.rollouts import NOTHING
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.types import Sampling
 
 

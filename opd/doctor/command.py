@@ -5,10 +5,11 @@ from pathlib import Path
 
 from opd.config import Train
 from opd.doctor.findings import Finding, Level
-from opd.loop import Loop, examined
+from opd.loop import examined
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
+from opd.steps import Loop
 from opd.types import Refusal
 
 

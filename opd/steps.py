@@ -1,0 +1,385 @@
+"""A step of a run: collect rollouts, measure what the method reads, prepare its targets on the whole batch, run
+micro-batches through student and head pass, step.  Methods whose leaves are all token-local skip the measuring pass.
+"""
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from opd import asking, bridge
+from opd.collect import Rendered, assemble, collate, masks
+from opd.config import Train
+from opd.doctor.probe import Rehearsal
+from opd.evaluation import interval
+from opd.method import Method, Target
+from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
+from opd.questions import Question
+from opd.representation import Bridge
+from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
+from opd.runs import Run
+from opd.session import Session, learning_rate
+from opd.student import micro_batches, rows
+from opd.tasks.task import Task
+from opd.teachers.local import LocalTeacher
+from opd.teachers.text import TextTeacher
+from opd.tokens import spelled
+from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.vocabulary import Columns, Heard
+
+KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
+LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
+REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
+PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase of a step."""
+
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
+        """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        total = sum(self.seconds.values())
+        phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
+        of = {"rollout": sampled, "measure": tokens, "update": tokens}
+        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
+        return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}
+
+
+@dataclass
+class Loop:
+    """The steps of a run."""
+
+    config: Train
+    method: Method
+    session: Session
+    run: Run
+    each: Callable[[dict[str, float]], object] = lambda row: None
+    refused: int = 0  # steps in a row whose gradients were not finite
+    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
+
+    def cross(self, built: Bridge, checkpoint: Path | None) -> None:
+        """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
+        config, session = self.config, self.session
+        teacher, device = session.teachers[""], session.accelerator.device
+        assert session.lenses is not None and isinstance(teacher, LocalTeacher)
+        if checkpoint is not None:
+            lenses = bridge.load(session.lenses, checkpoint)
+        else:
+            prompts = session.prompts.batch(1, built.rollouts)
+            rollouts = self._collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)  # steps are from 1
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
+            )
+            micro = micro_batches({i: _width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
+            student = session.plain()
+            lenses, cosine = bridge.fitted(
+                built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
+            )
+            self._log("metrics", 0, {"bridge_cosine": cosine})
+            (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
+        self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
+
+    def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
+        """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
+        config, session, who = self.config, self.session, self.method.rollouts
+        clock = Clock({})
+        with clock("rollout"):
+            prompts = session.prompts.batch(step, config.batch // who.per_prompt)
+            rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task, memory)
+            if config.told() == "peer":
+                texts = [session.collector.text(r.ids) for r in rollouts]
+                rollouts = session.prompts.with_peers(rollouts, texts)
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
+            )
+        self.heard.clear()
+        if not self.method.local():
+            with clock("measure"):
+                batch, _ = self._pass(batch, rollouts, None)
+        if isinstance(who, StopOnAgreement):
+            if not who.online:
+                lengths = torch.tensor([len(r.ids) for r in rollouts])
+                batch = who.cut(batch, lengths, who.threshold(step, memory))
+                self.heard.clear()  # it is about the tokens trained before the cut
+            memory = who.remember(memory, batch)
+        if self.method.asks is not None:
+            with clock("ask"):
+                batch = self._asked(self.method.asks, batch, rollouts)
+        numbers: dict[str, float] = {}
+        share = config.batch // who.updates
+        saves = step in (1, config.steps) or step % config.rollouts_every == 0
+        others: dict[str, Tensor] = {}
+        for update in range(who.updates):
+            part = slice(update * share, (update + 1) * share)
+            if saves and update + 1 == who.updates:
+                with clock("save"):
+                    others = self._alternatives(batch[part], rollouts[part])
+            with clock("update"):
+                measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
+        if others:
+            ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
+            numbers |= agreeing(ids, own, other, batch.mask[part])
+        self._log("metrics", step, numbers)
+        wire = [teacher.traffic() for teacher in session.teachers.values()]
+        row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
+        row |= {} if session.judge is None else session.judge.traffic()
+        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
+        if session.accelerator.is_main_process and saves:
+            texts = [session.collector.text(r.ids) for r in rollouts[part]]
+            said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
+            tokens = spelled(session.collector.tokenizer, said)
+            targets = self.method.prepare(batch[part])
+            self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
+        return numbers, memory
+
+    def _asked(self, question: Question, batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
+        """The columns that a question fills; the main process asks."""
+        session = self.session
+        told: list[dict[str, Tensor] | None] = [None]
+        if session.accelerator.is_main_process:
+            teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
+            text, seed = session.collector.tokenizer, self.config.seed
+            most = self.config.sampling.max_new_tokens
+            told = [asking.asked(question, batch, rollouts, teachers, session.judge, text, most=most, seed=seed)]
+        (columns,) = broadcast_object_list(told)
+        return replace(batch, **columns)
+
+    def _collect(
+        self,
+        prompts: Sequence[Rendered],
+        who: Rollouts,
+        sampling: Sampling,
+        step: int,
+        task: Task,
+        memory: Memory = NOTHING,
+    ) -> list[Rollout]:
+        """This process's share of the prompts, sampled and verified; then everyone's, in order."""
+        accelerator = self.session.accelerator
+        share = -(-len(prompts) // accelerator.num_processes)
+        first = accelerator.process_index * share
+        with accelerator.autocast():
+            mine = self.session.collector.collect(
+                prompts[first : first + share],
+                who,
+                sampling,
+                task.verify,
+                seed=self.config.seed,
+                step=step,
+                first=first * who.per_prompt,
+                total=self.config.steps,
+                memory=memory,
+            )
+        return gather_object(mine)
+
+    def _micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """This process's rows, every n-th one, in micro-batches."""
+        accelerator, micro = self.session.accelerator, []
+        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+        for name in self.session.teachers:  # those of a micro-batch share their teacher
+            widths = {i: _width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
+            micro += micro_batches(widths, self.config.micro_batch_tokens)
+        # Every process runs as many, empty ones included: wrappers wait for each other in forward.
+        return micro + [[]] * (max(gather_object([len(micro)])) - len(micro))
+
+    @torch.no_grad()
+    def _alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
+        session, parts = self.session, []
+        for at in self._micro(rollouts):
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
+            heard = self._heard(rolls, trained)
+            _, found = session.student(inputs, heard, self.method, None, session.vocabulary, likeliest=LIKELIEST)
+            parts.append((at, found.cpu()))
+        out: dict[str, Tensor] = {}
+        for at, found in gather_object(parts):
+            here = torch.tensor(at, dtype=torch.long)
+            for name, flat in vars(found).items():
+                new = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
+                whole = out.setdefault(f"alternatives_{name}", new)
+                whole[here] = torch.zeros_like(whole[here]).masked_scatter(batch.mask[here][..., None], flat)
+        return out
+
+    def _pass(
+        self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
+    ) -> tuple[Batch, float]:
+        """All rows through student and teacher in micro-batches, backward where there are targets.
+
+        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
+        """
+        session, accelerator = self.session, self.session.accelerator
+        micro = self._micro(rollouts)
+        parts: list[tuple[list[int], Columns, float]] = []
+        for k, at in enumerate(micro):
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
+            flat = targets and tuple(
+                t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
+            )
+            heard = self._heard(rolls, trained)
+            if k + 1 < len(micro):
+                self._ahead(batch, rollouts, micro[k + 1])
+            last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
+            with torch.set_grad_enabled(targets is not None), last:
+                loss, columns = session.student(inputs, heard, self.method, flat, session.vocabulary)
+                if targets is not None:
+                    # Wrappers average over processes; the denominators are the whole batch's already.
+                    accelerator.backward(loss * accelerator.num_processes)
+            parts.append((at, columns.cpu(), float(loss.detach())))
+        everyone = gather_object(parts)
+        return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
+
+    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
+        """Let a teacher behind a server begin on the next rows while the student works on these."""
+        rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+        if rolls and tuple(r.index for r in rolls) not in self.heard:
+            self.session.teachers[rolls[0].teacher].ahead(rolls, masks(cut, rolls))
+
+    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
+        """The states of teacher and reference; a method that measures first asks twice, and they run once."""
+        session, key = self.session, tuple(r.index for r in rollouts)
+        if key in self.heard:
+            return self.heard[key]
+        own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
+        teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained, other)
+        reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
+        heard = Heard(teacher, reference, own)
+        if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
+            self.heard[key] = heard
+        return heard
+
+    def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
+        """One optimizer step; refused, and said so, where a gradient is not finite."""
+        config, session = self.config, self.session
+        targets = self.method.prepare(batch)
+        batch, loss = self._pass(batch, rollouts, targets)
+        self._check(batch)
+        norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
+        lr = learning_rate(config, update, config.steps * self.method.rollouts.updates)
+        finite = bool(norm.isfinite())
+        if finite:
+            for group in session.optimizer.param_groups:
+                group["lr"] = lr
+            session.optimizer.step()
+            for teacher in session.teachers.values():
+                teacher.follow()
+        session.optimizer.zero_grad()
+        self.refused = 0 if finite else self.refused + 1
+        if self.refused == PATIENCE:
+            raise Refusal(
+                f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
+                "or look at the saved rollouts"
+            )
+        clipped = min(float(norm), config.max_grad_norm)
+        numbers = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            "grad_clipped": clipped,
+            "lr": lr,
+            "refused": float(not finite),
+        }
+        numbers |= summary(batch) | speaking(batch) | weighting(targets, batch.mask)
+        numbers |= asking.numbers(batch, self.method.asks)
+        numbers |= by_task(batch, [r.prompt for r in rollouts])
+        return batch, numbers | by_teacher(batch, session.teachers, [r.teacher for r in rollouts])
+
+    def _check(self, batch: Batch) -> None:
+        if batch.teacher_logp is None:
+            return
+        bad = batch.mask & (batch.teacher_logp == -torch.inf)
+        if bad.any():
+            token = int(batch.ids[bad][0])
+            text = self.session.collector.tokenizer.decode([token])
+            raise Refusal(
+                f"the teacher gives probability 0 to token {token} ({text!r}), which the student said: the log ratio "
+                "is infinite; is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+            )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Accuracy on held-out prompts, and the reverse KL along those responses."""
+        config, session = self.config, self.session
+        assert session.held_out is not None
+        sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
+        clock = Clock({})
+        self.heard.clear()
+        with clock("evaluate"):
+            prompts = session.held_out.first(config.eval_limit)
+            # Step -1: every evaluation draws with the same noise.
+            rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
+        if session.accelerator.is_main_process:
+            self.run.save_evaluation(step, rollouts, batch)
+        name, column = "reverse_kl", batch.reverse_kl
+        if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
+            name, column = "log_ratio", batch.student_logp - batch.teacher_logp  # it says log q of these tokens alone
+        numbers = {}
+        if column is not None:
+            numbers[f"eval_{name}"] = float(column[batch.mask].mean())
+            numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
+        numbers |= {
+            "eval_length": float(batch.mask.sum(1).float().mean()),
+            "eval_stopped": float(batch.stopped.float().mean()),
+        }
+        if batch.hidden_distance is not None and batch.hidden_cosine is not None:
+            numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
+            numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
+        if session.held_out.task.scored:
+            accuracy = interval([r.outcome for r in rollouts])
+            numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}
+        self._log("metrics", step, numbers)
+        self._log("perf", step, clock.row(float(batch.mask.sum())))
+        return numbers
+
+    def look(
+        self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
+    ) -> tuple[list[Rollout], Batch]:
+        """The student's rollouts with every column of them; nothing is trained."""
+        rollouts = self._collect(prompts, OnPolicy(), sampling, step, task)
+        return rollouts, self.measure(rollouts, step)
+
+    def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
+        """Every column of finished rollouts, all of whose tokens count."""
+        batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
+        return self._pass(batch, rollouts, None)[0]
+
+    def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
+        """A step that changes nothing, and its seconds."""
+        config, clock = self.config, Clock({})
+        with clock("rollout"):
+            rollouts = self._collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
+        with clock("measure"):
+            batch = self.measure(rollouts, REHEARSED)
+        with clock("update"):
+            self._pass(batch, rollouts, self.method.prepare(batch))
+        self.session.optimizer.zero_grad()
+        return Rehearsal(rollouts, batch, clock.seconds)
+
+    def _log(self, name: str, step: int, row: dict[str, float]) -> None:
+        if self.session.accelerator.is_main_process:
+            self.run.log(name, {"step": step, **row})
+            if name == "metrics":
+                self.each({"step": step, **row})
+        self.session.accelerator.log(row, step=step)
+
+
+def _width(rollout: Rollout) -> int:
+    return max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) + len(rollout.ids)
