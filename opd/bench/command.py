@@ -1,4 +1,4 @@
-"""`opd bench`: parts by name, and all of them with sizes that two CPU cores finish in a quarter of an hour."""
+"""`opd bench`: parts by name, and all of them with sizes for two CPU cores."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -101,8 +101,9 @@ def plot(arms: Result, grown: Result, file: Path) -> None:
     def curve(axis: Axes, names: Sequence[str], key: Callable[[dict], float], label: str) -> None:
         for name in names:
             some = [p for p in points if p["curve"] == name]
-            axis.plot([p["x"] for p in some], [key(p) for p in some], "o-", label=name.split(", ")[1])
-        axis.set(xlabel=names[0].split(", ")[0], ylabel=label, ylim=(0, None))
+            axis.plot([p["x"] for p in some], [key(p) for p in some], "o-", label=name)
+        axis.set(xlabel=names[0].split(", ")[0], ylabel=label)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
 

@@ -7,8 +7,9 @@ import torch
 
 from opd import models
 from opd.bench.case import Case, Shape
+from opd.bench.head import fresh_peak
 from opd.bench.peers import naive, ours
-from opd.bench.result import Clock, Result, in_turn, peak, spread, versions
+from opd.bench.result import Clock, Result, in_turn, spread, versions
 from opd.method import Target
 from opd.methods import METHODS
 from opd.student import Student, micro_batches, rows
@@ -17,6 +18,7 @@ from opd.types import Rollout
 from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
 
 PROMPT = 40  # tokens before each response
+ARM = {"N, head pass": "ours", "N, naive": "naive"}  # of which memory is measured, too
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ def measured(growth: Growth) -> Result:
     """One row a point: seconds, and peak extra memory where it is a head pass."""
     torch.set_num_threads(growth.threads)
     n, v = growth.tokens[1], growth.vocabulary[1]
+    shape = lambda tokens, size: Shape(
+        tokens=tokens, vocabulary=size, student=growth.width, teacher=growth.width, chunk=growth.chunk
+    )
     points: dict[tuple[str, int], tuple[Callable[[], object], Callable[[], object]]] = {}
     for tokens in growth.tokens:
-        points["N, head pass", tokens] = _head(growth, tokens, v, ours)
-        points["N, naive", tokens] = _head(growth, tokens, v, naive)
+        points["N, head pass", tokens] = _head(shape(tokens, v), ours)
+        points["N, naive", tokens] = _head(shape(tokens, v), naive)
     for size in growth.vocabulary:
-        points["V, head pass", size] = _head(growth, n, size, ours)
+        points["V, head pass", size] = _head(shape(n, size), ours)
     for k in growth.k:
         points["k, vopd-topk", k] = _topk(growth, n, v, k)
     update = _Update.opened()
@@ -65,23 +70,21 @@ def measured(growth: Growth) -> Result:
     rows_, found = [], []
     for (curve, x), (run, clear) in points.items():
         seconds = in_turn({"": run}, rounds=growth.rounds, clock=growth.clock, after=clear)[""]
-        extra = peak(run)
-        clear()
-        rows_.append((curve, f"{x}", spread(seconds, 3), f"{extra / 2**20:.0f}"))
+        extra = fresh_peak(ARM[curve], shape(x, v)) if curve in ARM else None
+        rows_.append((curve, f"{x}", spread(seconds, 3), "" if extra is None else f"{extra / 2**20:.0f}"))
         found.append({"curve": curve, "x": x, "seconds": seconds, "peak_bytes": extra})
     known = versions("opd", "torch")
     notes = (
         f"N={n} V={v} H={growth.width} chunk {growth.chunk} but for what grows; an update is that of embedded:student, "
         f"{growth.length[1]} tokens a response, {growth.batch[1]} responses, but for what grows",
-        "peak memory over what the process held; the head pass of a method keeps its logit buffers between passes",
+        "peak memory is that of a fresh process, over what it held before",
         f"medians [min, max] of {growth.rounds} rounds, {growth.clock} clock; {growth}; {known}",
     )
     numbers = {"growth": vars(growth), "versions": known, "points": found}
     return Result("growth", ("curve", "at", "seconds", "peak MB"), tuple(rows_), notes, numbers)
 
 
-def _head(growth: Growth, n: int, v: int, arm: Callable) -> tuple[Callable[[], object], Callable[[], object]]:
-    shape = Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width, chunk=growth.chunk)
+def _head(shape: Shape, arm: Callable) -> tuple[Callable[[], object], Callable[[], object]]:
     case = Case.of(shape)
     return (lambda: arm(case, shape)), case.take_gradients
 
