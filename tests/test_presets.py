@@ -40,6 +40,7 @@ def test_every_paper_preset_is_of_a_method():
         ("topd", 512, 8, 1e-6, None),
         ("opd-topk", 64, 4, None, 7168),
         ("rock-freeze", 1, 4, 2e-6, 8000),
+        ("oprd", 8, 2, 1e-5, 16384),
     ],
 )
 def test_numbers_as_published(name, prompts, each, lr, tokens):
