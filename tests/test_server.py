@@ -209,6 +209,10 @@ def lines(folder: Path, name: str = "metrics") -> list[dict]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+WHOLE = ("reverse_kl", "reverse_kl_first", "reverse_kl_middle", "reverse_kl_last", "teacher_entropy", "entropy_gap")
+WHOLE += ("top5_overlap", "top5_student_mass", "top5_teacher_mass")  # of the teacher's whole distribution
+
+
 def same(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
     """The same metrics up to rounding, except columns that one of them cannot have."""
     for x, y in zip(lines(a), lines(b), strict=True):
@@ -339,7 +343,7 @@ def test_training_through_a_plain_server_is_training_with_the_local_teacher(pair
     there = opd.train(config(pair, tmp_path / "there", plain, **changes))
     here = opd.train(config(pair, tmp_path / "here", **changes))
     kl = ("eval_reverse_kl", "eval_reverse_kl_se", "eval_log_ratio", "eval_log_ratio_se")
-    same(there, here, ("reverse_kl", "teacher_entropy", *kl))
+    same(there, here, (*WHOLE, *kl))
     assert all("reverse_kl" not in row for row in lines(there))
     assert [row["step"] for row in lines(there) if "eval_log_ratio" in row] == [0, 3]
 
@@ -387,7 +391,7 @@ def test_faults_on_the_way_lose_nothing(pair, server, tmp_path, hide):
         hasty = replace(QUICK, teacher_timeout=3.0, teacher_retries=6)
         there = opd.train(config(pair, tmp_path / "there", proxy.url, method=method, remote=hasty))
         asked = sum(n + 1 for path, n in proxy.asked.items() if path in ("/opd/hidden", "/v1/completions"))
-    but = ("reverse_kl", "teacher_entropy") if hide else ()
+    but = WHOLE if hide else ()
     same(there, here, but)
     wire = lines(there, "perf")
     assert sum(row["teacher_retries"] for row in wire) >= 5
@@ -703,4 +707,4 @@ def test_stop_ids_of_the_server_are_compared(pair, tmp_path):
             told = opd.train(told)
     same(there, opd.train(config(pair, tmp_path / "here", str(other))))
     local = opd.train(config(pair, tmp_path / "local", str(other), method=METHODS["opd"]()))
-    same(told, local, ("reverse_kl", "teacher_entropy"))
+    same(told, local, WHOLE)
