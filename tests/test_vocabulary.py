@@ -74,7 +74,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture(params=["torch", "C"])
 def swept_in(request, monkeypatch):
     """fp32 on a CPU goes one of two ways."""
-    if request.param == "C" and native.library() is None:
+    if request.param == "C" and native.built() is None:
         pytest.skip("no C compiler here")
     monkeypatch.setattr(native, "LEAST", 1 if request.param == "C" else torch.inf)
 
@@ -359,7 +359,7 @@ def test_the_shift():
     torch.testing.assert_close(predictors(hidden, response)[:, 0], torch.tensor([2.0, 3.0]))
 
 
-compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+compiled = pytest.mark.skipif(native.built() is None, reason="no C compiler here")
 
 
 def summed(student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -411,9 +411,9 @@ def test_who_goes_through_c(name, monkeypatch):
 
 def test_without_a_compiler_torch_does_it(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    assert native.library.__wrapped__() is None
+    assert native.built.__wrapped__() is None
     monkeypatch.setenv("CC", "false")  # runs, and fails
-    assert native.library.__wrapped__() is None
+    assert native.built.__wrapped__() is None
 
 
 MEMORY = """

@@ -27,7 +27,7 @@ NATIVE: tuple[list[str], ...] = (
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def built() -> ctypes.CDLL | None:
     """The compiled functions; None without a C compiler."""
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "rows.so")
@@ -54,13 +54,13 @@ def runs(student: Tensor, teacher: Tensor) -> bool:
     return (
         student.shape[-1] >= LEAST
         and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in (student, teacher))
-        and library() is not None
+        and built() is not None
     )
 
 
 def sweep_(student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], ids: Int[Tensor, " n"], out: Sums) -> None:
     """Fill the sums; the student's logits become e, the teacher's stay.  Rows are shared out over torch's threads."""
-    found = library()
+    found = built()
     assert found is not None and student.is_contiguous() and teacher.is_contiguous()
     (n, width), ids = student.shape, ids.long().contiguous()
     assert int(ids.min() if n else 0) >= 0 and int(ids.max() if n else 0) < width
