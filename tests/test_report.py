@@ -22,7 +22,7 @@ from opd.report import alarms as rules
 from opd.report.compare import apart, between, gains, paired
 from opd.report.logs import grouped, read
 from opd.report.page import Report, finite, payload, positions, report
-from opd.report.tokens import Inspect, inspect
+from opd.report.tokens import Inspect, inspect, rocks
 from opd.tokens import spelled
 from opd.types import Refusal, Sampling
 from opd.vocabulary import Given, Hidden, alternatives
@@ -239,6 +239,14 @@ def test_refusals_of_report(runs, config, says):
     assert "\n" not in str(caught.value)
 
 
+def test_rock_scores_are_shares_of_the_kl_by_type():
+    ids, mask = torch.tensor([[3, 1, 3], [1, 9, 9]]), torch.tensor([[True, True, True], [True, False, False]])
+    kl = torch.tensor([[1.0, 0.5, 3.0], [0.5, 7.0, 7.0]])  # 4 nats on 3, 1 on 1, nothing trained on 9
+    want = torch.tensor([[0.8, 0.2, 0.8], [0.2, 0.0, 0.0]])
+    torch.testing.assert_close(rocks(ids, mask, kl), want)
+    assert (rocks(ids, mask, torch.zeros(2, 3)) == 0).all()
+
+
 def test_refusals_of_inspect(runs, tmp_path):
     with pytest.raises(Refusal, match="--step 3: rollouts were saved at 1, 5, 10, 12"):
         inspect(Inspect(run=runs[0], step=3))
@@ -373,6 +381,9 @@ def test_inspect_in_a_browser(runs, visit, tmp_path):
     page.keyboard.press("Escape")
     assert page.locator(".row").count() == 8
 
+    page.select_option("#sort", "rock")
+    rock = rocks(columns["ids"].long(), columns["mask"], columns["reverse_kl"]).where(columns["mask"], 0)
+    assert page.locator("#facts b").first.inner_text() == str(int((rock.sum(1) / columns["mask"].sum(1)).argmax()))
     page.select_option("#sort", "kl")
     means = [float(r.locator("span").last.inner_text()) for r in page.locator(".row").all()]
     kls = (columns["reverse_kl"] * columns["mask"]).sum(1) / columns["mask"].sum(1)

@@ -10,9 +10,11 @@ from typing import Annotated
 
 import torch
 import tyro
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opd.occurrences import Corpus
 from opd.report.logs import lines
 from opd.report.page import write
 from opd.types import Refusal
@@ -70,6 +72,8 @@ def payload(
     shown = {title: columns[name] for name, title in PLAIN.items() if name in columns}
     if "student_logp" in columns and "teacher_logp" in columns:
         shown = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **shown}
+    if "reverse_kl" in columns:
+        shown["rock score"] = rocks(columns["ids"].long(), mask, columns["reverse_kl"])
     terms = sum(name.startswith("weight.") for name in columns)
     for i in range(terms):
         number = f" {i + 1}" if terms > 1 else ""
@@ -94,6 +98,14 @@ def payload(
         for name in ("student_logp", "teacher_logp"):
             data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][said].to(torch.bfloat16))
     return data
+
+
+def rocks(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The share that each token's type has in the reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
+    _, score = Corpus(ids[mask], reverse_kl[mask].double(), mask.nonzero()[:, 0]).tally()
+    whole = score.new_zeros(int(ids.max()) + 1)
+    whole[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
+    return whole[ids].float()
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

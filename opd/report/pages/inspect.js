@@ -43,6 +43,7 @@ function mean(x, b) {
 const words = (b) => typeof rollouts[b].prompt === "string" ? rollouts[b].prompt : rollouts[b].prompt.map((t) => `${t.role}: ${t.content}`).join("\n\n");
 const SORTS = {
   saved: ["as saved", (b) => b], trap: ["longest trap first", (b) => -stats[b].trap[1]], kl: ["highest mean KL first", (b) => -stats[b].kl],
+  rock: ["highest rock score first", (b) => -stats[b].rock],
   lowkl: ["lowest mean KL first", (b) => stats[b].kl], wrong: ["lowest outcome first", (b) => rollouts[b].outcome], right: ["highest outcome first", (b) => -rollouts[b].outcome],
   long: ["longest first", (b) => -stats[b].length], short: ["shortest first", (b) => stats[b].length],
 };
@@ -145,7 +146,7 @@ function tint() {
   }
   const stops = [-1, -0.6, -0.3, 0, 0.3, 0.6, 1].filter((f) => diverging || f >= 0).map((f) => shade(state.color, f * top) || "transparent");
   const sign = NEGATIVE.test(state.color) ? "−" : "";
-  const means = { "log ratio r": "log q − log p: below zero (orange, underlined) the teacher would rather not have said it", "reverse KL": "KL(student ‖ teacher) of the next token, nats", weight: "1 is the share of a token in a mean over tokens" };
+  const means = { "log ratio r": "log q − log p: below zero (orange, underlined) the teacher would rather not have said it", "reverse KL": "KL(student ‖ teacher) of the next token, nats", "rock score": "the share of all reverse KL here that this kind of token has", weight: "1 is the share of a token in a mean over tokens" };
   $("#legend").replaceChildren(el("b", {}, state.color), el("span", { class: "number" }, diverging ? show(-top) : "0"),
     el("span", { class: "scale", style: `background: linear-gradient(to right, ${stops.join(", ")})` }), el("span", { class: "number" }, `${diverging ? "+" : sign}${show(top)}`),
     el("span", { class: "quiet" }, means[state.color] || (diverging ? "orange and underlined: below zero" : ""), columns[KL] ? " · dotted: the longest trap" : ""));
@@ -217,7 +218,7 @@ function measure() {
   for (let b = 0; b < size; b++) {
     let off = 0;
     for (let i = start[b]; i < start[b + 1]; i++) off += !trained[i];
-    stats[b] = { length: start[b + 1] - start[b], kl: mean(columns[KL], b), trap: trap(b), off, text: `${words(b)}\n${rollouts[b].response}\n${rollouts[b].answer}`.toLowerCase() };
+    stats[b] = { length: start[b + 1] - start[b], kl: mean(columns[KL], b), rock: mean(columns["rock score"], b), trap: trap(b), off, text: `${words(b)}\n${rollouts[b].response}\n${rollouts[b].answer}`.toLowerCase() };
   }
 }
 async function open() {
