@@ -120,7 +120,11 @@ def _listen(host: str, port: int) -> socket.socket:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         out = socket.socket(family, socket.SOCK_STREAM)
         out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        out.bind(address)
+        try:
+            out.bind(address)
+        except OSError:
+            out.close()
+            raise
     except OSError as error:
         raise Refusal(
             f"--host {host} --port {port}: {error.strerror}; choose another (--port 0 finds a free one)"
