@@ -42,7 +42,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
     checkpoint = run.newest()
     with loading(config.student, *config.routes().values(), quiet=config.quiet):
         session = open_session(config, method, checkpoint)
-    start = 0 if checkpoint is None else session.restore(checkpoint)
+    start = 0 if checkpoint is None else session.restore(checkpoint, partial=method.headless())
     accelerator, main = session.accelerator, session.accelerator.is_main_process
     loop, memory = Loop(config, method, session, run, each), NOTHING if checkpoint is None else load_memory(checkpoint)
     found = examined(loop) if config.doctor and checkpoint is None else noted(loop)

@@ -72,12 +72,21 @@ class Session:
             if self.lenses is not None:
                 bridge.save(self.lenses, folder)
 
-    def restore(self, folder: Path) -> int:
-        """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at."""
+    def restore(self, folder: Path, *, partial: bool) -> int:
+        """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at.
+
+        `partial`: some parameters never have a gradient, and so no state there; else a missing one is refused.
+        """
         optimizer = self.optimizer.optimizer
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
-        # What had no gradient yet has no state there.
-        whole["state"] |= load_optimizer(folder / "optimizer.safetensors")
+        kept = load_optimizer(folder / "optimizer.safetensors")
+        missing = sorted(whole["state"].keys() - kept.keys())
+        if missing and not partial:
+            raise Refusal(
+                f"--resume: {folder / 'optimizer.safetensors'} lacks the state of {len(missing)} trained parameters, "
+                f"{missing[0]} for one; remove this checkpoint to go on from the one before"
+            )
+        whole["state"] |= kept
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
         for teacher in self.teachers.values():
             teacher.restore(folder)

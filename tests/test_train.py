@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import opd
 from opd.methods import METHODS
-from opd.types import Sampling
+from opd.types import Refusal, Sampling
 from tests.models_for_tests import tiny
 
 
@@ -139,6 +139,16 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, met
         if files:
             a, b = map(load_file, files)
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
+    out = opd.train(config(pair, tmp_path / "run", steps=2))
+    file = out / "checkpoints" / "step-000002" / "optimizer.safetensors"
+    state = load_file(file)
+    save_file({k: x for k, x in state.items() if "embed_tokens" not in k}, file)
+    with pytest.raises(Refusal, match=r"lacks the state of 1 trained parameters, .*embed_tokens") as error:
+        opd.train(config(pair, out, steps=2, resume=True))
+    assert "\n" not in str(error.value)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):
