@@ -280,6 +280,8 @@ class Evaluate:
     """Type of the weights."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """Where the model runs: cpu, cuda, cuda:1, ..."""
+    interval: Literal["wilson", "bootstrap"] = "wilson"
+    """95 % intervals over prompts: Wilson's, which hold near 0 and 1 too, or the percentile bootstrap."""
     decode_rows: int = 64
     """Responses decoded at once."""
     out: str = ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import torch
 
 from opd import models, prompts
@@ -19,6 +20,8 @@ from opd.tasks.answers import marked, plain, said, spoken
 from opd.tasks.load import load
 from opd.tasks.task import Task
 from opd.types import Prompt, Refusal
+
+DRAWS = 4000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,19 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     return Estimate(
         m, max(0.0, (centre - half) / scale) if m > 0 else 0.0, min(1.0, (centre + half) / scale) if m < 1 else 1.0
     )
+
+
+def bootstrapped(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean of per-prompt shares with the percentile bootstrap over prompts, for comparison with who reports that.
+
+    Its 95 % cover less where shares are near 0 or 1: docs/LOG.md.
+    """
+    x, tail = np.array(values, dtype=np.float64), (1 - confidence) / 2
+    drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x)
+    return Estimate(float(x.mean()), *map(float, np.quantile(drawn @ x, (tail, 1 - tail))))
+
+
+INTERVALS: dict[str, Callable[[Sequence[float]], Estimate]] = {"wilson": interval, "bootstrap": bootstrapped}
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -123,10 +139,10 @@ class Scores:
             for i, (prompt, row) in enumerate(zip(self.prompts, self.outcomes, strict=True))
         ]
 
-    def table(self) -> dict[str, object]:
-        """All numbers, for json."""
+    def table(self, interval: str = "wilson") -> dict[str, object]:
+        """All numbers, for json; `interval` is one of INTERVALS."""
         k = len(self.outcomes[0])
-        rows = {name: interval(values) for name, values in self.each().items()}
+        rows = {name: INTERVALS[interval](values) for name, values in self.each().items()}
         return {
             "prompts": len(self.outcomes),
             "samples": k,

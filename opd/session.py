@@ -58,6 +58,10 @@ class Session:
         """The student without its wrappers."""
         return self.accelerator.unwrap_model(self.student)
 
+    def shows_heads(self) -> bool:
+        """Whether every teacher tells its whole distribution."""
+        return all(isinstance(t, LocalTeacher | HiddenTeacher) for t in self.teachers.values())
+
     def save(self, folder: Path) -> None:
         """Model, tokenizer and optimizer state; all processes call it, the main one writes."""
         weights = self.accelerator.get_state_dict(self.student)

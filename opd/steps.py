@@ -35,6 +35,7 @@ from opd.vocabulary import Columns, Heard
 
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
 LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
+LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
 
@@ -129,14 +130,15 @@ class Loop:
         others: dict[str, Tensor] = {}
         for update in range(who.updates):
             part = slice(update * share, (update + 1) * share)
-            if saves and update + 1 == who.updates:
-                with clock("save"):
-                    others = self._alternatives(batch[part], rollouts[part])
+            if update + 1 == who.updates and (saves or session.shows_heads()):
+                shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
+                with clock("save" if saves else "look"):
+                    others = self._alternatives(batch[shown], rollouts[shown])
             with clock("update"):
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
         if others:
             ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
-            numbers |= agreeing(ids, own, other, batch.mask[part])
+            numbers |= agreeing(ids, own, other, batch.mask[shown])
         self._log("metrics", step, numbers)
         wire = [teacher.traffic() for teacher in session.teachers.values()]
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))

@@ -10,7 +10,7 @@ import pytest
 
 from opd.cli import main
 from opd.config import Evaluate
-from opd.evaluation import evaluate, final, majority, pass_at_k
+from opd.evaluation import Scores, bootstrapped, evaluate, final, interval, majority, pass_at_k
 from opd.report.compare import versus
 from opd.tasks import sets
 from opd.tasks.sets import BOXED, LETTER, SETS
@@ -21,6 +21,18 @@ from tests.models_for_tests import tiny
 ROOT = Path(__file__).parents[1]
 PLACES = (Path(os.environ.get("OPD_DATA") or "-"), ROOT / "shared/data", ROOT.parent / "shared/data")
 REAL = next((place for place in PLACES if place.is_dir()), None)
+
+
+def test_the_bootstrap_against_all_its_draws():
+    values = [0.0, 0.25, 1.0, 1.0, 0.5]
+    means = sorted(sum(draw) / 5 for draw in itertools.product(values, repeat=5))
+    found = bootstrapped(values)
+    assert found.value == 0.55
+    for end, at in ((found.low, 0.025), (found.high, 0.975)):  # within what 4000 draws can tell of the quantile
+        assert means[int((at - 0.01) * len(means))] <= end <= means[int((at + 0.01) * len(means))]
+    assert (found.low, found.high) != (interval(values).low, interval(values).high)
+    table = Scores((tuple(values),), (1,) * 5, (True,) * 5, (1.0,), (), ()).table("bootstrap")
+    assert table["avg@5"] == {"value": 0.55, "low": 0.55, "high": 0.55}  # one prompt: all draws are alike
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])

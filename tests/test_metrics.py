@@ -134,15 +134,16 @@ def pair(tmp_path_factory):
 def test_a_run_logs_them_and_prints_json(pair, tmp_path, capsys):
     flags = [*pair, "--prompts", "embedded:ledger-short", "--out", str(tmp_path / "run"), "--no-doctor", "--quiet"]
     flags += ["--eval-prompts", "embedded:ledger-short", "--eval-limit", "4", "--json"]
-    assert main(["train", *flags, "--steps", "2", "--batch", "4", "--max-new-tokens", "16", "vopd"]) == 0
+    assert main(["train", *flags, "--steps", "3", "--batch", "4", "--max-new-tokens", "16", "vopd"]) == 0
     out, err = capsys.readouterr()
     assert out == (tmp_path / "run/metrics.jsonl").read_text() and err == ""
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
     step = rows[1]
     for name in ("repetition", "sampler_ess", "entropy_gap", "advantage_p99", "top5_overlap", "reverse_kl_last"):
         assert step[name] == step[name], name
     assert step["sampler_ess"] == pytest.approx(1, abs=1e-3) and 0 < step["top5_overlap"] < 1
+    assert 0 < rows[2]["top5_overlap"] < 1  # of one rollout: this step saves none
     assert step["grad_clipped"] == min(step["grad_norm"], 1)
     perf = json.loads((tmp_path / "run/perf.jsonl").read_text().splitlines()[1])
     assert perf["tokens_per_s.rollout"] == pytest.approx(step["tokens"] / perf["rollout_s"])

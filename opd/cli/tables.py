@@ -199,7 +199,7 @@ def eval_(args: list[str]) -> int:
     if what.out:
         save(what.out, scores)
     task = {"task": what.prompts, **({"set": what.set} if what.set else {})}
-    tables = [{"model": name, **task, **score.table()} for name, score in scores.items()]
+    tables = [{"model": name, **task, **score.table(what.interval)} for name, score in scores.items()]
     paired = {name: asdict(p) for name, p in versus(*scores.items()).items()} if what.against else {}
     if flags.json:
         print(json.dumps(tables[0] if not paired else {"models": tables, "paired": paired}, indent=2))

@@ -7,10 +7,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float
 
-from opd.evaluation import Scores
+from opd.evaluation import DRAWS, Scores
 from opd.report.logs import INCIDENTAL, Group
-
-DRAWS = 4000  # of the bootstrap
 
 
 @dataclass(frozen=True)
