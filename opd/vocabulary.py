@@ -26,6 +26,7 @@ from opd.representation import Lens
 from opd.types import MEASURED
 
 CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU: its passes find it in the L2 cache
+FROZEN = 2  # the logits of frozen models are there for one in so many tokens of a chunk: their product is but one
 GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
 DEVICE = 1 << 28  # the same on an accelerator
 _ROOM: dict[tuple[str, torch.dtype, int], Tensor] = {}  # of `_kept`; nothing in it outlives a pass
@@ -121,6 +122,11 @@ class Alternatives:
 def blocks(n: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover n."""
     return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
+
+
+def shifted(part: slice, by: int) -> slice:
+    """The same slice, counted from elsewhere."""
+    return slice(part.start + by, part.stop + by)
 
 
 def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
@@ -230,10 +236,11 @@ class _Sweep:
             _Side.of(x, x.states.dtype, vocabulary) if isinstance(x, Hidden) else None
             for x in (heard.teacher, heard.reference)
         )
-        every = [side for side in (own, other, third) if side is not None]
-        n = vocabulary.chunk(len(ids), vocabulary.size * sum(side.logits.itemsize for side in every))
-        own = own.room(n, "student")
-        other, third = other and other.room(n, "teacher"), third and third.room(n, "reference")
+        frozen = [side for side in (other, third) if side is not None]
+        token_bytes = own.logits.itemsize + sum(side.logits.itemsize for side in frozen) / FROZEN
+        n = vocabulary.chunk(len(ids), round(vocabulary.size * token_bytes))
+        own, part = own.room(n, "student"), -(-n // FROZEN)
+        other, third = other and other.room(part, "teacher"), third and third.room(part, "reference")
         logits = own.logits
         gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
@@ -251,6 +258,14 @@ class _Sweep:
         """The tokens of each chunk."""
         return blocks(len(self.ids), len(self.gradient))
 
+    def parts(self, rows: slice) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
+        """The tokens of a chunk, counted from its first, with the logits of teacher and reference, where there are."""
+        room = [len(side.logits) for side in (self.teacher, self.reference) if side is not None]
+        for part in blocks(rows.stop - rows.start, min(room, default=rows.stop - rows.start)):
+            at = shifted(part, rows.start)
+            t, third = (None if side is None else side.fill(at) for side in (self.teacher, self.reference))
+            yield part, t, third
+
     def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Float[Tensor, " n"]]:
         """By sums: the columns, and the factor that the gradient left by the form still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
@@ -258,11 +273,13 @@ class _Sweep:
         looked: dict[int, list[Tensor]] = {
             i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
         }
-        t = None if self.teacher is None else self.teacher.fill(rows)
-        if t is not None and not looked and (form is None or not form.shifted) and native.runs(z, t):
-            self._native(z, t, ids, sums, form)
-        else:
-            self._blockwise(rows, z, t, sums, looked, form)
+        plain = not looked and (form is None or not form.shifted)
+        for part, t, third in self.parts(rows):
+            own = sums[part]
+            if t is not None and plain and native.runs(z[part], t):
+                self._native(z[part], t, ids[part], own, form)
+            else:
+                self._blockwise(z[part], t, third, ids[part], self.gradient[part], own, looked, form)
         seen = sums.columns() if self.given is None else sums.student() | {"teacher_logp": self.given[rows]}
         scores = tuple(
             (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
@@ -284,19 +301,20 @@ class _Sweep:
 
     def _blockwise(
         self,
-        rows: slice,
         z: Tensor,
         t: Tensor | None,
+        third: Tensor | None,
+        ids: Tensor,
+        gradient: Tensor,
         sums: Sums,
         looked: dict[int, list[Tensor]],
         form: Form | None,
     ) -> None:
         """A chunk in blocks of rows that stay in the cache, in torch."""
-        ids, v, r = self.ids[rows], self.vocabulary, self.scratch.shape[1]
+        v, r = self.vocabulary, self.scratch.shape[1]
         cut = lambda x: [None] * len(z.split(r)) if x is None else x.split(r)
-        frozen = (cut(t), cut(None if self.reference is None else self.reference.fill(rows)))
-        split = (sums.split(r), z.split(r), *frozen, ids.split(r), self.gradient[: len(z)].split(r))
-        for part, student, teacher, reference, drawn, gradient in zip(*split, strict=True):
+        split = (sums.split(r), z.split(r), cut(t), cut(third), ids.split(r), gradient.split(r))
+        for part, student, teacher, reference, drawn, slope in zip(*split, strict=True):
             room = self.scratch[:, : len(drawn)]
             student = _widened(student, room[2])
             shares = v.logits_(student, self.student.hidden.head)
@@ -309,8 +327,8 @@ class _Sweep:
             if form is not None:
                 form.gradient_(student, *shifted, drawn, part)
                 v.spread_(student, shares)
-                if gradient.dtype != student.dtype:
-                    gradient.copy_(student)
+                if slope.dtype != student.dtype:
+                    slope.copy_(student)
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
                 at = Positions(drawn, logp[0], logp[1], self._third(reference))
@@ -340,26 +358,24 @@ class _Sweep:
 
     def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
         """By the definitions: the summed loss; without targets the columns alone."""
-        z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
-        t = None if self.teacher is None else self.teacher.fill(rows)
-        third = None if self.reference is None else self.reference.fill(rows)
-        loss = self.scratch.new_zeros(())
-        for block in blocks(len(z), _rows(GRAPH, self.scratch)):
-            raw = z[block].to(self.scratch.dtype).requires_grad_(targets is not None)
-            if self.given is not None:  # nan wherever nothing is known: no leaf may look there
-                q = torch.full_like(raw, torch.nan).scatter(-1, ids[block, None], self.given[rows][block, None])
-            else:
-                assert t is not None and self.teacher is not None
-                q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
-            with torch.set_grad_enabled(targets is not None):
-                reference = None if third is None else self._third(third[block])
-                at = Positions(ids[block], v.logp(raw, self.student.hidden.head), q, reference)
-                if targets is not None:
-                    part = self.method.loss(at, tuple(target[block] for target in targets)).sum()
-                    self.gradient[block] = torch.autograd.grad(part, raw)[0]
-                    loss += part.detach()
-            seen = _columns(self.method, at, whole=self.given is None)
-            self.columns.fill(slice(rows.start + block.start, rows.start + block.stop), seen)
+        z, v, loss = self.student.fill(rows), self.vocabulary, self.scratch.new_zeros(())
+        for part, t, third in self.parts(rows):
+            for block in blocks(part.stop - part.start, _rows(GRAPH, self.scratch)):
+                here, at = shifted(block, part.start), shifted(block, part.start + rows.start)  # of the chunk, of all
+                raw = z[here].to(self.scratch.dtype).requires_grad_(targets is not None)
+                if self.given is not None:  # nan wherever nothing is known: no leaf may look there
+                    q = torch.full_like(raw, torch.nan).scatter(-1, self.ids[at, None], self.given[at, None])
+                else:
+                    assert t is not None and self.teacher is not None
+                    q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
+                with torch.set_grad_enabled(targets is not None):
+                    reference = None if third is None else self._third(third[block])
+                    seen = Positions(self.ids[at], v.logp(raw, self.student.hidden.head), q, reference)
+                    if targets is not None:
+                        value = self.method.loss(seen, tuple(target[here] for target in targets)).sum()
+                        self.gradient[here] = torch.autograd.grad(value, raw)[0]
+                        loss += value.detach()
+                self.columns.fill(at, _columns(self.method, seen, whole=self.given is None))
         return loss
 
 
@@ -410,7 +426,10 @@ class _HeadPass(torch.autograd.Function):
         w, size = sweep.student.weight, vocabulary.size
         low, loss = w.dtype, states.new_zeros((), dtype=wide(w.dtype))
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=loss.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight, dtype=loss.dtype)
+            d_weight[size if len(states) else 0 :] = 0  # the first chunk writes the rest
         d_bias = torch.zeros_like(bias, dtype=loss.dtype) if bias is not None and ctx.needs_input_grad[2] else None
         with torch.autocast(states.device.type, enabled=False):
             for rows in sweep.chunks():
@@ -419,7 +438,8 @@ class _HeadPass(torch.autograd.Function):
                 if d_states is not None:
                     mm(g, w, d_states[rows]).mul_(factor)
                 if d_weight is not None:
-                    addmm(g.T, (states[rows] * factor).to(low), d_weight[:size])
+                    add = addmm if rows.start else mm
+                    add(g.T, (states[rows] * factor).to(low), d_weight[:size])
                 if d_bias is not None:
                     for block in blocks(len(g), sweep.scratch.shape[1]):
                         d_bias[:size].addmv_(g[block].to(loss.dtype).T, factor[block, 0])

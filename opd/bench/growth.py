@@ -91,7 +91,7 @@ def _head(shape: Shape, arm: Callable) -> tuple[Callable[[], object], Callable[[
 
 def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object], Callable[[], object]]:
     case = Case.of(Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width))
-    method, vocabulary = METHODS["vopd-topk"](k=k), Vocabulary(v, chunk_bytes=growth.chunk * v * 8)
+    method, vocabulary = METHODS["vopd-topk"](k=k), Vocabulary(v, chunk_bytes=growth.chunk * v * 6)
     student = Hidden(case.states, Head(case.weight))
     heard = Heard(Hidden(case.teacher_states, Head(case.teacher_weight)))
     target = (Target(torch.ones(n), None, None),)

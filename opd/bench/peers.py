@@ -8,8 +8,9 @@ from torch import Tensor
 
 from opd.bench.case import Case, Objective, Shape
 from opd.estimators import Value
+from opd.kernels.matmul import wide
 from opd.method import Match, Method, PolicyGradient, Target
-from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
+from opd.vocabulary import FROZEN, Head, Heard, Hidden, Vocabulary, head_pass
 
 METHODS = {"vopd": Method((PolicyGradient(baseline=Value()),)), "reverse-kl": Method((Match(),))}
 Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over tokens; returns the loss
@@ -17,8 +18,9 @@ Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over toke
 
 def ours(case: Case, shape: Shape) -> Tensor:
     """`opd.vocabulary.head_pass`."""
-    width = case.weight.element_size() + case.teacher_weight.element_size()
-    vocabulary = Vocabulary(shape.vocabulary, chunk_bytes=shape.chunk * shape.vocabulary * width)
+    each = wide(case.weight.dtype) if case.weight.is_cuda else case.weight.dtype  # of the logits
+    width = each.itemsize * (1 + 1 / FROZEN)
+    vocabulary = Vocabulary(shape.vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * width))
     one = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
     student = Hidden(case.states, Head(case.weight))
     teacher = Hidden(case.teacher_states, Head(case.teacher_weight))

@@ -36,9 +36,13 @@ class Sums:
         """To be filled."""
         return cls(*like.new_empty(len(fields(cls)), n))
 
+    def __getitem__(self, at: slice) -> "Sums":
+        """Those of some tokens, in the same memory."""
+        return Sums(*(getattr(self, f.name)[at] for f in fields(self)))
+
     def split(self, size: int) -> list["Sums"]:
         """Those of `size` tokens each, in the same memory."""
-        return [Sums(*x) for x in zip(*(getattr(self, f.name).split(size) for f in fields(self)), strict=True)]
+        return [self[at] for at in (slice(i, i + size) for i in range(0, len(self.e), size))]
 
     def student(self) -> dict[str, Float[Tensor, " n"]]:
         """The columns of the student alone, by name."""
