@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from opd.kernels.linear import Linear, quicken
 from opd.types import Refusal
 from opd.vocabulary import Head
 
@@ -98,6 +99,7 @@ def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Refusal(f"--{field} {source.folder}: its weights do not load: {_first_line(error)}") from error
+    quicken(model)
     return model.to(device).eval()
 
 
@@ -110,7 +112,7 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
     """The output head as a value; shares storage with the model."""
     plain = base(model)
     linear = plain.get_output_embeddings()
-    if type(linear) is not torch.nn.Linear:
+    if type(linear) not in (torch.nn.Linear, Linear):
         raise Refusal(
             f"{type(plain).__name__}: its output head is a {type(linear).__name__}; opd needs a plain Linear "
             "(no adapter and no quantisation on lm_head)"

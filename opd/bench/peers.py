@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd.bench.case import Case, Objective, Shape
 from opd.estimators import Value
-from opd.kernels.matmul import wide
+from opd.kernels.matmul import addmm, mm, wide
 from opd.method import Match, Method, PolicyGradient, Target
 from opd.vocabulary import FROZEN, Head, Heard, Hidden, Vocabulary, head_pass
 
@@ -135,11 +135,11 @@ class Floor:
         for start in range(0, len(case.ids), n):
             h, th = case.states.detach()[start : start + n], case.teacher_states[start : start + n]
             k = len(h)
-            torch.mm(h, w.T, out=z[:k])
-            torch.mm(th, t.T, out=tz[:k])
-            torch.mm(z[:k], w, out=dh[:k])
+            mm(h, w.T, z[:k])
+            mm(th, t.T, tz[:k])
+            mm(z[:k], w, dh[:k])
             if not shape.frozen:
-                dw.addmm_(z[:k].T, h)
+                addmm(z[:k].T, h, dw)
         return z.new_zeros(())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from opd import models
 from opd.bench.result import CLOCKS, Clock, Result, spread, versions
@@ -145,7 +145,7 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
     text = session.collector.tokenizer
     prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in asked]
     student, teacher = (
-        models.load(models.locate(name, field=field), field=field, dtype=torch.float32, device=torch.device("cpu"))
+        AutoModelForCausalLM.from_pretrained(models.locate(name, field=field).folder, dtype=torch.float32)
         for name, field in ((step.student, "student"), (step.teacher, "teacher"))
     )
     turns = Turns(ours, sum(len(p.ids) for p in asked))
@@ -167,8 +167,8 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = DistillationTrainer(
-            model=models.base(student),
-            teacher_model=models.base(teacher),
+            model=student,
+            teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=text,

@@ -4,6 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.kernels.linear import pays, product
+
+BLOCK = 4096  # columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and of sums over tokens: at least fp32."""
@@ -18,6 +22,10 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
     """out = a @ b; a wider `out` gets it unrounded on CUDA, and rounded once to a's dtype elsewhere."""
+    if out.dtype == a.dtype and pays(a, b.T):
+        for part, columns in zip(out.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
+            part.copy_(product(a, columns.T))
+        return out
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
     if _accumulates(a, out):
@@ -27,6 +35,10 @@ def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j
 
 def addmm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
     """out += a @ b, as `mm`: rounding the product of every chunk would bias their sum."""
+    if out.dtype == a.dtype and pays(a, b.T):
+        for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
+            part.add_(product(rows, b.T))
+        return out
     if out.dtype == a.dtype:
         return out.addmm_(a, b)
     if _accumulates(a, out):
