@@ -46,6 +46,38 @@ class Writer(Protocol):
         """One response per prompt."""
 
 
+@runtime_checkable
+class Engine(Writer, Protocol):
+    """What samples from the student, whose weights it shares or is sent before it writes."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that may be sampled."""
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        index: Sequence[int],
+        prefixes: Sequence[Sequence[int]] = (),
+        beside: Any = None,
+    ) -> list[Sample]:
+        """One response per prompt, after its prefix; a teacher may read along where the engine is `HFEngine`."""
+
+    def follow(self) -> None:
+        """The student made a step."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What a teacher wrote of its response."""
@@ -66,7 +98,7 @@ class Prefix:
 class Collector:
     """Everything that turns prompts into finished rollouts, for one process."""
 
-    student: HFEngine
+    student: Engine
     teachers: Mapping[str, Writer]  # by the name of the teacher
     tokenizer: Tokenizer
     vocabulary: Vocabulary  # how their distributions are compared

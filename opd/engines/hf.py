@@ -63,6 +63,12 @@ class HFEngine:
     rows: int = 64  # decoded at once
     compact: float = 0.9  # drop finished rows once no more than this share is alive
 
+    def follow(self) -> None:
+        """The student made a step: these are its weights."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
     @torch.no_grad()
     def generate(
         self,

@@ -76,13 +76,13 @@ class Traffic:
 class Client:
     """One server; safe to call from several threads."""
 
-    def __init__(self, url: str, how: Remote) -> None:
-        parts = urlsplit(url)
+    def __init__(self, url: str, how: Remote, *, field: str = "teacher") -> None:
+        self.field, parts = field, urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Refusal(f"--teacher {url}: not the address of a server; write http://host:port")
+            raise Refusal(f"--{field} {url}: not the address of a server; write http://host:port")
         if parts.username or parts.password:
             raise Refusal(
-                f"--teacher {parts.scheme}://...@{parts.hostname}: no secrets in an address, for it is logged; put the "
+                f"--{field} {parts.scheme}://...@{parts.hostname}: no secrets in an address, for it is logged; put the "
                 f"token into {how.teacher_token_env}"
             )
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
@@ -132,7 +132,7 @@ class Client:
                     return read(response)
                 failure = f"HTTP {response.status_code} ({_said(response)})"
             except httpx.InvalidURL as error:
-                raise Refusal(f"--teacher {self.url}: {error}") from error
+                raise Refusal(f"--{self.field} {self.url}: {error}") from error
             except httpx.TimeoutException:
                 failure = f"no answer within {self.how.teacher_timeout:g} s"
             except httpx.HTTPError as error:
@@ -140,25 +140,38 @@ class Client:
             except Malformed as error:
                 failure = f"a malformed answer ({error})"
         raise Refusal(
-            f"--teacher {self.url}: {path} failed {tries} times, last with {failure}; bring the "
+            f"--{self.field} {self.url}: {path} failed {tries} times, last with {failure}; bring the "
             "server back, then run the same command with --resume to go on from the last checkpoint"
         )
 
     def _accept(self, response: httpx.Response, path: str, fine: frozenset[int]) -> None:
         code = response.status_code
-        if code in (401, 403):
+        if code == 401:
             raise Refusal(
-                f"--teacher {self.url}: {path} wants a token (HTTP {code}): export it in "
-                f"{self.how.teacher_token_env or 'a variable'}, or name another variable by --teacher-token-env"
+                f"--{self.field} {self.url}: {path} wants a token (HTTP 401): export it in "
+                f"{self.how.teacher_token_env or 'a variable'}, or name another variable by --{self.field}-token-env"
             )
         if not (200 <= code < 300 or code in fine):
-            raise Refusal(f"--teacher {self.url}: {path} was refused with HTTP {code}: {_said(response)}")
+            raise Refusal(f"--{self.field} {self.url}: {path} was refused with HTTP {code}: {_said(response)}")
 
     def _count(self, response: httpx.Response) -> None:
         with self.lock:
             self.traffic.requests += 1
             self.traffic.sent += len(response.request.content)
             self.traffic.received += response.num_bytes_downloaded
+
+
+def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
+    """A reader of a json object; whatever it stumbles over is malformed."""
+
+    def whole(response: httpx.Response) -> T:
+        found = payload(response)
+        try:
+            return read(found)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise Malformed(f"{type(error).__name__}: {error}") from error
+
+    return whole
 
 
 def payload(response: httpx.Response) -> dict:

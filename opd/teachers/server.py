@@ -24,7 +24,7 @@ from opd.engines.hf import Sample
 from opd.noise import uniform
 from opd.representation import Lens
 from opd.teachers import wire
-from opd.teachers.client import Client, Malformed, Remote, Traffic, payload
+from opd.teachers.client import Client, Malformed, Remote, Traffic, read_json
 from opd.teachers.local import LocalTeacher
 from opd.types import MEASURED, Refusal, Rollout, Sampling
 from opd.vocabulary import Given, Head, Hidden, Vocabulary, scores
@@ -61,7 +61,7 @@ class Server:
             self._probe(likely)
             return likely
         read = lambda files: wire.unpack_tokenizer(files, self.client.url)
-        found = self.client.get("/opd/tokenizer", _json(read))
+        found = self.client.get("/opd/tokenizer", read_json(read))
         if wire.vocabulary_hash(found) != self.told["vocabulary"]:
             raise Refusal(
                 f"--teacher {self.client.url}: the tokenizer it hands out is not the one it hashes: restart it"
@@ -70,7 +70,7 @@ class Server:
 
     def _probe(self, likely: Tokenizer) -> None:
         ids = _spread(likely)
-        told = self.client.post("/v1/completions", _scoring(self.model, [ids]), _json(lambda r: _first(r)))
+        told = self.client.post("/v1/completions", _scoring(self.model, [ids]), read_json(lambda r: _first(r)))
         if told is None:
             raise Refusal(
                 f"--teacher {self.client.url}: it gives no log-probs of prompts (prompt_logprobs), and a teacher's "
@@ -93,14 +93,14 @@ def reach(url: str, how: Remote) -> Server:
     how.check()
     client = Client(url, how)
     if client.knows("/opd/identity"):
-        told = client.get("/opd/identity", _json(dict))
+        told = client.get("/opd/identity", read_json(dict))
         if told.get("protocol") != wire.VERSION:
             raise Refusal(
                 f"--teacher {client.url}: it speaks version {told.get('protocol')} of the protocol, this opd version "
                 f"{wire.VERSION}: install one version of opd on both machines"
             )
         return Server(client, told["model"], told["context"], told)
-    cards = client.get("/v1/models", _json(lambda r: {c["id"]: c.get("max_model_len") for c in r["data"]}))
+    cards = client.get("/v1/models", read_json(lambda r: {c["id"]: c.get("max_model_len") for c in r["data"]}))
     model = client.model or next(iter(cards), "")
     if model not in cards or (len(cards) > 1 and not client.model):
         raise Refusal(
@@ -269,7 +269,7 @@ class LogpTeacher(_Remote[Given]):
 
         how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1}
         body = {"model": self.server.model, "token_ids": list(ids), "sampling_params": how}
-        return self.client.post("/inference/v1/generate", body, _json(read), tries=tries)
+        return self.client.post("/inference/v1/generate", body, read_json(read), tries=tries)
 
     def _chooses(self) -> bool:
         """Whether the server scores chosen tokens: asked once, for a sequence of two."""
@@ -293,7 +293,7 @@ class LogpTeacher(_Remote[Given]):
             return [x.where(x > LOWEST, -torch.inf) for x in out]
 
         body = _scoring(self.server.model, [row.ids for row in rows])
-        return self.client.post("/v1/completions", body, _json(read))
+        return self.client.post("/v1/completions", body, read_json(read))
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class ServerEngine:
                 "logprobs": 0,
                 "return_token_ids": True,
             }
-            return self.server.client.post("/v1/completions", body, _json(self._read))
+            return self.server.client.post("/v1/completions", body, read_json(self._read))
 
         with ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher") as pool:
             return list(pool.map(draw, prompts, prefixes or [()] * len(prompts), index))
@@ -414,16 +414,3 @@ def _spread(tokenizer: Tokenizer) -> list[int]:
     every = sorted(tokenizer.get_vocab().values())
     whole = [i for i in every[:: max(1, len(every) // (4 * SPREAD))] if "\ufffd" not in str(tokenizer.decode([i]))]
     return whole[:: max(1, len(whole) // SPREAD)]
-
-
-def _json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
-    """A reader of a json object; whatever it stumbles over is malformed."""
-
-    def whole(response: httpx.Response) -> T:
-        found = payload(response)
-        try:
-            return read(found)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise Malformed(f"{type(error).__name__}: {error}") from error
-
-    return whole

@@ -1,0 +1,143 @@
+"""Sampling with a vLLM server, given by its address; weights go over by its own routes."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from opd.engines.hf import Sample
+from opd.engines.transfer import weights
+from opd.engines.vllm import Request, Sent, Speaker, parameters, requests, sample
+from opd.teachers.client import Client, Malformed, Remote, read_json
+from opd.types import Refusal, Sampling
+
+START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
+LEAST = -9998.0  # vLLM writes -9999 for -inf
+
+
+class VLLMServer(Sent):
+    """A vLLM server, given by its address and started as `START`.
+
+    Every answer says which weights wrote it: a server that came back with others gets ours again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        vocabulary: int,
+        stop: tuple[int, ...],
+        how: Speaker,
+        retries: int,
+        *,
+        folder: Path,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(model, vocabulary, stop)
+        self.how, self.folder, self.dtype = how, folder, dtype
+        asked = Remote(
+            teacher_token_env=how.engine_token_env,
+            teacher_timeout=how.engine_timeout,
+            teacher_concurrency=how.engine_concurrency,
+            teacher_retries=retries,
+        )
+        self.client = Client(how.engine, asked, field="engine")
+        if not self.client.knows("/get_world_size"):
+            raise Refusal(
+                f"--engine {self.client.url}: it takes no weights: start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "
+                f'--weight-transfer-config \'{{"backend": "{how.engine_transfer}"}}\''
+            )
+        cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
+        self.name, self.version = self.client.model or cards[0], ""
+        self.link: Callable[[], None] | None = None
+
+    def processed(self) -> bool:
+        """Whether its log-probs are of what it draws from: near-greedy, those of the tokens drawn are near 0."""
+        hot, cold = (Sampling(temperature=t, max_new_tokens=8) for t in (1.0, 0.01))
+        asked = requests([[1, 1]], [], hot, seed=0, step=0, index=[0])
+        return all(sum(x.logp) > -0.5 for x in self._ask(asked[0], cold) or ())
+
+    def _send(self) -> None:
+        self.client.knows("/health")  # one that is starting is waited for
+        self.link, self.version = self.link or self._opened(), f"opd-{secrets.token_hex(8)}"
+        self._post("/pause?mode=wait", {})
+        self.link()
+        self._post("/update_weight_version", {"new_version": self.version})
+        self._post("/reset_prefix_cache", {})  # its keys are of other weights
+        self._post("/resume", {})
+
+    def _opened(self) -> Callable[[], None]:
+        """The way of the weights, by the backend that the server was started with."""
+        if self.how.engine_transfer == "opd":
+            self._post("/init_weight_transfer_engine", {"init_info": {}})
+            return self._by_file
+        try:
+            from opd.engines.sender import ipc, nccl
+        except ImportError as error:
+            raise Refusal(
+                f"--engine-transfer {self.how.engine_transfer}: vLLM has to be installed here, too; pip install "
+                "'opd[vllm]', or take --engine-transfer opd"
+            ) from error
+        whole = lambda: {name: x.to(self.dtype) for name, x in weights(self.model).items()}
+        if self.how.engine_transfer == "ipc":
+            return ipc(self.client.url, whole)
+        workers = self.client.get("/get_world_size", read_json(lambda told: int(told["world_size"])))
+        return nccl(self.client.url, whole, workers)
+
+    def _by_file(self) -> None:
+        path = (self.folder / "engine" / "weights.safetensors").absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {name: x.to("cpu", self.dtype).contiguous() for name, x in weights(self.model).items()}
+        save_file(whole, path)
+        self._post("/start_weight_update", {})
+        self._post("/update_weights", {"update_info": {"files": [str(path)]}})
+        self._post("/finish_weight_update", {})
+        path.unlink()
+
+    def _post(self, path: str, body: object) -> None:
+        """One of the calls about weights: never repeated, for none may run twice."""
+        self.client.post(path, body, lambda response: None, tries=1)
+
+    def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        self.sync()
+        with ThreadPoolExecutor(self.how.engine_concurrency, "engine") as pool:
+            for _ in range(2):
+                found = list(pool.map(lambda x: self._ask(x, sampling), asked))
+                if None not in found:
+                    return [x for x in found if x is not None]
+                # It was started again, or somebody else sent it weights: it gets ours, and the whole batch is theirs.
+                self.link = None
+                self._send()
+        raise Refusal(
+            f"--engine {self.client.url}: it has weights of somebody else, though it was just sent this student's: one "
+            "run to a server"
+        )
+
+    def _ask(self, asked: Request, sampling: Sampling) -> list[Sample] | None:
+        """The rollouts of a request; None where other weights than the newest had a part in them."""
+        body = {
+            "model": self.name,
+            "token_ids": list(asked.ids),
+            "sampling_params": parameters(asked, sampling, self.stop, self.allowed),
+        }
+
+        def read(told: dict) -> list[Sample] | None:
+            choices = sorted(told["choices"], key=lambda c: c["index"])
+            if self.version and any(x["version"] != self.version for c in choices for x in c["weight_versions"]):
+                return None
+            return [self._sample(choice, sampling) for choice in choices]
+
+        return self.client.post("/inference/v1/generate", body, read_json(read))
+
+    def _sample(self, choice: dict, sampling: Sampling) -> Sample:
+        ids, said = choice["token_ids"], choice["logprobs"]["content"]
+        if not ids or [x["token_id"] for x in said] != ids or max(ids) >= self.vocabulary:
+            raise Malformed(f"{len(ids)} tokens with {len(said)} log-probs, or an id beyond {self.vocabulary}")
+        last = {x["token_id"]: x["logprob"] for x in said[-1]["top_logprobs"]}
+        logp = [x["logprob"] if x["logprob"] > LEAST else -np.inf for x in said]
+        return sample(ids, logp, last, sampling, self.stop)
