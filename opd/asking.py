@@ -1,21 +1,27 @@
 """A batch taken to those who write: `asked(question, batch, rollouts, ...) -> columns by name`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd import prompts
-from opd.questions import Continue, Grade, Question
+from opd import prompts, stages
+from opd.episode import Deferred, Episode
+from opd.questions import Continue, Grade, Question, Stages
+from opd.rubrics import Buffer, Criterion, Marks, added, kept, stage_scores
+from opd.runs import digest
 from opd.tasks.answers import spoken
 from opd.teachers.text import Begun, TextTeacher, needed
-from opd.types import Batch, Rollout
+from opd.types import Batch, Prompt, Refusal, Rollout, pad
 
 if TYPE_CHECKING:
     from opd.teachers.judge import Judge
+    from opd.teachers.stages import Staged, StageJudge
 
 
 def asked(
@@ -23,19 +29,27 @@ def asked(
     batch: Batch,
     rollouts: Sequence[Rollout],
     teachers: Mapping[str, TextTeacher],
-    judge: "Judge | None",
+    judge: "Judge | StageJudge | None",
     tokenizer: Tokenizer,
+    episode: Episode,
     *,
     most: int,
     seed: int,
-) -> dict[str, Any]:
-    """The columns that a question fills; `most` tokens is the longest answer of a teacher."""
+) -> tuple[dict[str, Any], Episode]:
+    """The columns that a question fills, and the episode after it; `most` tokens is a teacher's longest answer."""
     match question:
         case Continue():
-            return continued(question, batch, rollouts, teachers, tokenizer, seed)
+            return continued(question, batch, rollouts, teachers, tokenizer, seed), episode
         case Grade():
-            assert judge is not None, "a session opens a judge for a method that asks one"
-            return graded(question, batch, rollouts, teachers, judge, tokenizer, most=most, seed=seed)
+            from opd.teachers.judge import Judge
+
+            assert isinstance(judge, Judge), "a session opens a judge for a method that asks one"
+            return graded(question, batch, rollouts, teachers, judge, tokenizer, most=most, seed=seed), episode
+        case Stages():
+            from opd.teachers.stages import StageJudge
+
+            assert isinstance(judge, StageJudge), "a session opens a judge for a method that asks one"
+            return staged(question, batch, rollouts, teachers, judge, tokenizer, episode, most=most, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -103,17 +117,7 @@ def graded(
     for i, r in enumerate(rollouts):
         rows.setdefault(r.group, []).append(i)
     own = {key: rollouts[some[0]] for key, some in rows.items()}
-    references: dict[int, list[str]] = {}
-    for name, teacher in teachers.items():
-        here = [key for key, r in own.items() if r.teacher == name]
-        found = teacher.chat(
-            [own[key].prompt for key in here],
-            n=question.references,
-            max_tokens=most,
-            seed=seed,
-            temperature=question.temperature,
-        )
-        references |= dict(zip(here, found, strict=True))
+    references = _references(own, teachers, question.references, question.temperature, most=most, seed=seed)
     groups = {
         key: Group(
             own[key].prompt,
@@ -137,6 +141,161 @@ def graded(
     return {"verdict": verdict, "judged": judged, "notes": {**batch.notes, "reference_verdict": theirs}}
 
 
+def _references(
+    own: Mapping[int, Rollout],
+    teachers: Mapping[str, TextTeacher],
+    count: int,
+    temperature: float,
+    *,
+    most: int,
+    seed: int,
+) -> dict[int, list[str]]:
+    """The answers of the teacher of each group, by the group; none where it failed."""
+    out: dict[int, list[str]] = {key: [] for key in own}
+    for name, teacher in teachers.items() if count else ():
+        here = [key for key, r in own.items() if r.teacher == name]
+        asked = [own[key].prompt for key in here]
+        found = teacher.chat(asked, n=count, max_tokens=most, seed=seed, temperature=temperature)
+        out |= dict(zip(here, found, strict=True))
+    return out
+
+
+def staged(
+    question: Stages,
+    batch: Batch,
+    rollouts: Sequence[Rollout],
+    teachers: Mapping[str, TextTeacher],
+    judge: "StageJudge",
+    tokenizer: Tokenizer,
+    episode: Episode,
+    *,
+    most: int,
+    seed: int,
+) -> tuple[dict[str, Any], Episode]:
+    """The stages of each rollout and the judge's scores of them, by the criteria of its question.
+
+    The last rows of a batch may be the reflections of the step before: all answer, and scored then.
+    """
+    from opd.teachers.stages import Contrast, Staged
+
+    tags, last = question.tags, len(question.tags)
+    fresh = len(rollouts) - len(episode.deferred)
+    number = [stages.numbered(tokenizer, r.ids, tags) for r in rollouts[:fresh]]
+    answers = [_by_stage(tokenizer, r, n, last) for r, n in zip(rollouts, number, strict=False)]
+    rows: dict[int, list[int]] = {}
+    for i, r in enumerate(rollouts[:fresh]):
+        rows.setdefault(r.group, []).append(i)
+    own = {key: rollouts[some[0]] for key, some in rows.items()}
+    references = _references(own, teachers, question.references, 1.0, most=most, seed=seed)
+    groups = {
+        key: Contrast(
+            own[key].prompt,
+            tuple(answers[i] for i in some),
+            tuple(Staged(own[key].prompt, tuple(stages.texts(spoken(x), tags))) for x in references[key]),
+            episode.rubrics.get(digest(own[key].prompt)) or given(own[key].prompt, question.column, last),
+        )
+        for key, some in rows.items()
+    }
+    new = judge.evolve(list(groups.values()), seed)
+    criteria = {key: added(g.kept, found or ()) for (key, g), found in zip(groups.items(), new, strict=True)}
+    marked = [i for key, some in rows.items() if criteria[key] for i in some]
+    asked_by = [criteria[rollouts[i].group] for i in marked]
+    sheets = dict(zip(marked, judge.marks([answers[i] for i in marked], asked_by, seed), strict=True))
+    scores = torch.full((len(rollouts), last), torch.nan)
+    buffers: dict[str, Buffer] = {}
+    for key, some in rows.items():
+        there: dict[int, Marks] = {i: sheet for i in some if (sheet := sheets.get(i)) is not None}
+        for i, sheet in there.items():
+            found = stage_scores(criteria[key], sheet, last)
+            scores[i] = torch.tensor(
+                [x if text else torch.nan for x, text in zip(found, answers[i].stages, strict=True)]
+            )
+        if there:
+            buffers[digest(own[key].prompt)] = kept(criteria[key], list(there.values()), question.caps)
+    judged = torch.tensor([sheets.get(i) is not None for i in range(fresh)] + [True] * len(episode.deferred))
+    logp = batch.student_logp
+    assert logp is not None, "a method that asks for scores of stages is measured before"
+    logp = logp.clone()
+    for i, d in enumerate(episode.deferred, fresh):
+        scores[i, -1] = d.worth
+        number.append([last] * len(d.ids))
+        logp[i, : len(d.ids)] = torch.tensor(d.logp)  # a ratio is to the student that wrote it
+    columns = {
+        "stage": pad([torch.tensor(n) for n in number], 0),
+        "stage_scores": scores,
+        "judged": judged,
+        "student_logp": logp,
+    }
+    return columns, episode.keeping(buffers, question.questions)
+
+
+def _by_stage(tokenizer: Tokenizer, rollout: Rollout, number: Sequence[int], last: int) -> "Staged":
+    """A rollout's text by stage."""
+    from opd.teachers.stages import Staged
+
+    ends = [sum(n <= stage for n in number) for stage in range(last + 1)]  # stages come in order
+    parts = [_text(tokenizer, rollout, a, b) for a, b in pairwise(ends)]
+    return Staged(rollout.prompt, tuple(parts))
+
+
+def given(prompt: Prompt, column: str, last: int) -> Buffer:
+    """The criteria of the answer that come with a question: a list of texts or of {criterion, weight, negative}."""
+    raw: Any = prompt.columns.get(column) or ()
+    try:
+        rows = json.loads(raw) if isinstance(raw, str) else raw
+        made: list[dict[str, Any]] = [{"criterion": row} if isinstance(row, str) else row for row in rows]
+        return tuple(
+            Criterion(last, row["criterion"], row.get("weight", 1), row.get("negative", False), persistent=True)
+            for row in made
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refusal(
+            f"--column {column}: {str(raw)[:80]!r} holds no criteria ({type(error).__name__}: {error}); write a list "
+            'of texts, or of {"criterion": "...", "weight": 1 to 3, "negative": false}'
+        ) from error
+
+
+def reflections(
+    written: Sequence[tuple[Rollout, Sequence[Rollout]]],
+    logp: Tensor,
+    judge: "Judge | StageJudge | None",
+    tokenizer: Tokenizer,
+    seed: int,
+) -> tuple[dict[str, str], list[Deferred]]:
+    """The notes that reflections give, and the reflections to be trained on; each attempt stands before those on it.
+
+    The best of an attempt's becomes the note of its question; one that the judge failed on counts for nothing.
+    """
+    from opd.teachers.stages import Reflected, StageJudge
+
+    assert isinstance(judge, StageJudge)
+    said = lambda r: spoken(_text(tokenizer, r, 0, len(r.ids)))
+    pairs = [(group, attempt, r) for group, (attempt, some) in enumerate(written) for r in some]
+    worth = judge.worth([Reflected(a.prompt, said(a), said(r)) for _, a, r in pairs], seed)
+    notes: dict[str, str] = {}
+    best: dict[int, float] = {}
+    deferred = []
+    for (group, attempt, r), row, value in zip(pairs, logp, worth, strict=True):
+        if value is None:
+            continue
+        if value > best.get(group, -1.0):
+            best[group], notes[digest(attempt.prompt)] = value, said(r)
+        deferred.append(
+            Deferred(
+                messages=r.prompt.messages,
+                text=r.prompt.text,
+                teacher=r.teacher,
+                group=group,
+                prompt_ids=r.prompt_ids,
+                ids=r.ids,
+                logp=tuple(row[: len(r.ids)].tolist()),
+                stopped=r.stopped,
+                worth=value,
+            )
+        )
+    return notes, deferred
+
+
 def numbers(batch: Batch, question: Question | None) -> dict[str, float]:
     """What a text-only teacher or a judge said."""
     out, mask = {}, batch.mask
@@ -152,7 +311,22 @@ def numbers(batch: Batch, question: Question | None) -> dict[str, float]:
             out["verdict"] = float(verdict.mean())
             out["reference_verdict"] = float(theirs.mean())  # of the worst of the teacher's answers to each prompt
             out["above_reference"] = float((verdict > theirs).float().mean())
+    if batch.stage is not None and batch.stage_scores is not None and batch.judged is not None:
+        out["unjudged"] = float(1 - batch.judged.float().mean())
+        for k, column in enumerate(batch.stage_scores[batch.judged].unbind(1), 1):
+            if (some := column[column.isfinite()]).numel():
+                out[f"stage_{k}"] = float(some.mean())  # of the rollouts that have it
+            out[f"staged_{k}"] = float((mask & (batch.stage == k)).sum() / mask.sum().clamp(min=1))  # of their tokens
     return out
+
+
+def reflected(batch: Batch) -> dict[str, float]:
+    """Reflections of the step before that are trained on: how many, their tokens, and what a judge found them worth."""
+    if not len(batch.ids) or batch.stage_scores is None:
+        return {}
+    worth = batch.stage_scores[:, -1]
+    tokens = {"reflections": float(len(batch.ids)), "reflection_tokens": float(batch.mask.sum())}
+    return tokens | {"reflection": float(worth.mean()), "reflection_std": float(worth.std(correction=0))}
 
 
 def _text(tokenizer: Tokenizer, rollout: Rollout, start: int, end: int) -> str:

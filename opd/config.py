@@ -10,7 +10,7 @@ import tyro
 
 from opd.method import Method
 from opd.methods import METHODS
-from opd.questions import Grade
+from opd.questions import Grade, Stages
 from opd.rollouts import TeacherPrefix, listens
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
@@ -55,8 +55,8 @@ class Train:
     reference: str = ""
     """Frozen third model of the methods that read one (g-opd); empty is the student as it is before the first step."""
     judge: str = ""
-    """Who grades responses for the methods that ask (ropd): empty, the teacher itself; verifier, the task's verifier
-    and the steps that right answers share; or a model, as --teacher names one that only writes."""
+    """Who grades responses for the methods that ask (ropd, rubricem): empty, the teacher itself; verifier, the task's
+    verifier and the steps that right answers share; or a model, as --teacher names one that only writes."""
     context: str = ""
     """What the teacher reads and the student does not: a column of the row (response, answer, any other), or peer,
     a right response of the same prompt's other rollouts; empty is the method's own, none for most."""
@@ -228,8 +228,14 @@ class Train:
         missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
         if missing:
             raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
-        if self.judge and not isinstance(self.method.asks, Grade):
-            raise Refusal(f"--judge {self.judge}: the method asks no judge; leave it out, or take ropd")
+        asks = self.method.asks
+        if self.judge and not isinstance(asks, Grade | Stages):
+            raise Refusal(f"--judge {self.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
+        if self.judge and isinstance(asks, Stages) and not asks.references:
+            raise Refusal(
+                f"--teacher {teachers['']}: is never asked, for the judge is --judge {self.judge} and the method takes "
+                "no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
+            )
         if told and self.method.asks is not None:
             raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
         if told and self.teacher_prompt == "same":

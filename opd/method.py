@@ -268,7 +268,7 @@ class Method:
         if missing := self.reads() & ASKED - told:
             raise ValueError(
                 f"reads {', '.join(sorted(missing))}, which asks={self.asks} does not fill: Continue(...) fills chunk "
-                "and agreement, Grade(...) verdict and judged"
+                "and agreement, Grade(...) verdict and judged, Stages(...) stage, stage_scores and judged"
             )
         if self.asks is not None and not isinstance(self.rollouts, OnPolicy):
             raise ValueError(f"{self.rollouts} takes a teacher that reads tokens, and {self.asks} one that reads text")

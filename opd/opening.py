@@ -12,7 +12,7 @@ from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
 from opd.methods import METHODS
-from opd.questions import Grade
+from opd.questions import Grade, Stages
 from opd.rollouts import OnPolicy
 from opd.tasks.task import Task
 from opd.teachers import wire
@@ -24,6 +24,7 @@ from opd.types import Refusal
 
 if TYPE_CHECKING:
     from opd.teachers.judge import Judge
+    from opd.teachers.stages import StageJudge
 
 
 def flag(teacher: str) -> str:
@@ -97,22 +98,24 @@ def text_teacher(model: str, config: Train, on: torch.device, *, field: str) -> 
     return TextTeacher(writer(model, config, on, field=field), answers, gate)
 
 
-def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.device) -> "Judge | None":
+def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.device) -> "Judge | StageJudge | None":
     """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
-    if not isinstance(method.asks, Grade):
+    if not isinstance(method.asks, Grade | Stages):
         return None
     needed("pydantic", f"{method.asks}")
     from opd.teachers.judge import ModelJudge, VerifierJudge
+    from opd.teachers.stages import ModelStageJudge, VerifierStageJudge
 
     if config.judge == "verifier":
         if not task.scored:
             raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-        return VerifierJudge(task.verify)
+        return VerifierStageJudge(task.verify) if isinstance(method.asks, Stages) else VerifierJudge(task.verify)
     own = config.judge or config.routes()[""]
     model = text_teacher(config.judge, config, on, field="judge") if config.judge else teacher
     assert isinstance(model, TextTeacher)
     gate = Gate(f"judge {own}", config.remote.judge_failures)
-    return ModelJudge(model, gate, config.remote.judge_tokens, shared=not config.judge)
+    whole = ModelJudge(model, gate, config.remote.judge_tokens, shared=not config.judge)
+    return ModelStageJudge(whole, method.asks.tags) if isinstance(method.asks, Stages) else whole
 
 
 def teacher(

@@ -105,6 +105,8 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "steps": 500,
         "sampling": Sampling(max_new_tokens=8192),
     },
+    # RubricEM, arXiv:2605.10899, settings of the reinforcement learning: 32 prompts x 8.
+    "rubricem": {"lr": 5e-7, "batch": 256, "steps": 1400, "sampling": Sampling(max_new_tokens=18_432)},
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
     "rock-freeze": {
@@ -126,6 +128,8 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "trb": {"anneal": 20},
         "omniopd": {"chunks": 6, "length": 8, "texts": 4},
         "oprd": {"bridge_rank": 8},  # the models have no ancestor in common
+        # The tags of the embedded task.  Its models read questions and write solutions, and nothing else.
+        "rubricem": {"tags": ("<plan>", "<work>", "<check>", "<answer>"), "references": 2, "reflections": 0},
     },
 }
 _TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
@@ -134,6 +138,7 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,
     "ropd": {"judge": "verifier"},  # the embedded teacher writes no json
+    "rubricem": {"judge": "verifier"},
     "sdft": _TOLD,
     "sdpo": _TOLD,
 }
@@ -142,7 +147,8 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
 def arguments(preset: str, method: str) -> list[str]:
     """The method's own flags that a preset sets; those the user sets come after them, and win."""
     found = ARGUMENTS.get(preset, {}).get(method, {})
-    return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = lambda value: map(str, value if isinstance(value, tuple) else (value,))
+    return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", *words(value))]
 
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:

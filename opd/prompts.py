@@ -50,7 +50,17 @@ def render(
 
 def with_context(prompt: Prompt, context: str, template: str) -> Prompt:
     """The prompt with its question written into a template of {prompt} and {context}: what only the teacher reads."""
-    fill = lambda question: template.replace("{prompt}", question).replace("{context}", context)
+    return rewritten(prompt, template, context=context)
+
+
+def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
+    """The prompt with its last turn written into a template of {prompt} and other parts by name."""
+
+    def fill(question: str) -> str:
+        known = {"prompt": question, **parts}
+        names = "|".join(map(re.escape, known))
+        return re.sub(rf"\{{({names})\}}", lambda found: known[found[1]], template)  # at once: parts may hold braces
+
     if not prompt.messages:
         return replace(prompt, text=fill(prompt.text))
     *before, last = prompt.messages

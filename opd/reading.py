@@ -53,8 +53,7 @@ class Prompts:
     def render(self, row: int) -> Rendered:
         """One prompt's ids for each model; refuses one that does not fit."""
         prompt, config = self.task.prompts[row], self.config
-        arguments = prompts.template_arguments(config.data.template_args)
-        ids = prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
+        ids = self.reads(prompt)
         asked = str(prompt.columns.get(config.route_column, ""))
         teacher = asked if asked in self.teacher_tokenizers else ""
         context = "" if config.told() in ("", "peer") else self._context(row)
@@ -67,6 +66,11 @@ class Prompts:
                 "shorten the row, or lower --max-new-tokens"
             )
         return Rendered(prompt, ids, teacher_ids, teacher)
+
+    def reads(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's ids for the student."""
+        arguments = prompts.template_arguments(self.config.data.template_args)
+        return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
 
     def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
         """The prompt's ids for a teacher, in its own template, with what it alone may know."""

@@ -32,6 +32,7 @@ from opd.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from opd.teachers.judge import Judge
+    from opd.teachers.stages import StageJudge
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,7 +46,7 @@ class Session:
     student: torch.nn.Module  # Student, wrapped by Accelerate
     teachers: dict[str, AnyTeacher]  # by the names of --route; "" is --teacher
     reference: LocalTeacher | None  # for methods that read one
-    judge: "Judge | None"  # for methods that ask one
+    judge: "Judge | StageJudge | None"  # for methods that ask one
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector

@@ -13,14 +13,15 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from opd import asking, bridge
+from opd import asking, bridge, episode
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
 from opd.doctor.probe import Rehearsal
+from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method, Target
 from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
-from opd.questions import Question
+from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
 from opd.runs import Run
@@ -103,11 +104,14 @@ class Loop:
         config, session, who = self.config, self.session, self.method.rollouts
         clock = Clock({})
         with clock("rollout"):
-            prompts = session.prompts.batch(step, config.batch // who.per_prompt)
-            rollouts = self._collect(prompts, who, config.sampling, step, session.prompts.task, memory)
+            rollouts = self._collect(
+                self._prompts(step, memory), who, config.sampling, step, session.prompts.task, memory
+            )
             if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
+            before, fresh = episode.of(memory), len(rollouts)
+            rollouts += [d.rollout(fresh + i, fresh) for i, d in enumerate(before.deferred)]
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
@@ -123,13 +127,17 @@ class Loop:
             memory = who.remember(memory, batch)
         if self.method.asks is not None:
             with clock("ask"):
-                batch = self._asked(self.method.asks, batch, rollouts)
+                batch, after = self._asked(self.method.asks, batch, rollouts, before)
+            if isinstance(self.method.asks, Stages):
+                with clock("reflect"):
+                    memory = self._reflected(batch, rollouts[:fresh], step, after).memory()
         numbers: dict[str, float] = {}
         share = config.batch // who.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
         others: dict[str, Tensor] = {}
         for update in range(who.updates):
-            part = slice(update * share, (update + 1) * share)
+            last = update + 1 == who.updates  # with it the reflections of the step before
+            part = slice(update * share, len(rollouts) if last else (update + 1) * share)
             if update + 1 == who.updates and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
@@ -152,17 +160,58 @@ class Loop:
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
         return numbers, memory
 
-    def _asked(self, question: Question, batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
-        """The columns that a question fills; the main process asks."""
+    def _prompts(self, number: int, memory: Memory) -> list[Rendered]:
+        """The prompts of a step, with the notes of earlier attempts at the same questions where there are any."""
+        session, reflect, count = self.session, self._reflect(), self.config.batch // self.method.rollouts.per_prompt
+        if reflect is None:
+            return session.prompts.batch(number, count)
+        found = session.prompts.batch(reflect.batch(number), count)
+        return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
+
+    def _asked(
+        self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
+    ) -> tuple[Batch, Episode]:
+        """The columns that a question fills, and what is remembered of it; the main process asks."""
         session = self.session
-        told: list[dict[str, Tensor] | None] = [None]
+        told: list[tuple[dict[str, Tensor], Episode] | None] = [None]
         if session.accelerator.is_main_process:
             teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
             text, seed = session.collector.tokenizer, self.config.seed
-            most = self.config.sampling.max_new_tokens
-            told = [asking.asked(question, batch, rollouts, teachers, session.judge, text, most=most, seed=seed)]
-        (columns,) = broadcast_object_list(told)
-        return replace(batch, **columns)
+            most, judge = self.config.sampling.max_new_tokens, session.judge
+            told = [asking.asked(question, batch, rollouts, teachers, judge, text, before, most=most, seed=seed)]
+        ((columns, after),) = broadcast_object_list(told)
+        return replace(batch, **columns), after
+
+    def _reflect(self) -> Reflect | None:
+        """Whether the student reflects on its rollouts, and how."""
+        asks = self.method.asks
+        return asks.reflect if isinstance(asks, Stages) else None
+
+    def _reflected(self, batch: Batch, rollouts: Sequence[Rollout], step: int, before: Episode) -> Episode:
+        """The episode with the student's reflections on one judged rollout of each prompt."""
+        config, session, how, asks = self.config, self.session, self._reflect(), self.method.asks
+        if how is None:
+            return before
+        assert isinstance(asks, Stages) and batch.judged is not None
+        judged = [r for r, yes in zip(rollouts, batch.judged.tolist(), strict=False) if yes]
+        chosen = episode.attempts(judged, seed=config.seed, step=step)
+        text = session.collector.text
+        found = [(a, episode.asked_of(a, text(a.ids), how, session.prompts)) for a in chosen]
+        asked = [(a, question) for a, question in found if question is not None]
+        sampling, task = replace(config.sampling, temperature=how.temperature), session.prompts.task
+        who, first = OnPolicy(how.samples), len(batch.ids)
+        written = self._collect([question for _, question in asked], who, sampling, step, task, first=first)
+        told: list[tuple[dict[str, str], list[Deferred]] | None] = [({}, [])]
+        if written:
+            logp = self.measure(written, step).student_logp
+            if session.accelerator.is_main_process:
+                groups = [written[i * how.samples : (i + 1) * how.samples] for i in range(len(asked))]
+                pairs = [(a, some) for (a, _), some in zip(asked, groups, strict=True)]
+                assert logp is not None
+                told = [asking.reflections(pairs, logp, session.judge, session.collector.tokenizer, config.seed)]
+            told = broadcast_object_list(told)
+        assert told[0] is not None
+        return before.reflecting(*told[0], most=asks.questions)
 
     def _collect(
         self,
@@ -172,20 +221,21 @@ class Loop:
         step: int,
         task: Task,
         memory: Memory = NOTHING,
+        first: int = 0,
     ) -> list[Rollout]:
-        """This process's share of the prompts, sampled and verified; then everyone's, in order."""
+        """This process's share of the prompts, sampled and verified; then everyone's, in order, from number `first`."""
         accelerator = self.session.accelerator
         share = -(-len(prompts) // accelerator.num_processes)
-        first = accelerator.process_index * share
+        start = accelerator.process_index * share
         with accelerator.autocast():
             mine = self.session.collector.collect(
-                prompts[first : first + share],
+                prompts[start : start + share],
                 who,
                 sampling,
                 task.verify,
                 seed=self.config.seed,
                 step=step,
-                first=first * who.per_prompt,
+                first=first + start * who.per_prompt,
                 total=self.config.steps,
                 memory=memory,
             )
@@ -300,10 +350,12 @@ class Loop:
             "lr": lr,
             "refused": float(not finite),
         }
-        numbers |= summary(batch) | speaking(batch) | weighting(targets, batch.mask)
-        numbers |= asking.numbers(batch, self.method.asks)
-        numbers |= by_task(batch, [r.prompt for r in rollouts])
-        return batch, numbers | by_teacher(batch, session.teachers, [r.teacher for r in rollouts])
+        fresh = sum(r.index < config.batch for r in rollouts)
+        own, rest = batch[:fresh], batch[fresh:]  # what is said of rollouts is not said of reflections
+        numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
+        numbers |= asking.numbers(own, self.method.asks) | asking.reflected(rest)
+        numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
+        return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])
 
     def _check(self, batch: Batch) -> None:
         if batch.teacher_logp is None:

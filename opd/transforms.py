@@ -90,6 +90,72 @@ class GroupAdvantage:
         return x.where(mask, 0) * advantage[:, None]
 
 
+@dataclass(frozen=True)
+class StageScore:
+    """x times a judge's score of the stage that the token stands in.  RubricEM, arXiv:2605.10899.
+
+    A stage without a score has that of the last one, the answer; an answer without a score counts 0.
+    """
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        stage: Int[Tensor, "B T"],
+        stage_scores: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        scores = stage_scores.to(x.dtype)
+        scores = scores.where(scores.isfinite(), scores[:, -1:]).nan_to_num(0.0)
+        return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
+
+
+# Row k: what the scores of the stages plan, research, review and answer are worth to stage k.  RubricEM.
+LAMBDA = ((1.0, 0.4, 0.6, 0.8), (0.0, 1.0, 0.4, 0.8), (0.0, 0.0, 1.0, 0.8), (0.0, 0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class StageReturn:
+    """What a stage and those after it earned, against the same stage of the group's other rollouts; on all its tokens.
+
+    G_k = sum_{j >= k} matrix_kj R_j, R_j the mean of x over the trained tokens of stage j; A_k = (G_k - mean) / (std +
+    eps) over the group.  A stage without tokens has the R of the last one, the answer; without an answer that is 0.
+    RubricEM, arXiv:2605.10899, SS-GRPO; x may be any reward.
+    """
+
+    matrix: tuple[tuple[float, ...], ...] = LAMBDA
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        k = len(self.matrix)
+        if not k or any(len(row) != k for row in self.matrix):
+            raise ValueError(f"matrix={self.matrix}: a row and a column for each stage")
+        if any(x for i, row in enumerate(self.matrix) for x in row[:i]):
+            raise ValueError(f"matrix={self.matrix}: 0 below the diagonal, for no stage earns what came before it")
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        stage: Int[Tensor, "B T"],
+        group: Int[Tensor, " B"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        # In float64: rows that earned the same must not differ by rounding, which a small deviation would blow up.
+        returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
+        among = mask.any(1)
+        each = torch.stack([group_centred(column, group, among, self.eps) for column in returns.unbind(1)], 1)
+        return each.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
+
+
+def stage_means(
+    x: Float[Tensor, "B T"], stage: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], stages: int
+) -> Float[Tensor, "B K"]:
+    """Mean of x over the trained tokens of each stage; one without has the last one's, and that 0 without its own."""
+    at, zero = stage.where(mask, 0), x.new_zeros(len(x), stages + 1)
+    total, count = zero.scatter_add(1, at, x.where(mask, 0)), zero.scatter_add(1, at, mask.to(x.dtype))
+    mean = (total / count.clamp(min=1))[:, 1:]
+    return mean.where(count[:, 1:] > 0, mean[:, -1:])
+
+
 def group_centred(
     x: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
 ) -> Float[Tensor, " B"]:

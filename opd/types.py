@@ -110,6 +110,8 @@ class Batch:
     agreement: Float[Tensor, "B T"] | None = None  # similarities of a chunk and a text-only teacher's, summed
     verdict: Float[Tensor, " B"] | None = None  # a judge's score of the response, from 0 to 1
     judged: Bool[Tensor, " B"] | None = None  # whether there is a verdict: a judge may fail
+    stage: Int[Tensor, "B T"] | None = None  # the part of the response that a token stands in, from 1; 0 in padding
+    stage_scores: Float[Tensor, "B K"] | None = None  # a judge's score of each part, from 0 to 1; nan where it has none
     scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
     notes: Mapping[str, Tensor] = field(default_factory=dict)  # what the sampler noted, [B] or [B, T]; for metrics
 
@@ -125,7 +127,9 @@ GIVEN = frozenset(
     {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
-ASKED = frozenset({"chunk", "agreement", "verdict", "judged"})  # what a text-only teacher or a judge says fills them
+ASKED = frozenset(
+    {"chunk", "agreement", "verdict", "judged", "stage", "stage_scores"}
+)  # what a text-only teacher or a judge says fills them
 COLUMNS = GIVEN | MEASURED | ASKED
 
 Column = Callable[..., Tensor]  # a pure function; which columns it reads is its signature

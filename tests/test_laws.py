@@ -85,6 +85,8 @@ def given(ids):
         "agreement": torch.rand(20, 3) * (chunk > 0),
         "verdict": torch.rand(20),
         "judged": torch.arange(20) % 5 != 4,  # of each group all or none
+        "stage": torch.randint(1, 5, (20, 3)).sort(1).values,
+        "stage_scores": torch.rand(20, 4),
     }
 
 
@@ -156,7 +158,7 @@ def test_longer_padding_is_invisible(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     wide = lambda x, fill: torch.nn.functional.pad(x, (0, 2), value=fill)
     columns = {name: wide(getattr(batch, name), float("nan")) for name in BY_TOKEN}
-    columns["chunk"] = wide(batch.chunk, 0)
+    columns |= {"chunk": wide(batch.chunk, 0), "stage": wide(batch.stage, 0)}
     scores = tuple(x if x is None else wide(x, float("nan")) for x in batch.scores)
     other = dataclasses.replace(batch, **columns, ids=wide(batch.ids, 0), mask=wide(batch.mask, False), scores=scores)
     for x, y in zip(m.prepare(other), m.prepare(batch), strict=True):
@@ -207,7 +209,7 @@ def test_reads_only_what_it_names(m, world, ids, given):
     unread = {name: None for name in MEASURED - m.reads()}
     floats = {
         x: torch.full_like(getattr(batch, x), float("nan"))
-        for x in {"outcome", "sampler_logp", "coin", "agreement", "verdict"} - m.reads()
+        for x in {"outcome", "sampler_logp", "coin", "agreement", "verdict", "stage_scores"} - m.reads()
     }
     bare = dataclasses.replace(batch, **unread, **floats)
     assert m.reads() <= GIVEN | MEASURED | ASKED

@@ -12,15 +12,16 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "types noise questions rewards against estimators divergences transforms weights surrogates rollouts "
+        "types noise questions rubrics rewards against estimators divergences transforms weights surrogates rollouts "
         "representation method methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": (
-        "prompts tokens tasks tasks.* engines engines.* teachers teachers.* student models collect adapters adapters.*"
+        "prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect adapters "
+        "adapters.*"
     ),
     "program": (
-        "config presets reading remote opening asking session bridge runs progress steps loop doctor doctor.* "
+        "config presets reading remote opening asking episode session bridge runs progress steps loop doctor doctor.* "
         "evaluation rescore variance prune rock report report.* inspect bench bench.* serve serve.* cli cli.* "
         "demo __main__ opd"  # opd: the package's front door, which opens on all floors
     ),

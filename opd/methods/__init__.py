@@ -33,6 +33,7 @@ from opd.methods.privileged import opsd, sdft, sdpo
 from opd.methods.reward_shapes import opd_plus, opd_signlog, opd_tv, reopold, topd
 from opd.methods.rock import rock_freeze
 from opd.methods.ropd import ropd
+from opd.methods.rubricem import rubricem
 from opd.methods.scope import scope
 from opd.methods.trb import trb
 from opd.methods.tropd import tropd
@@ -73,6 +74,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     sdpo,
     omniopd,
     ropd,
+    rubricem,
     opd_optimal,
     opd_stratified,
     pg,

@@ -114,9 +114,14 @@ class Group:
 
     def question(self) -> str:
         """As a judge reads it."""
-        turns = [f"{turn['role']}: {turn['content']}" for turn in self.prompt.messages]
-        alone = len(turns) == 1 and self.prompt.messages[0]["role"] == "user"
-        return self.prompt.text if not turns else self.prompt.messages[0]["content"] if alone else "\n\n".join(turns)
+        return question(self.prompt)
+
+
+def question(prompt: Prompt) -> str:
+    """A prompt as a judge reads it."""
+    turns = [f"{turn['role']}: {turn['content']}" for turn in prompt.messages]
+    alone = len(turns) == 1 and prompt.messages[0]["role"] == "user"
+    return prompt.text if not turns else prompt.messages[0]["content"] if alone else "\n\n".join(turns)
 
 
 @runtime_checkable
@@ -151,9 +156,9 @@ class ModelJudge:
 
         asked = []
         for g in groups:
-            shown = {"references": _shown("reference", g.references), "answers": _shown("answer", g.answers)}
-            asked.append(RUBRIC.format(least=least, most=most, question=g.question(), **shown))
-        return self._all(asked, Rubric, check, seed, temperature=0.7)
+            given = {"references": shown("reference", g.references), "answers": shown("answer", g.answers)}
+            asked.append(RUBRIC.format(least=least, most=most, question=g.question(), **given))
+        return self.filled(asked, Rubric, check, seed, temperature=0.7)
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | None]:
         """Blind: shuffled, in one question a group."""
@@ -169,16 +174,16 @@ class ModelJudge:
         for g, rubric, order in zip(groups, rubrics, orders, strict=True):
             every = (*g.references, *g.answers)
             listed = "\n".join(f"{i}. ({c.points}) {c.criterion}" for i, c in enumerate(rubric.criteria, 1))
-            shown = {"rubric": listed, "answers": _shown("answer", [every[i] for i in order])}
+            given = {"rubric": listed, "answers": shown("answer", [every[i] for i in order])}
             counts = {"count": len(every), "criteria": len(rubric.criteria)}
-            asked.append(GRADE.format(question=g.question(), **shown, **counts))
+            asked.append(GRADE.format(question=g.question(), **given, **counts))
         out: list[Met | None] = []
-        for sheet, order in zip(self._all(asked, Sheet, check, seed, temperature=0.0), orders, strict=True):
+        for sheet, order in zip(self.filled(asked, Sheet, check, seed, temperature=0.0), orders, strict=True):
             back = {i: sheet.answers[k].met for k, i in enumerate(order)} if sheet is not None else {}
             out.append(tuple(back[i] for i in range(len(order))) if back else None)
         return out
 
-    def _all(
+    def filled(
         self, asked: Sequence[str], form: type[F], check: Callable[[int, F], str], seed: int, *, temperature: float
     ) -> list[F | None]:
         """The forms, filled in; those that are not right are asked for again once."""
@@ -227,7 +232,7 @@ def read(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None,
     return (None, why) if why else (filled, "")
 
 
-def _shown(name: str, texts: Sequence[str]) -> str:
+def shown(name: str, texts: Sequence[str]) -> str:
     """Texts between numbered tags, which none of them can close."""
     safe = [text.replace("</", "< /") for text in texts]
     return "\n".join(f'<{name} number="{i}">\n{text}\n</{name}>' for i, text in enumerate(safe, 1))
@@ -259,10 +264,10 @@ class VerifierJudge:
         base = [(RIGHT_ANSWER, 5), (CLOSES, 1), (NUMBERS, 1), (ONCE, 1)][:most]
         right = [x for x in group.references if self.verify(x, group.prompt) > RIGHT]
         right = right or [x for x in group.answers if self.verify(x, group.prompt) > RIGHT]
-        counts = Counter(line for text in right for line in dict.fromkeys(_lines(text)))
+        counts = Counter(line for text in right for line in dict.fromkeys(lines(text)))
         shared = [line for line, n in counts.items() if 2 * n > len(right)]
-        of = [set(_lines(text)) for text in group.answers]
-        apart = lambda line: abs(sum(line in lines for lines in of) / max(1, len(of)) - 0.5)
+        of = [set(lines(text)) for text in group.answers]
+        apart = lambda line: abs(sum(line in said for said in of) / max(1, len(of)) - 0.5)
         steps = sorted(shared, key=apart)[: most - len(base)]  # stable: then in their order
         found = [*base, *((STATES + line, 2) for line in steps)]
         rubric = Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in found))
@@ -277,13 +282,13 @@ class VerifierJudge:
 
     def _meets(self, criterion: str, text: str, prompt: Prompt) -> bool:
         if criterion.startswith(STATES):
-            return criterion.removeprefix(STATES) in _lines(text)
+            return criterion.removeprefix(STATES) in lines(text)
         question = prompt.text + " ".join(turn["content"] for turn in prompt.messages)
         rules: Mapping[str, Callable[[], bool]] = {
             RIGHT_ANSWER: lambda: self.verify(text, prompt) > RIGHT,
             CLOSES: lambda: bool(marked(text) or said(text)) or number(text.rpartition("\n")[2]) is not None,
             NUMBERS: lambda: set(re.findall(r"\d+", question)) <= set(re.findall(r"\d+", text)),
-            ONCE: lambda: max(Counter(_lines(text)).values(), default=0) < 3,
+            ONCE: lambda: max(Counter(lines(text)).values(), default=0) < 3,
         }
         return rules[criterion]()
 
@@ -292,6 +297,6 @@ class VerifierJudge:
         return {}
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
     """Lines, or the sentences of one; without the space around them."""
     return [part.strip() for part in re.split(r"\n+|(?<=[.!?])\s+", text) if part.strip()]
