@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from opd.method import Method
+from opd.method import Method, PolicyGradient, Term
 from opd.methods import METHODS
 from opd.questions import Grade, Stages
-from opd.rollouts import TeacherPrefix, listens
+from opd.rollouts import Mixture, OnPolicy, Snapshot, TeacherPrefix, listens
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import Column, Refusal, Sampling, StopToken, Truncated
-from opd.weights import Constant, SequenceMean, TokenMean
+from opd.types import DATA, Column, Refusal, Sampling, StopToken, Truncated
+from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,6 +76,17 @@ class Train:
     """Rollouts of each prompt; 0 is the method's own number."""
     updates: int = 0
     """Optimizer steps on each rollout batch; 0 is the method's own number."""
+    staleness: int = 0
+    """Steps that a rollout's writer may be behind: above 0, a worker process writes rollouts while the student trains;
+    0 writes and trains in turns."""
+    exact_staleness: bool = False
+    """Every rollout is --staleness steps behind, not at most so many: reproducible, whatever the clock says."""
+    worker: bool = False
+    """A worker process writes rollouts at --staleness 0, too."""
+    worker_device: str = "same"
+    """Where the worker's copy of the student lives: same as the student, cpu, cuda:1, ..."""
+    importance_cap: float = 0.0
+    """Weigh tokens of policy gradients without a ratio by min(student / who wrote it, this); 0 does not."""
     reduction: Literal["method", "token", "sequence", "constant"] = "method"
     """What the loss is averaged over: every token, every sequence, or a constant (batch x longest response)."""
     data: Data = Data()
@@ -157,13 +168,21 @@ class Train:
             "constant": lambda: Constant(self.sampling.max_new_tokens),
         }
         try:
-            return replace(self.method, rollouts=who, reduction=reductions[self.reduction]())
+            terms = tuple(self._weighed(term) for term in self.method.terms)
+            return replace(self.method, terms=terms, rollouts=who, reduction=reductions[self.reduction]())
         except ValueError as error:
             raise Refusal(str(error)) from error
+
+    def _weighed(self, term: Term) -> Term:
+        """A term with --importance-cap, where it is a policy gradient without a ratio to who wrote its tokens."""
+        if not self.importance_cap or not isinstance(term, PolicyGradient) or term.corrected():
+            return term
+        return replace(term, weights=(*term.weights, TruncatedImportance(self.importance_cap)))
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
         self._check_teachers()
+        self._check_worker()
         positive = (
             "steps",
             "batch",
@@ -178,7 +197,8 @@ class Train:
         for name in (*positive, "save_every", "keep", "rollouts_every", "loss_temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates"):
+        positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates")
+        for name in (*positive_or_0, "staleness", "importance_cap"):
             if not getattr(self, name) >= 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -212,6 +232,23 @@ class Train:
         """What the teacher reads and the student does not: a column, peer, or nothing."""
         own = self.method.teacher
         return self.context or (own.context if own else "")
+
+    def _check_worker(self) -> None:
+        """Refuse what a worker process cannot write: it has the student alone."""
+        apart = "--worker" if self.worker and not self.staleness else f"--staleness {self.staleness}"
+        who = self.resolved().rollouts
+        alone = isinstance(who, OnPolicy | Snapshot) or (isinstance(who, Mixture) and who.other == DATA)
+        if (self.worker or self.staleness) and not alone:
+            raise Refusal(
+                f"{apart}: rollouts of {who} need the teacher or what earlier steps measured, and the worker process "
+                "has the student alone: leave the flag out, or take a method on the student's own rollouts"
+            )
+        if (self.worker or self.staleness) and isinstance(self.method.asks, Stages) and self.method.asks.reflect:
+            raise Refusal(f"{apart}: the prompts of {self.method.asks} hold what earlier steps reflected: leave it out")
+        if self.exact_staleness and not self.staleness:
+            raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
+        if self.worker_device != "same" and not (self.worker or self.staleness):
+            raise Refusal(f"--worker-device {self.worker_device}: there is no worker; add --staleness 1, or --worker")
 
     def _check_teachers(self) -> None:
         """Refuse a teacher that is missing, or that has nothing to say to the student it is."""
@@ -261,6 +298,12 @@ class Train:
             )
         if self.resolved().rollouts.updates > 1:
             out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
+        bare = [t for t in self.resolved().terms if isinstance(t, PolicyGradient) and not t.corrected()]
+        if self.staleness and bare:
+            out.append(
+                f"--staleness {self.staleness}: rollouts are of an older student, and a policy gradient without the "
+                "ratio to it is biased: take async-opd, add --importance-cap 2, or match distributions (opd-full)"
+            )
         return out
 
 

@@ -1,5 +1,6 @@
 """Distil a student from a teacher on the student's own samples: `train(Train(...)) -> run folder`."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from opd.progress import Progress, loading
 from opd.report.alarms import alarms
 from opd.report.logs import read
 from opd.rollouts import NOTHING
-from opd.runs import Run, load_memory, plain, save_memory
+from opd.runs import Run, load_memory, plain
 from opd.session import open_session
 from opd.steps import Loop
 from opd.types import Refusal
 
-FREE = frozenset({"resume", "quiet", "doctor", "out", "keep", "trackers", "remote"})  # may change when a run resumes
+FREE = frozenset(
+    {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
+)  # may change when a run resumes
 LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 
@@ -56,11 +59,13 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
         accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()
 
-    with Progress(config.steps, start, quiet=config.quiet or not main) as progress:
+    progress = Progress(config.steps, start, quiet=config.quiet or not main)
+    with progress, contextlib.closing(loop):
         for line in dict.fromkeys(map(str, alarming(found))):
             progress.say(line)
         if (term := method.hidden()) is not None and term.bridge is not None:
             loop.cross(term.bridge, checkpoint)
+        loop.open(start, memory, checkpoint, progress.say)
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
         for step in range(start + 1, config.steps + 1):
@@ -74,9 +79,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
                     progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
             if last or step % config.save_every == 0:
                 with run.checkpoint(step, config.keep, main) as folder:
-                    loop.session.save(folder)
-                    if main:
-                        save_memory(memory, folder)
+                    loop.save(memory, folder)
                 accelerator.wait_for_everyone()
             if progress.interrupted:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")

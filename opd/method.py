@@ -7,6 +7,7 @@ Targets that carry no advantage are scored inside the head pass itself: the fast
 token-local.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,7 +23,7 @@ from opd.estimators import Baseline, Estimator, Sampled
 from opd.questions import Question
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, One, Reward
-from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, listens
+from opd.rollouts import Blend, Mixture, OnPolicy, Rollouts, Snapshot, StopOnAgreement, TeacherPrefix, listens
 from opd.surrogates import Reinforce
 from opd.transforms import Discount, DiscountExpected, MeanFuture
 from opd.types import ASKED, GIVEN, MEASURED, Batch, Column, call, reads
@@ -55,7 +56,9 @@ class Target:
 
     weight: Float[Tensor, "*N"]
     advantage: Float[Tensor, "*N"] | None  # None: scored in the head pass
-    old: Float[Tensor, "*N"] | None  # log p when the batch was measured, for surrogates with a ratio
+    old: (
+        Float[Tensor, "*N"] | None
+    )  # what a surrogate with a ratio divides by: log p of then, or of who wrote the token
 
     def __getitem__(self, at: slice | Tensor) -> "Target":
         """The same target at some rows or tokens."""
@@ -109,7 +112,11 @@ class PolicyGradient:
 
     def local(self) -> bool:
         """Whether the head pass can score this term by itself."""
-        return not self.transforms and not reads(self.surrogate)
+        return not self.transforms and reads(self.surrogate) <= GIVEN
+
+    def corrected(self) -> bool:
+        """Whether older weights may have written the tokens: there is a ratio to them, or only a likelihood."""
+        return not self.needs() or any("sampler_logp" in reads(leaf) for leaf in self.column_leaves())
 
     def needs(self) -> frozenset[str]:
         """What a teacher must tell: log q of the sampled token, its whole distribution, or nothing."""
@@ -134,7 +141,7 @@ class PolicyGradient:
     ) -> Float[Tensor, "*N"]:
         """Unweighted loss of each token under `Sampled`, from its log p; a target's advantage goes before the score."""
         advantage = score if target.advantage is None else target.advantage
-        old = {} if target.old is None or not reads(self.surrogate) else {"student_logp": target.old}
+        old = {} if target.old is None else dict.fromkeys(reads(self.surrogate), target.old)
         return self.surrogate(new, advantage, **old)
 
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
@@ -287,6 +294,11 @@ class Method:
                     f"{self.rollouts} draws from a mixture of both models, and a policy gradient then needs the ratio "
                     "p/mu: add the weight TruncatedImportance(), or match distributions instead (opd-topk)"
                 )
+            case Snapshot() if not term.corrected():
+                raise ValueError(
+                    f"{self.rollouts} lets an older student speak, and a policy gradient then needs the ratio to it: "
+                    "take the surrogate OffPolicy(), or match distributions instead (opd-topk)"
+                )
             case TeacherPrefix() if "prefix" not in read:
                 raise ValueError(
                     f"{self.rollouts} lets the teacher write the first tokens, and a policy gradient is a sum over the "
@@ -324,6 +336,8 @@ class Method:
         """Whether every leaf is token-local: then measure, prepare and loss are one head pass."""
         if isinstance(self.rollouts, StopOnAgreement) and not self.rollouts.online:
             return False
+        if isinstance(self.rollouts, Snapshot) and self.rollouts.drift < math.inf:
+            return False
         return self.reads() <= GIVEN and all(term.local() for term in self.terms)
 
     @torch.no_grad()
@@ -340,7 +354,8 @@ class Method:
             if isinstance(term, PolicyGradient) and score is not None:
                 score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))
                 score = score.where(batch.mask, 0)
-            out.append(Target(weight, score, batch.student_logp))
+            wrote = isinstance(term, PolicyGradient) and "sampler_logp" in reads(term.surrogate)
+            out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp))
         return tuple(out)
 
     def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.method import Target
+from opd.rollouts import drift
 from opd.types import Batch, Prompt
 
 
@@ -36,7 +37,7 @@ def summary(batch: Batch) -> dict[str, float]:
     if batch.student_logp is not None:
         own = mask if batch.prefix is None else mask & (torch.arange(mask.shape[1]) >= batch.prefix[:, None])
         gap = (batch.student_logp - batch.sampler_logp)[own]
-        if len(gap) and "beta" not in batch.notes:
+        if len(gap) and not {"beta", "staleness"} & batch.notes.keys():
             out["sampler_gap"] = float(gap.abs().max())  # trainer against sampler: 0 up to rounding, or it is wrong
         if len(gap):
             out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu: 1 where the student itself drew
@@ -112,6 +113,10 @@ def speaking(batch: Batch) -> dict[str, float]:
         cut = notes["cut"]
         out["cut"] = float((cut > 0).float().mean())  # share of rollouts
         out["cut_tokens"] = float(cut.sum() / (cut.sum() + mask.sum()).clamp(min=1))  # of the tokens that were sampled
+    if "staleness" in notes:
+        out["staleness"], out["staleness_max"] = float(notes["staleness"].mean()), float(notes["staleness"].max())
+        if (found := drift(batch)) is not None:
+            out["drift"] = found  # KL(student || who wrote it), nats
     if "threshold" in notes:
         out["threshold"] = float(notes["threshold"].mean())  # nats
     if "prefix_limit" in notes and batch.prefix is not None:

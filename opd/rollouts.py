@@ -248,7 +248,89 @@ class StopOnAgreement:
         return replace(batch, mask=stays, notes={**batch.notes, **notes})
 
 
-Rollouts = OnPolicy | Mixture | Blend | TeacherPrefix | StopOnAgreement
+@dataclass(frozen=True)
+class Snapshot:
+    """The student as it was speaks: it writes `pool` batches, and each is trained on once an epoch until the next does.
+
+    A cycle has `epochs` over the same prompts; it begins with a snapshot, and takes another after each of the epochs
+    `refresh`, and where KL(student || snapshot) on a batch exceeds `drift` nats a token.  NPD, arXiv:2605.05940.
+    """
+
+    pool: int = 16  # batches
+    epochs: int = 10
+    refresh: tuple[int, ...] = (5,)
+    drift: float = 0.10
+    per_prompt: int = 1
+    updates: int = 1
+
+    def __post_init__(self) -> None:
+        _counts(self)
+        for name in ("pool", "epochs"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}: a cycle over a pool needs {name} >= 1")
+        if any(not 0 < epoch < self.epochs for epoch in self.refresh):
+            raise ValueError(f"refresh={self.refresh}: epochs after which a snapshot is taken, 1 to {self.epochs - 1}")
+        if not self.drift > 0:
+            raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
+
+    def source(self, step: int, rollout: int, seed: int) -> int:
+        """Who writes this rollout: the student, as it was."""
+        return STUDENT
+
+    def scheduled(self, step: int) -> list[int]:
+        """The steps of the cycle of `step` before which a snapshot is taken, and the first of the next cycle."""
+        cycle = self.pool * self.epochs
+        first = (step - 1) // cycle * cycle + 1
+        return [first + self.pool * epoch for epoch in (0, *sorted(self.refresh), self.epochs)]
+
+    def start(self, step: int, memory: Memory) -> int:
+        """The step before which the snapshot of `step` was taken."""
+        early = memory.get("snapshot")
+        found = self.scheduled(step) + ([] if early is None else [int(early)])
+        return max(x for x in found if x <= step)
+
+    def remember(self, memory: Memory, batch: Batch, step: int) -> Memory:
+        """The memory with the step before which the next snapshot is taken, where this one has drifted too far."""
+        found = drift(batch)
+        return {"snapshot": torch.tensor(step + 1)} if found is not None and found > self.drift else memory
+
+
+Rollouts = OnPolicy | Mixture | Blend | TeacherPrefix | StopOnAgreement | Snapshot
+
+
+def draw_of(who: Rollouts, step: int, memory: Memory) -> int:
+    """Which draw a step trains on: the number of the step that is the first to do so; its noise is keyed by it."""
+    if not isinstance(who, Snapshot):
+        return step
+    start = who.start(step, memory)
+    return start + (step - start) % who.pool
+
+
+def opened(who: Rollouts, step: int, memory: Memory) -> range:
+    """The draws that may be written once the weights before `step` are there."""
+    if not isinstance(who, Snapshot):
+        return range(step, step + 1)
+    if who.start(step, memory) < step:
+        return range(0)
+    return range(step, min(step + who.pool, *(x for x in who.scheduled(step) if x > step)))
+
+
+def prompts_of(who: Rollouts, draw: int) -> int:
+    """Whose prompts a draw answers, as a step counted from 1: an epoch later they are the same."""
+    if not isinstance(who, Snapshot):
+        return draw
+    return (draw - 1) // (who.pool * who.epochs) * who.pool + (draw - 1) % who.pool + 1
+
+
+def drift(batch: Batch) -> float | None:
+    """E_mu[rho log rho - rho + 1], rho = p / mu: KL(student || who wrote it) a token, in nats; None if not measured.
+
+    Every summand is >= 0.
+    """
+    if batch.student_logp is None or not batch.mask.any():
+        return None
+    gap = (batch.student_logp - batch.sampler_logp)[batch.mask].double()
+    return float((gap.exp() * gap - torch.expm1(gap)).mean())
 
 
 def listens(who: Rollouts) -> bool:

@@ -13,18 +13,20 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from opd import asking, bridge, episode
+from opd import asking, bridge, draws, episode
+from opd.background import hired
 from opd.collect import Rendered, assemble, collate, masks
 from opd.config import Train
 from opd.doctor.probe import Rehearsal
+from opd.draws import Drawn, Here, Source
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method, Target
 from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
 from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
-from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, StopOnAgreement
-from opd.runs import Run
+from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
+from opd.runs import Run, save_memory
 from opd.session import Session, learning_rate
 from opd.student import micro_batches, rows
 from opd.tasks.task import Task
@@ -76,6 +78,65 @@ class Loop:
     each: Callable[[dict[str, float]], object] = lambda row: None
     refused: int = 0  # steps in a row whose gradients were not finite
     heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
+    source: Source | None = None  # of rollouts to train on
+
+    def open(self, step: int, memory: Memory, checkpoint: Path | None, say: Callable[[str], object]) -> Source:
+        """Begin to draw rollouts for the steps after `step`: here, or in a worker process where one is asked for."""
+        config, session, who = self.config, self.session, self.method.rollouts
+        kept = self._restored(checkpoint) if checkpoint is not None else {}
+        if config.staleness or config.worker:
+            self.source = hired(config, session, who, kept, say)
+        else:
+
+            def write(draw: int, memory: Memory) -> list[Rollout]:
+                prompts = self._prompts(prompts_of(who, draw), memory)
+                return self._mine(prompts, who, config.sampling, draw, session.prompts.task, memory)
+
+            self.source = Here(who, write, config.steps, kept)
+        self.source.advance(step, memory)
+        return self.source
+
+    def close(self) -> None:
+        """End what draws rollouts."""
+        if self.source is not None:
+            self.source.close()
+            self.source = None
+
+    def save(self, memory: Memory, folder: Path) -> None:
+        """What a run that resumes takes up; all processes call it, the main one writes."""
+        self.session.save(folder)
+        kept: list[dict[int, Drawn]] = [{}]
+        if self.source is not None:
+            self.source.settle()
+            kept = gather_object([dict(self.source.kept)])
+        if self.session.accelerator.is_main_process:
+            save_memory(memory, folder)
+            everyone = {d: Drawn(x.version, []) for part in kept for d, x in part.items()}
+            for part in kept:
+                for draw, drawn in part.items():
+                    everyone[draw].rollouts.extend(drawn.rollouts)
+            draws.save(everyone, folder)
+
+    def _restored(self, checkpoint: Path) -> dict[int, Drawn]:
+        """This process's share of the draws of a checkpoint; what it lacks is drawn again."""
+        accelerator, who = self.session.accelerator, self.method.rollouts
+        per_prompt = who.per_prompt
+        mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
+        wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
+        for draw, drawn in draws.load(checkpoint).items():
+            own = [r for r in drawn.rollouts if r.index in wanted]
+            if len(own) == len(wanted):
+                out[draw] = Drawn(drawn.version, own)
+        return out
+
+    def _taken(self, step: int, memory: Memory) -> list[Rollout]:
+        """The rollouts that `step` trains on, of all processes, in order."""
+        who = self.method.rollouts
+        source = self.source or self.open(step - 1, memory, None, print)
+        drawn = source.take(step, memory)
+        mine = drawn.behind(step) if self.config.staleness or isinstance(who, Snapshot) else drawn.rollouts
+        prompts = self._prompts(prompts_of(who, draw_of(who, step, memory)), memory)
+        return draws.dressed(gather_object(mine), prompts, who.per_prompt)
 
     def cross(self, built: Bridge, checkpoint: Path | None) -> None:
         """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
@@ -103,10 +164,9 @@ class Loop:
         """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
         config, session, who = self.config, self.session, self.method.rollouts
         clock = Clock({})
-        with clock("rollout"):
-            rollouts = self._collect(
-                self._prompts(step, memory), who, config.sampling, step, session.prompts.task, memory
-            )
+        apart = bool(config.staleness or config.worker)
+        with clock("wait" if apart else "rollout"):
+            rollouts = self._taken(step, memory)
             if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
@@ -125,6 +185,8 @@ class Loop:
                 batch = who.cut(batch, lengths, who.threshold(step, memory))
                 self.heard.clear()  # it is about the tokens trained before the cut
             memory = who.remember(memory, batch)
+        if isinstance(who, Snapshot):
+            memory = who.remember(memory, batch, step)
         if self.method.asks is not None:
             with clock("ask"):
                 batch, after = self._asked(self.method.asks, batch, rollouts, before)
@@ -147,9 +209,13 @@ class Loop:
         if others:
             ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
             numbers |= agreeing(ids, own, other, batch.mask[shown])
+        assert self.source is not None
+        with clock("snapshot") if apart else contextlib.nullcontext():
+            self.source.advance(step, memory)
         self._log("metrics", step, numbers)
         wire = [teacher.traffic() for teacher in session.teachers.values()]
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
+        row |= self.source.numbers()
         row |= {} if session.judge is None else session.judge.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
         if session.accelerator.is_main_process and saves:
@@ -224,22 +290,33 @@ class Loop:
         first: int = 0,
     ) -> list[Rollout]:
         """This process's share of the prompts, sampled and verified; then everyone's, in order, from number `first`."""
+        return gather_object(self._mine(prompts, who, sampling, step, task, memory, first))
+
+    def _mine(
+        self,
+        prompts: Sequence[Rendered],
+        who: Rollouts,
+        sampling: Sampling,
+        step: int,
+        task: Task,
+        memory: Memory,
+        first: int = 0,
+    ) -> list[Rollout]:
+        """This process's share alone."""
         accelerator = self.session.accelerator
-        share = -(-len(prompts) // accelerator.num_processes)
-        start = accelerator.process_index * share
+        mine = draws.share(len(prompts), accelerator.process_index, accelerator.num_processes)
         with accelerator.autocast():
-            mine = self.session.collector.collect(
-                prompts[start : start + share],
+            return self.session.collector.collect(
+                prompts[mine],
                 who,
                 sampling,
                 task.verify,
                 seed=self.config.seed,
                 step=step,
-                first=first + start * who.per_prompt,
+                first=first + mine.start * who.per_prompt,
                 total=self.config.steps,
                 memory=memory,
             )
-        return gather_object(mine)
 
     def _micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """This process's rows, every n-th one, in micro-batches."""

@@ -26,6 +26,19 @@ class ImportanceSampling:
 
 
 @dataclass(frozen=True)
+class OffPolicy:
+    """-(p / mu) A, mu the distribution that drew the token, by whatever weights, unclipped: in expectation on policy.
+
+    E_mu[(p / mu) A grad log p] = E_p[A grad log p], at the contexts that mu visits.  AsyncOPD, arXiv:2606.24143.
+    """
+
+    def __call__(
+        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], sampler_logp: Float[Tensor, "*A"]
+    ) -> Float[Tensor, "*A"]:
+        return -(new - sampler_logp).exp() * advantage
+
+
+@dataclass(frozen=True)
 class Clipped:
     """PPO, arXiv:1707.06347; high > low is the clip-higher of DAPO, arXiv:2503.14476."""
 

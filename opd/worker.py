@@ -1,0 +1,129 @@
+"""The worker process, `python -m opd.worker`: a student of its own writes rollouts while another one trains.
+
+Jobs come in on standard input and draws go out on standard output, as `opd/background.py` describes them; weights come
+through safetensors files alone.  Its trainer's end is its own: a thread sees the input close, removes the snapshots and
+leaves, whatever is being written.
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from opd import models, opening
+from opd.background import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
+from opd.collect import Collector
+from opd.draws import bare
+from opd.engines.hf import HFEngine
+from opd.types import Refusal
+
+LOOK = 1.0  # seconds between looks for the parent, should another process hold the pipe open
+
+
+@dataclass
+class Writer:
+    """A student, and the version of its weights."""
+
+    told: Opening
+    model: PreTrainedModel | PeftModel
+    collector: Collector
+    version: int = NEWEST
+
+    @classmethod
+    def of(cls, told: Opening) -> "Writer":
+        """Loaded as the trainer loads its own."""
+        torch.set_num_threads(told.threads)
+        config = told.config
+        source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
+        device = models.device(told.device, field="worker-device")
+        model = opening.trainable(config, source, None, device)
+        engine = HFEngine(model, told.size, told.stop, config.decode_rows)
+        text = models.tokenizer(source, field="student")
+        collector = Collector(engine, dict.fromkeys(told.teachers, engine), text, told.vocabulary)
+        return cls(told, model, collector)
+
+    def write(self, job: Job) -> Done:
+        """One draw with the weights that it names."""
+        start, config = time.perf_counter(), self.told.config
+        if job.version != self.version:
+            self._load(job.version)
+        kind = self.model.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+            rollouts = self.collector.collect(
+                job.prompts,
+                job.who,
+                config.sampling,
+                self.told.verify,
+                seed=config.seed,
+                step=job.draw,
+                first=job.first,
+                total=config.steps,
+            )
+        return Done(job.draw, bare(rollouts), time.perf_counter() - start)
+
+    @torch.no_grad()
+    def _load(self, version: int) -> None:
+        """Take up the trained weights; the others never change."""
+        new = load_file(snapshot(self.told.folder, version))
+        mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        assert new.keys() == mine.keys(), "the trainer's student is another model"
+        for name, p in mine.items():
+            p.copy_(new[name])
+        self.version = version
+
+
+def main() -> None:
+    """Serve one trainer until it ends."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # they are for the trainer, and the worker ends with it
+        signal.signal(name, signal.SIG_IGN)
+    inbox, outbox = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+    os.dup2(2, 1)  # whatever prints must not reach the pipe
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    parent = os.getppid()
+    with contextlib.suppress(EOFError, OSError):
+        told: Opening = inbox.recv()
+        jobs: queue.Queue[Job] = queue.Queue()
+        threading.Thread(target=_listen, args=(inbox, jobs, told.folder, parent), daemon=True).start()
+        try:
+            writer = Writer.of(told)
+            outbox.send(Ready())
+            while True:
+                outbox.send(writer.write(jobs.get()))
+        except Refusal as error:
+            outbox.send(Failed(f"worker process: {error}"))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where, said = f"{Path(last.filename).name}:{last.lineno}", " ".join(str(error).split())
+            outbox.send(Failed(f"the worker process failed: {type(error).__name__}: {said} ({where})"))
+
+
+def _listen(inbox: Connection, jobs: "queue.Queue[Job]", folder: Path, parent: int) -> None:
+    """Pass on what comes; leave when nobody is there any more."""
+    while True:
+        try:
+            if inbox.poll(LOOK):
+                jobs.put(inbox.recv())
+            elif os.getppid() != parent:
+                raise EOFError
+        except (EOFError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

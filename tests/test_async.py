@@ -1,0 +1,356 @@
+"""A worker process writes while the student trains: the same samples, none lost or repeated, no process left behind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import opd
+from opd import background, draws
+from opd.draws import Drawn
+from opd.methods import METHODS
+from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, prompts_of
+from opd.runs import Run
+from opd.session import open_session
+from opd.steps import Loop
+from opd.types import Batch, Refusal, Rollout, Sampling
+from tests.models_for_tests import tiny
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Of both processes: bitwise claims are for equal thread counts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def config(pair, out, **changes):
+    student, teacher = pair
+    whole = opd.Train(
+        student=str(student),
+        teacher=str(teacher),
+        prompts="embedded:ledger-short",
+        method=METHODS["vopd"](),
+        out=out,
+        steps=6,
+        batch=8,
+        sampling=Sampling(max_new_tokens=16),
+        lr=1e-2,
+        save_every=3,
+        rollouts_every=1,
+        quiet=True,
+        doctor=False,
+    )
+    return replace(whole, **changes)
+
+
+def prompts(pair):
+    """Of a run."""
+    told = config(pair, Path("unused"))
+    told = replace(told, data=replace(told.data, source=told.prompts))
+    return open_session(told, told.resolved(), None).prompts
+
+
+def rows(folder: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def alike(a: Path, b: Path) -> None:
+    """Two runs wrote the same numbers, rollouts, weights and optimizer state."""
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    files = [p.relative_to(a) for p in sorted(a.rglob("*.safetensors"))]
+    assert files == [p.relative_to(b) for p in sorted(b.rglob("*.safetensors"))] and len(files) > 6
+    for file in files:
+        x, y = load_file(a / file), load_file(b / file)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) or x[k].isnan().any() for k in x), file
+
+
+def workers(parent: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(parent).children(recursive=True)
+        return [p for p in children if "opd.worker" in p.cmdline()]
+    return []
+
+
+def gone(processes, seconds: float = 10) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4, "per_prompt": 2, "method": METHODS["opd-zscore"]()}])
+def test_a_worker_without_staleness_is_bitwise_the_synchronous_run(pair, tmp_path, changes):
+    opd.train(config(pair, tmp_path / "here", **changes))
+    opd.train(config(pair, tmp_path / "apart", worker=True, **changes))
+    alike(tmp_path / "here", tmp_path / "apart")
+    assert not workers(os.getpid()) and not list((tmp_path / "apart").glob(".worker*"))
+    assert {"wait_s", "worker_busy", "queue_depth"} <= rows(tmp_path / "apart", "perf")[0].keys()
+
+
+@pytest.fixture(scope="module")
+def two_behind(pair, tmp_path_factory):
+    """An undisturbed run whose rollouts are two steps old."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        out = tmp_path_factory.mktemp("two") / "run"
+        return opd.train(config(pair, out, staleness=2, exact_staleness=True, save_every=1, keep=9))
+
+
+def test_rollouts_are_of_the_weights_they_name(pair, two_behind):
+    assert [r["staleness"] for r in rows(two_behind)] == [0, 1, 2, 2, 2, 2]
+    assert rows(two_behind)[-1]["drift"] > rows(two_behind)[0]["drift"] == pytest.approx(0, abs=1e-9)
+
+    asked = prompts(pair)
+
+    def logp(folder, step):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        columns = load_file(two_behind / f"rollouts/step-{step:06d}.safetensors")
+        out = []
+        for prompt, ids, mask in zip(asked.batch(step, 8), columns["ids"], columns["mask"], strict=True):
+            whole = torch.tensor([*prompt.ids, *ids[mask].tolist()])
+            scores = model(whole[None]).logits[0, len(prompt.ids) - 1 : -1].log_softmax(-1)
+            out.append(scores.gather(-1, ids[mask][:, None])[:, 0])
+        return torch.cat(out).detach(), columns["sampler_logp"][columns["mask"]]
+
+    for step in (3, 6):
+        version = two_behind / f"checkpoints/step-{step - 3:06d}"
+        close(*logp(version if version.is_dir() else pair[0], step), rtol=0, atol=1e-4)
+    now, then = logp(two_behind / "checkpoints/step-000005", 6)
+    assert (now - then).abs().max() > 1e-2
+
+
+def test_a_killed_worker_changes_nothing(pair, tmp_path, two_behind):
+    """Killed as it loads, and as it writes: each draw is written again with the weights it had begun with."""
+    out, killed = tmp_path / "run", []
+
+    def kill():
+        for file in ("config.json", "rollouts/step-000002.jsonl"):
+            while not ((out / file).exists() and workers(os.getpid())):
+                time.sleep(0.005)
+            for process in workers(os.getpid()):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+
+    murderer = threading.Thread(target=kill)
+    murderer.start()
+    opd.train(config(pair, out, staleness=2, exact_staleness=True, save_every=1, keep=9))
+    murderer.join()
+    assert len(set(killed)) == 2 == rows(out, "perf")[-1]["worker_restarts"]
+    alike(out, two_behind)
+
+
+def test_repeated_deaths_end_in_one_line(pair, tmp_path, monkeypatch):
+    dying = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr(background, "_start", lambda: subprocess.Popen(dying, **pipes))
+    with pytest.raises(Refusal, match=r"3 times in a row .*exit status -9.*--resume") as error:
+        opd.train(config(pair, tmp_path / "run", staleness=1))
+    assert "\n" not in str(error.value) and not list((tmp_path / "run").glob(".worker*"))
+
+
+def test_what_the_worker_raises_is_one_line(pair, tmp_path, monkeypatch):
+    (tmp_path / "grumpy.py").write_text("def score(response, answer):\n    raise KeyError('no such column')\n")
+    lines = [json.dumps({"question": f"1 + {i}", "answer": "2"}) for i in range(8)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = config(pair, tmp_path / "run", staleness=1, prompts=str(tmp_path / "p.jsonl"))
+    told = replace(told, data=replace(told.data, verifier="grumpy:score", chat=False))
+    with pytest.raises(Refusal) as error:
+        opd.train(told)
+    assert str(error.value) == "the worker process failed: KeyError: 'no such column' (grumpy.py:2)"
+    assert not workers(os.getpid()) and not list((tmp_path / "run").glob(".worker*"))
+
+
+def command(pair, out: Path, *more: str) -> list[str]:
+    student, teacher = pair
+    flags = f"--student {student} --teacher {teacher} --prompts embedded:ledger-short --out {out} --batch 8 --no-doctor"
+    flags += " --max-new-tokens 16 --lr 1e-2 --rollouts-every 1 --staleness 2"
+    return [sys.executable, "-m", "opd", "train", *flags.split(), *more, "vopd"]
+
+
+def launch(args: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, run: subprocess.Popen, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert run.poll() is None, run.stderr.read()
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_is_bitwise_where_staleness_is_exact(pair, tmp_path, two_behind):
+    out, same = tmp_path / "run", ["--exact-staleness", "--save-every", "1", "--keep", "9", "--steps", "6"]
+    cut = launch(command(pair, out, *same))
+    wait_for(out / "checkpoints" / "step-000003", cut)
+    children = workers(cut.pid)
+    assert children
+    cut.send_signal(signal.SIGKILL)
+    cut.wait(30)
+    assert gone(children) and not list(out.glob(".worker*"))  # an orphan sees its pipe close, and cleans up
+    kept = draws.load(out / "checkpoints" / "step-000003")
+    assert {d: x.version for d, x in kept.items()} == {4: 1, 5: 2, 6: 3}
+    again = launch(command(pair, out, *same, "--resume"))
+    assert again.wait(120) == 0, again.stderr.read()
+    alike(out, two_behind)
+
+
+def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
+    """At most two steps behind: what was written before the interruption is what the resumed run trains on."""
+    out = tmp_path / "run"
+    run = launch(command(pair, out, "--steps", "500", "--save-every", "400"))
+    wait_for(out / "rollouts" / "step-000003.jsonl", run)
+    children = workers(run.pid)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 0 and gone(children) and not list(out.glob(".worker*"))
+    (saved,) = (out / "checkpoints").iterdir()
+    step = int(saved.name[-6:])
+    kept = draws.load(saved)
+    assert set(kept) <= {step + 1, step + 2, step + 3}
+    (out / "config.json").write_text((out / "config.json").read_text().replace('"steps": 500', f'"steps": {step + 4}'))
+    again = launch(command(pair, out, "--steps", str(step + 4), "--save-every", "400", "--resume"))
+    assert again.wait(120) == 0, again.stderr.read()
+    for draw, drawn in kept.items():
+        columns = load_file(out / f"rollouts/step-{draw:06d}.safetensors")
+        assert [columns["ids"][i, : len(r.ids)].tolist() for i, r in enumerate(drawn.rollouts)] == [
+            list(r.ids) for r in drawn.rollouts
+        ]
+    seen = [r["step"] for r in rows(out)]
+    assert seen == list(range(1, step + 5)) and all(r["staleness_max"] <= 2 for r in rows(out))
+    # Every step had its own prompts, in the order of a synchronous run.
+    asked = prompts(pair)
+    for s in seen:
+        texts = [json.loads(x) for x in (out / f"rollouts/step-{s:06d}.jsonl").read_text().splitlines()]
+        assert [t["answer"] for t in texts] == [p.prompt.answer for p in asked.batch(s, 8)]
+
+
+def test_the_queue_is_bounded(pair, tmp_path):
+    told = config(pair, tmp_path / "run", staleness=2, steps=50)
+    told = replace(told, data=replace(told.data, source=told.prompts))
+    method, run = told.resolved(), Run(tmp_path / "run")
+    run.start({}, "", 0)
+    with contextlib.closing(Loop(told, method, open_session(told, method, None), run)) as loop:
+        source = loop.open(0, NOTHING, None, print)
+        source._wait(lambda: len(source.kept) == 3)
+        time.sleep(0.3)
+        assert sorted(source.kept) == [1, 2, 3] and not source.waiting and source.running is None
+        loop.step(1, NOTHING)
+        source._wait(lambda: len(source.kept) == 3)
+        time.sleep(0.3)
+        assert {d: x.version for d, x in source.kept.items()} == {2: 0, 3: 0, 4: 1}
+        assert [p.name for p in source.opening.folder.iterdir()] == ["step-000001.safetensors"]
+
+
+def test_several_processes_have_a_worker_each(pair, tmp_path):
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    two += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    out = tmp_path / "run"
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(
+        [*two, "-m", *command(pair, out, "--steps", "3", "--quiet")[2:]], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert [r["staleness_max"] <= 2 for r in rows(out)] == [True] * 3
+    for step in (1, 2, 3):
+        texts = [json.loads(x) for x in (out / f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
+        assert [t["index"] for t in texts] == list(range(8))
+    assert not list(out.glob(".worker*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"staleness": 1, "method": METHODS["trb"]()}, "--staleness 1: rollouts of Blend.*the student alone"),
+        ({"worker": True, "method": METHODS["kat"]()}, "--worker: rollouts of StopOnAgreement"),
+        ({"staleness": 1, "method": METHODS["gkd"](share=0.5)}, "--staleness 1: rollouts of Mixture"),
+        ({"exact_staleness": True}, "--exact-staleness: --staleness is 0"),
+        ({"worker_device": "cpu"}, "--worker-device cpu: there is no worker"),
+        ({"staleness": -1}, "--staleness -1: must be 0 or more"),
+        ({"staleness": 1, "worker_device": "cuda:7"}, "worker-device cuda:7: this machine has no such device"),
+    ],
+)
+def test_what_a_worker_cannot_do_is_refused(pair, tmp_path, changes, says):
+    with pytest.raises(Refusal, match=says) as error:
+        opd.train(config(pair, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_policy_gradients_without_a_ratio_are_warned_of(pair, tmp_path):
+    told = lambda **changes: config(pair, tmp_path, staleness=2, **changes).warnings()
+    assert any("--importance-cap" in line for line in told())
+    assert not told(importance_cap=2.0)
+    assert not told(method=METHODS["opd-full"]()) and not told(method=METHODS["gkd"]())
+
+
+def test_draws_of_a_checkpoint_come_back(tmp_path):
+    notes = {"staleness": 1.0, "beta": (0.5, 0.25)}
+    whole = Rollout(
+        prompt_ids=(), teacher_prompt_ids=(), ids=(3, 4), sampler_logp=(-0.1, -1e-9), index=6, group=3, stopped=True,
+        outcome=0.5, notes=notes,
+    )  # fmt: skip
+    other = replace(whole, ids=(5,), sampler_logp=(-7.5,), notes={"staleness": 2.0, "beta": (1.0,)}, index=7)
+    kept = {9: Drawn(7, [whole, other]), 11: Drawn(8, [whole])}
+    draws.save(kept, tmp_path)
+    assert draws.load(tmp_path) == kept
+    assert draws.load(tmp_path / "nothing") == {}
+    assert draws.bare([dataclasses.replace(whole, prompt_ids=(1,))]) == [whole]
+
+
+def test_the_shares_of_processes_cover_a_draw():
+    for count in (1, 5, 8):
+        for processes in (1, 2, 3, 4):
+            parts = [list(range(count))[draws.share(count, i, processes)] for i in range(processes)]
+            assert [i for part in parts for i in part] == list(range(count))
+
+
+def test_a_cycle_of_snapshots():
+    """Four epochs over three batches, a refresh after two, written by hand."""
+    who = Snapshot(pool=3, epochs=4, refresh=(2,), drift=1.0)
+    assert [draw_of(who, s, NOTHING) for s in range(1, 14)] == [1, 2, 3, 1, 2, 3, 7, 8, 9, 7, 8, 9, 13]
+    assert [list(opened(who, s, NOTHING)) for s in (1, 2, 7, 12, 13)] == [[1, 2, 3], [], [7, 8, 9], [], [13, 14, 15]]
+    assert [prompts_of(who, d) for d in (1, 2, 3, 7, 8, 9, 13)] == [1, 2, 3, 1, 2, 3, 4]
+    drifted = {"snapshot": torch.tensor(5)}  # in the second epoch: batch 2 of the pool comes first
+    assert [draw_of(who, s, drifted) for s in range(4, 9)] == [1, 5, 6, 7, 8]
+    assert list(opened(who, 5, drifted)) == [5, 6] and [prompts_of(who, d) for d in (5, 6)] == [2, 3]
+    assert [draw_of(OnPolicy(), 5, NOTHING), *opened(OnPolicy(), 5, NOTHING), prompts_of(OnPolicy(), 5)] == [5] * 3
+
+
+def test_drift_is_the_kl_to_who_wrote(float64):
+    """Summed over the vocabulary under the writer's probabilities it is KL(student || writer), in both its forms."""
+    p, mu = torch.randn(2, 6).log_softmax(-1)
+    columns = {"group": torch.tensor([0]), "source": torch.tensor([0]), "outcome": torch.zeros(1)}
+    columns["stopped"] = torch.tensor([False])
+    found = sum(
+        mu[v].exp()
+        * drift(
+            Batch(
+                ids=torch.tensor([[v]]),
+                mask=torch.tensor([[True]]),
+                student_logp=p[None, [v]],
+                sampler_logp=mu[None, [v]],
+                **columns,
+            )
+        )
+        for v in range(6)
+    )
+    close(found, (p.exp() * (p - mu)).sum())
