@@ -107,6 +107,16 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     },
     # RubricEM, arXiv:2605.10899, settings of the reinforcement learning: 32 prompts x 8.
     "rubricem": {"lr": 5e-7, "batch": 256, "steps": 1400, "sampling": Sampling(max_new_tokens=18_432)},
+    # AsyncOPD, arXiv:2606.24143, settings of the experiments: batches of 256 in four updates.
+    "async-opd": {
+        "lr": 3e-6,
+        "weight_decay": 0.01,
+        "batch": 256,
+        "updates": 4,
+        "steps": 200,
+        "staleness": 4,
+        "sampling": Sampling(max_new_tokens=16384),
+    },
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
     "rock-freeze": {
@@ -134,6 +144,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 _TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "async-opd": {"staleness": 4},
     "omniopd": {"lr": 1e-4},
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd import background, draws
 from opd.draws import Drawn
+from opd.exact import World, measure
+from opd.method import Positions
 from opd.methods import METHODS
 from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, prompts_of
 from opd.runs import Run
@@ -314,6 +316,40 @@ def test_draws_of_a_checkpoint_come_back(tmp_path):
     assert draws.load(tmp_path) == kept
     assert draws.load(tmp_path / "nothing") == {}
     assert draws.bare([dataclasses.replace(whole, prompt_ids=(1,))]) == [whole]
+
+
+def test_off_policy_tokens_have_the_gradient_of_the_divergence(float64):
+    """Every token of three contexts, weighed by an older student: the expected gradient is that of KL(p || q) now."""
+    logits, teacher, old = torch.randn(3, 3, 5)
+    logits.requires_grad_()
+    m, total = METHODS["async-opd"](), 0
+    for y in range(5):
+        ids = torch.full((3, 1), y)
+        at = Positions(ids, logits[:, None].log_softmax(-1), teacher[:, None].log_softmax(-1))
+        mu = old.log_softmax(-1)[:, [y]]
+        batch = measure(m, at, sampler_logp=mu)
+        for targets in (m.prepare(batch), m.prepare(replace(batch, scores=()))):  # measured first, or in the head pass
+            loss = m.loss(at, targets)
+            total = total + 3 * (mu.exp() * loss).sum() / 2
+    p, q = logits.log_softmax(-1), teacher.log_softmax(-1)
+    (found,) = torch.autograd.grad(total, logits)
+    (wanted,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits)
+    close(found, wanted)
+
+
+def test_the_advantage_is_of_the_weights_being_trained(float64):
+    """What the rollouts' writer thought of them is in the ratio alone: targets of a local method hold no advantage."""
+    m = METHODS["async-opd"]()
+    assert m.local()
+    world = World.random(vocab=4, steps=2)
+    ids = world.sequences()
+    batch = world.measure(m, ids, sampler_logp=torch.full(ids.shape, -1.0))
+    (target,) = m.prepare(replace(batch, scores=(), student_logp=None))
+    assert target.advantage is None and (target.old == -1).all()
+    moved = replace(world, student=(world.student.detach() + torch.randn_like(world.student)).requires_grad_())
+    at = moved.positions(ids)
+    p, q = at.sampled(at.student_logp), at.sampled(at.teacher_logp)
+    close(m.loss(at, (target,)), target.weight * -(p + 1).exp() * (q - p))
 
 
 def test_the_shares_of_processes_cover_a_draw():

@@ -14,6 +14,7 @@ STUDENT = PAIR.replace("--teacher embedded:teacher ", "")
 TOLD = ("--context-template", "{context} {prompt}")  # in the alphabet of the embedded tokenizer
 
 RUN = {  # the method's flags, where they are not the preset's
+    "async-opd": ["--exact-staleness"],
     "gkd": ["--share", "0.5"],
     "kat": ["--window", "4", "--floor", "2", "--ready", "8", "--after", "1", "--patience", "2"],
     "trb": ["--anneal", "3"],
@@ -40,9 +41,12 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
     "ropd": lambda r: 0 < r["verdict"] < 1 and not r["unjudged"],
     "trb": lambda rows: rows[0]["beta"] > 0 and rows[0]["behavior_kl"] <= 0.02 + 1e-4,
     "kat": lambda rows: rows[-1]["cut"] > 0 and rows[-1]["cut_tokens"] > 0,
+    "async-opd": lambda rows: (  # its preset is four behind: all three steps are of the first weights
+        [r["staleness_max"] for r in rows] == [0, 1, 2] and rows[2]["drift"] > 1e-6 > abs(rows[0]["drift"])
+    ),
     "opd-zscore": lambda r: r["advantage_std"] > 0,
 }
-OF_ALL = {"trb", "kat", "tropd"}
+OF_ALL = {"async-opd", "trb", "kat", "tropd"}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ It is then on the command line, in the generated docs and under every law.
 from collections.abc import Callable
 
 from opd.method import Method
+from opd.methods.async_opd import async_opd
 from opd.methods.classic import (
     gkd,
     gkd_forward,
@@ -77,6 +78,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     rubricem,
     opd_optimal,
     opd_stratified,
+    async_opd,
     pg,
 )
 METHODS: dict[str, Callable[..., Method]] = {f.__name__.replace("_", "-"): f for f in FACTORIES}

@@ -25,7 +25,17 @@ class Alarm:
 
 def alarms(log: Log) -> list[Alarm]:
     """All of them, the worst first."""
-    rules = (refused, agreement_trap, length_explosion, truncated, entropy_collapse, repeating, sampler_gap, diverging)
+    rules = (
+        refused,
+        agreement_trap,
+        length_explosion,
+        truncated,
+        entropy_collapse,
+        repeating,
+        sampler_gap,
+        stale,
+        diverging,
+    )
     return [alarm for rule in rules for alarm in rule(log)]
 
 
@@ -128,6 +138,17 @@ def sampler_gap(log: Log) -> Iterator[Alarm]:
             "sampler gap",
             f"sampler and trainer differ by {gap[1]:.2f} nats on a token of step {gap[0]}",
             "compare at --precision fp32: if the gap stays, the engine's weights or template are not the student's",
+        )
+
+
+def stale(log: Log) -> Iterator[Alarm]:
+    """The student is no longer the one that wrote.  NPD, arXiv:2605.05940, calls 0.1 nats near."""
+    found = trend(log, "drift")
+    if found and found[1] > 0.1:
+        yield Alarm(
+            "stale rollouts",
+            f"KL of the student to the weights that wrote its rollouts is {found[1]:.3f} nats a token",
+            "a smaller --staleness or --lr; async-opd corrects the tokens, and nothing corrects the contexts",
         )
 
 
