@@ -8,10 +8,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from opd.engines.vllm import Speaker
+from opd.estimators import Full, Sampled
 from opd.method import Method, PolicyGradient, Term
 from opd.methods import METHODS
 from opd.questions import Grade, Stages
 from opd.rollouts import Mixture, OnPolicy, Snapshot, TeacherPrefix, listens
+from opd.surrogates import Reinforce, TruncatedRatio
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import DATA, Column, Refusal, Sampling, StopToken, Truncated
@@ -86,7 +89,9 @@ class Train:
     worker_device: str = "same"
     """Where the worker's copy of the student lives: same as the student, cpu, cuda:1, ..."""
     importance_cap: float = 0.0
-    """Weigh tokens of policy gradients without a ratio by min(student / who wrote it, this); 0 does not."""
+    """Weigh tokens of policy gradients without a ratio by min(student / who wrote it, this); 0 does not, unless another
+    engine writes (--engine): then it is 2."""
+    speaker: Speaker = Speaker()
     reduction: Literal["method", "token", "sequence", "constant"] = "method"
     """What the loss is averaged over: every token, every sequence, or a constant (batch x longest response)."""
     data: Data = Data()
@@ -175,14 +180,18 @@ class Train:
 
     def _weighed(self, term: Term) -> Term:
         """A term with --importance-cap, where it is a policy gradient without a ratio to who wrote its tokens."""
-        if not self.importance_cap or not isinstance(term, PolicyGradient) or term.corrected():
+        cap = self.importance_cap or (0.0 if self.speaker.engine == "hf" else 2.0)
+        if not cap or not isinstance(term, PolicyGradient) or term.corrected() or term.estimator == Full():
             return term
-        return replace(term, weights=(*term.weights, TruncatedImportance(self.importance_cap)))
+        if term.surrogate == Reinforce() and term.estimator == Sampled():
+            return replace(term, surrogate=TruncatedRatio(cap))
+        return replace(term, weights=(*term.weights, TruncatedImportance(cap)))
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
         self._check_teachers()
         self._check_worker()
+        self._check_engine()
         positive = (
             "steps",
             "batch",
@@ -249,6 +258,17 @@ class Train:
             raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
         if self.worker_device != "same" and not (self.worker or self.staleness):
             raise Refusal(f"--worker-device {self.worker_device}: there is no worker; add --staleness 1, or --worker")
+
+    def _check_engine(self) -> None:
+        """Refuse rollouts that another engine cannot write."""
+        self.speaker.check()
+        engine, who = self.speaker.engine, self.resolved().rollouts
+        if engine == "hf":
+            return
+        if listens(who):
+            raise Refusal(f"--engine {engine}: {who} lets the teacher read along token by token, which hf alone does")
+        if self.worker or self.staleness:
+            raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
 
     def _check_teachers(self) -> None:
         """Refuse a teacher that is missing, or that has nothing to say to the student it is."""

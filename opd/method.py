@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.against import Against, Extrapolated, Teacher, models
-from opd.divergences import Divergence, ReverseKL
-from opd.estimators import Baseline, Estimator, Sampled
+from opd.divergences import BucketForwardKL, BucketKL, Divergence, GeneralisedKL, RenormalisedKL, ReverseKL, Support
+from opd.estimators import Baseline, Estimator, Sampled, Stratified, TopKValue
 from opd.questions import Question
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, One, Reward
@@ -56,9 +56,7 @@ class Target:
 
     weight: Float[Tensor, "*N"]
     advantage: Float[Tensor, "*N"] | None  # None: scored in the head pass
-    old: (
-        Float[Tensor, "*N"] | None
-    )  # what a surrogate with a ratio divides by: log p of then, or of who wrote the token
+    old: Float[Tensor, "*N"] | None  # log p that a ratio divides by: when the batch was measured, or of who wrote it
 
     def __getitem__(self, at: slice | Tensor) -> "Target":
         """The same target at some rows or tokens."""
@@ -125,6 +123,12 @@ class PolicyGradient:
         one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
         return frozenset({"teacher_logp" if one else "vocabulary"})
 
+    def support(self) -> Support | None:
+        """The tokens beside the sampled one whose log q is all that it needs; None where it needs more."""
+        some = [x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)]
+        known = isinstance(self.baseline, TopKValue | None) and isinstance(self.estimator, Sampled | Stratified)
+        return Support(max(some), "student") if some and known and self.against == Teacher() and max(some) else None
+
     @torch.no_grad()
     def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
         """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
@@ -184,6 +188,12 @@ class Match:
         """What a teacher must tell: its whole distribution; nothing, where it is not compared with."""
         return frozenset({"vocabulary"} if "teacher_logp" in models(self.against) else ())
 
+    def support(self) -> Support | None:
+        """The tokens whose log q is all that it needs, the mass beside them included; None where it needs more."""
+        if isinstance(self.divergence, BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL):
+            return self.divergence.support if self.against == Teacher() else None
+        return None
+
     def score(self, at: Positions) -> None:
         """Nothing is rewarded."""
         return None
@@ -220,6 +230,10 @@ class MatchHidden:
     def needs(self) -> frozenset[str]:
         """What a teacher must tell: its layers' states."""
         return frozenset({"layers"})
+
+    def support(self) -> None:
+        """No token."""
+        return None
 
     def score(self, at: Positions) -> None:
         """Nothing is rewarded."""
@@ -319,6 +333,21 @@ class Method:
         heard |= {"text"} if self.asks is not None else set()
         heard |= {"reverse_kl"} if isinstance(self.rollouts, StopOnAgreement) else set()
         return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
+
+    def supports(self) -> dict[str, int]:
+        """Of how many of whose most probable tokens its terms must know log q, where that is enough for all of them."""
+        out: dict[str, int] = {}
+        for term in self.terms:
+            if "vocabulary" in term.needs():
+                if (found := term.support()) is None:
+                    return {}
+                out[found.of] = max(found.k, out.get(found.of, 0))
+        return out
+
+    def needs_of_tokens(self) -> frozenset[str]:
+        """`needs` of a teacher that tells of single tokens: student_top and teacher_top where they are enough."""
+        needs, tops = self.needs(), self.supports()
+        return needs - {"vocabulary"} | {"teacher_logp", *(f"{who}_top" for who in tops)} if tops else needs
 
     def models(self) -> frozenset[str]:
         """The distributions that its terms compare the student with, by their name in `Positions`."""

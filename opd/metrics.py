@@ -41,6 +41,7 @@ def summary(batch: Batch) -> dict[str, float]:
             out["sampler_gap"] = float(gap.abs().max())  # trainer against sampler: 0 up to rounding, or it is wrong
         if len(gap):
             out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu: 1 where the student itself drew
+            out |= mismatch(gap)
     if batch.student_logp is not None and batch.teacher_logp is not None:
         accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
         out["rejected"] = float(1 - accepted.mean())  # by a teacher that speculates: on policy the total variation
@@ -54,6 +55,19 @@ def summary(batch: Batch) -> dict[str, float]:
             out[f"advantage_p99{suffix}"] = float(ordered[round(0.99 * (len(ordered) - 1))])
             out[f"advantage_max{suffix}"] = float(said.abs().max())
     return out
+
+
+def mismatch(gap: Float[Tensor, " n"]) -> dict[str, float]:
+    """log p - log mu, trainer against sampler: the mean distance, KL(mu || p) by k3 (p/mu - 1 - gap), the largest p/mu.
+
+    k3: Schulman, "Approximating KL divergence", 2020; unbiased under mu, and never negative.
+    """
+    gap = gap.double()
+    return {
+        "sampler_gap_mean": float(gap.abs().mean()),
+        "sampler_kl": float((gap.expm1() - gap).mean()),
+        "sampler_ratio_max": float(gap.max().exp()),
+    }
 
 
 def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, float]:

@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from opd import models, prompts, remote
+from opd.collect import Engine
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
+from opd.engines.server import VLLMServer
+from opd.engines.vllm import VLLMEngine
 from opd.method import Method
 from opd.methods import METHODS
 from opd.questions import Grade, Stages
@@ -20,7 +24,7 @@ from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.teachers.server import Server
 from opd.teachers.text import Endpoint, Gate, Local, TextTeacher, needed
-from opd.types import Refusal
+from opd.types import Refusal, Sampling
 
 if TYPE_CHECKING:
     from opd.teachers.judge import Judge
@@ -200,3 +204,30 @@ def trainable(
         except ValueError as error:
             raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
     return model
+
+
+def speaker(
+    config: Train,
+    source: models.Source,
+    student: PreTrainedModel | PeftModel,
+    size: int,
+    stop: tuple[int, ...],
+    accelerator: Accelerator,
+) -> Engine:
+    """Who writes the student's rollouts, of the first `size` ids."""
+    how = config.speaker
+    if how.engine == "hf":
+        return HFEngine(student, size, stop, config.decode_rows)
+    if accelerator.num_processes > 1:
+        raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
+    dtype = DTYPES[config.precision]
+    if how.engine == "vllm":
+        return VLLMEngine(student, source, size, stop, how, dtype=dtype, rows=config.decode_rows)
+    server = VLLMServer(student, size, stop, how, config.remote.teacher_retries, folder=Path(config.out), dtype=dtype)
+    plain = Sampling(max_new_tokens=config.sampling.max_new_tokens)
+    if config.sampling != plain and not server.processed():
+        raise Refusal(
+            f"--engine {how.engine}: its log-probs are not of what it draws from, which --temperature, --top-p and "
+            "--top-k change: start it with --logprobs-mode processed_logprobs, or sample at 1, 1, 0"
+        )
+    return server

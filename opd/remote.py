@@ -54,13 +54,15 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
 def reached(url: str, config: Train, *, field: str) -> Server:
     """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
     server, method = reach(url, config.remote), config.resolved()
-    missing = method.needs() - server.provides
+    needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
+    missing = needs(method) - server.provides
     if missing:
-        enough = [name for name, factory in METHODS.items() if factory().needs() <= server.provides]
+        enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
         wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        said = "final states and the head" if server.told else "log-probs of the sampled tokens"
+        said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
+        said += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
-        if missing <= HiddenTeacher.provides:
+        if missing <= HiddenTeacher.provides | {"student_top", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "

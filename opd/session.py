@@ -173,7 +173,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         if at is None:
             opened[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
         elif isinstance(at, Server):
-            opened[name] = there = open_teacher(at, to=device, stop=merged)
+            opened[name] = there = open_teacher(at, to=device, stop=merged, size=size, tops=method.supports())
             if config.remote.teacher_local:
                 remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
         else:
@@ -194,6 +194,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             writers[name] = engine(t.model if isinstance(t, LocalTeacher) else student.model)
         else:
             writers[name] = ServerEngine(t.server, size, stop)
+    speaker = opening.speaker(config, source, student.model, size, stop, accelerator)
     vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20)
     return Session(
         accelerator=accelerator,
@@ -203,7 +204,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         judge=opening.judge(method, config, asked.task, opened[""], on),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
-        collector=Collector(engine(student.model), writers, text, vocabulary),
+        collector=Collector(speaker, writers, text, vocabulary),
         prompts=asked,
         held_out=held_out,
         agreements=dict(zip(opened, agreements, strict=True)),

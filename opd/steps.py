@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from jaxtyping import Int
 from torch import Tensor
 
 from opd import asking, bridge, draws, episode
@@ -31,10 +32,11 @@ from opd.session import Session, learning_rate
 from opd.student import micro_batches, rows
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
+from opd.teachers.server import LogpTeacher
 from opd.teachers.text import TextTeacher
 from opd.tokens import spelled
-from opd.types import Batch, Refusal, Rollout, Sampling
-from opd.vocabulary import Columns, Heard
+from opd.types import STUDENT, Batch, Refusal, Rollout, Sampling
+from opd.vocabulary import Alternatives, Columns, Given, Heard, Hidden
 
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
 LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
@@ -101,6 +103,7 @@ class Loop:
         if self.source is not None:
             self.source.close()
             self.source = None
+        self.session.collector.student.close()
 
     def save(self, memory: Memory, folder: Path) -> None:
         """What a run that resumes takes up; all processes call it, the main one writes."""
@@ -381,8 +384,11 @@ class Loop:
     def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
         """Let a teacher behind a server begin on the next rows while the student works on these."""
         rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-        if rolls and tuple(r.index for r in rolls) not in self.heard:
-            self.session.teachers[rolls[0].teacher].ahead(rolls, masks(cut, rolls))
+        if not rolls or tuple(r.index for r in rolls) in self.heard:
+            return
+        teacher = self.session.teachers[rolls[0].teacher]
+        if not (isinstance(teacher, LogpTeacher) and teacher.likeliest):  # the student has to look first
+            teacher.ahead(rolls, masks(cut, rolls))
 
     def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
         """The states of teacher and reference; a method that measures first asks twice, and they run once."""
@@ -390,12 +396,26 @@ class Loop:
         if key in self.heard:
             return self.heard[key]
         own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
-        teacher = session.teachers[rollouts[0].teacher if rollouts else ""].hidden(rollouts, trained, other)
+        scores = session.teachers[rollouts[0].teacher if rollouts else ""]
+        teacher: Hidden | Given | None
+        if isinstance(scores, LogpTeacher) and scores.likeliest:
+            teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
+        else:
+            teacher = scores.hidden(rollouts, trained, other)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
         heard = Heard(teacher, reference, own)
         if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
             self.heard[key] = heard
         return heard
+
+    @torch.no_grad()
+    def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
+        """The student's most probable tokens, for a teacher that scores named ones."""
+        session = self.session
+        inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
+        _, found = session.student(inputs, Heard(None), self.method, None, session.vocabulary, likeliest=k)
+        assert isinstance(found, Alternatives)
+        return found.ids
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
@@ -403,6 +423,8 @@ class Loop:
         targets = self.method.prepare(batch)
         batch, loss = self._pass(batch, rollouts, targets)
         self._check(batch)
+        if (update - 1) % self.method.rollouts.updates == 0:  # the student is still the one that was sent
+            self._check_engine(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
         lr = learning_rate(config, update, config.steps * self.method.rollouts.updates)
         finite = bool(norm.isfinite())
@@ -410,6 +432,7 @@ class Loop:
             for group in session.optimizer.param_groups:
                 group["lr"] = lr
             session.optimizer.step()
+            session.collector.student.follow()
             for teacher in session.teachers.values():
                 teacher.follow()
         session.optimizer.zero_grad()
@@ -444,6 +467,20 @@ class Loop:
             raise Refusal(
                 f"the teacher gives probability 0 to token {token} ({text!r}), which the student said: the log ratio "
                 "is infinite; is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+            )
+
+    def _check_engine(self, batch: Batch) -> None:
+        how = self.config.speaker
+        if how.engine == "hf" or batch.student_logp is None:
+            return
+        own = batch.mask & (batch.source == STUDENT)[:, None]
+        own = own if batch.prefix is None else own & (torch.arange(own.shape[1]) >= batch.prefix[:, None])
+        apart = float((batch.student_logp - batch.sampler_logp)[own].abs().mean()) if own.any() else 0.0
+        if not apart <= how.max_mismatch:
+            raise Refusal(
+                f"--engine {how.engine}: its log-probs are {apart:.3g} nats from the trainer's on average, above "
+                f"--max-mismatch {how.max_mismatch}: its weights, precision or vocabulary are others; compare with "
+                "--precision fp32, or --engine hf"
             )
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -39,6 +39,21 @@ class OffPolicy:
 
 
 @dataclass(frozen=True)
+class TruncatedRatio:
+    """-sg[min(p / mu, cap)] A log p, mu the distribution that drew the token: `Reinforce` on another engine's tokens.
+
+    The gradient of the weight `TruncatedImportance`, without the measuring pass that a weight needs.
+    """
+
+    cap: float = 2.0
+
+    def __call__(
+        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], sampler_logp: Float[Tensor, "*A"]
+    ) -> Float[Tensor, "*A"]:
+        return -(new.detach() - sampler_logp).exp().clamp(max=self.cap) * advantage * new
+
+
+@dataclass(frozen=True)
 class Clipped:
     """PPO, arXiv:1707.06347; high > low is the clip-higher of DAPO, arXiv:2503.14476."""
 

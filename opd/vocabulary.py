@@ -30,6 +30,7 @@ FROZEN = 2  # the logits of frozen models are there for one in so many tokens of
 GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
 DEVICE = 1 << 28  # the same on an accelerator
 _ROOM: dict[tuple[str, torch.dtype, int], Tensor] = {}  # of `_kept`; nothing in it outlives a pass
+LEAST = 1e-7  # mass beside the tokens that a teacher tells of: less is a rounding of theirs
 TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns of a teacher that is `Given`
 
 
@@ -44,9 +45,30 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Given:
-    """What a teacher without a head said of the sampled tokens, over its own vocabulary and stop class."""
+    """What a teacher without a head said of the sampled tokens, over its own vocabulary and stop class.
+
+    Of some others too, where `ids` names them; an id may stand there twice.
+    """
 
     logp: Float[Tensor, " N"]  # log q(y), nats
+    ids: Int[Tensor, "N k"] | None = None
+    others: Float[Tensor, "N k"] | None = None  # their log q
+
+    def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
+        """log q of some rows: nan wherever nothing is known, and no leaf may look there.
+
+        With others: the rest of the mass evenly over the tokens that are not known.  So none of them is above the least
+        of the teacher's own top k, a bucket of the rest is what it is (to 1e-7, a rounding of 1), and they sum to 1.
+        """
+        own, mine = ids[:, None], self.logp[rows, None].to(like)
+        if self.ids is None or self.others is None:
+            return torch.full_like(like, torch.nan).scatter(-1, own, mine)
+        ids, logp = torch.cat((self.ids[rows], own), -1), torch.cat((self.others[rows].to(like), mine), -1)
+        known = torch.zeros_like(like, dtype=torch.bool).scatter(-1, ids, True)
+        q = torch.zeros_like(like).scatter(-1, ids, logp)
+        mass = q.double().exp().where(known, 0).sum(-1, keepdim=True)
+        rest = (1 - mass).clamp(min=LEAST).log() - (~known).double().sum(-1, keepdim=True).clamp(min=1).log()
+        return q.where(known, rest.to(q))
 
 
 @dataclass(frozen=True)
@@ -220,7 +242,7 @@ class _Sweep:
     ids: Int[Tensor, " N"]  # canonical
     student: _Side
     teacher: _Side | None  # None where its log q(y) is given
-    given: Float[Tensor, " N"] | None  # log q(y) where there is no teacher to sweep
+    given: Given | None  # what is known of it where there is no teacher to sweep
     reference: _Side | None
     gradient: Float[Tensor, "n V"]  # the student's logits themselves where their dtype is that of the products
     scratch: Float[Tensor, "3 r V"]
@@ -247,11 +269,11 @@ class _Sweep:
         scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
         # fp16 has no number for a gradient times the sum of e.
         curved = student.head.softcap or (other is not None and other.hidden.head.softcap)
-        given = heard.teacher.logp.to(scratch) if isinstance(heard.teacher, Given) else None
+        given = heard.teacher if isinstance(heard.teacher, Given) else None
         if heard.teacher is None:
-            given = scratch.new_full((len(ids),), torch.nan)  # no leaf may look there
+            given = Given(scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
         columns = Columns.empty(method, len(ids), scratch, MEASURED if given is None else TOLD)
-        linear = low != torch.float16 and not curved
+        linear = low != torch.float16 and not curved and (given is None or given.ids is None)
         return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, linear)
 
     def chunks(self) -> Iterator[slice]:
@@ -280,7 +302,10 @@ class _Sweep:
                 self._native(z[part], t, ids[part], own, form)
             else:
                 self._blockwise(z[part], t, third, ids[part], self.gradient[part], own, looked, form)
-        seen = sums.columns() if self.given is None else sums.student() | {"teacher_logp": self.given[rows]}
+        if self.given is None:
+            seen = sums.columns()
+        else:
+            seen = sums.student() | {"teacher_logp": self.given.logp[rows].to(self.scratch)}
         scores = tuple(
             (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
             for i, x in enumerate(self.method.terms)
@@ -363,8 +388,8 @@ class _Sweep:
             for block in blocks(part.stop - part.start, _rows(GRAPH, self.scratch)):
                 here, at = shifted(block, part.start), shifted(block, part.start + rows.start)  # of the chunk, of all
                 raw = z[here].to(self.scratch.dtype).requires_grad_(targets is not None)
-                if self.given is not None:  # nan wherever nothing is known: no leaf may look there
-                    q = torch.full_like(raw, torch.nan).scatter(-1, self.ids[at, None], self.given[at, None])
+                if self.given is not None:
+                    q = self.given.over(self.ids[at], raw.detach(), at)
                 else:
                     assert t is not None and self.teacher is not None
                     q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)

@@ -26,7 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import opd
 from opd.cli import main
+from opd.divergences import BucketForwardKL, BucketKL, GeneralisedKL, RenormalisedKL, Support
 from opd.engines.hf import HFEngine
+from opd.estimators import Stratified, TopKValue
+from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.models import head
 from opd.student import final_states, rows
@@ -164,6 +167,12 @@ def plain(server):
         yield proxy.url
 
 
+@pytest.fixture
+def old(server):
+    with Proxy(server, lambda path, n: None, OLD) as proxy:
+        yield proxy.url
+
+
 def rollouts(count: int = 7, ends: int = 2) -> tuple[list[Rollout], list[list[bool]]]:
     """Random sequences of many lengths, with holes in their masks; one is not trained at all."""
     draw = torch.Generator().manual_seed(3)
@@ -267,7 +276,7 @@ def test_logp_of_the_sampled_tokens_is_the_local_teachers(pair, server, teacher,
     asked = rollouts()
     with Proxy(server, lambda path, n: None, hide) as proxy:
         remote = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=())
-        assert isinstance(remote, LogpTeacher) and remote.chosen == (hide == PLAIN)
+        assert isinstance(remote, LogpTeacher) and remote.server.chosen == (hide == PLAIN)
         there = remote.hidden(*asked)
         vocabulary, method = Vocabulary(145), METHODS["opd"]()
         mine, local = (columns(pair, x, asked, vocabulary, method) for x in (there, teacher.hidden(*asked)))
@@ -292,7 +301,71 @@ TOLD = [name for name, make in METHODS.items() if make().needs() <= LogpTeacher.
 
 def test_which_methods_a_plain_server_is_enough_for():
     assert {"opd", "opd-clip", "opd-tanh", "opd-zscore", "reopold", "topd", "opd-signlog", "poweropd"} <= set(TOLD)
-    assert not {"vopd", "vopd-topk", "opd-full", "opd-topk", "gkd", "eopd", "opd-stratified", "tropd"} & set(TOLD)
+    chosen = LogpTeacher.provides | {"student_top"}
+    more = {name for name, make in METHODS.items() if make().needs_of_tokens() <= chosen} - set(TOLD)
+    assert {"vopd-topk", "opd-topk"} <= more and "opd-topk" not in TOLD
+    assert METHODS["opd-topk"](support="teacher").needs_of_tokens() <= LogpTeacher.provides
+    assert not {"vopd", "opd-full", "gkd", "eopd", "opd-optimal", "tropd", "kat"} & {*TOLD, *more}
+
+
+# On an enumerated vocabulary: what a server tells of k tokens is all that these methods look at.
+
+TOPS = {
+    "vopd-topk": METHODS["vopd-topk"](k=4),
+    "stratified": Method((PolicyGradient(estimator=Stratified(4)),)),
+    "stratified over top k": Method((PolicyGradient(baseline=TopKValue(3), estimator=Stratified(4)),)),
+    **{
+        f"{leaf.__name__} of the {of}": Method((Match(leaf(Support(4, of))),))
+        for leaf in (BucketKL, BucketForwardKL, RenormalisedKL, GeneralisedKL)
+        for of in ("student", "teacher")
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOPS)
+@pytest.mark.parametrize("softcap", [0.0, 3.0], ids=["linear", "softcap"])
+def test_the_head_pass_over_some_log_probs_is_that_over_the_teachers_states(name, softcap):
+    """Loss, gradients and columns; the ids come unordered, with one beside the k, and the sampled one twice."""
+    method = TOPS[name]
+    ((who, k),) = method.supports().items()
+    draw = torch.Generator().manual_seed(0)
+    made = lambda *shape: torch.randn(*shape, generator=draw)
+    weight, teacher = made(31, 6), Hidden(made(23, 5), opd.vocabulary.Head(made(31, 5)))
+    ids, vocabulary, states = torch.randint(0, 29, (23,), generator=draw), Vocabulary(29, chunk_bytes=2000), made(23, 6)
+    head_ = lambda w: opd.vocabulary.Head(w, softcap=softcap)
+    q = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
+    p = vocabulary.logp((states @ weight.T)[:, :29], head_(weight))
+    named = torch.cat(((p if who == "student" else q).topk(k + 1, -1).indices.flip(-1), ids[:, None]), -1)
+    given = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named))
+    targets = tuple(opd.method.Target(torch.rand(23, generator=draw), None, None) for _ in method.terms)
+    results = []
+    for heard in (teacher, given):
+        s, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, seen = head_pass(method, Hidden(s, head_(w)), Heard(heard), ids, targets, vocabulary)
+        loss.backward()
+        results.append((loss.detach(), s.grad, w.grad, seen.student_logp, seen.teacher_logp, seen.scores[0]))
+    assert results[0][1].abs().max() > 1e-3
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_the_rest_of_a_teachers_mass_is_no_token_of_its_top():
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(40, 50, generator=draw, dtype=torch.float64).mul(3).log_softmax(-1)
+    ids = torch.randint(0, 50, (40,), generator=draw)
+    named = q.topk(6, -1).indices
+    whole = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named)).over(ids, q, slice(0, 40))
+    assert torch.equal(whole.topk(6, -1).indices, named)
+    torch.testing.assert_close(whole.logsumexp(-1), torch.zeros(40, dtype=torch.float64), rtol=0, atol=1e-12)
+    alone = Given(q[:, 0]).over(torch.zeros(40, dtype=torch.long), q, slice(0, 40))
+    assert alone[:, 0].equal(q[:, 0]) and alone[:, 1:].isnan().all()
+    sure = torch.tensor([[0.0, -40.0, -40.0, -40.0]])  # all its mass on one token, to rounding
+    found = Given(sure[:, 0], torch.tensor([[0, 1]]), sure[:, :2]).over(
+        torch.zeros(1, dtype=torch.long), sure, slice(1)
+    )
+    assert found.isfinite().all() and float(found[:, 2:].logsumexp(-1)) == pytest.approx(-16.1, abs=0.1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0], ids=["closed form", "autograd"])
@@ -335,6 +408,38 @@ def test_training_through_opd_serve_is_training_with_the_local_teacher(pair, ser
     same(there, here)
     wire = [row for row in lines(there, "perf") if "teacher_received_mb" in row]
     assert len(wire) == 3 and all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in wire)
+
+
+SOME = {
+    "vopd-topk": METHODS["vopd-topk"](k=5),
+    "opd-topk": METHODS["opd-topk"](k=5),
+    "opd-topk renormalised": METHODS["opd-topk"](k=5, tail="renorm"),
+    "opd-topk of the teacher": METHODS["opd-topk"](k=5, support="teacher"),
+    "mopd": METHODS["opd-topk"](k=5, support="teacher", tail="generalised"),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_training_on_the_top_k_of_a_plain_server_is_training_with_the_local_teacher(pair, server, tmp_path, name):
+    """The student's own k where the server scores named ids; the teacher's own through any that has prompt_logprobs."""
+    hide, changes = (OLD if SOME[name].supports().keys() == {"teacher"} else PLAIN), {"method": SOME[name]}
+    with Proxy(server, lambda path, n: None, hide) as proxy:
+        there = opd.train(config(pair, tmp_path / "there", proxy.url, **changes))
+    here = opd.train(config(pair, tmp_path / "here", **changes))
+    same(there, here, WHOLE)
+    assert all("reverse_kl" not in row and row["grad_norm"] > 1e-3 for row in lines(there))
+
+
+def test_the_top_k_of_the_student_with_a_merged_stop_class(pair, tmp_path):
+    other = tiny(tmp_path / "other", seed=2, width=48)
+    GenerationConfig(eos_token_id=[2, 6]).save_pretrained(other)
+    how, changes = replace(QUICK, teacher_tokenizer=str(other)), {"method": METHODS["vopd-topk"](k=5)}
+    with serving(other) as (url, _), Proxy(url, lambda path, n: None, PLAIN) as proxy:
+        there = opd.train(config(pair, tmp_path / "there", proxy.url, remote=how, **changes))
+        with pytest.raises(opd.Refusal, match="--stop-token mask"):
+            teachers = {"method": METHODS["opd-topk"](k=5, support="teacher")}
+            opd.train(config(pair, tmp_path / "no", proxy.url, remote=how, **teachers))
+    same(there, opd.train(config(pair, tmp_path / "here", str(other), **changes)), WHOLE)
 
 
 @pytest.mark.parametrize("name", ["opd", "reopold", "opd-zscore"])
@@ -506,15 +611,22 @@ def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, mo
         ("http://127.0.0.1:1", {"remote": replace(QUICK, teacher_retries=0)}, "failed 1 times"),
         ("http://user:word@127.0.0.1:1", {}, "no secrets in an address"),
         ("http://", {}, "not the address of a server"),
-        ("{plain}", {"method": METHODS["vopd"]()}, "use one of poweropd, opd, opd-clip, "),
+        ("{plain}", {"method": METHODS["vopd"]()}, "use one of vopd-topk, poweropd, opd, "),
+        (
+            "{old}",
+            {"method": METHODS["opd-topk"]()},
+            "needs more of the teacher (student_top): serve it by `opd serve`",
+        ),
+        ("{plain}", {"method": METHODS["vopd-topk"](k=40)}, "43 ids in a row; this server gives 1 to 20"),
+        ("{old}", {"method": METHODS["opd-topk"](k=40, support="teacher")}, "prompt_logprobs: 40 requested"),
         ("{plain}", {"method": METHODS["opd"](), "loss_temperature": 2.0}, "--loss-temperature 2.0"),
         ("{plain}#absent", {"method": METHODS["opd"]()}, "it serves big"),
         ("{plain}", {"method": METHODS["opd"](), "route": ("x={teacher}",)}, "leave out --route"),
         ("openai:gpt", {}, "text-only"),
     ],
 )
-def test_teachers_that_cannot_be_used_are_one_line(pair, server, plain, tmp_path, url, changes, told):
-    fill = lambda x: x.format(server=server, plain=plain, teacher=pair[1])
+def test_teachers_that_cannot_be_used_are_one_line(pair, server, plain, old, tmp_path, url, changes, told):
+    fill = lambda x: x.format(server=server, plain=plain, old=old, teacher=pair[1])
     changes = {**changes, "route": tuple(map(fill, changes.get("route", ())))}
     with pytest.raises(opd.Refusal) as caught:
         opd.train(config(pair, tmp_path / "run", fill(url), **changes))

@@ -13,6 +13,7 @@ from opd.metrics import repetition
 from opd.prompts import short
 from opd.reading import RIGHT
 from opd.rollouts import Mixture
+from opd.teachers.server import LogpTeacher
 from opd.types import DATA, Prompt
 
 VERIFIED = 32  # prompts whose own answers are verified
@@ -31,7 +32,8 @@ def told(probe: Probe) -> Iterator[Finding]:
 def compatible(probe: Probe) -> Iterator[Finding]:
     """What the method reads, beside what teachers, verifier and data give."""
     method, task = probe.method, probe.session.prompts.task
-    lacks = {name: sorted(method.needs() - teacher.provides) for name, teacher in probe.session.teachers.items()}
+    needs = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
+    lacks = {name: sorted(needs(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
     missing = {name: columns for name, columns in lacks.items() if columns}
     for name, columns in missing.items():
         yield Finding(

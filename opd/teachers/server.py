@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import httpx
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -31,11 +32,14 @@ from opd.vocabulary import Given, Head, Hidden, Vocabulary, scores
 
 CHUNK = 4096  # tokens of a request: the loss of one is cheap, and it fills a forward
 LOWEST = -9998.0  # vLLM writes -9999 for -inf
+TIES = 2  # tokens beside the student's k most probable: a tie may round otherwise in its next pass
 SPREAD = 64  # ids whose text a plain server is asked for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
 T = TypeVar("T")
 K = TypeVar("K", Hidden, Given)
+R = TypeVar("R")
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,14 @@ class Server:
     model: str
     context: int  # tokens
     told: Mapping[str, Any]  # the identity of an `opd serve`; empty for any other
+    chosen: bool = False  # whether it scores tokens that the client names
 
     @property
     def provides(self) -> frozenset[str]:
         """The columns it allows to measure, and whether whole distributions."""
-        return HiddenTeacher.provides if self.told else LogpTeacher.provides
+        if self.told:
+            return HiddenTeacher.provides
+        return LogpTeacher.provides | ({"student_top"} if self.chosen else set())
 
     def tokenizer(self, likely: Tokenizer) -> Tokenizer:
         """An `opd serve` hands out its own; any other has the likely one, if it reads ids as that does.
@@ -107,7 +114,16 @@ def reach(url: str, how: Remote) -> Server:
             f"--teacher {client.url}: it serves {', '.join(cards) or 'no model'}; name one as {client.url}#NAME"
         )
     # One token is always generated beside the prompt that is scored.
-    return Server(client, model, (cards[model] or 1 << 30) - 1, {})
+    return Server(client, model, (cards[model] or 1 << 30) - 1, {}, _chooses(client, model))
+
+
+def _chooses(client: Client, model: str) -> bool:
+    """Whether a server scores chosen tokens: asked once, for a sequence of two."""
+    try:
+        client.post("/inference/v1/generate", _choosing(model, [1, 1], 1, [[1]]), read_json(_matrix((1, 1))), tries=1)
+    except Refusal:  # no such route, or a vLLM whose runner cannot
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -166,9 +182,9 @@ class _Remote(Generic[K]):
             "teacher_retries": float(new["retries"]),
         }
 
-    def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[Tensor]]) -> list[Tensor]:
+    def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
         """The answer for each row; chunks of at most `most` tokens are asked side by side."""
-        out: dict[int, Tensor] = {}
+        out: dict[int, R] = {}
         groups = list(_chunks(rows, most))
         jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
         try:
@@ -229,71 +245,115 @@ class HiddenTeacher(_Remote[Hidden]):
 
 
 class LogpTeacher(_Remote[Given]):
-    """Any server of vLLM's protocol: it says log q of the sampled tokens, and nothing of the others.
+    """Any server of vLLM's protocol: it says log q of the sampled tokens, and of some others where a method needs them.
 
     Exact ids through /inference/v1/generate where the server has it (vLLM >= 0.32, V2 runner), 4 bytes a token; else
     prompt_logprobs of /v1/completions, about 80.  Its softmax is over all its rows, padded ones included.
+    The others: the server's own `tops["teacher"]` most probable tokens, or those that the caller names.
     """
 
-    provides = STUDENTS | {"teacher_logp"}
+    provides: frozenset[str] = STUDENTS | {"teacher_logp", "teacher_top"}
 
-    def __init__(self, server: Server, *, to: torch.device, stop: tuple[int, ...]) -> None:
+    def __init__(
+        self, server: Server, *, to: torch.device, stop: tuple[int, ...], size: int, tops: Mapping[str, int]
+    ) -> None:
         super().__init__(server, to=to)
+        self.provides = server.provides
         self.stop = stop if len(stop) > 1 else ()  # merged into one class
-        self.chosen = self._chooses()
-        if self.stop and not self.chosen:
+        self.size, self.top = size, tops.get("teacher", 0)
+        self.likeliest = tops["student"] + TIES if "student" in tops else 0
+        if self.top and self.likeliest:
+            raise Refusal(
+                f"--teacher {self.client.url}: the method looks at the student's most probable tokens and at the "
+                "teacher's, and a server that tells of single tokens is asked for one kind: serve it by `opd serve`"
+            )
+        if self.stop and (self.top or not server.chosen):
             raise Refusal(
                 f"--teacher {self.client.url}: it cannot say the probability of a chosen token, which merging the stop "
                 f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
             )
+        # What it gives at most (vLLM's --max-logprobs) is known before the first step.
+        if self.top:
+            self._prompted([_Row((1, 1), 1, (1,))])
+        elif self.likeliest:
+            self._chosen([(_Row((1, 1), 1, (1,)), torch.ones(1, self.likeliest, dtype=torch.long))])
 
-    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Given:
+    def hidden(
+        self,
+        rollouts: Sequence[Rollout],
+        masks: Sequence[Sequence[bool]],
+        lens: Lens | None = None,
+        ids: Int[Tensor, "N k"] | None = None,
+    ) -> Given:
+        """What the server says of the trained tokens, and of `ids` at each of them."""
+        return super().hidden(rollouts, masks, lens) if ids is None else self._ask(rollouts, masks, ids)
+
+    def _ask(
+        self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], ids: Int[Tensor, "N k"] | None = None
+    ) -> Given:
         rows = _rows(rollouts, masks)
-        found = self._each(rows, 1, self._chosen) if self.chosen else self._each(rows, CHUNK, self._prompted)
-        return Given(torch.cat([torch.empty(0), *found]).to(self.to))
+        if self.top or not self.server.chosen:
+            found = self._each(rows, CHUNK, self._prompted)
+        else:
+            sizes = [len(row.at) for row in rows]
+            named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
+            beside = dict(zip(rows, named.split(sizes), strict=True))
+            found = self._each(rows, 1, lambda some: self._chosen([(row, beside[row]) for row in some]))
+        logp = torch.cat([torch.empty(0), *(x.logp for x in found)]).to(self.to)
+        others = [(x.ids, x.others) for x in found if x.ids is not None and x.others is not None]
+        if not others:
+            return Given(logp)
+        return Given(logp, *(torch.cat(list(x)).to(self.to) for x in zip(*others, strict=True)))
 
-    def _chosen(self, rows: list[_Row]) -> list[Tensor]:
-        """By vLLM's fixed-token scoring; one sequence a request."""
-        (row,) = rows
-        asked = [list(self.stop) if i in self.stop else [i] for i in row.ids[row.start :]]
-        return [self._matrix(row.ids, row.start, asked).logsumexp(-1)[torch.tensor(row.at) - row.start]]
+    def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
+        """By vLLM's fixed-token scoring; one sequence a request.  A class is asked for member by member."""
+        ((row, named),) = rows
+        beside = {t: ids.tolist() for t, ids in zip(row.at, named, strict=True)}
+        own = lambda t: [row.ids[t], *self.stop, *beside.get(t, ())]
+        asked = [own(t) for t in range(row.start, len(row.ids))]
+        k, s = named.shape[1], len(self.stop)
+        asked = [x + [-1] * (1 + s + k - len(x)) for x in asked]
+        body = _choosing(self.server.model, row.ids, row.start, asked)
+        shape = (len(asked), 1 + s + k)
+        found = self.client.post("/inference/v1/generate", body, read_json(_matrix(shape)))
+        found = found[torch.tensor(row.at, dtype=torch.long) - row.start]
+        ids = torch.cat((torch.tensor([row.ids[t] for t in row.at], dtype=torch.long)[:, None], named), -1)
+        logp = torch.cat((found[:, :1], found[:, 1 + s :]), -1)
+        if self.stop:
+            ended = torch.isin(ids, torch.tensor(self.stop))
+            logp = torch.where(ended, found[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
+        return [Given(logp[:, 0], named, logp[:, 1:]) if k else Given(logp[:, 0])]
 
-    def _matrix(self, ids: Sequence[int], start: int, asked: list[list[int]], tries: int = 0) -> Float[Tensor, "n k"]:
-        shape = (len(asked), max(map(len, asked)))
+    def _prompted(self, rows: list[_Row]) -> list[Given]:
+        """By the log-probs of a prompt's own tokens, and of the most probable ones; many sequences a request."""
 
-        def read(told: dict) -> Tensor:
-            found = np.load(io.BytesIO(base64.b64decode(told["prompt_token_id_logprobs"], validate=True)))
-            if found.shape != shape or found.dtype != np.float32:
-                raise ValueError(f"{found.dtype} of {found.shape} instead of float32 of {shape}")
-            return torch.from_numpy(found)
-
-        how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1}
-        body = {"model": self.server.model, "token_ids": list(ids), "sampling_params": how}
-        return self.client.post("/inference/v1/generate", body, read_json(read), tries=tries)
-
-    def _chooses(self) -> bool:
-        """Whether the server scores chosen tokens: asked once, for a sequence of two."""
-        try:
-            self._matrix([1, 1], 1, [[1]], tries=1)
-        except Refusal:  # no such route, or a vLLM whose runner cannot
-            return False
-        return True
-
-    def _prompted(self, rows: list[_Row]) -> list[Tensor]:
-        """By the log-probs of a prompt's own tokens; many sequences a request."""
-
-        def read(told: dict) -> list[Tensor]:
+        def read(told: dict) -> list[Given]:
             choices = sorted(told["choices"], key=lambda c: c["index"])
             out = []
             for row, choice in zip(rows, choices, strict=True):
                 said = choice["prompt_logprobs"]
                 if len(said) != len(row.ids):
                     raise ValueError(f"{len(said)} log-probs for {len(row.ids)} tokens")
-                out.append(torch.tensor([float(said[t][str(row.ids[t])]["logprob"]) for t in row.at]))
-            return [x.where(x > LOWEST, -torch.inf) for x in out]
+                found = [{int(i): float(x["logprob"]) for i, x in said[t].items()} for t in row.at]
+                own = _finite([at[row.ids[t]] for t, at in zip(row.at, found, strict=True)])
+                out.append(Given(own, *self._tops(row, found)) if self.top else Given(own))
+            return out
 
-        body = _scoring(self.server.model, [row.ids for row in rows])
+        body = _scoring(self.server.model, [row.ids for row in rows], self.top)
         return self.client.post("/v1/completions", body, read_json(read))
+
+    def _tops(self, row: _Row, found: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
+        """Ids and log-probs of the common vocabulary, in rows of one width: short ones repeat their own token."""
+        ids, logp = [], []
+        for t, at in zip(row.at, found, strict=True):
+            some = {i: x for i, x in at.items() if i < self.size}
+            if len(at) < min(self.top, self.size):
+                raise ValueError(f"{len(at)} log-probs where {self.top} were asked for")
+            lacking, own = self.top + 1 - len(some), row.ids[t]
+            ids.append([*some, *[own] * lacking])
+            logp.append([*some.values(), *[at[own]] * lacking])
+        shape = (-1, self.top + 1)
+        return torch.tensor(ids, dtype=torch.long).view(shape), _finite(logp).view(shape)
 
 
 @dataclass(frozen=True)
@@ -343,9 +403,14 @@ class ServerEngine:
         return Sample(ids, logp, ids[-1] in self.stop)
 
 
-def open_teacher(server: Server, *, to: torch.device, stop: tuple[int, ...]) -> HiddenTeacher | LogpTeacher:
-    """The teacher behind a server; `stop` are the ids merged into one class."""
-    return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop)
+def open_teacher(
+    server: Server, *, to: torch.device, stop: tuple[int, ...], size: int = 1 << 62, tops: Mapping[str, int] = NONE
+) -> HiddenTeacher | LogpTeacher:
+    """The teacher behind a server; `stop` are the ids merged into one class, of `size` that both models have.
+
+    `tops`: of how many of whose most probable tokens a method must know (`Method.supports`).
+    """
+    return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
 
 
 @torch.no_grad()
@@ -400,9 +465,34 @@ def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
         yield group
 
 
-def _scoring(model: str, rows: Sequence[Sequence[int]]) -> dict[str, object]:
+def _scoring(model: str, rows: Sequence[Sequence[int]], top: int = 0) -> dict[str, object]:
     """A request for the log-probs of prompts; vLLM generates at least one token."""
-    return {"model": model, "prompt": list(map(list, rows)), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+    how = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}
+    return {"model": model, "prompt": list(map(list, rows)), **how}
+
+
+def _choosing(model: str, ids: Sequence[int], start: int, asked: list[list[int]]) -> dict[str, object]:
+    """A request for the log-probs of named ids at each token of a sequence from `start` on."""
+    how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1}
+    return {"model": model, "token_ids": list(ids), "sampling_params": how}
+
+
+def _matrix(shape: tuple[int, int]) -> Callable[[dict], Float[Tensor, "n k"]]:
+    """A reader of its answer: float32 of a known shape, as .npy in base64."""
+
+    def read(told: dict) -> Tensor:
+        found = np.load(io.BytesIO(base64.b64decode(told["prompt_token_id_logprobs"], validate=True)))
+        if found.shape != shape or found.dtype != np.float32:
+            raise ValueError(f"{found.dtype} of {found.shape} instead of float32 of {shape}")
+        return torch.from_numpy(found)
+
+    return read
+
+
+def _finite(logp: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    """As a tensor, with -inf again where json had none."""
+    found = torch.tensor(logp)
+    return found.where(found > LOWEST, -torch.inf)
 
 
 def _first(told: dict) -> list[dict[str, dict]] | None:

@@ -1,0 +1,354 @@
+"""vLLM: our calls against its signatures, requests and samples by hand, weights under a checkpoint's names.
+
+Where vLLM is installed the engine samples, and its log-probs are the trainer's before and after a step; elsewhere
+`vllm_contract.json`, read from its sources, says what may be called.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import opd
+from opd.config import Train
+from opd.engines.server import VLLMServer
+from opd.engines.transfer import Update, weights
+from opd.engines.vllm import Speaker, VLLMEngine, parameters, requests, sample
+from opd.estimators import Full, Stratified
+from opd.method import PolicyGradient
+from opd.methods import METHODS
+from opd.metrics import mismatch
+from opd.models import EMBEDDED, Source
+from opd.surrogates import Clipped, Reinforce, TruncatedRatio
+from opd.types import Sampling
+from opd.weights import TruncatedImportance
+from tests.models_for_tests import tiny
+
+ROOT = Path(__file__).parents[1]
+CONTRACT = json.loads((ROOT / "tests" / "vllm_contract.json").read_text())
+REAL = importlib.util.find_spec("vllm") is not None
+real = pytest.mark.skipif(not REAL, reason="vLLM is not installed")
+FREE = Sampling(max_new_tokens=12)
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("vllm_contract", ROOT / "scripts" / "vllm_contract.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The contract
+
+
+def calls(module: str) -> list[ast.Call]:
+    tree = ast.parse((ROOT / "opd" / "engines" / f"{module}.py").read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def keywords(module: str, name: str) -> set[str]:
+    """The keyword arguments of every call of a name."""
+    found = [c for c in calls(module) if isinstance(c.func, ast.Name) and c.func.id == name]
+    assert found, name
+    return {k.arg for c in found for k in c.keywords}
+
+
+def test_everything_imported_from_vllm_is_there():
+    assert CONTRACT["imports"] == script().imported()
+    assert {"LLM", "SamplingParams"} <= set(CONTRACT["imports"]["vllm"])
+
+
+def test_the_engine_is_opened_with_arguments_that_it_has():
+    known = {*CONTRACT["callables"]["LLM.__init__"], *CONTRACT["classes"]["EngineArgs"]}
+    assert keywords("vllm", "LLM") <= known
+    assert CONTRACT["classes"]["WeightTransferConfig"] == ["backend"]
+
+
+def test_the_methods_of_the_engine_are_called_as_they_are_written():
+    named = {name.split(".")[1]: p for name, p in CONTRACT["callables"].items() if name.split(".")[0] in OFFLINE}
+    used = [
+        c
+        for c in calls("vllm")
+        if isinstance(c.func, ast.Attribute) and ast.unparse(c.func.value) == "self.llm" and c.func.attr in named
+    ]
+    assert {c.func.attr for c in used} == named.keys() - {"__init__"}
+    for call in used:
+        assert {k.arg for k in call.keywords} <= set(named[call.func.attr]), ast.unparse(call)
+        assert len(call.args) <= len(named[call.func.attr]), ast.unparse(call)
+
+
+OFFLINE = ("LLM", "RLOfflineMixin")
+
+
+def test_sampling_parameters_are_vllms():
+    (one,) = requests([[1, 2]], [], FREE, seed=0, step=1, index=[0])
+    asked = parameters(one, FREE, (2, 9), range(5))
+    assert {*asked, "flat_logprobs"} <= set(CONTRACT["classes"]["SamplingParams"])
+
+
+def test_what_is_sent_and_read_over_http_are_fields_of_the_protocol():
+    source = (ROOT / "opd" / "engines" / "server.py").read_text()
+    classes, routes = CONTRACT["classes"], CONTRACT["routes"]
+    assert {"model", "token_ids", "sampling_params"} <= set(classes["GenerateRequest"])
+    assert {"index", "token_ids", "logprobs", "weight_versions"} <= set(classes["GenerateTokensChoice"])
+    assert {"token_id", "logprob", "top_logprobs"} <= set(classes["GenerateLogProbsContent"])
+    assert "version" in classes["WeightVersionSpan"] and "choices" in classes["GenerateTokensResponse"]
+    posted = {p for p in ast.walk(ast.parse(source)) if isinstance(p, ast.Constant) and str(p.value).startswith("/")}
+    paths = {str(p.value).partition("?")[0] for p in posted} - {"/v1/models"}
+    assert paths <= {route.split()[1] for route in routes}
+    assert "mode" in routes["POST /pause"] and "new_version" in routes["POST /update_weight_version"]
+    assert (
+        "update_info" in routes["POST /update_weights"] and "init_info" in routes["POST /init_weight_transfer_engine"]
+    )
+    teacher = {"model", "prompt", "max_tokens", "temperature", "prompt_logprobs", "seed", "stop_token_ids", "logprobs"}
+    assert teacher | {"top_p", "top_k", "return_token_ids"} <= set(classes["CompletionRequest"])
+    assert {"index", "token_ids", "prompt_logprobs"} <= set(classes["CompletionResponseChoice"])
+
+
+def test_the_receiver_has_the_methods_that_vllm_calls_with_their_parameters():
+    tree = ast.parse((ROOT / "opd" / "engines" / "receiver.py").read_text())
+    (receiver,) = [x for x in tree.body if isinstance(x, ast.ClassDef)]
+    ours = {f.name: script().parameters(f) for f in receiver.body if isinstance(f, ast.FunctionDef)}
+    theirs = {k.split(".")[1]: v for k, v in CONTRACT["callables"].items() if k.startswith("WeightTransferEngine.")}
+    assert ours == theirs
+
+
+def test_the_senders_are_opened_with_fields_that_they_have():
+    for name in ("NCCLTrainerInitInfo", "IPCTrainerInitInfo"):
+        assert keywords("sender", name) <= set(CONTRACT["classes"][name]), name
+    # Positional: address, port, world size.
+    assert CONTRACT["classes"]["NCCLTrainerInitInfo"][2:5] == ["master_address", "master_port", "world_size"]
+    assert CONTRACT["classes"]["ParamMeta"] == ["name", "dtype", "shape"]
+    assert CONTRACT["callables"]["HTTPVLLMWeightSyncClient.__init__"][0] == "base_url"
+    assert CONTRACT["callables"]["WeightTransferTrainerFactory.trainer_init"] == ["init_info", "client", "source"]
+
+
+@real
+def test_the_installed_vllm_is_the_one_of_the_contract():
+    made = script()
+    found = made.contract(made.installed())
+    assert found == {k: v for k, v in CONTRACT.items() if k != "source"}
+
+
+# Requests and samples
+
+
+def test_rollouts_of_a_prompt_are_one_request_and_seeds_do_not_depend_on_it():
+    a, b = (1, 2), (3,)
+    asked = requests([a, a, a, b, a], [], FREE, seed=7, step=3, index=[4, 5, 6, 7, 8])
+    assert [(x.ids, x.first, x.n) for x in asked] == [(a, 0, 3), (b, 3, 1), (a, 4, 1)]
+    start = asked[0].seed - 4
+    seeds = [x.seed + j for x in asked for j in range(x.n)]  # vLLM gives the j-th of n the seed plus j
+    assert seeds == [start + i for i in (4, 5, 6, 7, 8)]
+    alone = requests([a], [], FREE, seed=7, step=3, index=[6])
+    assert alone[0].seed == seeds[2]
+    assert requests([a], [], FREE, seed=7, step=4, index=[6])[0].seed != seeds[2]
+    assert 0 <= alone[0].seed < 2**53
+    apart = requests([a, a], [], FREE, seed=7, step=3, index=[0, 2])
+    assert [x.n for x in apart] == [1, 1]  # the seeds of one request are neighbours
+
+
+def test_a_prefix_is_read_as_part_of_the_prompt_and_counts_as_written():
+    asked = requests([(1,), (1,), (1,)], [(5, 6), (5, 6), ()], FREE, seed=0, step=1, index=[0, 1, 2])
+    assert [(x.ids, x.room, x.n) for x in asked] == [((1, 5, 6), 10, 2), ((1,), 12, 1)]
+
+
+def test_a_stop_token_has_the_log_prob_of_its_class():
+    free, cold = Sampling(), Sampling(temperature=0.0)
+    last = {2: math.log(0.2), 9: math.log(0.3), 7: math.log(0.1)}
+    found = sample([5, 2], [-1.0, math.log(0.2)], last, free, (2, 9))
+    assert found.ids == (5, 2) and found.stopped and found.logp == pytest.approx((-1.0, math.log(0.5)))
+    assert sample([5, 6], [-1.0, -2.0], {}, free, (2, 9)) == opd.engines.hf.Sample((5, 6), (-1.0, -2.0), False)
+    assert sample([5, 2], [-1.0, -3.0], {2: -3.0}, cold, (2,)).logp == (0.0, 0.0)  # greedy draws with certainty
+
+
+def test_padded_rows_are_never_drawn(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "wide", seed=0, rows=160))
+    from opd.engines.vllm import Sent
+
+    assert Sent(model, 145, (2,)).allowed == range(145) and Sent(model, 160, (2,)).allowed is None
+
+
+# Weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_that_a_checkpoint_has(tmp_path, tied):
+    from safetensors.torch import load_file
+
+    folder = tiny(tmp_path / "model", seed=0, tied=tied)
+    model, kept = AutoModelForCausalLM.from_pretrained(folder), load_file(folder / "model.safetensors")
+    found = weights(model)
+    assert found.keys() == kept.keys() and ("lm_head.weight" in found) is not tied
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_adapters_are_merged_in_copies(tmp_path):
+    folder = tiny(tmp_path / "model", seed=0)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    )
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(p.data, std=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = weights(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert found.keys() == weights(plain).keys()
+    merged = weights(model.merge_and_unload())
+    assert any(not torch.equal(found[name], p) for name, p in weights(plain).items())
+    for name, p in merged.items():
+        torch.testing.assert_close(found[name], p, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_gives_tensors_or_what_the_files_hold(tmp_path):
+    from safetensors.torch import save_file
+
+    made = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    save_file(made, tmp_path / "w.safetensors")
+    for update in (Update(weights=list(made.items())), Update(files=[str(tmp_path / "w.safetensors")])):
+        assert {name: x.tolist() for name, x in update} == {name: x.tolist() for name, x in made.items()}
+
+
+# What another engine changes in a method
+
+
+def told(method, **changes) -> opd.method.Method:
+    whole = Train(student="a", teacher="b", prompts="c", method=method, speaker=Speaker(engine="vllm"))
+    return replace(whole, **changes).resolved()
+
+
+def test_policy_gradients_are_weighed_where_another_engine_writes():
+    for name in ("vopd", "opd", "vopd-topk", "poweropd"):
+        made = METHODS[name]()
+        assert told(made, speaker=Speaker()) == made
+        assert told(made).terms[0].surrogate == TruncatedRatio(2.0) and told(made).local() == made.local()
+    assert told(METHODS["opd"](), importance_cap=5.0).terms[0].surrogate == TruncatedRatio(5.0)
+    assert told(METHODS["opd-full"]()) == METHODS["opd-full"]()  # a divergence draws nothing
+    stratified = PolicyGradient(estimator=Stratified(4))
+    assert told(opd.method.Method((stratified,))).terms[0].weights == (TruncatedImportance(2.0),)
+    assert told(opd.method.Method((PolicyGradient(estimator=Full()),))).terms[0].weights == ()
+    ratio = PolicyGradient(surrogate=Clipped())
+    assert told(opd.method.Method((ratio,))).terms[0] == replace(ratio, weights=(TruncatedImportance(2.0),))
+    own = PolicyGradient(weights=(TruncatedImportance(3.0),))
+    assert told(opd.method.Method((own,))).terms[0] == own
+
+
+@pytest.mark.parametrize("cap", [1.5, math.inf])
+def test_the_truncated_ratio_is_the_weight(cap):
+    """Value and gradient of the surrogate are those of `Reinforce` under `TruncatedImportance`, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    new, sampler, advantage = torch.randn(3, 4, 5, generator=draw, dtype=torch.float64)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    a, b = new.clone().requires_grad_(), new.clone().requires_grad_()
+    one = TruncatedRatio(cap)(a, advantage, sampler)
+    two = TruncatedImportance(cap)(new, sampler, mask) * Reinforce()(b, advantage)
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+    one.sum().backward()
+    two.sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=0)
+
+
+def test_mismatch_by_enumeration():
+    """k3 under mu is KL(mu || p): summed over a small vocabulary, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    p, mu = torch.randn(2, 7, generator=draw, dtype=torch.float64).log_softmax(-1)
+    k3 = sum(float(mu[i].exp()) * mismatch((p - mu)[i : i + 1])["sampler_kl"] for i in range(7))
+    assert k3 == pytest.approx(float((mu.exp() * (mu - p)).sum()), rel=1e-12)
+    found = mismatch(torch.tensor([0.5, -0.25, 0.0]))
+    assert found["sampler_gap_mean"] == pytest.approx(0.25) and found["sampler_ratio_max"] == pytest.approx(math.e**0.5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speaker": Speaker(engine="sglang")}, "choose hf, vllm, or"),
+        ({"speaker": Speaker(engine="vllm", engine_kv_gb=0.0)}, "--engine-kv-gb 0.0: must be above 0"),
+        ({"speaker": Speaker(engine="vllm", max_mismatch=0.0)}, "--max-mismatch 0.0: must be above 0"),
+        ({"speaker": Speaker(engine="vllm"), "method": METHODS["kat"]()}, "which hf alone does"),
+        ({"speaker": Speaker(engine="vllm"), "method": METHODS["trb"]()}, "which hf alone does"),
+        ({"speaker": Speaker(engine="vllm"), "staleness": 1}, "has hf alone"),
+        ({"speaker": Speaker(engine="hf", engine_sleep=True)}, "--engine-sleep"),
+    ],
+)
+def test_what_another_engine_cannot_do_is_refused(changes, words):
+    with pytest.raises(opd.Refusal) as caught:
+        replace(Train(student="a", teacher="b", prompts="c"), **changes).check()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_vllm_it_is_one_line(tmp_path, monkeypatch):
+    folder = tiny(tmp_path / "model", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(opd.Refusal, match=r"pip install 'opd\[vllm\]'"):
+        how = Speaker(engine="vllm")
+        VLLMEngine(model, Source(str(folder)), 145, (2,), how, dtype=torch.float32, rows=4)
+
+
+def test_a_server_that_takes_no_weights_is_refused(tmp_path):
+    from tests.test_server import serving
+
+    folder = tiny(tmp_path / "model", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with serving(folder) as (url, _), pytest.raises(opd.Refusal, match="it takes no weights: start it as") as caught:
+        VLLMServer(model, 145, (2,), Speaker(engine=url), 0, folder=tmp_path, dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+# With vLLM
+
+
+@real
+def test_the_engine_samples_from_the_student_before_and_after_a_step():
+    folder = EMBEDDED / "student"  # vLLM's attention on a CPU has no heads as narrow as those of `tiny`
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    how = Speaker(engine="vllm", engine_kv_gb=0.05)
+    engine = VLLMEngine(model, Source(str(folder)), 145, (2, 9), how, dtype=torch.float32, rows=8)
+    prompts = [[5, 6, 7]] * 4 + [[8, 9, 10, 11]] * 2
+
+    def drawn(sampling=FREE, **changes):
+        asked = {"seed": 1, "step": 2, "index": range(6), **changes}
+        return engine.generate(prompts[: len(asked["index"])], sampling, **asked)
+
+    def close(samples):
+        for prompt, one in zip(prompts, samples, strict=True):
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([[*prompt, *one.ids]])).logits[0].log_softmax(-1)
+            at = logp[len(prompt) - 1 : -1]
+            wanted = at.gather(-1, torch.tensor(one.ids)[:, None])[:, 0]
+            if one.stopped:
+                wanted[-1] = at[-1, [2, 9]].logsumexp(-1)
+            torch.testing.assert_close(torch.tensor(one.logp), wanted, rtol=1e-4, atol=1e-4)
+
+    try:
+        first = drawn()
+        close(first)
+        assert first == drawn() and len({x.ids for x in first[:4]}) > 1
+        assert first[3:4] == engine.generate(prompts[3:4], FREE, seed=1, step=2, index=[3])  # alone or in company
+        assert first != drawn(step=3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        engine.follow()
+        after = drawn()
+        close(after)
+        assert after != first
+        cold = drawn(Sampling(temperature=0.0, max_new_tokens=5))
+        assert len({x.ids for x in cold[:4]}) == 1 and set(cold[0].logp) == {0.0}
+        prefixed = engine.generate(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10])
+        assert len(prefixed[0].ids) <= 2
+    finally:
+        engine.close()
