@@ -4,8 +4,9 @@
 token, the loss, and its gradient over the student's logits while the chunk is alive (gradient in forward).  Matmuls are
 the minimum, 2NV(H_S + H_T) forward and 4NVH_S backward; no tensor of [N, V] exists for either model.
 
-Between the matmuls a chunk is swept by closed forms (`kernels/rows.py`; in C where `kernels/native.py` can) where the
-method has one and the head is linear, by autograd in blocks of rows otherwise.
+Between the matmuls a chunk is swept by closed forms where the method has one: in Triton (`kernels/fused.py`) on a GPU;
+elsewhere, for heads without softcap, in C (`kernels/native.py`) or torch (`kernels/rows.py`).  Autograd sweeps the rest
+in blocks of rows.
 """
 
 import threading
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from opd.divergences import kl
 from opd.kernels import native
+from opd.kernels.choice import fuses
 from opd.kernels.logits import Head, Vocabulary
 from opd.kernels.matmul import addmm, matmul_dtype, mm, wide
 from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_, sweep_student_
-from opd.method import Method, Positions, Target
+from opd.method import Method, Positions, Target, Term
 from opd.representation import Lens
 from opd.types import MEASURED
 
@@ -211,7 +213,7 @@ def alternatives(student: Hidden, teacher: Hidden | Given | None, k: int, vocabu
 
 @dataclass(frozen=True)
 class _Side:
-    """One model's logits, a chunk at a time in one buffer."""
+    """W h of one model, a chunk at a time in one buffer."""
 
     hidden: Hidden
     weight: Float[Tensor, "V H"]  # of the common ids, in the dtype of the products
@@ -219,9 +221,9 @@ class _Side:
 
     @classmethod
     def of(cls, hidden: Hidden, low: torch.dtype, vocabulary: Vocabulary) -> "_Side":
-        """The head in `low`; logits are kept wide on CUDA, whose products can leave them unrounded."""
+        """The head in `low`."""
         weight = hidden.head.weight.detach()[: vocabulary.size].to(low)
-        return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=wide(low) if weight.is_cuda else low))
+        return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=vocabulary.tile(low, weight.device)))
 
     def room(self, n: int, name: str) -> "_Side":
         """The same with a buffer for n tokens."""
@@ -244,9 +246,10 @@ class _Sweep:
     teacher: _Side | None  # None where its log q(y) is given
     given: Given | None  # what is known of it where there is no teacher to sweep
     reference: _Side | None
-    gradient: Float[Tensor, "n V"]  # the student's logits themselves where their dtype is that of the products
-    scratch: Float[Tensor, "3 r V"]
+    gradient: Float[Tensor, "n V"]  # in the student's own rows but where torch sweeps and their dtypes differ
+    scratch: Float[Tensor, "3 r V"]  # of a block where torch sweeps
     columns: Columns  # of all tokens, filled chunk by chunk
+    fused: bool  # whether Triton sweeps
     linear: bool  # whether `closed` knows the way from W h to the logits
 
     @classmethod
@@ -264,17 +267,21 @@ class _Sweep:
         own, part = own.room(n, "student"), -(-n // FROZEN)
         other, third = other and other.room(part, "teacher"), third and third.room(part, "reference")
         logits = own.logits
-        gradient = logits if logits.dtype == low else logits.new_empty(logits.shape, dtype=low)
+        fused = fuses(logits.device) and wide(low) == torch.float32 and not any(map(_looks, method.terms))
+        gradient = logits
+        if logits.dtype != low:
+            inside = fused and low.itemsize < logits.itemsize
+            gradient = logits.view(low)[:, : vocabulary.size] if inside else logits.new_empty(logits.shape, dtype=low)
         r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
-        scratch = logits.new_empty(3, r, vocabulary.size, dtype=wide(low))
+        scratch = logits.new_empty(3, 0 if fused else r, vocabulary.size, dtype=wide(low))
         # fp16 has no number for a gradient times the sum of e.
         curved = student.head.softcap or (other is not None and other.hidden.head.softcap)
         given = heard.teacher if isinstance(heard.teacher, Given) else None
         if heard.teacher is None:
             given = Given(scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
         columns = Columns.empty(method, len(ids), scratch, MEASURED if given is None else TOLD)
-        linear = low != torch.float16 and not curved and (given is None or given.ids is None)
-        return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, linear)
+        linear = (fused or (low != torch.float16 and not curved)) and (given is None or given.ids is None)
+        return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, fused, linear)
 
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk."""
@@ -292,13 +299,13 @@ class _Sweep:
         """By sums: the columns, and the factor that the gradient left by the form still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
-        looked: dict[int, list[Tensor]] = {
-            i: [] for i, x in enumerate(self.method.terms) if scored(x) and not scored_by_sums(x)
-        }
+        looked: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if _looks(x)}
         plain = not looked and (form is None or not form.shifted)
         for part, t, third in self.parts(rows):
             own = sums[part]
-            if t is not None and plain and native.runs(z[part], t):
+            if self.fused:
+                self._fused(z[part], t, ids[part], self.gradient[part], own, form)
+            elif t is not None and plain and native.runs(z[part], t):
                 self._native(z[part], t, ids[part], own, form)
             else:
                 self._blockwise(z[part], t, third, ids[part], self.gradient[part], own, looked, form)
@@ -312,7 +319,15 @@ class _Sweep:
         )
         columns = Columns(**seen, scores=scores)
         self.columns.fill(rows, columns)
-        return columns, self.student.hidden.head.scale / v.temperature / sums.e
+        whole = torch.ones_like(sums.e) if self.fused else sums.e
+        return columns, self.student.hidden.head.scale / v.temperature / whole
+
+    def _fused(self, z: Tensor, t: Tensor | None, ids: Tensor, gradient: Tensor, sums: Sums, form: Form | None) -> None:
+        """Some rows at once, in Triton."""
+        from opd.kernels import fused  # where there is Triton
+
+        heads = self.student.hidden.head, None if self.teacher is None else self.teacher.hidden.head
+        fused.sweep_(z, t, ids, sums, heads=heads, vocabulary=self.vocabulary, form=form, gradient=gradient)
 
     def _native(self, z: Tensor, t: Tensor, ids: Tensor, sums: Sums, form: Form | None) -> None:
         """A chunk at once, in C."""
@@ -352,7 +367,7 @@ class _Sweep:
             if form is not None:
                 form.gradient_(student, *shifted, drawn, part)
                 v.spread_(student, shares)
-                if slope.dtype != student.dtype:
+                if slope.data_ptr() != student.data_ptr():
                     slope.copy_(student)
             if looked:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
@@ -420,6 +435,11 @@ def _rows(budget: int, like: Float[Tensor, "*r V"]) -> int:
     return max(1, (budget if like.device.type == "cpu" else DEVICE) // (like.shape[-1] * like.itemsize))
 
 
+def _looks(term: Term) -> bool:
+    """Whether the score of a term needs another look at the vocabulary."""
+    return scored(term) and not scored_by_sums(term)
+
+
 def _widened(x: Float[Tensor, "r V"], room: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
     """x itself where it has the dtype of the scratch, else its copy there."""
     return x if x.dtype == room.dtype else room.copy_(x)
@@ -466,7 +486,7 @@ class _HeadPass(torch.autograd.Function):
                     add = addmm if rows.start else mm
                     add(g.T, (states[rows] * factor).to(low), d_weight[:size])
                 if d_bias is not None:
-                    for block in blocks(len(g), sweep.scratch.shape[1]):
+                    for block in blocks(len(g), _rows(CACHE, sweep.scratch)):
                         d_bias[:size].addmv_(g[block].to(loss.dtype).T, factor[block, 0])
                 loss += part
         out.append(sweep.columns)
