@@ -4,17 +4,11 @@ A proxy in front of it injects faults; hiding what only `opd serve` has, it make
 """
 
 import contextlib
-import http.server
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,106 +32,11 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.server import HiddenTeacher, LogpTeacher, ServerEngine, compare, open_teacher, reach
 from opd.types import Rollout, Sampling
 from opd.vocabulary import Given, Heard, Hidden, Vocabulary, head_pass, measure
+from scripts.soak import Proxy, free_port, serving
 from tests.models_for_tests import tiny
 
 CPU = torch.device("cpu")
 QUICK = Remote(teacher_retries=3, teacher_timeout=20.0, teacher_concurrency=3)
-
-
-@contextlib.contextmanager
-def serving(model: Path, *flags: str, port: int = 0, **env: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """An `opd serve` process, and its address; it is gone afterwards."""
-    args = [sys.executable, "-m", "opd", "serve", str(model), "--port", str(port), *flags]
-    whole = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=whole)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving "), process.stderr.read()
-        yield line.split(" at ")[1].split()[0], process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)
-        process.stdout.close()
-        process.stderr.close()
-
-
-class Proxy:
-    """Passes requests on; `fault(path, n)` may say what goes wrong with the n-th request to a path."""
-
-    def __init__(self, target: str, fault: Callable[[str, int], str | None], hide: tuple[str, ...] = ()) -> None:
-        self.target, self.fault, self.hide = target, fault, hide
-        self.asked: dict[str, int] = {}
-        self.lock = threading.Lock()
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def pass_on(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                with proxy.lock:
-                    n = proxy.asked[self.path] = proxy.asked.get(self.path, -1) + 1
-                if self.path.startswith(proxy.hide or ("?",)):
-                    return self.answer(404, b'{"error": {"message": "Not Found"}}', {})
-                match proxy.fault(self.path, n):
-                    case "500":
-                        return self.answer(500, b"<h1>no</h1>", {})
-                    case "429":
-                        return self.answer(429, b'{"error": {"message": "slow down"}}', {})
-                    case "slow":
-                        time.sleep(5)  # longer than the client of that test waits
-                    case "drop":
-                        return self.connection.shutdown(socket.SHUT_RDWR)
-                    case "malformed":
-                        return self.answer(200, b'{"choices": [', {"Content-Type": "application/json"})
-                    case "other":
-                        return self.answer(200, b'{"choices": [{"index": 0, "prompt_logprobs": [null]}]}', {})
-                    case "short":
-                        self.send_response(200)
-                        self.send_header("Content-Length", "100000")
-                        self.end_headers()
-                        self.wfile.write(b"abc")
-                        return self.connection.shutdown(socket.SHUT_RDWR)
-                headers = {k: v for k, v in self.headers.items() if k.title() in ("Content-Type", "Authorization")}
-                asked = urllib.request.Request(
-                    proxy.target + self.path, body or None, headers=headers, method=self.command
-                )
-                try:
-                    with urllib.request.urlopen(asked, timeout=60) as found:
-                        kept = {k: v for k, v in found.headers.items() if k.lower().startswith(("content-t", "x-"))}
-                        self.answer(found.status, found.read(), kept)
-                except urllib.error.HTTPError as error:
-                    self.answer(error.code, error.read(), {})
-                except (urllib.error.URLError, OSError):
-                    self.answer(502, b"nobody there", {})
-
-            do_GET = do_POST = pass_on
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> "Proxy":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 PLAIN = ("/opd/",)
@@ -504,9 +403,7 @@ def test_faults_on_the_way_lose_nothing(pair, server, tmp_path, hide):
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_comes_back(pair, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with contextlib.ExitStack() as stack:
         url, first = stack.enter_context(serving(pair[1], "--name", "big", port=port))
 
