@@ -28,7 +28,7 @@ from torch import Tensor
 from opd import models
 from opd.collect import Rendered
 from opd.config import Train
-from opd.draws import Drawn, forget, share
+from opd.draws import Drawn, forget, outdate, share
 from opd.method import Method
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened, prompts_of
 from opd.runs import disk
@@ -64,6 +64,7 @@ class Job:
     prompts: list[Rendered]
     who: Rollouts
     first: int  # batch index of the first rollout
+    alone: bool  # also say what the writer thinks of each response without its prompt
     version: int = NEWEST  # of the weights
 
 
@@ -115,6 +116,7 @@ class Background:
         self.changed = threading.Condition()
         self.waiting: deque[Job] = deque()
         self.running: Job | None = None
+        self.useless: Job | None = None  # what is written, where a newer snapshot is due
         self.idle = self.closed = False
         self.newest, self.failure, self.deaths, self.restarts = NEWEST, "", 0, 0
         self.busy, self.since, self.depth = 0.0, time.perf_counter(), 0
@@ -131,9 +133,12 @@ class Background:
         allowed = [d for s in steps for d in opened(self.who, s, memory) if d <= self.total]
         with self.changed:
             if isinstance(self.who, Snapshot) and step < self.total:
-                gone = self.who.start(step + 1, memory)  # what an older snapshot had yet to write
-                self.waiting = deque(job for job in self.waiting if job.draw >= gone)
-            known = {*self.kept, *(job.draw for job in self._under_way())}
+                first = self.who.outdated(step + 1, memory)
+                outdate(self.who, self.kept, step + 1, memory)
+                self.waiting = deque(job for job in self.waiting if job.draw >= first)
+                if self.running is not None and self.running.draw < first:
+                    self.useless = self.running
+            known = {*self.kept, *(job.draw for job in self._under_way() if job is not self.useless)}
             useful = bool(self.waiting) and not self.pinned
         new = [d for d in dict.fromkeys(allowed) if d not in known]
         if not new and not useful:
@@ -252,9 +257,9 @@ class Background:
             code = process.wait()
             with self.changed:
                 self.idle, self.outbox = False, None
-                if self.running is not None:
+                if self.running is not None and self.running is not self.useless:
                     self.waiting.appendleft(self.running)
-                    self.running = None
+                self.running = None
                 if self.closed or self.failure:
                     return
                 self.deaths += 1
@@ -278,7 +283,8 @@ class Background:
                     self.busy, self.deaths, job = self.busy + seconds, 0, self.running
                     assert job is not None and job.draw == draw
                     self.running = None
-                    self.kept[draw] = Drawn(job.version, rollouts)
+                    if job is not self.useless:
+                        self.kept[draw] = Drawn(job.version, rollouts)
                     self._clean()
                 case Failed(why):
                     self.failure = why
@@ -290,7 +296,13 @@ class Background:
 
 
 def hired(
-    config: Train, session: Session, who: Rollouts, kept: dict[int, Drawn], say: Callable[[str], object]
+    config: Train,
+    session: Session,
+    who: Rollouts,
+    kept: dict[int, Drawn],
+    say: Callable[[str], object],
+    *,
+    alone: bool,
 ) -> Background:
     """A worker for this process of a run."""
     accelerator, engine, task = session.accelerator, session.collector.student, session.prompts.task
@@ -325,7 +337,7 @@ def hired(
     def job(draw: int) -> Job:
         prompts = session.prompts.batch(prompts_of(who, draw), config.batch // who.per_prompt)
         mine = share(len(prompts), accelerator.process_index, accelerator.num_processes)
-        return Job(draw, prompts[mine], who, mine.start * who.per_prompt)
+        return Job(draw, prompts[mine], who, mine.start * who.per_prompt, alone)
 
     def weights() -> dict[str, Tensor]:
         return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}

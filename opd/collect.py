@@ -12,10 +12,25 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
+from opd.models import head
 from opd.noise import uniform
 from opd.rollouts import NOTHING, Blend, Memory, Rollouts, StopOnAgreement, TeacherPrefix
-from opd.types import DATA, STUDENT, TEACHER, Batch, Prompt, Refusal, Rollout, Sampling, StopToken, Truncated, pad
-from opd.vocabulary import Columns, Vocabulary
+from opd.student import cross_entropies, final_states, rows, unprompted
+from opd.types import (
+    ALONE,
+    DATA,
+    STUDENT,
+    TEACHER,
+    Batch,
+    Prompt,
+    Refusal,
+    Rollout,
+    Sampling,
+    StopToken,
+    Truncated,
+    pad,
+)
+from opd.vocabulary import Columns, Hidden, Vocabulary
 
 KEPT = 1 << 24  # tokens of teachers' responses kept for their prefixes, 4 bytes each
 
@@ -116,10 +131,12 @@ class Collector:
         first: int,
         total: int = 1,
         memory: Memory = NOTHING,
+        alone: bool = False,
     ) -> list[Rollout]:
         """`who.per_prompt` verified rollouts of each prompt; `first` is the batch index of the first of them.
 
-        `step` of `total` steps and what the run remembers say where a policy that changes stands.
+        `step` of `total` steps and what the run remembers say where a policy that changes stands.  With `alone` each
+        is noted what the student says of it without its prompt.
         """
         wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(who.per_prompt)]
         index = list(range(first, first + len(wanted)))
@@ -172,6 +189,18 @@ class Collector:
                     prompt=rendered.prompt,
                 )
             )
+        return self._unprompted(out) if alone else out
+
+    @torch.no_grad()
+    def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """With the cross entropy of each response without its prompt, under the weights of now."""
+        model, out = self.student.model, list[Rollout]()
+        for start in range(0, len(rollouts), self.student.rows):
+            part = rollouts[start : start + self.student.rows]
+            plain, told = unprompted(part)
+            hidden = Hidden(final_states(model, rows(plain, told, teacher=False, device=model.device)), head(model))
+            found = cross_entropies(hidden, part, self.vocabulary)
+            out += [replace(r, notes={**r.notes, "student_alone": x}) for r, x in zip(part, found, strict=True)]
         return out
 
     def _does(self, who: Rollouts, step: int, memory: Memory) -> Blended | Watched | None:
@@ -250,6 +279,7 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
         prefix=torch.tensor([r.prefix for r in rollouts]),
+        **{name: torch.stack(found.pop(name)) for name in ALONE & found.keys()},
         notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
         # A key of five: that of four drew the token itself.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),

@@ -77,6 +77,7 @@ class Here:
     def take(self, step: int, memory: Memory) -> Drawn:
         """Write what the weights before `step` are to write; return what it trains on."""
         asked = draw_of(self.who, step, memory)
+        outdate(self.who, self.kept, step, memory)
         for draw in sorted({*opened(self.who, step, memory), asked} - self.kept.keys()):
             if draw <= self.total:  # later steps are never made
                 self.kept[draw] = Drawn(step - 1, bare(self.write(draw, memory)))
@@ -93,6 +94,13 @@ class Here:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def outdate(who: Rollouts, kept: dict[int, Drawn], step: int, memory: Memory) -> None:
+    """Drop what an older snapshot wrote than the one due before `step`."""
+    if isinstance(who, Snapshot):
+        for draw in [d for d in kept if d < who.outdated(step, memory)]:
+            del kept[draw]
 
 
 def forget(who: Rollouts, kept: dict[int, Drawn], step: int, memory: Memory) -> None:

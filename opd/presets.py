@@ -117,6 +117,8 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "staleness": 4,
         "sampling": Sampling(max_new_tokens=16384),
     },
+    # NPD, arXiv:2605.05940, by notes on it; batch and responses are not stated, packs have 32768 tokens.
+    "npd": {"lr": 1e-5, "schedule": "cosine"},
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
     "rock-freeze": {
@@ -135,6 +137,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
 ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "embedded": {
         "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
+        "npd": {"pool": 4},
         "trb": {"anneal": 20},
         "omniopd": {"chunks": 6, "length": 8, "texts": 4},
         "oprd": {"bridge_rank": 8},  # the models have no ancestor in common

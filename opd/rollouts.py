@@ -289,6 +289,12 @@ class Snapshot:
         found = self.scheduled(step) + ([] if early is None else [int(early)])
         return max(x for x in found if x <= step)
 
+    def outdated(self, step: int, memory: Memory) -> int:
+        """Before `step` every draw below this number is of an older snapshot than the one then due."""
+        if int(memory.get("snapshot", 0)) == step:  # it came early, and takes the numbers of what was not yet used
+            return min(x for x in self.scheduled(step) if x > step)
+        return self.start(step, memory)
+
     def remember(self, memory: Memory, batch: Batch, step: int) -> Memory:
         """The memory with the step before which the next snapshot is taken, where this one has drifted too far."""
         found = drift(batch)

@@ -29,7 +29,7 @@ from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
 from opd.runs import Run, save_memory
 from opd.session import Session, learning_rate
-from opd.student import micro_batches, rows
+from opd.student import cross_entropies, micro_batches, rows, unprompted
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import LogpTeacher
@@ -87,7 +87,7 @@ class Loop:
         config, session, who = self.config, self.session, self.method.rollouts
         kept = self._restored(checkpoint) if checkpoint is not None else {}
         if config.staleness or config.worker:
-            self.source = hired(config, session, who, kept, say)
+            self.source = hired(config, session, who, kept, say, alone="student_alone" in self.method.reads())
         else:
 
             def write(draw: int, memory: Memory) -> list[Rollout]:
@@ -136,10 +136,32 @@ class Loop:
         """The rollouts that `step` trains on, of all processes, in order."""
         who = self.method.rollouts
         source = self.source or self.open(step - 1, memory, None, print)
-        drawn = source.take(step, memory)
+        drawn, draw = source.take(step, memory), draw_of(who, step, memory)
+        prompts = self._prompts(prompts_of(who, draw), memory)
+        if "teacher_alone" in self.method.reads():
+            drawn = self._alone(drawn, draws.dressed(drawn.rollouts, prompts, who.per_prompt))
+            if draw in source.kept:
+                source.kept[draw] = drawn
         mine = drawn.behind(step) if self.config.staleness or isinstance(who, Snapshot) else drawn.rollouts
-        prompts = self._prompts(prompts_of(who, draw_of(who, step, memory)), memory)
         return draws.dressed(gather_object(mine), prompts, who.per_prompt)
+
+    def _alone(self, drawn: Drawn, dressed: Sequence[Rollout]) -> Drawn:
+        """The draw, each rollout noted what its teacher says of it without the prompt; asked once, for all its uses."""
+        found: dict[int, float] = {}
+        for name in self.session.teachers:
+            widths = {
+                i: len(r.ids) for i, r in enumerate(dressed) if r.teacher == name and "teacher_alone" not in r.notes
+            }
+            for at in micro_batches(widths, self.config.micro_batch_tokens):
+                rolls = [dressed[i] for i in at]
+                heard = self.session.teachers[name].hidden(*unprompted(rolls))
+                assert heard is not None, "a method that reads log q has a teacher that scores"
+                found |= dict(zip(at, cross_entropies(heard, rolls, self.session.vocabulary), strict=True))
+        noted = [
+            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r
+            for i, r in enumerate(drawn.rollouts)
+        ]
+        return Drawn(drawn.version, noted)
 
     def cross(self, built: Bridge, checkpoint: Path | None) -> None:
         """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
@@ -319,6 +341,7 @@ class Loop:
                 first=first + mine.start * who.per_prompt,
                 total=self.config.steps,
                 memory=memory,
+                alone="student_alone" in self.method.reads(),
             )
 
     def _micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from opd.types import Rollout, pad
 from opd.vocabulary import (
     Alternatives,
     Columns,
+    Given,
     Heard,
     Hidden,
     Vocabulary,
@@ -30,6 +31,7 @@ from opd.vocabulary import (
     head_pass,
     measure,
     predictors,
+    scores,
 )
 
 
@@ -93,6 +95,26 @@ def states(
 def final_states(model: PreTrainedModel | PeftModel, at: Rows) -> Float[Tensor, "N H"]:
     """The hidden states that predict the trained tokens, row by row."""
     return states(model, at)[0]
+
+
+def unprompted(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[list[bool]]]:
+    """The responses without their prompts, and their tokens that something precedes."""
+    plain = [replace(r, prompt_ids=(), teacher_prompt_ids=()) for r in rollouts]
+    return plain, [[i > 0 for i in range(len(r.ids))] for r in rollouts]
+
+
+def cross_entropies(hidden: Hidden | Given, rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> list[float]:
+    """-mean log p(y_t | y_<t) of each, from its second token on, in nats; 0 where there is none.  arXiv:2308.12032.
+
+    `hidden` are the states of what `unprompted` made of the rollouts.
+    """
+    if isinstance(hidden, Given):
+        logp = hidden.logp
+    else:
+        ids = torch.tensor([x for r in rollouts for x in r.ids[1:]], dtype=torch.long, device=hidden.states.device)
+        logp = scores(hidden, vocabulary.canonical(ids)[:, None], vocabulary, 1).logp[:, 0]
+    parts = logp.double().split([max(0, len(r.ids) - 1) for r in rollouts])
+    return [-float(part.mean()) if len(part) else 0.0 for part in parts]
 
 
 class Student(nn.Module):

@@ -98,6 +98,8 @@ class Batch:
     outcome: Float[Tensor, " B"]  # verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
     prefix: Int[Tensor, " B"] | None = None  # tokens at the start of a response that the teacher wrote
+    student_alone: Float[Tensor, " B"] | None = None  # cross entropy of y without its prompt, of the weights that wrote
+    teacher_alone: Float[Tensor, " B"] | None = None  # the teacher's; nats a token, from the second on
     coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; the same on every process
     student_logp: Float[Tensor, "B T"] | None = None  # the trainer's own
     student_entropy: Float[Tensor, "B T"] | None = None
@@ -123,7 +125,8 @@ class Batch:
         return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores), notes=notes)
 
 
-GIVEN = frozenset(
+ALONE = frozenset({"student_alone", "teacher_alone"})  # of those that are read
+GIVEN = ALONE | frozenset(
     {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})

@@ -70,6 +70,7 @@ class Writer:
                 step=job.draw,
                 first=job.first,
                 total=config.steps,
+                alone=job.alone,
             )
         return Done(job.draw, bare(rollouts), time.perf_counter() - start)
 

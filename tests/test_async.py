@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from opd.draws import Drawn
 from opd.exact import World, measure
 from opd.method import Positions
 from opd.methods import METHODS
+from opd.methods.npd import DeltaIFD
 from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, prompts_of
 from opd.runs import Run
 from opd.session import open_session
@@ -80,8 +82,9 @@ def rows(folder: Path, name: str = "metrics") -> list[dict]:
 def alike(a: Path, b: Path) -> None:
     """Two runs wrote the same numbers, rollouts, weights and optimizer state."""
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    files = [p.relative_to(a) for p in sorted(a.rglob("*.safetensors"))]
-    assert files == [p.relative_to(b) for p in sorted(b.rglob("*.safetensors"))] and len(files) > 6
+    trained = lambda run: [p.relative_to(run) for p in sorted(run.rglob("*.safetensors")) if p.stem != "draws"]
+    files = trained(a)
+    assert files == trained(b) and len(files) > 6
     for file in files:
         x, y = load_file(a / file), load_file(b / file)
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) or x[k].isnan().any() for k in x), file
@@ -367,8 +370,65 @@ def test_a_cycle_of_snapshots():
     assert [prompts_of(who, d) for d in (1, 2, 3, 7, 8, 9, 13)] == [1, 2, 3, 1, 2, 3, 4]
     drifted = {"snapshot": torch.tensor(5)}  # in the second epoch: batch 2 of the pool comes first
     assert [draw_of(who, s, drifted) for s in range(4, 9)] == [1, 5, 6, 7, 8]
+    assert [who.outdated(s, NOTHING) for s in (2, 6, 7)] == [1, 1, 7] and who.outdated(5, drifted) == 7
     assert list(opened(who, 5, drifted)) == [5, 6] and [prompts_of(who, d) for d in (5, 6)] == [2, 3]
     assert [draw_of(OnPolicy(), 5, NOTHING), *opened(OnPolicy(), 5, NOTHING), prompts_of(OnPolicy(), 5)] == [5] * 3
+
+
+NPD = METHODS["npd"](pool=2, epochs=2, refresh=1, tau=5.0)
+
+
+def test_a_pool_is_written_by_a_snapshot_and_survives_a_checkpoint(pair, tmp_path):
+    """Two batches, an epoch each by two snapshots; in a worker, and resumed in the middle of an epoch, all the same."""
+    here = opd.train(config(pair, tmp_path / "here", method=NPD, keep=9, steps=7))
+    assert [r["staleness"] for r in rows(here)] == [0, 1, 0, 1, 0, 1, 0]
+    assert all(0 < r["weighted_1"] <= 1 for r in rows(here))
+    opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, worker=True))
+    alike(here, tmp_path / "apart")
+    for run in (here, tmp_path / "apart"):
+        assert {d: x.version for d, x in draws.load(run / "checkpoints/step-000003").items()} == {3: 2, 4: 2}
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / f"apart/checkpoints/step-{step:06d}")
+    opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, resume=True))  # without a worker now
+    alike(here, tmp_path / "apart")
+
+
+def test_rollouts_without_their_prompts(pair, tmp_path):
+    """Cross entropies from the second token on: the writer's, then the teacher's, by plain forward passes."""
+    out = opd.train(config(pair, tmp_path / "run", method=NPD, steps=2))
+    columns = load_file(out / "rollouts/step-000002.safetensors")
+    for name, folder in zip(("student_alone", "teacher_alone"), pair, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for ids, mask, found in zip(columns["ids"], columns["mask"], columns[name], strict=True):
+            y = ids[mask]
+            with torch.no_grad():
+                wanted = model(y[None], labels=y[None]).loss if len(y) > 1 else torch.tensor(0.0)
+            close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_delta_ifd_by_hand(float64):
+    """IFD 0.5 of the student; of the teacher 0.4 (below), 1.0 (inside), 2.0 (above), and a response of one token."""
+    mask = torch.tensor([[True, True]] * 3 + [[True, False]])
+    alone = torch.tensor([2.0, 2.0, 2.0, 0.0])
+    student = torch.tensor([[-0.5, -1.5]] * 4)
+    teacher = torch.tensor([[-0.8, -0.8], [-1.0, -3.0], [-4.0, -4.0], [-1.0, -1.0]])
+    kept = DeltaIFD()(student, teacher, alone, alone, mask)
+    assert kept.tolist() == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
+    edge = DeltaIFD(0.0, 0.5)(student, teacher, alone, alone, mask)
+    assert edge.any(1).tolist() == [False, True, False, False]
+
+
+def test_a_student_that_drifts_is_asked_again(pair, tmp_path):
+    """A bound so small that any drift breaks it; one is seen a step after it was made.  Step 4 has a snapshot anyway."""
+    method = METHODS["npd"](pool=3, epochs=2, refresh=1, drift=1e-6, tau=5.0)
+    found = rows(opd.train(config(pair, tmp_path / "run", method=method, steps=5)))
+    assert [r["staleness"] for r in found] == [0, 1, 0, 0, 1]
+    apart = opd.train(config(pair, tmp_path / "apart", method=method, steps=5, worker=True))
+    assert rows(apart) == found
+    loose = rows(
+        opd.train(config(pair, tmp_path / "loose", method=replace(method, rollouts=Snapshot(3, 2, (1,), 9.0))))
+    )
+    assert [r["staleness"] for r in loose] == [0, 1, 2, 0, 1, 2]
 
 
 def test_drift_is_the_kl_to_who_wrote(float64):

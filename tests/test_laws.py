@@ -84,6 +84,8 @@ def given(ids):
         "chunk": chunk,
         "agreement": torch.rand(20, 3) * (chunk > 0),
         "verdict": torch.rand(20),
+        "student_alone": torch.rand(20),  # as likely as not Delta-IFD leaves a row out
+        "teacher_alone": torch.rand(20),
         "judged": torch.arange(20) % 5 != 4,  # of each group all or none
         "stage": torch.randint(1, 5, (20, 3)).sort(1).values,
         "stage_scores": torch.rand(20, 4),

@@ -16,6 +16,7 @@ TOLD = ("--context-template", "{context} {prompt}")  # in the alphabet of the em
 RUN = {  # the method's flags, where they are not the preset's
     "async-opd": ["--exact-staleness"],
     "gkd": ["--share", "0.5"],
+    "npd": ["--pool", "1", "--epochs", "3", "--refresh", "2"],
     "kat": ["--window", "4", "--floor", "2", "--ready", "8", "--after", "1", "--patience", "2"],
     "trb": ["--anneal", "3"],
     "rock-freeze": ["--tokens", "ROCKS"],
@@ -44,9 +45,15 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
     "async-opd": lambda rows: (  # its preset is four behind: all three steps are of the first weights
         [r["staleness_max"] for r in rows] == [0, 1, 2] and rows[2]["drift"] > 1e-6 > abs(rows[0]["drift"])
     ),
+    "npd": lambda rows: (  # the second step trains on the first's rollouts, and some are left out
+        [r["staleness"] for r in rows] == [0, 1, 0]
+        and rows[1]["tokens"] == rows[0]["tokens"]
+        and rows[1]["drift"] > 1e-6 > abs(rows[0]["drift"])
+        and all(0 < r["weighted_0"] == r["weighted_1"] < 1 for r in rows)
+    ),
     "opd-zscore": lambda r: r["advantage_std"] > 0,
 }
-OF_ALL = {"async-opd", "trb", "kat", "tropd"}
+OF_ALL = {"async-opd", "npd", "trb", "kat", "tropd"}
 
 
 @pytest.fixture(scope="module")

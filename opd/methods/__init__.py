@@ -25,6 +25,7 @@ from opd.methods.fire import fire
 from opd.methods.gopd import g_opd
 from opd.methods.iw import iw_opd
 from opd.methods.kat import kat
+from opd.methods.npd import npd
 from opd.methods.omniopd import omniopd
 from opd.methods.oprd import oprd
 from opd.methods.optimal import opd_optimal, opd_stratified
@@ -79,6 +80,7 @@ FACTORIES: tuple[Callable[..., Method], ...] = (
     opd_optimal,
     opd_stratified,
     async_opd,
+    npd,
     pg,
 )
 METHODS: dict[str, Callable[..., Method]] = {f.__name__.replace("_", "-"): f for f in FACTORIES}
