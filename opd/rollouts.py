@@ -214,7 +214,7 @@ class StopOnAgreement:
         before: Agreement,
         token_kl: Float[np.ndarray, " B"],
         active: Bool[np.ndarray, " B"],
-        count: int,
+        count: int | Int[np.ndarray, " B"],
         threshold: float,
     ) -> Agreement:
         """After token number `count` (from 1) of the active rollouts; the others stay as they are."""

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from opd.engines.hf import HFEngine, draw, truncate
+from opd.engines.stream import Cache, Stream
+from opd.kernels import draw as draws
+from opd.kernels.draw import quantile
 from opd.noise import uniform
 from opd.types import Sampling
 from tests.models_for_tests import tiny
@@ -98,3 +102,142 @@ def test_a_stop_token_is_drawn_at_the_probability_of_its_class():
     torch.testing.assert_close(
         logp[torch.isin(ids, torch.tensor([3, 8]))], whole.expand((ids == 3).sum() + (ids == 8).sum())
     )
+
+
+# Places that are filled again
+
+
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "sliding": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}),
+    "absolute positions": ("GPT2Config", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}),
+    "positions by distance": ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+}
+
+
+def other(name):
+    kind, options = ARCHITECTURES[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, kind)(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        **options,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("options", [{"rows": 3}, {"rows": 4, "compact": 0.6}, {"rows": 2, "compact": 1.0}])
+def test_whoever_takes_a_place_writes_what_it_writes_alone(name, options):
+    """Prompts of 1 to 14 tokens and responses of 1 to 24 pass through few places; each is also written alone."""
+    e = HFEngine(other(name), 60, (2, 7, 11, 19, 23), **options)
+    g = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 60, (n,), generator=g).tolist() for n in (3, 1, 14, 2, 9, 1, 5, 12, 1, 4, 7)]
+    prompts += prompts[2:5]
+    found = generate(e, prompts)
+    assert len({len(s.ids) for s in found}) > 2
+    for i, sample in enumerate(found):
+        (alone,) = generate(e, prompts[i : i + 1], index=[i])
+        assert sample.ids == alone.ids and sample.stopped == alone.stopped
+        torch.testing.assert_close(torch.tensor(sample.logp), torch.tensor(alone.logp), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_takes_no_rows_is_filled_once_it_is_empty(model, monkeypatch):
+    wanted = generate(engine(model))
+    monkeypatch.setattr(Cache, "splices", lambda self: False)
+    assert [s.ids for s in generate(engine(model, rows=2))] == [s.ids for s in wanted]
+
+
+def test_a_prompt_is_read_once_for_all_its_rollouts(model, monkeypatch):
+    """Five rollouts of each of three prompts, through four places."""
+    prompts, read, prefilled = [p for p in PROMPTS[1:4] for _ in range(5)], [], Stream._prefilled
+    monkeypatch.setattr(Stream, "_prefilled", lambda self, some: read.extend(some) or prefilled(self, some))
+    found = generate(engine(model, rows=4), prompts)
+    assert sorted(read) == sorted(map(tuple, PROMPTS[1:4]))
+    monkeypatch.undo()
+    assert [s.ids for s in found] == [s.ids for s in generate(engine(model), prompts)]
+
+
+def test_columns_are_given_back(model, monkeypatch):
+    """However many responses pass through a place, the cache is as wide as the longest row that is there."""
+    widths, read = [], Stream.read
+    monkeypatch.setattr(Stream, "read", lambda self: widths.append((self.rows.width, self.rows.length)) or read(self))
+    generate(engine(model, rows=2, compact=1.0), PROMPTS * 3)
+    assert len(widths) > 3 * 24
+    assert max(width for width, _ in widths) < 6 + 24
+    assert all(width == int(length.max()) for width, length in widths)
+
+
+# The draw
+
+
+def quantiles(z, temperature):
+    """float64, by the definition."""
+    p = (z.double() / temperature).softmax(-1)
+    return p, p.cumsum(-1)
+
+
+@pytest.fixture(params=["C", "torch"])
+def way(request, monkeypatch):
+    if request.param == "C" and draws._compiled() is None:
+        pytest.skip("no C compiler here")
+    if request.param == "torch":
+        monkeypatch.setattr(draws, "_compiled", lambda: None)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize("width", [2048, 3001, 49152])
+def test_the_drawn_token_holds_the_quantile_in_float64(width, temperature):
+    z = torch.randn(40, width) * torch.logspace(-2, 1.5, 40)[:, None]
+    z[::7, 5:900] = -torch.inf
+    u = torch.rand(40, dtype=torch.float64)
+    p, cdf = quantiles(z, temperature)
+    ids, whole = quantile(z, u, temperature)
+    upper = cdf.gather(-1, ids[:, None])[:, 0]
+    assert ((upper - p.gather(-1, ids[:, None])[:, 0] <= u + 1e-12) & (u <= upper + 1e-12)).all()
+    torch.testing.assert_close(whole, (z.double() / temperature).logsumexp(-1), rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.usefixtures("way")
+def test_the_ends_of_the_unit_interval():
+    z = torch.full((4, 5000), -torch.inf)
+    z[:, 7], z[:, 4000] = 0.0, 1.0
+    most = 1 - 2.0**-53
+    assert quantile(z, torch.tensor([0.0, most, 0.2689, 0.2690], dtype=torch.float64))[0].tolist() == [7, 4000, 7, 4000]
+    flat = torch.zeros(2, 4096)
+    assert quantile(flat, torch.tensor([0.5, most], dtype=torch.float64))[0].tolist() == [2048, 4095]
+    far = torch.zeros(1, 4096)
+    far[0, 1:] = -400.0  # beyond fp32's smallest number: exp(-400) is none of its own
+    assert quantile(far, torch.tensor([most], dtype=torch.float64))[0].tolist() in ([0], [4095])
+
+
+@pytest.mark.skipif(draws._compiled() is None, reason="no C compiler here")
+def test_both_ways_draw_the_same_tokens():
+    for k in range(20):
+        z, u = torch.randn(64, 4096 + 37 * k)[:, : 4096 + k] * (0.2 + k), torch.rand(64, dtype=torch.float64)
+        found, twin = draws._in_c(z, u, 0.7), draws.in_torch(z, u, 0.7)
+        assert torch.equal(found[0], twin[0])
+        torch.testing.assert_close(found[1], twin[1], rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.usefixtures("way")
+def test_frequencies_over_a_large_vocabulary():
+    """Chi-square of 20,000 counter-based draws, tokens gathered into classes of like mass."""
+    z = torch.randn(1, 2500, generator=torch.Generator().manual_seed(3)) * 2
+    n, (p, _) = 20_000, quantiles(z, 1.0)
+    seen = torch.zeros(2500)
+    for part in np.arange(n).reshape(20, -1):
+        ids, _ = quantile(z.expand(len(part), -1), torch.from_numpy(uniform(1, 2, part, 3)))
+        seen += torch.bincount(ids, minlength=2500)
+    group = (p[0].cumsum(0) * 99.999).long()
+    expected = torch.zeros(100, dtype=torch.float64).index_add(0, group, p[0] * n)
+    observed = torch.zeros(100, dtype=torch.float64).index_add(0, group, seen.double())
+    some = expected > 0
+    chi = ((observed - expected).square() / expected)[some].sum()
+    freedom = int(some.sum()) - 1
+    assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5

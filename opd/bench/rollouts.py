@@ -1,12 +1,14 @@
 """Ragged rollouts beside plain `model.generate`, tokens a second.
 
 A random model of SmolLM2's width whose stop token has the same probability everywhere: lengths are geometric, cut at
-the limit, as ragged as sampling makes them, and the same distribution for both.  Ours keeps the sampler's log-probs.
+the limit, as ragged as sampling makes them, and the same distribution for all.  Ours keeps the sampler's log-probs.
 """
 
 import math
 import statistics
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +17,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from opd.bench.result import Clock, Result, in_turn, spread, versions
 from opd.engines.hf import HFEngine
+from opd.kernels.linear import faster, quicken
 from opd.types import Sampling
 
 STOP = 2
+LABELS = {
+    "opd": "opd, with log-probs",
+    "plain": "the same, torch's own products",
+    "generate": "model.generate, without",
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,16 @@ def measured(ragged: Ragged) -> Result:
     made, g = model(ragged), torch.Generator().manual_seed(0)
     widths = torch.randint(16, 64, (ragged.requests,), generator=g).tolist()
     prompts = [torch.randint(3, ragged.vocabulary, (n,), generator=g).tolist() for n in widths]
-    lengths: dict[str, list[list[int]]] = {"opd": [], "generate": []}
+    quick = deepcopy(made)
+    quicken(quick)  # as `models.load` does
+    lengths: dict[str, list[list[int]]] = {name: [] for name in LABELS if faster() or name != "plain"}
 
-    def ours() -> None:
-        engine = HFEngine(made, ragged.vocabulary, (STOP,), ragged.rows)
+    def ours(name: str, of: LlamaForCausalLM) -> None:
+        engine = HFEngine(of, ragged.vocabulary, (STOP,), ragged.rows)
         sampling = Sampling(max_new_tokens=ragged.max_new_tokens)
-        found = engine.generate(prompts, sampling, seed=0, step=len(lengths["opd"]), index=range(len(prompts)))
+        found = engine.generate(prompts, sampling, seed=0, step=len(lengths[name]), index=range(len(prompts)))
         assert all(len(x.logp) == len(x.ids) for x in found)
-        lengths["opd"].append([len(x.ids) for x in found])
+        lengths[name].append([len(x.ids) for x in found])
 
     def plain() -> None:
         torch.manual_seed(len(lengths["generate"]))
@@ -93,13 +103,15 @@ def measured(ragged: Ragged) -> Result:
             found += _generate(made, prompts[start : start + ragged.rows], ragged.max_new_tokens)
         lengths["generate"].append(found)
 
-    seconds = in_turn({"opd": ours, "generate": plain}, rounds=ragged.rounds, clock=ragged.clock)
+    every = {"opd": partial(ours, "opd", quick), "plain": partial(ours, "plain", made), "generate": plain}
+    arms = {name: every[name] for name in lengths}
+    seconds = in_turn(arms, rounds=ragged.rounds, clock=ragged.clock)
     speed = {name: [sum(n) / s for n, s in zip(lengths[name][1:], took, strict=True)] for name, took in seconds.items()}
     rows, flat = [], {name: [x for n in some[1:] for x in n] for name, some in lengths.items()}
-    for name, label in (("opd", "opd, with log-probs"), ("generate", "model.generate, without")):
+    for name in arms:
         ratios = [a / b for a, b in zip(speed["opd"], speed[name], strict=True)]
         about = f"{statistics.mean(flat[name]):.0f}, {max(flat[name])}"
-        rows.append((label, spread(speed[name], 0), about, spread(ratios) if name != "opd" else ""))
+        rows.append((LABELS[name], spread(speed[name], 0), about, spread(ratios) if name != "opd" else ""))
     shares = [
         statistics.mean(part) / max(part)
         for n in lengths["generate"][1:]

@@ -3,7 +3,7 @@
 All rows end in the last column of the KV cache; what lies left of a row is masked.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from opd.models import base
 
 Ids = tuple[int, ...]
-Rows = Int[Tensor, " b"]
+Rows = Int[Tensor, " _"]  # which, in order; some more than once
 
 
 class Roomy(DynamicLayer):
     """Keys and values with room on their right: a token is written there, and nothing before it is copied."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append; the views of all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -42,6 +44,10 @@ class Roomy(DynamicLayer):
         """Have places of which the first `width` columns are written."""
         self.places = keys, values
         self.keys, self.values = keys[:, :, :width], values[:, :, :width]
+
+    def batch_select_indices(self, indices: Rows) -> None:
+        """Some rows."""
+        self.hold(self.keys[indices], self.values[indices], self.keys.shape[2])
 
 
 def _room(like: Float[Tensor, "b heads k D"], rows: int, width: int) -> Float[Tensor, "B heads room D"]:
@@ -110,38 +116,82 @@ def _join_(layer: Roomy | DynamicSlidingWindowLayer, parts: Sequence[tuple[Dynam
 
 @dataclass
 class Stream:
-    """The rows that a model reads side by side; the last token of each is yet to be read."""
+    """The rows that a model reads side by side."""
 
     model: PreTrainedModel | PeftModel
     rows: Cache
+    last: Int[Tensor, " B"]  # token of each row, yet to be read
     shelf: tuple[list[Ids], Cache]  # prompts that were read once for rows yet to come
 
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel) -> "Stream":
         """Without rows."""
-        return cls(model, Cache.of(model), ([], Cache.of(model)))
+        return cls(model, Cache.of(model), torch.zeros(0, dtype=torch.long, device=model.device), ([], Cache.of(model)))
 
-    def change(self, kept: Rows, new: Sequence[Ids], soon: Iterable[Ids]) -> None:
-        """Keep some rows and add prompts, all but their last token; one that is among `soon` is read once for all."""
+    def change(self, kept: Rows, new: Sequence[Ids], soon: Collection[Ids]) -> None:
+        """Keep some rows and add prompts; one that is among `soon` is read once for all."""
         kept = kept.to(self.model.device)
-        if len(kept) and not self.rows.splices():
-            assert not new, "a cache that cannot take rows is asked for some"
-            self.rows.drop_(kept)
-            return
-        if not new:
-            self.rows.join_([(self.rows, kept)])
-            return
-        known, shelved = self.shelf
-        missing = [p for p in dict.fromkeys(new) if p not in known]
-        read = self._read(missing)
-        names = [*known, *missing]
-        if known and missing:
-            both = Cache.of(self.model)
-            both.join_([(shelved, self._at(known, known)), (read, self._at(missing, missing))])
-            read = both
-        elif known:
-            read = shelved
-        if len(kept):
+        self.last = torch.cat((self.last[kept], self.last.new_tensor([p[-1] for p in new])))
+        if self.rows.splices():
+            if not new:
+                return self.rows.join_([(self.rows, kept)])
+            names, read = self._known(new)
             self.rows.join_([(self.rows, kept), (read, self._at(names, new))])
-        elif len(set(new)) < len(new) or self.rows.splices()
-        ...
+            later, shelved = [p for p in names if p in soon], Cache.of(self.model)
+            shelved.join_([(read, self._at(names, later))])
+            self.shelf = later, shelved
+        elif new:
+            assert not len(kept), "such a cache takes no rows while it has others"
+            names = list(dict.fromkeys(new))
+            self.rows = self._prefilled(names)
+            self.rows.drop_(self._at(names, new))
+        else:
+            self.rows.drop_(kept)
+
+    def read(self) -> Float[Tensor, "B V"]:
+        """The last token of each row; the logits of the next."""
+        rows, device = self.rows, self.model.device
+        real = torch.arange(rows.width + 1, device=device) >= rows.width - rows.length[:, None]
+        out = base(self.model)(
+            input_ids=self.last[:, None],
+            attention_mask=real.long(),
+            position_ids=rows.length[:, None],
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        rows.length, rows.width = rows.length + 1, rows.width + 1
+        return out.logits[:, -1]
+
+    def _known(self, prompts: Sequence[Ids]) -> tuple[list[Ids], Cache]:
+        """What there is to remember of prompts, each once: from the shelf, or read now."""
+        names, shelved = self.shelf
+        missing = [p for p in dict.fromkeys(prompts) if p not in names]
+        if not missing:
+            return names, shelved
+        read = self._prefilled(missing)
+        if not names:
+            return missing, read
+        both = Cache.of(self.model)
+        both.join_([(shelved, self._at(names, names)), (read, self._at(missing, missing))])
+        return names + missing, both
+
+    def _prefilled(self, prompts: Sequence[Ids]) -> Cache:
+        """After all but the last token of each."""
+        out, device, width = Cache.of(self.model), self.model.device, max(map(len, prompts)) - 1
+        out.length, out.width = torch.tensor([len(p) - 1 for p in prompts], device=device), width
+        if width:
+            ids = torch.tensor([[0] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts], device=device)
+            column = torch.arange(width, device=device) - (width - out.length[:, None])
+            base(self.model).base_model(
+                input_ids=ids,
+                attention_mask=(column >= 0).long(),
+                position_ids=column.clamp(min=0),
+                past_key_values=out.cache,
+                use_cache=True,
+            )
+        return out
+
+    def _at(self, names: Sequence[Ids], prompts: Sequence[Ids]) -> Rows:
+        place = {name: i for i, name in enumerate(names)}
+        return torch.tensor([place[p] for p in prompts], dtype=torch.long, device=self.model.device)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from opd.kernels.linear import pays, product
 
-BLOCK = 4096  # columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied
+BLOCK = (
+    4096  # rows and columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied
+)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -23,8 +25,9 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
     """out = a @ b; a wider `out` gets it unrounded on CUDA, and rounded once to a's dtype elsewhere."""
     if out.dtype == a.dtype and pays(a, b.T):
-        for part, columns in zip(out.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
-            part.copy_(product(a, columns.T))
+        for rows, x in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
+            for part, columns in zip(rows.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
+                part.copy_(product(x, columns.T))
         return out
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)

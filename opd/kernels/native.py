@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,21 +28,38 @@ NATIVE: tuple[list[str], ...] = (
 
 
 @cache
-def built() -> ctypes.CDLL | None:
-    """The compiled functions; None without a C compiler."""
+def built(source: str = "rows.c") -> ctypes.CDLL | None:
+    """The compiled functions of a file beside this one; None without a C compiler."""
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "rows.so")
+        out = str(Path(folder) / "built.so")
         for native in NATIVE:
-            command = [os.environ.get("CC", "cc"), *FLAGS, *native, str(Path(__file__).parent / "rows.c"), "-o", out]
+            command = [os.environ.get("CC", "cc"), *FLAGS, *native, str(Path(__file__).parent / source), "-o", out]
             try:
                 if subprocess.run([*command, "-lm"], capture_output=True).returncode == 0:
-                    found = ctypes.CDLL(out)  # stays open without its file
-                    found.sweep.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-                    found.sweep.restype = None
-                    return found
+                    return ctypes.CDLL(out)  # stays open without its file
             except OSError:
                 return None
     return None
+
+
+@cache
+def _sweep() -> Callable[..., None] | None:
+    found = built()
+    if found is None:
+        return None
+    found.sweep.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    found.sweep.restype = None
+    return found.sweep
+
+
+def over_threads(rows: int, part: Callable[[int, int], object]) -> None:
+    """`part(first, last)` of the rows, shared out over torch's threads."""
+    threads = min(torch.get_num_threads(), max(1, rows))
+    ends = [rows * k // threads for k in range(threads + 1)]
+    if threads == 1:
+        part(0, rows)
+    else:
+        list(_pool(threads).map(part, ends[:-1], ends[1:]))
 
 
 @cache
@@ -54,27 +72,22 @@ def runs(student: Tensor, teacher: Tensor) -> bool:
     return (
         student.shape[-1] >= LEAST
         and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in (student, teacher))
-        and built() is not None
+        and _sweep() is not None
     )
 
 
 def sweep_(student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], ids: Int[Tensor, " n"], out: Sums) -> None:
     """Fill the sums; the student's logits become e, the teacher's stay.  Rows are shared out over torch's threads."""
-    found = built()
-    assert found is not None and student.is_contiguous() and teacher.is_contiguous()
+    sweep = _sweep()
+    assert sweep is not None and student.is_contiguous() and teacher.is_contiguous()
     (n, width), ids = student.shape, ids.long().contiguous()
     assert int(ids.min() if n else 0) >= 0 and int(ids.max() if n else 0) < width
     sums = student.new_empty(7, n)
 
     def part(first: int, last: int) -> None:
         at = [x[first:last].data_ptr() for x in (student, teacher, ids)]
-        found.sweep(*at, sums[:, first:].data_ptr(), last - first, width, n)
+        sweep(*at, sums[:, first:].data_ptr(), last - first, width, n)
 
-    threads = min(torch.get_num_threads(), max(1, n))
-    ends = [n * k // threads for k in range(threads + 1)]
-    if threads == 1:
-        part(0, n)
-    else:
-        list(_pool(threads).map(part, ends[:-1], ends[1:]))
+    over_threads(n, part)
     for whole, row in zip((out.e, out.eu, out.ev, out.f, out.fv, out.u, out.v), sums, strict=True):
         whole.copy_(row)
