@@ -139,7 +139,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
         "npd": {"pool": 4},
         "trb": {"anneal": 20},
-        "omniopd": {"chunks": 6, "length": 8, "texts": 4},
+        "omniopd": {"chunks": 8, "length": 1, "texts": 4},  # the share of the response that the paper audits
         "oprd": {"bridge_rank": 8},  # the models have no ancestor in common
         # The tags of the embedded task.  Its models read questions and write solutions, and nothing else.
         "rubricem": {"tags": ("<plan>", "<work>", "<check>", "<answer>"), "references": 2, "reflections": 0},
@@ -148,11 +148,11 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 _TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "async-opd": {"staleness": 4},
-    "omniopd": {"lr": 1e-4},
+    "omniopd": {"lr": 5e-4},
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,
     "ropd": {"judge": "verifier"},  # the embedded teacher writes no json
-    "rubricem": {"judge": "verifier"},
+    "rubricem": {"judge": "verifier", "lr": 5e-4},
     "sdft": _TOLD,
     "sdpo": _TOLD,
 }

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.weights import Posterior, posterior
+
 
 def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
     """sum_k gamma^k x_{t+k}."""
@@ -88,6 +90,34 @@ class GroupAdvantage:
     ) -> Float[Tensor, "B T"]:
         advantage = group_centred(verdict.to(x.dtype), group, judged & mask.any(1), self.eps if self.norm_std else None)
         return x.where(mask, 0) * advantage[:, None]
+
+
+@dataclass(frozen=True)
+class CentredPosterior:
+    """x times OmniOPD's posterior less its mean over the batch's audited tokens; 0 outside of the chunks.
+
+    The paper's is above 0 for whatever the student said: of its gradient the mean part is noise of mean 0, which grows
+    with the length of a chunk as what tells chunks apart shrinks (docs/LOG.md).  The opd project's.
+    """
+
+    texts: int = 10
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        Posterior(self.texts, self.alpha)  # what it refuses
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        chunk: Int[Tensor, "B T"],
+        agreement: Float[Tensor, "B T"],
+        student_logp: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        found = posterior(chunk, agreement, student_logp, audited, texts=self.texts, alpha=self.alpha)
+        mean = found.where(audited, 0).sum() / audited.sum().clamp(min=1)
+        return (x * (found - mean)).where(audited, 0)
 
 
 @dataclass(frozen=True)

@@ -278,9 +278,33 @@ class Posterior:
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         audited = mask & (chunk > 0)
-        prior = _chunk_mean(student_logp, chunk, audited).exp()
-        posterior = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
-        return posterior.where(audited, 0) * _share(audited, mask, self.apart)
+        found = posterior(chunk, agreement, student_logp, audited, texts=self.texts, alpha=self.alpha)
+        return found.where(audited, 0) * _share(audited, mask, self.apart)
+
+
+def posterior(
+    chunk: Int[Tensor, "B T"],
+    agreement: Float[Tensor, "B T"],
+    student_logp: Float[Tensor, "B T"],
+    audited: Bool[Tensor, "B T"],
+    *,
+    texts: int,
+    alpha: float,
+) -> Float[Tensor, "B T"]:
+    """(agreement + alpha pbar) / (texts + alpha) of each token's chunk."""
+    prior = _chunk_mean(student_logp, chunk, audited).exp()
+    return (agreement.to(prior.dtype) + alpha * prior) / (texts + alpha)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """1 on the audited chunks, else 0; `apart` as in `Posterior`."""
+
+    apart: bool = False
+
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        return audited * _share(audited, mask, self.apart)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ SIZE = "--steps 3 --batch 16 --max-new-tokens 48 --warmup 0 --save-every 100 --q
 STUDENT = PAIR.replace("--teacher embedded:teacher ", "")
 TOLD = ("--context-template", "{context} {prompt}")  # in the alphabet of the embedded tokenizer
 
+NOTED = "{prompt} {reflection}"
 RUN = {  # the method's flags, where they are not the preset's
     "async-opd": ["--exact-staleness"],
     "gkd": ["--share", "0.5"],
@@ -21,6 +22,7 @@ RUN = {  # the method's flags, where they are not the preset's
     "trb": ["--anneal", "3"],
     "rock-freeze": ["--tokens", "ROCKS"],
     "ropd": ["--prompts", "embedded:ledger", "--max-new-tokens", "128"],  # whose answers differ
+    "rubricem": ["--reflections", "4", "--window", "1", "--reflect", "{prompt} {response}", "--remember", NOTED],
 }
 FIRED = {  # of each step's numbers; a list of them where it takes a step or more
     "fire": lambda r: r["weighted"] < 0.95 and r["effective"] < r["weighted"],
@@ -40,6 +42,13 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
     "sdpo": lambda r: r["tokens"] > 0 and r["reverse_kl"] > 0.01,
     "omniopd": lambda r: 0 < r["weighted_0"] == pytest.approx(r["audited"]) and 0.5 < r["agreement"] <= 1,
     "ropd": lambda r: 0 < r["verdict"] < 1 and not r["unjudged"],
+    "rubricem": lambda rows: (  # the student reflects on step 1 and is trained on it in step 2; stages are scored apart
+        "reflections" not in rows[0]
+        and rows[1]["reflections"] == 2 * 4
+        and 0 < rows[1]["reflection"] <= 1
+        and len({row[f"stage_{k}"] for row in rows for k in (1, 2, 3, 4)}) > 4
+        and not any(r["unjudged"] for r in rows)
+    ),
     "trb": lambda rows: rows[0]["beta"] > 0 and rows[0]["behavior_kl"] <= 0.02 + 1e-4,
     "kat": lambda rows: rows[-1]["cut"] > 0 and rows[-1]["cut_tokens"] > 0,
     "async-opd": lambda rows: (  # its preset is four behind: all three steps are of the first weights
@@ -53,7 +62,7 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
     ),
     "opd-zscore": lambda r: r["advantage_std"] > 0,
 }
-OF_ALL = {"async-opd", "npd", "trb", "kat", "tropd"}
+OF_ALL = {"async-opd", "npd", "trb", "kat", "tropd", "rubricem"}
 
 
 @pytest.fixture(scope="module")

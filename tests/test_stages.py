@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,17 +12,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from opd import episode, prompts, rubrics, stages
+from opd import cli, episode, prompts, rubrics, stages, steps
 from opd.asking import given
+from opd.config import Train
 from opd.exact import World
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.methods.rubricem import TAGS, JudgedRollouts
 from opd.models import EMBEDDED
 from opd.questions import Reflect, Stages
+from opd.reading import Prompts
 from opd.rewards import LogRatio, One
 from opd.rubrics import Criterion
-from opd.runs import load_memory
+from opd.runs import digest, load_memory
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.judge import ModelJudge
@@ -37,7 +40,8 @@ from opd.teachers.stages import (
 from opd.teachers.text import Gate
 from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
-from tests.test_text_teachers import QUICK, Grader, endpoint
+from tests.test_server import Proxy
+from tests.test_text_teachers import QUICK, Grader, endpoint, lines
 from tests.test_tokens import byte_level
 
 close = torch.testing.assert_close
@@ -504,3 +508,187 @@ def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
     nobody = stage_judge("http://127.0.0.1:9", tmp_path)  # all of it is on disk
     assert nobody.evolve(groups, 0) == found and nobody.worth(weigh, 0) == direct.worth(weigh, 0)
     assert nobody.traffic()["judge_calls"] == 0
+
+
+SPOILT = {
+    "half": lambda text: text[: len(text) // 2],
+    "words": lambda text: "Sure!",
+    "stage": lambda text: text.replace('"stage": 1', '"stage": 5'),
+    "marks": lambda text: re.sub(r'"mark": \d', '"mark": 3', text),
+    "order": lambda text: text.replace('"index": 1,', '"index": 2,'),
+    "none": lambda text: re.sub(r'"criteria": \[.*\]', '"criteria": []', text),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("evolve", "half"), ("evolve", "stage"), ("evolve", "none"), ("marks", "marks"), ("marks", "order")],
+)
+def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
+    task, (group, _) = ledger()
+    direct, spoil = VerifierStageJudge(task.verify), SPOILT[how]
+    (found,) = direct.evolve([group], 0)
+    marked = lambda judge: judge.marks(group.answers[:1], [found], 0)
+    asked = (lambda judge: judge.evolve([group], 0)) if kind == "evolve" else marked
+    with StageGrader(lambda what, n, text: spoil(text) if (what, n) == (kind, 0) else text) as grader:
+        assert asked(stage_judge(grader.url, tmp_path)) == asked(direct) and grader.asked[kind] == 2
+        (again,) = [turns for turns in grader.texts if len(turns) == 3]
+        assert "That was not as asked" in again[2]
+    with StageGrader(lambda what, n, text: spoil(text)) as grader:
+        assert asked(stage_judge(grader.url, tmp_path / "other")) == [None] and grader.asked[kind] == 2
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "malformed", "slow"])
+def test_a_failing_server_loses_its_own_responses_alone(fault, tmp_path):
+    task, (group, _) = ledger()
+    (found,) = VerifierStageJudge(task.verify).evolve([group], 0)
+    wanted = VerifierStageJudge(task.verify).marks(group.answers[:3], [found] * 3, 0)
+    with StageGrader() as grader, Proxy(grader.url, lambda path, n: fault if n in (1, 3) else None) as proxy:
+        judge = stage_judge(proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0)  # n = 3: it is asked once more, and fails again
+        assert judge.marks(group.answers[:3], [found] * 3, 0) == [wanted[0], None, wanted[2]]
+        assert judge.traffic()["judge_failed"] == 2
+        again = stage_judge(grader.url, tmp_path)
+        assert again.marks(group.answers[:3], [found] * 3, 0) == wanted and again.traffic()["judge_calls"] == 1
+
+
+def test_a_judge_that_babbles_stops_the_run(tmp_path):
+    _, groups = ledger(12)
+    with (
+        StageGrader(lambda what, n, text: "Sure!") as grader,
+        pytest.raises(Refusal, match=r"judge x: 100% .*no json object"),
+    ):
+        stage_judge(grader.url, tmp_path).evolve(groups, 0)
+
+
+# Runs
+
+
+PAIR = ["--student", "embedded:student", "--teacher", "embedded:teacher", "--prompts", "embedded:ledger", "--quiet"]
+SMALL = ["--preset", "embedded", "--limit", "40", "--steps", "3", "--batch", "8", "--per-prompt", "4", "--warmup", "0"]
+SIZE = ["--max-new-tokens", "128", "--save-every", "1", "--keep", "9", "--lr", "1e-4"]
+AGAIN = [
+    "--reflections",
+    "3",
+    "--window",
+    "1",
+    "--reflect",
+    "{prompt} {response}",
+    "--remember",
+    "{prompt} {reflection}",
+]
+EXACT = ("loss", "grad_norm", "stage_1", "stage_2", "stage_4", "staged_2", "student_logp", "unjudged")
+
+
+def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
+    """Rubrics, notes and reflections go from step to step through memory.safetensors, and nowhere else."""
+    told, whole, part = [*PAIR, *SMALL, *SIZE], tmp_path / "whole", tmp_path / "part"
+    assert cli.main(["train", *told, "--out", str(whole), "rubricem", *AGAIN]) == 0, capsys.readouterr()
+    rows = lines(whole)
+    assert "reflections" not in rows[0] and [row["reflections"] for row in rows[1:]] == [6, 6]
+    assert all(row["grad_norm"] > 0 and row["reflection_tokens"] > 0 and 0 < row["reflection"] <= 1 for row in rows[1:])
+    kept = [episode.of(load_memory(whole / f"checkpoints/step-00000{step}")) for step in (1, 2, 3)]
+    assert [len(e.rubrics) for e in kept] == [2, 2, 4]  # step 2 sees the questions of step 1 again
+    assert [len(e.notes) for e in kept] == [2, 2, 4] and [len(e.deferred) for e in kept] == [6, 6, 6]
+    for buffer in kept[1].rubrics.values():
+        assert all(sum(c.stage == k for c in buffer) <= cap for k, cap in enumerate((3, 2, 2, 3), 1))
+    interrupted = threading.Event()
+    real = steps.Loop.step
+
+    def step(self, number, memory):
+        if number == 3 and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        return real(self, number, memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.Loop, "step", step)
+        assert cli.main(["train", *told, "--out", str(part), "rubricem", *AGAIN]) == 130
+    assert cli.main(["train", *told, "--out", str(part), "--resume", "rubricem", *AGAIN]) == 0, capsys.readouterr()
+    assert lines(whole) == lines(part)
+    files = [(x / "checkpoints/step-000003/memory.safetensors").read_bytes() for x in (whole, part)]
+    assert files[0] == files[1]
+
+
+def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
+    """One step later, by the ratio to the student that wrote it; its group's worths standardised; all of it answer."""
+    seen = []
+    real = Method.prepare
+
+    def prepare(self, batch):
+        targets = real(self, batch)
+        seen.append((batch, targets))
+        return targets
+
+    monkeypatch.setattr(Method, "prepare", prepare)
+    told = [*PAIR, *SMALL, *SIZE, "--steps", "2", "--lr", "1e-3", "--rollouts-every", "9"]
+    assert cli.main(["train", *told, "--out", str(tmp_path / "x"), "rubricem", *AGAIN]) == 0, capsys.readouterr()
+    before = episode.of(load_memory(tmp_path / "x/checkpoints/step-000001"))
+    batch, (paid, _) = next((b, t) for b, t in seen if len(b.ids) == 8 + 6)
+    own = batch[8:]
+    worth = torch.tensor([d.worth for d in before.deferred])
+    assert own.group.tolist() == [8, 8, 8, 9, 9, 9] and (own.stage[own.mask] == 4).all()
+    for i, d in enumerate(before.deferred):
+        close(own.student_logp[i, : len(d.ids)], torch.tensor(d.logp), rtol=0, atol=0)
+        near = worth[i // 3 * 3 :][:3]
+        z = (worth[i] - near.mean()) / (near.std(correction=0) + 1e-6)
+        close(paid.advantage[8 + i][own.mask[i]], z.expand(len(d.ids)), atol=1e-4, rtol=1e-4)
+    assert torch.equal(own.student_logp.where(own.mask, 0), own.sampler_logp.where(own.mask, 0))
+
+
+def test_notes_are_read_with_their_question():
+    text, task = AutoTokenizer.from_pretrained(EMBEDDED / "student"), load(Data(source="embedded:ledger", limit=3))
+    reader = Prompts(task, text, {"": text}, Train(student="", prompts=""), 60)
+    some = reader.first(3)
+    notes = {digest(some[0].prompt): "<plan>1", digest(some[1].prompt): "<plan>1" * 40}
+    found = episode.reminded(some, notes, Reflect(remember="{reflection} {prompt}"), reader)
+    assert text.decode(found[0].ids) == f"<bos><user><plan>1 {some[0].prompt.messages[0]['content']}<assistant>"
+    assert found[0].teacher_ids == some[0].teacher_ids
+    assert found[1:] == some[1:] and [r.prompt for r in found] == [r.prompt for r in some]
+
+
+def test_through_sockets_it_is_what_it_is_here(tmp_path, capsys):
+    """The verifier's judge in the process, and the same one behind words and a socket: one run.  Then it fails."""
+    told = [*PAIR, *SMALL, *SIZE, "--steps", "2", "--save-every", "9"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert cli.main(["train", *told, "--judge", "verifier", "--out", str(first), "rubricem", *AGAIN]) == 0
+    StageGrader.references = 2
+    with StageGrader() as grader:
+        where = ["--judge", f"openai:grader@{grader.url}/v1"]
+        assert cli.main(["train", *told, *where, "--out", str(second), "rubricem", *AGAIN]) == 0, capsys.readouterr()
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert [a.get(x) for x in EXACT] == [b.get(x) for x in EXACT]
+    spent = lines(second, "perf")
+    assert all(row["judge_calls"] > 2 + 2 and row["teacher_calls"] == 2 for row in spent)
+    with StageGrader(lambda what, n, text: "Sure!" if what == "marks" and n < 8 else text) as grader:
+        where = ["--judge", f"openai:grader@{grader.url}/v1", "--teacher-concurrency", "1", "--judge-failures", "0.9"]
+        assert cli.main(["train", *told, *where, "--out", str(third), "rubricem", *AGAIN]) == 0, capsys.readouterr()
+    failed, whole = lines(third)
+    assert 0 < failed["unjudged"] < 1 and whole["unjudged"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--judge", "verifier", "rubricem", "--references", "0"], "is never asked.*--references 1"),
+        (["rubricem", "--tags", "<a>"], "give --returns"),
+        (["--judge", "verifier", "vopd"], "asks no judge"),
+        (
+            [
+                "--teacher-prompt",
+                "same",
+                "--judge",
+                "verifier",
+                "rubricem",
+                "--reflections",
+                "2",
+                "--reflect",
+                "{response}",
+            ],
+            "lacks {prompt}",
+        ),
+    ],
+)
+def test_refused_runs(more, said, tmp_path, capsys):
+    assert cli.main(["train", *PAIR, "--preset", "embedded", "--out", str(tmp_path / "x"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(said, error), error

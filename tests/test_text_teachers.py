@@ -27,9 +27,9 @@ from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
 from opd.teachers.text import Begun, Endpoint, Gate, Local, TextTeacher
-from opd.transforms import GroupAdvantage
+from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
-from opd.weights import Posterior, Unaudited
+from opd.weights import Audited, Posterior, Unaudited
 from tests.models_for_tests import tiny
 from tests.test_server import Proxy, serving
 
@@ -81,6 +81,19 @@ def test_the_posterior_by_hand(float64):
     close(apart[0, 1], torch.tensor(first * 7 / 5))
     close(Unaudited(apart=True)(chunk, mask), torch.tensor([[3.5, 0, 0, 0], [0, 0, 3.5, 0]]))
     assert (Posterior(4)(chunk, agreement, logp, mask & False) == 0).all()
+
+
+def test_the_centred_posterior_by_hand(float64):
+    chunk = torch.tensor([[0, 1, 1, 2], [1, 1, 0, 0]])
+    agreement = torch.tensor([[0.0, 3.0, 3.0, 0.0], [1.5, 1.5, 0.0, 0.0]])
+    logp = torch.tensor([[0.5, 0.2, 0.8, 0.3], [0.9, 0.4, 0.5, 0.5]]).log()
+    mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    each = torch.tensor([(3 + 0.16**0.5) / 5, 0.3 / 5, (1.5 + 0.36**0.5) / 5])
+    mean = (2 * each[0] + each[1] + 2 * each[2]) / 5
+    wanted = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]) * (each[torch.tensor([[0, 0, 0, 1], [2, 2, 0, 0]])] - mean)
+    close(CentredPosterior(4)(torch.ones(2, 4), chunk, agreement, logp, mask), wanted)
+    close(wanted.sum(), torch.zeros(()))
+    assert Audited()(chunk, mask).tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
 
 
 def test_the_loss_of_omniopd_by_hand(float64):
