@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PROMPTS = "embedded:ledger"
+HELD_OUT = 128  # problems of the evaluations within a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +67,21 @@ def demo(config: Demo) -> Path:
         runs.append(train(settings_of(config, seed)))
         row(f"student after {config.method}, seed {seed}", accuracy(str(runs[-1]), config.problems))
     spent = (time.monotonic() - start) / config.seeds
-    console.print(f"trained and evaluated in {spent:.0f} s a run; now the control ...")
+    console.print(f"trained and evaluated in {spent:.0f} s a run; now the control, on gold answers ...")
     control = supervised(settings_of(config, 0), config.out / "control")
     row("control: same steps of supervised training on gold answers", accuracy(str(control), config.problems))
     row("teacher", accuracy("embedded:teacher", config.problems))
     console.print(rows)
     picture = config.out / "curve.png"
     draw(runs, picture, config.method)
+    console.print(
+        f"Accuracy of greedy answers to {config.problems} problems that no one trained on; along the way it was of "
+        f"{HELD_OUT}. The student saw no gold answer, the control nothing else: where there are gold answers, "
+        "supervised training is the bar.",
+        highlight=False,
+    )
     console.print(f"curve: {picture}   run folder: {runs[0]}", highlight=False)
+    console.print(f"next: `opd report {runs[0]}` draws the run, `opd inspect {runs[0]}` its rollouts", highlight=False)
     return picture
 
 
@@ -88,7 +96,7 @@ def settings_of(config: Demo, seed: int) -> Train:
         out=config.out / f"seed-{seed}",
         seed=seed,
         eval_every=15,
-        eval_limit=128,
+        eval_limit=HELD_OUT,
     )
     return replace(run, **{**settings("embedded", config.method), "steps": config.steps})
 

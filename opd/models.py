@@ -56,8 +56,11 @@ def locate(name: str, *, field: str, trust_remote_code: bool = False) -> Source:
         if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
             raise Refusal(f"--{field} {name}: the folder holds no config.json; name the folder of a saved model")
         return Source(str(path), trust_remote_code=trust_remote_code)
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or path.suffix or name.count("/") != 1:
-        raise Refusal(f"--{field} {name}: no such folder or .gguf file; a hub id looks like owner/name")
+    local = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or path.suffix
+    if local or name.count("/") != 1 or any(path.parent.glob("*/method.txt")):  # a folder of runs is no owner's name
+        from opd.tasks.tables import nearest  # datasets takes a second
+
+        raise Refusal(f"--{field} {name}: no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
     return Source(name, hub=True, trust_remote_code=trust_remote_code)
 
 

@@ -5,6 +5,7 @@ embedded pair.  What the user sets on the command line wins.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from opd.types import Refusal, Sampling
@@ -163,6 +164,19 @@ def arguments(preset: str, method: str) -> list[str]:
     found = ARGUMENTS.get(preset, {}).get(method, {})
     words = lambda value: map(str, value if isinstance(value, tuple) else (value,))
     return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", *words(value))]
+
+
+def spelled(preset: str, method: str) -> str:
+    """The run flags that a preset sets for a method, as one types them; none where it has none."""
+    words: list[str] = []
+    for key, value in settings(preset, method).items() if preset != "paper" or method in PAPER else ():
+        changed = (
+            [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
+            if is_dataclass(value)
+            else [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value)]
+        )
+        words += [f"--{name.replace('_', '-')} {shown}" for name, shown in changed]
+    return " ".join(words)
 
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:

@@ -187,7 +187,7 @@ def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
         severity=Severity.REFUSE,
         text=f"{len(moved)} tokens have another id, {len(mine)} only the student has, {len(theirs)} only the teacher: "
         f"{'; '.join(shown)}. An id would be scored as another token: take a teacher with the student's tokenizer, or "
-        f"one that reads text (a judge){copy if nested else ''}",
+        f"a method whose teacher only writes (omniopd, ropd){copy if nested else ''}",
     )
 
 

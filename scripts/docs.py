@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from opd.cli import main as opd
+from opd.cli.tables import helps as arguments
 from opd.config import Evaluate, Train
+from opd.demo import Demo
 from opd.estimators import Full, Sampled, Stratified
 from opd.exact import Size
 from opd.method import Match, MatchHidden, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.presets import arguments as method_flags
-from opd.presets import settings
+from opd.presets import spelled
+from opd.prune import Prune
 from opd.report.page import Report
 from opd.report.tokens import Inspect
 from opd.rescore import Rescore
@@ -33,7 +36,7 @@ from opd.serve.server import Serve
 from opd.tasks.sets import SETS
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import Refusal, Sampling
+from opd.types import Sampling
 from opd.variance import Variance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +98,7 @@ read statistics of the whole batch, so a pass without gradient measures it first
 
 Unless a method says otherwise, rollouts are `{Method().rollouts!r}`, the loss is averaged by `{Method().reduction!r}`,
 and every part is a value to compose with. `--preset embedded`, tuned on the embedded pair, is the same for all:
-`{preset_of("embedded", "opd")}`.
+`{spelled("embedded", "opd")}`.
 
 """
     return head + "\n".join(map(section, listing()))
@@ -124,7 +127,7 @@ def section(row: dict[str, Any]) -> str:
             lines.append(f"| `--{dashed(p.name)}` | {default} | {cell(helps.get(p.name, '') + options)} |")
         lines.append("")
     lines += [f"{'Token-local' if row['token_local'] else 'Batch'}. Reads {listed(row['reads'])}.", ""]
-    if chosen := preset_of("paper", name):
+    if chosen := spelled("paper", name):
         lines += [f"`--preset paper` is `{chosen}`.", ""]
     if own := method_flags("embedded", name):
         lines += [f"`--preset embedded` is also `{name} {' '.join(own)}`.", ""]
@@ -200,6 +203,8 @@ flags stand after its name, and in [methods](methods.md).
         ("opd rescore", Rescore, "`--method NAME:flag=value` repeats, none is all; `--json`: numbers for machines."),
         ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
         ("context filter of opd rock", Context, "Fields of `opd.rock.Context`; the paper gives no values."),
+        ("opd prune", Prune, "Makes a smaller student of a model's own layers."),
+        ("opd demo", Demo, "What `make demo` runs."),
         ("prompts (all commands)", Data, "Fields of `opd.Data`."),
         ("sampling (all commands)", Sampling, "Fields of `opd.Sampling`."),
     ):
@@ -207,7 +212,10 @@ flags stand after its name, and in [methods](methods.md).
         helps = attributes(owner)
         for field in dataclasses.fields(owner):
             if field.name in helps and field.name not in ("method", "source") and "Suppress" not in str(field.type):
-                name = "RUN" if "Positional" in str(field.type) else f"--{dashed(field.name)}"
+                name = f"--{dashed(field.name)}"
+                if "Positional" in (kind := str(field.type)):
+                    shown = re.search(r"metavar='(\w+)", kind)
+                    name = shown[1] if shown else field.name.upper()
                 out.append(f"| `{name}` | {default_of(field)} | {cell(helps[field.name])} |")
         out.append("")
     out += ["## sets (opd eval)\n", "Fields of `opd.tasks.sets.SETS`; columns as in their files.\n"]
@@ -237,37 +245,11 @@ def default_of(field: dataclasses.Field) -> str:
             return "none"
         if isinstance(value, bool):
             return "on" if value else "off"
-        return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return f"`{shown.replace(chr(10), chr(92) + 'n')}`"  # a row of a table is one line
     if field.default_factory is dataclasses.MISSING:
         return "required"
     return cell((inspect.getdoc(field.default_factory) or "by machine").partition(":")[0])
-
-
-def arguments(text: str) -> dict[str, str]:
-    """The Args of a docstring."""
-    found: dict[str, str] = {}
-    for line in text.partition("Args:\n")[2].splitlines():
-        if new := re.match(r"    (\w+): (.*)", line):
-            name, found[new[1]] = new[1], new[2]
-        elif line.strip():
-            found[name] += " " + line.strip()
-    return found
-
-
-def preset_of(preset: str, method: str) -> str:
-    """The run flags that a preset sets for a method."""
-    try:
-        chosen = settings(preset, method)
-    except Refusal:
-        return ""
-    words = []
-    for key, value in chosen.items():
-        if dataclasses.is_dataclass(value):
-            changed = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
-            words += [f"--{dashed(f.name)} {getattr(value, f.name)}" for f in changed]
-        else:
-            words.append(f"--{dashed(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return " ".join(words)
 
 
 def dashed(name: str) -> str:

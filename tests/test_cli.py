@@ -193,7 +193,8 @@ def test_methods_lists_every_method_with_its_source(capsys):
     assert all(number in found[name] for name, number in wanted.items())
     assert all(row["source"] and row["what"] and row["value"].startswith("Method(") for row in listed)
     assert main(["methods", "vopd-topk"]) == 0
-    assert "2605.07865" in capsys.readouterr().out
+    page = " ".join(capsys.readouterr().out.split())
+    assert "2605.07865" in page and "--k (20) tokens of the baseline" in page and "--lora-rank 64" in page
     assert "did you mean vopd?" in refused(capsys, "methods", "vopdd")
 
 
@@ -201,6 +202,40 @@ def test_version_usage_and_unknown_commands(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("opd 0.")
     assert main([]) == 0 and "opd train" in capsys.readouterr().out
     assert "did you mean train?" in refused(capsys, "trian")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["eval", "--modle", "x"], "--modle: unknown flag (did you mean --model?)"),
+        (
+            ["eval", "--model", "x", "--prompts", "y", "--sampels", "3"],
+            "--sampels: unknown flag (did you mean --samples",
+        ),
+        (["eval", "--model", "x", "--prompts", "y", "z"], "z: belongs to no flag; `opd eval --help`"),
+        (["train", *MODELS, *LEDGER, "vopd", "--k", "3"], "--k: unknown flag; `opd train vopd --help`"),
+        (["eval"], "--model, --prompts must be given"),
+    ],
+)
+def test_a_flag_that_is_not_there(capsys, args, said):
+    assert said in refused(capsys, *args)
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    for args in (["methods"], ["eval", "--help"]):
+        done = subprocess.run([sys.executable, "-m", "opd", *args], stdout=write, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (1, "")
+    os.close(write)
+
+
+def test_a_run_folder_that_is_not_there_is_not_looked_up_on_the_hub(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/first").mkdir(parents=True)
+    (tmp_path / "outputs/first/method.txt").touch()
+    line = refused(capsys, "eval", "--model", "outputs/frist", *LEDGER)
+    assert "no such folder" in line and "did you mean outputs/first?" in line
 
 
 def test_eval_prints_json(capsys):

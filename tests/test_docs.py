@@ -65,6 +65,13 @@ def test_generated_parts_are_fresh():
         assert path.read_text() == text, f"{path.name} is out of date: run python scripts/docs.py"
 
 
+def test_a_row_of_a_table_is_one_line():
+    for page in TEXT.keys() - {*WRITTEN}:
+        for line in FENCE.sub("", TEXT[page]).splitlines():
+            if line.startswith("|"):
+                assert line.endswith("|"), f"{page}: {line}"
+
+
 def test_every_flag_is_documented():
     for owner in (Train, Remote, Serve, Evaluate, Size, Variance, Rock, Context, Data, Sampling):
         hidden = {"method", "data", "sampling", "remote", "consistency"}

@@ -1,5 +1,6 @@
 """The command line: a function for each command; `USAGE` lists them."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"opd {version('opd')}")
                 return 0
             case [name, *rest] if name in known:
-                return known[name](rest)
+                try:
+                    return known[name](rest)
+                finally:
+                    sys.stdout.flush()  # here, where a reader that is gone can still be told from a fault
             case [name, *_]:
                 raise Refusal(f"{name}: unknown command{near(name, list(known))}; there are {', '.join(known)}")
     except Refusal as error:
@@ -66,4 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("opd: stopped; what was saved is whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 1  # as rich says, which prints the tables
     return 0
+
+
+def _unread() -> bool:
+    """Whether who reads stdout is gone, as in `opd methods | head`; then nothing more is written to it."""
+    try:
+        print(flush=True)  # a flush alone says nothing where the write that failed has emptied the buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

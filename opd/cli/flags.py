@@ -23,7 +23,14 @@ def parsed(what: Any, args: list[str], **options: Any) -> Any:
         text = re.sub(r"[─-╿]+", " ", said.getvalue())
         lines = [" ".join(line.split()) for line in text.splitlines()]
         told = [x for x in lines if x and not set(x) <= set("-") and not x.startswith("For full helptext")]
-        missing = [x.split()[0] for x in told if x.startswith("--")]
+        at = next((i for i, x in enumerate(told) if x.startswith("Unrecognized options:")), len(told))
+        missing, named = ([x.split()[0] for x in part if x.startswith("--")] for part in (told[:at], told[at + 1 :]))
+        strange = " ".join(told[at:]).removeprefix("Unrecognized options:").replace(",", " ").split()
+        if strange:
+            word = next((x for x in strange if x.startswith("--")), strange[0])
+            meant = near(word, [x for x in (*missing, *named) if x != word])
+            what = f"unknown flag{meant}" if word.startswith("--") else "belongs to no flag"
+            raise Refusal(f"{word}: {what}; `{options['prog']} --help` lists them") from None
         if told[0] == "Required options":
             raise Refusal(
                 f"{', '.join(missing)} must be given; `{options['prog']} --help` explains the flags"

@@ -1,6 +1,9 @@
 """`opd train` and `opd doctor`: a run from its flags."""
 
 import json
+import os
+import shlex
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -44,7 +47,11 @@ def train(args: list[str]) -> int:
     if flags.json:
         train(flags.run, lambda row: print(json.dumps(row), flush=True))
     else:
-        print(train(flags.run))
+        folder = train(flags.run)
+        print(folder)
+        if not flags.run.quiet and not int(os.environ.get("RANK", 0)):
+            name = shlex.quote(str(folder))
+            print(f"next: `opd report {name}` draws the run, `opd inspect {name}` its rollouts", file=sys.stderr)
     return 0
 
 

@@ -2,11 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,7 +19,7 @@ from opd.config import Evaluate
 from opd.exact import Size
 from opd.method import Method
 from opd.methods import METHODS
-from opd.presets import arguments, settings
+from opd.presets import arguments, settings, spelled
 from opd.types import Refusal
 
 
@@ -39,16 +42,46 @@ def methods(args: list[str]) -> int:
         return 0
     console = Console()
     if flags.name:
-        for key, value in rows[0].items():
-            console.print(f"[bold]{key}[/bold]", highlight=False)
-            text = value if isinstance(value, str) else json.dumps(value, indent=2)
-            console.print(f"  {text}", markup=False, highlight=False)
+        for head, lines in _page(rows[0]):
+            console.print(f"[bold]{head}[/bold]", highlight=False)
+            for line in lines:
+                console.print(Padding(Text(line), (0, 0, 0, 2)))
         return 0
     table = Table("method", "what", "source", box=None, pad_edge=False)
     for row in rows:
         table.add_row(Text(str(row["name"]), "bold"), Text(str(row["what"])), Text(str(row["source"])))
     console.print(table)
     return 0
+
+
+def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """What a person reads of one method: (head, lines)."""
+    name, told = row["name"], helps(inspect.getdoc(METHODS[row["name"]]) or "")
+    yield name, [row["what"], *filter(None, [row["source"]])]
+    if told:
+        default = lambda flag: row["defaults"][flag] if row["defaults"][flag] not in ("", ()) else "none"
+        flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in told.items()]
+        yield "flags, with their defaults", flags
+    for preset in ("paper", "embedded"):
+        if spelled(preset, name):
+            yield f"--preset {preset} is", [" ".join([spelled(preset, name), name, *arguments(preset, name)])]
+    local = (
+        "each position is scored alone" if row["token_local"] else "a pass without gradient measures the batch first"
+    )
+    yield "reads", [f"{', '.join(row['reads'])}; {local}"]
+    yield "as code", [row["value"]]
+    yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
+
+
+def helps(text: str) -> dict[str, str]:
+    """The Args of a docstring, by name."""
+    found: dict[str, str] = {}
+    for line in text.partition("Args:\n")[2].splitlines():
+        if new := re.match(r"    (\w+): (.*)", line):
+            name, found[new[1]] = new[1], new[2]
+        elif line.strip():
+            found[name] += " " + line.strip()
+    return found
 
 
 def _explained(name: str) -> dict[str, object]:
@@ -256,15 +289,17 @@ def rescore(args: list[str]) -> int:
     Console().print(shown, highlight=False)
     if found.beside:
         print(
-            "used, eff.: share of tokens with weight, and effective share; r to opposed: weight x advantage of each "
-            f"token beside that of {found.beside}"
+            "A: advantage (reward minus baseline), nats; used, eff.: share of tokens with weight, and effective share; "
+            "kept: rollouts in which a token counts\n"
+            f"r, rank r, cosine: how the pulls of a method, weight x advantage of each token, go with those of "
+            f"{found.beside} (1: as one); opposed: share of the tokens pulled the other way"
         )
     for name, verdict in found.methods.items():
         for line in filter(None, (*verdict.lacks, verdict.note)):
             print(f"{name}: {line}")
     for name, verdict in found.methods.items() if flags.method else ():
         if verdict.agreement and verdict.agreement.tokens:
-            print(f"\n{name} against {found.beside}, where they differ most (1 is a side's root mean square)")
+            print(f"\npulls of {found.beside}, then of {name}, where they differ most (1: a side's root mean square)")
             for x in verdict.agreement.tokens:
                 text = f"{x.before}[{x.text}]{x.after}".replace("\n", "\\n")
                 print(f"  {x.own:+7.2f} {x.other:+7.2f}  rollout {x.rollout}, token {x.position}: {text}")

@@ -50,8 +50,8 @@ class Log:
 
 def read(folder: Path) -> Log:
     """A run folder; refuses what is none, or has no finished step."""
-    if not (folder / "config.json").is_file():
-        raise Refusal(f"RUN {folder}: there is no config.json in it; name the --out folder of an `opd train`")
+    if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
+        raise Refusal(f"RUN {folder}: there is no {missing[0]} in it; name the --out folder of an `opd train`")
     rows = lines(folder / "metrics.jsonl")
     if not rows:
         raise Refusal(f"RUN {folder}: no step is finished yet; wait for the first line of its metrics.jsonl")

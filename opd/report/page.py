@@ -31,6 +31,20 @@ CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor
     "tokens_per_s": ("Throughput", "trained tokens / s", 1),
     "peak_mb": ("Peak memory", "MB", 1),
 }
+MEANS: Mapping[str, str] = {  # name -> what it says, one line under the title
+    "eval_accuracy": "right answers to prompts that are not trained on",
+    "eval_reverse_kl": "distance to the teacher on those; 0: one model",
+    "reverse_kl": "the same on each training batch: falls, and is noisy",
+    "outcome": "right answers of the training batch",
+    "student_entropy": "how unsure the student is; near 0: it has one answer",
+    "teacher_entropy": "how unsure the teacher is on the student's text",
+    "length": "a steady climb to the limit is a fault",
+    "stopped": "the rest was cut at --max-new-tokens",
+    "advantage_std": "how far the tokens' rewards spread: the noise of a step",
+    "grad_norm": "clipped to --max-grad-norm where it is above",
+    "tokens_per_s": "sampling, scoring and update together",
+    "peak_mb": "of the process, or of the GPU",
+}
 HIDDEN = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})  # said elsewhere
 
 
@@ -170,7 +184,8 @@ def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
             scaled = {end: [v * factor for v in getattr(s, end)] for end in ("mean", "low", "high")}
             runs = [[list(r), [v * factor for v in r.values()]] for r in s.runs] if len(s.runs) > 1 else []
             lines.append({"group": i, "x": s.x, **scaled, "runs": runs})
-    return {"name": name, "title": title, "unit": unit, "main": name in CURVES, "lines": lines}
+    means = MEANS.get(name, "")
+    return {"name": name, "title": title, "unit": unit, "means": means, "main": name in CURVES, "lines": lines}
 
 
 def comparisons(

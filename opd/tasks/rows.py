@@ -51,7 +51,9 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
         choices=_pick(first, data.choices_column, lambda value: True),
     )
     if not chosen.prompt:
-        raise Refusal(f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {there}")
+        raise Refusal(
+            f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {there}; name one"
+        )
     for option, name in vars(chosen).items():
         wanted = vars(data)[f"{option}_column"]
         if wanted and "," not in wanted and not name:
@@ -59,7 +61,7 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
     if needs_answers and not chosen.answer:
         raise Refusal(
             f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
-            f" --verifier {data.verifier} needs answers; {there}; name one, or set verifier to none"
+            f" --verifier {data.verifier} needs answers; {there}; name one, or --verifier none"
         )
     return chosen
 

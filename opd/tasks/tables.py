@@ -18,7 +18,7 @@ def read(data: Data) -> datasets.Dataset:
     path = Path(data.source).expanduser()
     if not path.exists():
         if _is_path(data.source):
-            raise Refusal(f"--prompts {data.source} does not exist{_nearest(path)}; correct the path")
+            raise Refusal(f"--prompts {data.source} does not exist{nearest(path)}; correct the path")
         if ":" in data.source:
             raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
     try:
@@ -30,7 +30,7 @@ def read(data: Data) -> datasets.Dataset:
         if path.exists():
             raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
         raise Refusal(
-            f"--prompts {data.source} is no file or folder here{_nearest(path)}, and the hub did not give it: {reason};"
+            f"--prompts {data.source} is no file or folder here{nearest(path)}, and the hub did not give it: {reason};"
             " correct the path, the dataset id, subset or split"
         ) from error
     if len(rows) == 0:
@@ -76,7 +76,7 @@ def _subset(data: Data) -> tuple[str, ...]:
     return (data.subset,) if data.subset else ()
 
 
-def _nearest(path: Path) -> str:
+def nearest(path: Path) -> str:
     """Return the existing names that a missing path resembles, to end a clause with."""
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"

@@ -191,6 +191,11 @@ const KEYS = [
   ["j ↓ / k ↑", "next, previous rollout"], ["→ l / ← h", "next, previous token, with its numbers"], ["t", "jump to the longest trap"], ["m", "jump to the largest value of the colouring"],
   ["1 … 9", "colour by that column"], ["c", "next colouring"], ["s", "next sorting"], ["/", "search; Enter goes back to the list"], ["g / G", "first, last rollout"], ["Esc", "close, or clear the search"], ["?", "this help"],
 ];
+const WORDS = [
+  ["p, q", "the student's and the teacher's probability of the token that was written; r = log q − log p"], ["reverse KL", "how far the two models are apart at that token, over all tokens they could have said; 0: they agree"],
+  ["trap", "a run of tokens on which both models agree, however wrong: there is nothing to learn in it"], ["rock score", "the share of all reverse KL here that this kind of token has"],
+  ["weight", "a token's share in the loss, 1 in a plain mean; 0: not trained on"], ["advantage", "how much the method wants more (above 0) or less of the token"], ["in the list", "right or wrong, tokens (… was cut), longest trap, mean KL; a strip of the tokens' colours"],
+];
 function key(e) {
   if (e.ctrlKey || e.metaKey || e.altKey) return;
   if (e.key === "Escape") {
@@ -235,7 +240,8 @@ async function open() {
   state.sort = SORTS[asked.get("sort")] ? asked.get("sort") : "saved";
   $("#color").value = state.color;
   $("#sort").value = state.sort;
-  $("#keys").append(el("h3", {}, "Keys"), el("table", {}, KEYS.map(([k, what]) => el("tr", {}, el("td", {}, el("kbd", {}, k)), el("td", {}, what)))), el("form", { method: "dialog" }, el("button", {}, "Close")));
+  $("#keys").append(el("h3", {}, "Keys"), el("table", {}, KEYS.map(([k, what]) => el("tr", {}, el("td", {}, el("kbd", {}, k)), el("td", {}, what)))),
+    el("h3", {}, "Words"), el("table", {}, WORDS.map(([k, what]) => el("tr", {}, el("td", {}, el("b", {}, k)), el("td", {}, what)))), el("form", { method: "dialog" }, el("button", {}, "Close")));
   $("#sort").addEventListener("change", (e) => { state.sort = e.target.value; arrange(); select(0); });
   $("#filter").addEventListener("change", (e) => { state.filter = e.target.value; arrange(); select(0); });
   $("#color").addEventListener("change", (e) => recolor(e.target.value));

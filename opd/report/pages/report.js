@@ -28,7 +28,7 @@ function chart(into, curve) {
   const drawing = el("div"), table = el("div"), dots = curve.lines.every((l) => l.x.length <= 12), fixed = !curve.name || curve.name.startsWith("eval_");
   const numbers = el("details", { class: "data" }, el("summary", {}, "numbers"), table);
   into.append(el("figure", {}, el("figcaption", {}, el("h3", {}, curve.title), el("span", { class: "quiet" }, curve.unit),
-    curve.lines.filter((l) => l.label).map((l) => el("span", { class: "quiet" }, key(l.color, l.dash), l.label))), drawing, numbers));
+    curve.lines.filter((l) => l.label).map((l) => el("span", { class: "quiet" }, key(l.color, l.dash), l.label))), curve.means ? el("p", { class: "means quiet" }, curve.means) : "", drawing, numbers));
   let lines = [], x0, x1, sx, sy, cursor, last = null;
   function draw() {
     const W = Math.max(240, drawing.clientWidth || 320), H = curve.height || 190, L = 44, R = 10, T = 10, B = 22;
@@ -46,7 +46,7 @@ function chart(into, curve) {
     let y0 = Math.min(...ys), y1 = Math.max(...ys);
     if (log) y0 = Math.max(y0, Math.min(...lines.flatMap((l) => l.mean)) / 2);
     else { if (y0 > 0 && y0 < 0.6 * y1) y0 = 0; const size = Math.max(Math.abs(y0), Math.abs(y1)), air = 0.05 * (y1 - y0 > 1e-6 * size ? y1 - y0 : size || 1); if (y0 !== 0) y0 -= air; y1 += air; }
-    if (curve.unit === "%" && !log) { y0 = Math.max(0, y0); y1 = Math.min(Math.max(y1, y0 + 1), 102); }
+    if (curve.unit === "%" && !log) { y0 = Math.max(0, y0); y1 = Math.min(Math.max(y1, y0 + 1), 100); }
     sx = (v) => L + (W - L - R) * (x1 > x0 ? (v - x0) / (x1 - x0) : 0.5);
     sy = (v) => T + (H - T - B) * (1 - (map(Math.max(v, log ? y0 : -Infinity)) - map(y0)) / (map(y1) - map(y0) || 1));
     const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, height: H, role: "img", tabindex: 0, "aria-label": told() });
@@ -148,6 +148,8 @@ function forest(into, table, question) {
       el("td", { class: "number" }, `${r.better} / ${r.worse} / ${r.prompts}`), el("td", { class: "quiet" }, verdict(r)))))), el("br"));
 }
 
+const PHASES = { rollout: "the student writes", wait: "for rollouts written elsewhere", measure: "a pass without gradient", ask: "a teacher that writes", update: "teacher's scores, gradient, optimizer",
+  look: "both models' likeliest tokens, of some rollouts", save: "the likeliest tokens of all rollouts, and files", snapshot: "weights handed on", evaluate: "held-out prompts" };
 function phases() {
   const names = [...new Set(DATA.phases.flatMap((p) => Object.keys(p.seconds)))], into = $("#phases");
   const total = (p) => Object.values(p.seconds).reduce((a, b) => a + b, 0), most = Math.max(...DATA.phases.map(total));
@@ -157,6 +159,7 @@ function phases() {
     into.append(el("div", { class: "phase" }, el("b", {}, p.name), el("div", { class: "bar", style: `width:${100 * total(p) / most}%` },
       names.filter((n) => p.seconds[n]).map((n) => el("span", { style: `background:${shade[names.indexOf(n) % 8]};flex:${p.seconds[n]} 0 0`, title: `${n}: ${show(p.seconds[n])} s a step` }, p.seconds[n] / most > 0.09 ? `${n} ${show(p.seconds[n])} s` : ""))),
       el("span", { class: "quiet number" }, `${show(total(p))} s / step`)));
+  into.append(el("p", { class: "quiet" }, names.filter((n) => PHASES[n]).map((n) => `${n}: ${PHASES[n]}`).join("; "), "."));
 }
 
 function grid(rows, heads, changed = () => false) {
@@ -197,7 +200,7 @@ function all() {
   phases();
   const names = G.map((g) => g.name);
   if (G.length > 1) $("#config").append(el("h3", {}, DATA.differ.length ? "What differs" : "Nothing differs"), DATA.differ.length ? grid(DATA.differ, names) : "");
-  $("#config").append(el("details", { open: G.length < 2 }, el("summary", {}, `${DATA.same.length} settings that ${G.length > 1 ? "all runs share" : "the run had"}`), grid(DATA.same)));
+  $("#config").append(el("details", {}, el("summary", {}, `${DATA.same.length} settings that ${G.length > 1 ? "all runs share" : "the run had"}`), grid(DATA.same)));
   const env = DATA.environment, moved = env.rows.filter((r) => r[1]);
   $("#environment").append(grid(env.rows.filter((r) => !r[1]).map(([k, , v]) => [k, v])), moved.length ? el("h3", {}, "Differs between runs") : "", moved.length ? grid(moved.map(([k, , ...v]) => [k, ...v]), env.runs, () => true) : "");
 }
