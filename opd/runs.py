@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd.kernels.choice import sweeper
 from opd.method import Method, Target
 from opd.types import Batch, Prompt, Refusal, Rollout
 
@@ -228,5 +229,6 @@ def environment() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
+        "sweeper": sweeper(torch.device("cuda" if gpus else "cpu")),
         **{name: version(name) for name in names},
     }

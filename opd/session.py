@@ -195,7 +195,8 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         else:
             writers[name] = ServerEngine(t.server, size, stop)
     speaker = opening.speaker(config, source, student.model, size, stop, accelerator)
-    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20)
+    rounded = config.logit_precision == "bf16"
+    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
     return Session(
         accelerator=accelerator,
         student=wrapped,

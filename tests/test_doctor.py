@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from opd.doctor import cost
 from opd.doctor.command import doctor
 from opd.doctor.findings import Level, alarming, errors
 from opd.doctor.probe import Probe
+from opd.doctor.settings import sweeps
 from opd.engines.hf import HFEngine
 from opd.methods import METHODS
 from opd.models import EMBEDDED
@@ -265,8 +267,19 @@ def test_healthy_pair():
     assert not alarming(found), list(map(str, alarming(found)))
     assert {f.check for f in found} == {
         "tokens", "turn end", "prompt", "round trip", "precision", "method", "learning rate", "length", "verifier",
-        "memory", "distance", "stops", "repetition", "sampler", "time",
+        "head pass", "memory", "distance", "stops", "repetition", "sampler", "time",
     }  # fmt: skip
+
+
+def test_a_gpu_without_triton(monkeypatch):
+    accelerator = SimpleNamespace(device=torch.device("cuda"))
+    probe = SimpleNamespace(session=SimpleNamespace(accelerator=accelerator), config=SimpleNamespace(chunk_mb=3072))
+    said = []
+    for there in (True, False):
+        monkeypatch.setattr("opd.kernels.choice._triton", lambda there=there: there)
+        said += sweeps.__wrapped__(probe)
+    assert said[0].what == "triton sweeps the logits, 3072 MB of them at a time"
+    assert said[1].level == "note" and said[1].do == "pip install 'opd[gpu]'"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

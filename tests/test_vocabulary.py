@@ -297,6 +297,21 @@ def test_autocast_rounds_the_products_alone(by_autograd):
     assert columns.student_logp.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["vopd", "opd-full", "gkd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_logits(name, dtype):
+    """Kept in bf16: as far from float64 as rounding takes them, gradients in the dtype of the factors."""
+    c, method = case({"bias": True}, dtype), METHODS[name]()
+    ts, v = targets(method, torch.float32), Vocabulary(V, stop=(3, 5), rounded=True, chunk_bytes=16 * V * 3)
+    (_, *got), columns = passed(c, method, ts, v)
+    (_, *plain), exact = passed(c, method, ts, replace(v, rounded=False))
+    wanted = torch.autograd.grad(naive(c, method, targets(method), v), c.leaves)
+    rounding = (columns.student_logp - exact.student_logp).abs().max()
+    assert 1e-3 < rounding < 0.1 if dtype == torch.float32 else rounding == 0  # a CPU's products are rounded already
+    assert all(x.dtype == y.dtype == dtype for x, y in zip(got, plain, strict=True))
+    assert (distances(got, wanted) < 3e-2).all()
+
+
 def test_a_tied_head_adds_both_gradients():
     """One weight is embedding and head: autograd sums what comes through the states and through the head."""
     c, method = case({}, torch.float64), METHODS["vopd"]()

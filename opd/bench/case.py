@@ -1,6 +1,6 @@
 """What the arms of the benchmark share: its settings, and one set of random tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from opd.bench.result import Clock
 
 Objective = Literal["vopd", "reverse-kl"]
+Precise = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Shape:
     threads: int = 1
     """Of torch, on a CPU."""
     clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread.  A GPU has its
+    own events."""
+    device: Literal["cpu", "cuda"] = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """Where it runs."""
+    dtype: Precise = field(default_factory=lambda: "bfloat16" if torch.cuda.is_available() else "float32")
     """Of hidden states and heads."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    rounded: bool = False
+    """Ours, and the floor, keep logits in bf16; fp32 where a GPU's products leave them unrounded."""
     arms: tuple[str, ...] = ()
     """Some of the arms; none: all."""
     error_tokens: int = 32

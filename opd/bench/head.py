@@ -18,6 +18,7 @@ import tyro
 from opd.bench.case import Case, Shape
 from opd.bench.peers import ALWAYS, ARMS, Floor, naive
 from opd.bench.result import Result, in_turn, peak, ratio, versions
+from opd.kernels.choice import sweeper
 
 
 def main(shape: Shape) -> None:
@@ -43,7 +44,7 @@ def measured(shape: Shape) -> Result:
         {name: partial(ARMS[name], case, shape) for name in arms},
         rounds=shape.rounds,
         clock=shape.clock,
-        wait=torch.cuda.synchronize if shape.device != "cpu" else lambda: None,
+        gpu=shape.device == "cuda",
         after=case.take_gradients,
     )
     rows: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in arms}
@@ -96,6 +97,7 @@ def fresh_peak(name: str, shape: Shape) -> int:
     same = ("tokens", "vocabulary", "student", "teacher", "chunk", "objective", "threads", "dtype", "device")
     flags = [flag for field in same for flag in (f"--{field}", str(getattr(shape, field)))]
     command = [sys.executable, "-m", "opd.bench.head", *flags, *(["--frozen"] if shape.frozen else [])]
+    command += ["--rounded"] if shape.rounded else []
     return int(subprocess.run([*command, "--peak-of", name], capture_output=True, text=True, check=True).stdout)
 
 
@@ -109,7 +111,7 @@ def result(rows: dict, refused: dict[str, str], shape: Shape) -> Result:
         table.append(
             (
                 name,
-                f"{statistics.median(row['seconds']):.3f}",
+                f"{statistics.median(row['seconds']):.3g}",
                 ratio(row["seconds"], rows["floor"]["seconds"]) if "floor" in rows else "",
                 ratio(row["seconds"], ours["seconds"]) if ours else "",
                 f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
@@ -121,7 +123,9 @@ def result(rows: dict, refused: dict[str, str], shape: Shape) -> Result:
     head = "frozen head" if shape.frozen else "trained head"
     about = f"{head}, {shape.objective}, N={shape.tokens} V={shape.vocabulary} H={shape.student}/{shape.teacher}"
     notes = [f"{name} cannot run here: {reason}" for name, reason in refused.items()]
-    notes.append(f"medians [min, max] of {shape.rounds} alternating rounds, {shape.clock} clock; {shape}; {found}")
+    clock = "events of the GPU" if shape.device == "cuda" else f"{shape.clock} clock"
+    who = sweeper(torch.device(shape.device))
+    notes.append(f"medians [min, max] of {shape.rounds} alternating rounds, {clock}; {who} sweeps; {shape}; {found}")
     numbers = {"shape": vars(shape) | {"json": str(shape.json)}, "versions": found, "rows": rows, "refused": refused}
     return Result(f"head pass, {about}, chunk {shape.chunk}", header, tuple(table), tuple(notes), numbers)
 

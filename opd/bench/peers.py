@@ -1,6 +1,7 @@
 """The head pass as everyone computes it: arms `(case, shape) -> loss` that run forward and backward."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -18,9 +19,9 @@ Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over toke
 
 def ours(case: Case, shape: Shape) -> Tensor:
     """`opd.vocabulary.head_pass`."""
-    each = wide(case.weight.dtype) if case.weight.is_cuda else case.weight.dtype  # of the logits
-    width = each.itemsize * (1 + 1 / FROZEN)
-    vocabulary = Vocabulary(shape.vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * width))
+    vocabulary = Vocabulary(shape.vocabulary, rounded=shape.rounded)
+    each = vocabulary.tile(case.weight.dtype, case.weight.device).itemsize * (1 + 1 / FROZEN)
+    vocabulary = replace(vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * each))
     one = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
     student = Hidden(case.states, Head(case.weight))
     teacher = Hidden(case.teacher_states, Head(case.teacher_weight))
@@ -32,6 +33,15 @@ def ours(case: Case, shape: Shape) -> Tensor:
 def ours_autograd(case: Case, shape: Shape) -> Tensor:
     """Ours without its closed forms: autograd in blocks of rows, what methods without one run."""
     with patch("opd.vocabulary.closed_form", lambda method: None):
+        return ours(case, shape)
+
+
+def ours_torch(case: Case, shape: Shape) -> Tensor:
+    """Ours with its closed forms in torch: where there is neither Triton nor a C compiler."""
+    with (
+        patch("opd.vocabulary.fuses", lambda device: False),
+        patch("opd.vocabulary.native.runs", lambda *logits: False),
+    ):
         return ours(case, shape)
 
 
@@ -117,7 +127,7 @@ def liger_fused(case: Case, shape: Shape) -> Tensor:
 
 
 class Floor:
-    """The products alone, in buffers made beforehand."""
+    """The products alone, in buffers made beforehand: the logits of both models, the gradients of states and head."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -125,27 +135,25 @@ class Floor:
     def __call__(self, case: Case, shape: Shape) -> Tensor:
         w, t, n = case.weight.detach(), case.teacher_weight, min(shape.chunk, len(case.ids))
         if not self.buffers:
-            self.buffers = [
-                w.new_empty(n, len(w)),
-                t.new_empty(n, len(t)),
-                w.new_empty(n, w.shape[1]),
-                w.new_zeros(w.shape),
-            ]
-        z, tz, dh, dw = self.buffers
+            tile = Vocabulary(len(w), rounded=shape.rounded).tile(w.dtype, w.device)
+            z, tz = (torch.randn(n, len(w), device=w.device).to(tile) for _ in range(2))  # zeros would be faster
+            self.buffers = [z, tz, z.to(w.dtype), w.new_empty(n, w.shape[1]), w.new_zeros(w.shape, dtype=wide(w.dtype))]
+        z, tz, g, dh, dw = self.buffers
         for start in range(0, len(case.ids), n):
             h, th = case.states.detach()[start : start + n], case.teacher_states[start : start + n]
             k = len(h)
             mm(h, w.T, z[:k])
             mm(th, t.T, tz[:k])
-            mm(z[:k], w, dh[:k])
+            mm(g[:k], w, dh[:k])
             if not shape.frozen:
-                addmm(z[:k].T, h, dw)
+                addmm(g[:k].T, h, dw)
         return z.new_zeros(())
 
 
 ARMS: dict[str, Run] = {
     "floor": Floor(),
     "ours": ours,
+    "ours-torch": ours_torch,
     "ours-autograd": ours_autograd,
     "naive": naive,
     "careful": careful,

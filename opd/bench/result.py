@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -51,21 +52,35 @@ def in_turn(
     *,
     rounds: int,
     clock: Clock,
-    wait: Callable[[], None] = lambda: None,
+    gpu: bool = False,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each arm, round by round, after one round to warm up; `after` each, off the clock."""
-    now, out = CLOCKS[clock], {name: list[float]() for name in arms}
+    out = {name: list[float]() for name in arms}
     for turn in track(range(rounds + 1), "rounds", transient=True, console=Console(stderr=True)):
         for name, run in arms.items():
-            wait()
-            start = now()
-            run()
-            wait()
+            seconds = by_events(run) if gpu else by_clock(run, clock)
             if turn:
-                out[name].append(now() - start)
+                out[name].append(seconds)
             after()
     return out
+
+
+def by_clock(run: Callable[[], object], clock: Clock) -> float:
+    """Seconds of a call."""
+    start = CLOCKS[clock]()
+    run()
+    return CLOCKS[clock]() - start
+
+
+def by_events(run: Callable[[], object]) -> float:
+    """Seconds between two events of a GPU's queue."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from opd.doctor.findings import Finding, Level, ok
 from opd.doctor.probe import Looked, Probe
+from opd.kernels.choice import sweeper
 from opd.metrics import repetition
 from opd.prompts import short
 from opd.reading import RIGHT
@@ -217,5 +218,21 @@ def sampler(looked: Looked) -> Iterator[Finding]:
         yield ok("sampler", f"sampler and trainer agree to {gap:.1g} nats")
 
 
-BEFORE: Sequence = (told, compatible, rate, lengths, verifier)
+def sweeps(probe: Probe) -> Iterator[Finding]:
+    """Who sweeps the logits between the head pass's products."""
+    device = probe.session.accelerator.device
+    who = sweeper(device)
+    if device.type == "cuda" and who != "triton":
+        yield Finding(
+            check="head pass",
+            level=Level.NOTE,
+            what="torch sweeps the logits: there is no Triton",
+            why="it reads and writes them some ten times where Triton's kernels do once or twice",
+            do="pip install 'opd[gpu]'",
+        )
+    else:
+        yield ok("head pass", f"{who} sweeps the logits, {probe.config.chunk_mb} MB of them at a time")
+
+
+BEFORE: Sequence = (told, compatible, rate, lengths, verifier, sweeps)
 AFTER: Sequence = (stops, repeats, sampler)
