@@ -21,6 +21,7 @@ from opd.cli import main as opd
 from opd.cli.tables import helps as arguments
 from opd.config import Evaluate, Train
 from opd.demo import Demo
+from opd.engines.vllm import Speaker
 from opd.estimators import Full, Sampled, Stratified
 from opd.exact import Size
 from opd.method import Match, MatchHidden, Method, PolicyGradient
@@ -123,7 +124,7 @@ def section(row: dict[str, Any]) -> str:
         lines += ["| flag | default | |", "|---|---|---|"]
         for p in parameters:
             options = f" One of {listed(get_args(p.annotation))}." if get_origin(p.annotation) is Literal else ""
-            default = f"`{p.default}`" if p.default not in ("", ()) else "none"
+            default = code(p.default) if p.default not in ("", ()) else "none"
             lines.append(f"| `--{dashed(p.name)}` | {default} | {cell(helps.get(p.name, '') + options)} |")
         lines.append("")
     lines += [f"{'Token-local' if row['token_local'] else 'Batch'}. Reads {listed(row['reads'])}.", ""]
@@ -189,6 +190,7 @@ flags stand after its name, and in [methods](methods.md).
     out, several = [head], "`--methods vopd,vopd-topk:k=1`"
     for title, owner, note in (
         ("opd train", Train, "`--preset` and `--also` come on top: see [running](running.md)."),
+        ("opd train, another engine", Speaker, "Fields of `opd.Speaker`: see [servers](servers.md)."),
         ("opd train, teachers behind a server", Remote, "Fields of `opd.Remote`: see [servers](servers.md)."),
         ("opd serve", Serve, "MODEL stands first: see [servers](servers.md)."),
         ("opd eval", Evaluate, "`--json` prints machine-readable numbers."),
@@ -245,8 +247,7 @@ def default_of(field: dataclasses.Field) -> str:
             return "none"
         if isinstance(value, bool):
             return "on" if value else "off"
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        return f"`{shown.replace(chr(10), chr(92) + 'n')}`"  # a row of a table is one line
+        return code(" ".join(map(str, value)) if isinstance(value, tuple) else value)
     if field.default_factory is dataclasses.MISSING:
         return "required"
     return cell((inspect.getdoc(field.default_factory) or "by machine").partition(":")[0])
@@ -258,6 +259,11 @@ def dashed(name: str) -> str:
 
 def listed(names: Iterable[object]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "nothing"
+
+
+def code(value: object) -> str:
+    """A value in a table, whose rows are one line each."""
+    return f"`{value}`".replace("\n", r"\n")
 
 
 def cell(text: str) -> str:

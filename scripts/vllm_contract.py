@@ -53,6 +53,7 @@ CALLABLES = {  # functions and methods by file: their parameters
 CLASSES = {  # by file: their fields, inherited ones included
     "engine/arg_utils.py": ["EngineArgs"],
     "sampling_params.py": ["SamplingParams"],
+    "entrypoints/launchers/cli_args.py": ["FrontendArgs"],
     "outputs.py": ["CompletionOutput", "WeightVersionSpan"],
     "logprobs.py": ["FlatLogprobs"],
     "config/weight_transfer.py": ["WeightTransferConfig"],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -13,6 +14,7 @@ import pytest
 import opd
 from opd import cli
 from opd.config import Evaluate, Train
+from opd.engines.vllm import Speaker
 from opd.exact import Size
 from opd.methods import METHODS
 from opd.rock import Context, Rock
@@ -73,8 +75,8 @@ def test_a_row_of_a_table_is_one_line():
 
 
 def test_every_flag_is_documented():
-    for owner in (Train, Remote, Serve, Evaluate, Size, Variance, Rock, Context, Data, Sampling):
-        hidden = {"method", "data", "sampling", "remote", "consistency"}
+    for owner in (Train, Speaker, Remote, Serve, Evaluate, Size, Variance, Rock, Context, Data, Sampling):
+        hidden = {"method", "data", "sampling", "remote", "speaker", "consistency"}
         assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
     for name, factory in METHODS.items():
         told = docs.arguments(inspect.getdoc(factory))
@@ -84,7 +86,11 @@ def test_every_flag_is_documented():
 @pytest.mark.parametrize("name", METHODS)
 def test_flags_of_a_method_are_not_those_of_the_run(name):
     """On one command line they would be taken for the run's.  `per_prompt` means the same to both."""
-    run = {f.name for owner in (Train, Remote, Data, Sampling) for f in fields(owner)} | {"preset", "also", "json"}
+    run = {f.name for owner in (Train, Speaker, Remote, Data, Sampling) for f in fields(owner)} | {
+        "preset",
+        "also",
+        "json",
+    }
     assert not (inspect.signature(METHODS[name]).parameters.keys() - {"per_prompt"}) & run
 
 
@@ -137,6 +143,8 @@ def example(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_command_is_understood(page, line, monkeypatch, example, capsys):
     program, *words = shlex.split(line)
+    if "=" in program:  # a variable of its environment
+        program, *words = words
     if program == "accelerate":
         assert words[words.index("-m") + 1] == "opd", line
         program, words = "opd", words[words.index("-m") + 2 :]
@@ -147,6 +155,10 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         case "python":
             assert (ROOT / words[0]).is_file(), line
+        case "vllm":
+            known = json.loads((ROOT / "tests/vllm_contract.json").read_text())["classes"]
+            flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+            assert words[0] == "serve" and flags <= {*known["EngineArgs"], *known["FrontendArgs"]}, line
         case other:
             assert other in ("source", "pip", "pre-commit", "lm_eval"), f"{page}: {line}: no test knows how to check it"
     assert "opd:" not in capsys.readouterr().err

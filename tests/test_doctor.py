@@ -163,7 +163,7 @@ def stale(patch) -> None:
                 p.mul_(1.02)
         return HFEngine(other, *rest)
 
-    patch.setattr("opd.session.HFEngine", engine)
+    patch.setattr("opd.opening.HFEngine", engine)
 
 
 def both(root: Path, *edits: Callable[[Path], object]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -400,6 +401,37 @@ def test_faults_on_the_way_lose_nothing(pair, server, tmp_path, hide):
     wire = lines(there, "perf")
     assert sum(row["teacher_retries"] for row in wire) >= 5
     assert asked > sum(row["teacher_requests"] for row in wire) - 20  # what failed was asked again, alone
+
+
+def test_tries_wait_longer_each_time(monkeypatch):
+    """0.5, 1, 2, ... 30 s, each shortened by up to a half so that clients do not come back together."""
+    waited: list[float] = []
+    monkeypatch.setattr("opd.teachers.client.time.sleep", waited.append)
+    client = Client(f"http://127.0.0.1:{free_port()}", Remote(teacher_retries=9))
+    with pytest.raises(opd.Refusal, match="failed 10 times, last with ConnectError"):
+        client.get("/health", lambda r: None)
+    wanted = [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert all(w / 2 <= x <= w for w, x in zip(wanted, waited, strict=True)) and client.traffic.retries == 9
+
+
+def test_no_more_requests_at_once_than_were_allowed(server):
+    now, most, lock = 0, 0, threading.Lock()
+
+    def fault(path: str, n: int) -> None:
+        nonlocal now, most
+        if path != "/inference/v1/generate":
+            return
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.1)
+        with lock:
+            now -= 1
+
+    with Proxy(server, fault, PLAIN) as proxy:
+        remote = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=())
+        remote.hidden(*rollouts(count=9))
+    assert most == QUICK.teacher_concurrency == 3
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_comes_back(pair, tmp_path):
