@@ -429,7 +429,7 @@ class StageGrader(Grader):
     def __init__(self, spoils=lambda kind, n, text: text):
         super().__init__(spoils)
         self.judge = VerifierStageJudge(self.judge.verify)
-        self.asked = {"evolve": 0, "marks": 0, "worth": 0}
+        self.turns = {"evolve": 0, "marks": 0, "worth": 0}
 
     def answer(self, text, known):
         (asked,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
@@ -458,7 +458,7 @@ class StageGrader(Grader):
                 {"stage": c.stage, "description": c.text, "weight": c.weight, "negative": c.negative} for c in found
             ]
             said = json.dumps({"criteria": rows})
-        n, self.asked[kind] = self.asked[kind], self.asked[kind] + 1
+        n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
         return self.spoils(kind, n, said)
 
     references = 1
@@ -500,7 +500,7 @@ def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
         assert judge.marks(answers, criteria, 0) == direct.marks(answers, criteria, 0)
         weigh = [Reflected(g.prompt, g.answers[1].whole(), g.answers[k].whole()) for g in groups for k in (0, 2)]
         assert judge.worth(weigh, 0) == direct.worth(weigh, 0)
-        assert grader.asked == {"evolve": 2, "marks": 6, "worth": 4}  # equal responses are one question
+        assert grader.turns == {"evolve": 2, "marks": 6, "worth": 4}  # equal responses are one question
         spent = judge.traffic()
         assert spent["judge_calls"] == 12 and spent["judge_read_tokens"] == 7 * 12
         for turns in grader.texts[:2]:
@@ -531,11 +531,19 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
     marked = lambda judge: judge.marks(group.answers[:1], [found], 0)
     asked = (lambda judge: judge.evolve([group], 0)) if kind == "evolve" else marked
     with StageGrader(lambda what, n, text: spoil(text) if (what, n) == (kind, 0) else text) as grader:
+<<<<<<< HEAD
+        assert asked(stage_judge(grader.url, tmp_path)) == asked(direct) and grader.turns[kind] == 2
+        (again,) = [turns for turns in grader.texts if len(turns) == 3]
+        assert "That was not as asked" in again[2]
+    with StageGrader(lambda what, n, text: spoil(text)) as grader:
+        assert asked(stage_judge(grader.url, tmp_path / "other")) == [None] and grader.turns[kind] == 2
+=======
         assert asked(stage_judge(grader.url, tmp_path)) == asked(direct) and grader.asked[kind] == 2
         (again,) = [turns for turns in grader.texts if len(turns) == 3]
         assert "That was not as asked" in again[2]
     with StageGrader(lambda what, n, text: spoil(text)) as grader:
         assert asked(stage_judge(grader.url, tmp_path / "other")) == [None] and grader.asked[kind] == 2
+>>>>>>> origin/main
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "malformed", "slow"])
@@ -544,7 +552,13 @@ def test_a_failing_server_loses_its_own_responses_alone(fault, tmp_path):
     (found,) = VerifierStageJudge(task.verify).evolve([group], 0)
     wanted = VerifierStageJudge(task.verify).marks(group.answers[:3], [found] * 3, 0)
     with StageGrader() as grader, Proxy(grader.url, lambda path, n: fault if n in (1, 3) else None) as proxy:
+<<<<<<< HEAD
+        judge = stage_judge(
+            proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0
+        )  # n = 3: it is asked once more, and fails again
+=======
         judge = stage_judge(proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0)  # n = 3: it is asked once more, and fails again
+>>>>>>> origin/main
         assert judge.marks(group.answers[:3], [found] * 3, 0) == [wanted[0], None, wanted[2]]
         assert judge.traffic()["judge_failed"] == 2
         again = stage_judge(grader.url, tmp_path)

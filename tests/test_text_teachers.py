@@ -26,7 +26,7 @@ from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
-from opd.teachers.text import Begun, Endpoint, Gate, Local, TextTeacher
+from opd.teachers.text import ON, Begun, Endpoint, Gate, Local, TextTeacher
 from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Audited, Posterior, Unaudited
@@ -351,6 +351,110 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
     assert lines(whole) == lines(part)
 
 
+class Scripted:
+    """An OpenAI-compatible server that gives what `says(request)` says, and keeps the requests."""
+
+    def __init__(self, says) -> None:
+        self.asked, scripted = [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                scripted.asked.append(request)
+                message = {"role": "assistant", "content": says(request)}
+                whole = {
+                    "id": "x", "object": "chat.completion", "created": 0, "model": "x",
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+                }  # fmt: skip
+                body = json.dumps(whole).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize("way", ["ask", "continue"])
+def test_how_a_begun_answer_is_gone_on_with(way, tmp_path):
+    """In words, as a turn of the user's; or as a turn of the assistant's that the server is told not to close."""
+    (begun,) = questions(2)[1:]
+    fresh = replace(begun, text="")
+    with Scripted(lambda request: "so") as writer:
+        teacher = endpoint(writer.url, tmp_path, replace(QUICK, teacher_prefix=way))
+        assert teacher.continue_([begun, fresh], 2, 8, 0) == [["so", "so"]] * 2
+        mine = [r for r in writer.asked if len(r["messages"]) == 2]
+        assert len(writer.asked) == 4 and len(mine) == 2  # a server that gives one text at a time is asked twice
+    question, last = mine[0]["messages"]
+    assert question == dict(begun.prompt.messages[0])
+    if way == "ask":
+        assert last["role"] == "user" and last["content"] == ON + begun.text
+        assert not {"continue_final_message", "add_generation_prompt"} & mine[0].keys()
+    else:
+        assert last == {"role": "assistant", "content": begun.text}
+        assert mine[0]["continue_final_message"] is True and mine[0]["add_generation_prompt"] is False
+    assert not {"continue_final_message"} & next(r for r in writer.asked if len(r["messages"]) == 1).keys()
+
+
+def test_a_run_that_asks_in_words(tmp_path, capsys):
+    """The teacher knows the solutions: it goes on with them as far as what is there agrees."""
+    known = {p.messages[0]["content"]: p.response for p in load(Data(source="embedded:ledger", limit=40)).prompts}
+
+    def says(request):
+        question, begun = (turn["content"] for turn in request["messages"])
+        gold, begun = known[question], begun.removeprefix(ON)
+        return gold[len(begun) :][:1] if gold.startswith(begun) else "?"
+
+    told = [*PAIR, "--limit", "40", *SMALL, "--max-new-tokens", "128", "--steps", "2", "--teacher-prefix", "ask"]
+    with Scripted(says) as writer:
+        told += ["--teacher", f"openai:x@{writer.url}/v1", "--out", str(tmp_path / "run")]
+        assert cli.main(["train", *told, "omniopd", "--chunks", "4", "--length", "1", "--texts", "1"]) == 0
+        asked = [r["messages"] for r in writer.asked]
+    assert all(len(turns) == 2 and turns[1]["content"].startswith(ON[:-2]) for turns in asked if len(turns) > 1)
+    for row in lines(tmp_path / "run"):
+        assert row["grad_norm"] > 0 and 0.1 < row["agreement"] < 1
+    assert sum(row["teacher_calls"] for row in lines(tmp_path / "run", "perf")) == len(asked) > 30
+
+
+@pytest.mark.parametrize(
+    ("method", "judge"),
+    [(["omniopd"], []), (["ropd"], ["--judge", "verifier"]), (["rubricem"], ["--judge", "verifier"])],
+    ids=["omniopd", "ropd", "rubricem"],
+)
+def test_prompts_choose_among_text_teachers(method, judge, tmp_path, capsys):
+    """Two teachers, one of them behind a socket: each is asked about its own prompts, and nothing else."""
+    task = load(Data(source="embedded:ledger", limit=8))
+    rows = [
+        {"messages": list(map(dict, p.messages)), "answer": p.answer, "who": "far" if i % 2 else "near"}
+        for i, p in enumerate(task.prompts)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right = {row["messages"][0]["content"]: task.prompts[i].response for i, row in enumerate(rows)}
+    with Scripted(lambda request: right[request["messages"][0]["content"]][:9]) as far:
+        told = [*PAIR, *SMALL, "--prompts", str(tmp_path / "rows.jsonl"), "--verifier", "numeric", *judge]
+        told += ["--steps", "1", "--batch", "64" if method != ["omniopd"] else "8", "--teacher", "embedded:teacher"]
+        told += ["--route", f"far=openai:x@{far.url}/v1", "--route-column", "who", "--out", str(tmp_path / "run")]
+        assert cli.main(["train", *told, *method]) == 0, capsys.readouterr()
+        asked = {request["messages"][0]["content"] for request in far.asked}
+    assert asked == {row["messages"][0]["content"] for row in rows if row["who"] == "far"}
+    (row,), (perf,) = lines(tmp_path / "run"), lines(tmp_path / "run", "perf")
+    assert row["grad_norm"] > 0 and perf["teacher_calls"] >= 8
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """A random model whose tokenizer spells single bytes: nothing of the student's vocabulary."""
@@ -491,39 +595,19 @@ def test_the_verifiers_judge_reads(float64):
     assert judge.rubrics([Group(PROMPT, (POOR,), (POOR,))], 5, 12, 0) == [None]
 
 
-class Grader:
-    """An OpenAI-compatible server: the verifier's judge, given words alone; `spoils` may spoil its answers."""
+class Grader(Scripted):
+    """The verifier's judge, given words alone; `spoils` may spoil its answers."""
 
     def __init__(self, spoils=lambda kind, n, text: text) -> None:
         tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
-        self.judge, self.asked, self.texts = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, []
-        self.spoils, grader = spoils, self
+        self.judge, self.turns, self.spoils = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, spoils
         answers = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
+        super().__init__(lambda request: self.answer(request["messages"][0]["content"], answers))
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                turns = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
-                said = grader.answer(turns[0]["content"], answers)
-                grader.texts.append([turn["content"] for turn in turns])
-                message = {"role": "assistant", "content": said}
-                whole = {
-                    "id": "x", "object": "chat.completion", "created": 0, "model": "grader",
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-                }  # fmt: skip
-                body = json.dumps(whole).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    @property
+    def texts(self):
+        """The turns of each request."""
+        return [[turn["content"] for turn in request["messages"]] for request in self.asked]
 
     def answer(self, text, known):
         (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
@@ -539,15 +623,8 @@ class Grader:
             rubric = Rubric(criteria=[{"criterion": c, "points": int(p)} for p, c in found])
             (met,) = self.judge.grades([group], [rubric], 0)
             said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
-        n, self.asked[kind] = self.asked[kind], self.asked[kind] + 1
+        n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
         return self.spoils(kind, n, said)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def groups(count=3):
@@ -599,14 +676,14 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
         judge = model_judge(grader.url, tmp_path)
         rubrics = judge.rubrics(asked, 4, 12, 0)
         assert judge.grades(asked, rubrics, 0) == VerifierJudge(task.verify).grades(asked, rubrics, 0)
-        assert grader.asked[kind] == 2
+        assert grader.turns[kind] == 2
         (again,) = [turns for turns in grader.texts if len(turns) == 3]
         assert "That was not as asked" in again[2]
     with Grader(lambda what, n, text: spoil(text) if what == kind else text) as grader:
         judge = model_judge(grader.url, tmp_path / "other")
         rubrics = judge.rubrics(asked, 4, 12, 0)
         assert (rubrics if kind == "rubric" else judge.grades(asked, rubrics, 0)) == [None]
-        assert grader.asked[kind] == 2
+        assert grader.turns[kind] == 2
 
 
 def test_a_judge_that_babbles_stops_the_run(tmp_path):

@@ -95,6 +95,7 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
     for other in flags.also:
         method = plus(method, other)
     if flags.preset != "none":
-        run = replace(flags.run, **settings(flags.preset, name))
-        flags, _ = parse(default=replace(flags, run=run))  # a second reading: what the user set wins
+        # A second reading: what the user set wins.  It appends to what may be repeated, so there that starts empty.
+        run = replace(flags.run, **settings(flags.preset, name), route=(), trackers=())
+        flags, _ = parse(default=replace(flags, run=run, also=()))
     return replace(flags, run=replace(flags.run, method=method))
