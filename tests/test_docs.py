@@ -114,6 +114,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("rescore", "rescore"),
         ("serve.server", "serve"),
         ("demo", "demo"),
+        ("prune", "prune"),
         ("doctor.command", "doctor"),
         ("bench.command", "bench"),
     ):
