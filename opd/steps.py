@@ -383,7 +383,8 @@ class Loop:
         """
         session, accelerator = self.session, self.session.accelerator
         micro = self._micro(rollouts)
-        parts: list[tuple[list[int], Columns, float]] = []
+        alone = self._advised(targets)
+        parts: list[tuple[list[int], Columns, Tensor]] = []
         for k, at in enumerate(micro):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
             trained = masks(cut, rolls)
@@ -391,18 +392,24 @@ class Loop:
             flat = targets and tuple(
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
-            heard = self._heard(rolls, trained)
-            if k + 1 < len(micro):
+            heard = Heard(None) if alone else self._heard(rolls, trained)
+            if k + 1 < len(micro) and not alone:
                 self._ahead(batch, rollouts, micro[k + 1])
             last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
-                loss, columns = session.student(inputs, heard, self.method, flat, session.vocabulary)
+                loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
                 if targets is not None:
                     # Wrappers average over processes; the denominators are the whole batch's already.
                     accelerator.backward(loss * accelerator.num_processes)
-            parts.append((at, columns.cpu(), float(loss.detach())))
-        everyone = gather_object(parts)
-        return assemble(batch, [(at, c) for at, c, _ in everyone]), sum(value for _, _, value in everyone)
+            parts.append((at, columns, loss.detach()))  # a look at them would keep a teacher's own device waiting
+        everyone = gather_object([(at, columns.cpu(), float(value)) for at, columns, value in parts])
+        seen = assemble(batch, [(at, c) for at, c, _ in everyone])
+        return replace(seen, scores=batch.scores) if alone else seen, sum(value for _, _, value in everyone)
+
+    def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
+        """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
+        known = targets is not None and all(t.advantage is not None for t in targets)
+        return self.method.advised() if known and not self.method.local() and self.method.rollouts.updates == 1 else None
 
     def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
         """Let a teacher behind a server begin on the next rows while the student works on these."""

@@ -40,7 +40,7 @@ class Rows:
     """Prompts and responses as one model reads them, right padded."""
 
     ids: Int[Tensor, "B L"]
-    trained: Bool[Tensor, "B L"]  # response tokens trained on
+    trained: Bool[Tensor, "B L"]  # response tokens trained on; stays in main memory
 
 
 def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teacher: bool, device: torch.device) -> Rows:
@@ -51,7 +51,7 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs] or [
         torch.zeros(2, dtype=torch.bool)
     ]
-    return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))
+    return Rows(pad(ids, 0).to(device), pad(trained, False))
 
 
 def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:

@@ -55,12 +55,13 @@ class Given:
     logp: Float[Tensor, " N"]  # log q(y), nats
     ids: Int[Tensor, "N k"] | None = None
     others: Float[Tensor, "N k"] | None = None  # their log q
+    top: int = 0  # so many of its own most probable tokens are among them
 
     def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
         """log q of some rows: nan wherever nothing is known, and no leaf may look there.
 
-        With others: the rest of the mass evenly over the tokens that are not known.  So none of them is above the least
-        of the teacher's own top k, a bucket of the rest is what it is (to 1e-7, a rounding of 1), and they sum to 1.
+        With others: the rest of the mass evenly over the tokens that are not known, none of them above the least of the
+        teacher's own top.  So a bucket of the rest is what it is, to 1e-7 (a rounding of 1) or k-th times their number.
         """
         own, mine = ids[:, None], self.logp[rows, None].to(like)
         if self.ids is None or self.others is None:
@@ -70,6 +71,8 @@ class Given:
         q = torch.zeros_like(like).scatter(-1, ids, logp)
         mass = q.double().exp().where(known, 0).sum(-1, keepdim=True)
         rest = (1 - mass).clamp(min=LEAST).log() - (~known).double().sum(-1, keepdim=True).clamp(min=1).log()
+        if self.top:
+            rest = rest.minimum(q.where(known, -torch.inf).topk(self.top, -1).values[:, -1:].double())
         return q.where(known, rest.to(q))
 
 
@@ -154,8 +157,12 @@ def shifted(part: slice, by: int) -> slice:
 
 
 def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
-    """The hidden states that predicted the marked tokens: one position to their left.  The only shift there is."""
-    return hidden[:, :-1][trained[:, 1:]]
+    """The hidden states that predicted the marked tokens: one position to their left.  The only shift there is.
+
+    A mask in main memory is looked up there: the device of the states is not waited for.
+    """
+    row, column = trained[:, 1:].nonzero(as_tuple=True)
+    return hidden[row.to(hidden.device), column.to(hidden.device)]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ the limit, as ragged as sampling makes them, and the same distribution for all. 
 
 import math
 import statistics
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ def measured(ragged: Ragged) -> Result:
     prompts = [torch.randint(3, ragged.vocabulary, (n,), generator=g).tolist() for n in widths]
     quick = deepcopy(made)
     quicken(quick)  # as `models.load` does
-    lengths: dict[str, list[list[int]]] = {name: [] for name in LABELS if faster() or name != "plain"}
+    lengths: dict[str, list[list[int]]] = {name: [] for name in LABELS}
 
     def ours(name: str, of: LlamaForCausalLM) -> None:
         engine = HFEngine(of, ragged.vocabulary, (STOP,), ragged.rows)
@@ -103,11 +104,12 @@ def measured(ragged: Ragged) -> Result:
             found += _generate(made, prompts[start : start + ragged.rows], ragged.max_new_tokens)
         lengths["generate"].append(found)
 
-    every = {"opd": partial(ours, "opd", quick), "plain": partial(ours, "plain", made), "generate": plain}
-    arms = {name: every[name] for name in lengths}
+    arms: dict[str, Callable[[], object]] = {"opd": partial(ours, "opd", quick)}
+    arms |= {"plain": partial(ours, "plain", made)} if faster() else {}
+    arms["generate"] = plain
     seconds = in_turn(arms, rounds=ragged.rounds, clock=ragged.clock)
     speed = {name: [sum(n) / s for n, s in zip(lengths[name][1:], took, strict=True)] for name, took in seconds.items()}
-    rows, flat = [], {name: [x for n in some[1:] for x in n] for name, some in lengths.items()}
+    rows, flat = [], {name: [x for n in some[1:] for x in n] for name, some in lengths.items() if some}
     for name in arms:
         ratios = [a / b for a, b in zip(speed["opd"], speed[name], strict=True)]
         about = f"{statistics.mean(flat[name]):.0f}, {max(flat[name])}"
@@ -124,7 +126,12 @@ def measured(ragged: Ragged) -> Result:
         f"{statistics.mean(shares):.0%} write a token",
         f"medians [min, max] of {ragged.rounds} alternating rounds, {ragged.clock} clock; {ragged}; {known}",
     )
-    numbers = {"ragged": vars(ragged), "versions": known, "seconds": seconds, "lengths": lengths}
+    numbers = {
+        "ragged": vars(ragged),
+        "versions": known,
+        "seconds": seconds,
+        "lengths": {name: lengths[name] for name in arms},
+    }
     header = ("engine", "tokens/s", "length: mean, max", "ours faster by")
     return Result(f"ragged rollouts, {ragged.requests} requests", header, tuple(rows), notes, numbers)
 

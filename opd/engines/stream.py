@@ -5,6 +5,7 @@ All rows end in the last column of the KV cache; what lies left of a row is mask
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,37 +23,47 @@ Rows = Int[Tensor, " _"]  # which, in order; some more than once
 class Roomy(DynamicLayer):
     """Keys and values with room on their right: a token is written there, and nothing before it is copied."""
 
+    keys: Tensor
+    values: Tensor
+    places: tuple[Tensor, Tensor]  # of which `keys` and `values` are the first columns
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append; the views of all columns."""
+        new = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.hold(key_states[:, :, :0], value_states[:, :, :0], 0)
+            self.lazy_initialization(*new)
+            self.hold((key_states[:, :, :0], value_states[:, :, :0]), 0)
         used, width = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if width > self.places[0].shape[2]:
-            moved = [_room(x, len(x), width) for x in (self.keys, self.values)]
+            moved = _rooms((self.keys, self.values), len(self.keys), width)
             for place, x in zip(moved, (self.keys, self.values), strict=True):
                 place[:, :, :used] = x
-            self.hold(*moved, used)
-        for place, x in zip(self.places, (key_states, value_states), strict=True):
+            self.hold(moved, used)
+        for place, x in zip(self.places, new, strict=True):
             place[:, :, used:width] = x
-        self.hold(*self.places, width)
+        self.hold(self.places, width)
         return self.keys, self.values
 
-    def hold(self, keys: Float[Tensor, "B heads room D"], values: Float[Tensor, "B heads room D"], width: int) -> None:
+    def hold(self, places: tuple[Tensor, Tensor], width: int) -> None:
         """Have places of which the first `width` columns are written."""
-        self.places = keys, values
-        self.keys, self.values = keys[:, :, :width], values[:, :, :width]
+        self.places = places
+        self.keys, self.values = (place[:, :, :width] for place in places)
 
     def batch_select_indices(self, indices: Rows) -> None:
         """Some rows."""
-        self.hold(self.keys[indices], self.values[indices], self.keys.shape[2])
+        self.hold((self.keys[indices], self.values[indices]), self.keys.shape[2])
 
 
-def _room(like: Float[Tensor, "b heads k D"], rows: int, width: int) -> Float[Tensor, "B heads room D"]:
-    """Nothing yet, for so many columns and a quarter more."""
-    return like.new_empty(rows, like.shape[1], width + max(32, width // 4), like.shape[3])
+Layer = Roomy | DynamicSlidingWindowLayer  # what splices
+
+
+def _rooms(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Places [rows, heads, room, D] with nothing in them yet, for so many columns and a quarter more."""
+    room = width + max(32, width // 4)
+    keys, values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in like)
+    return keys, values
 
 
 @dataclass
@@ -74,12 +85,15 @@ class Cache:
         """Whether rows of two such caches can be put together: keys and values by column, and nothing else."""
         return all(type(layer) in (Roomy, DynamicSlidingWindowLayer) for layer in self.cache.layers)
 
+    def _layers(self) -> list[Layer]:
+        return cast(list[Layer], self.cache.layers)
+
     def join_(self, parts: Sequence[tuple["Cache", Rows]]) -> None:
         """Hold the chosen rows of all parts, one below the other, instead; this cache may be one of the parts."""
         length = torch.cat([part.length[rows] for part, rows in parts])
         width = int(length.max()) if len(length) else 0
-        for i, layer in enumerate(self.cache.layers):
-            _join_(layer, [(part.cache.layers[i], rows) for part, rows in parts], width)
+        for i, layer in enumerate(self._layers()):
+            _join_(layer, [(part._layers()[i], rows) for part, rows in parts], width)
         self.length, self.width = length, width
 
     def drop_(self, kept: Rows) -> None:
@@ -88,30 +102,33 @@ class Cache:
         self.length = self.length[kept]
 
 
-def _join_(layer: Roomy | DynamicSlidingWindowLayer, parts: Sequence[tuple[DynamicLayer, Rows]], width: int) -> None:
+def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> None:
     """The last `width` columns of the chosen rows become the layer's; narrower rows have zeros before them."""
-    like = next((x for x, _ in parts if x.is_initialized), None)
+    held = [_held(source) for source, _ in parts]
+    like = next((x for x in held if x is not None), None)
     if like is None or not width:
         layer.reset()  # nothing comes before the next token; or never written: its keys are another layer's
         return
-    sliding = isinstance(layer, DynamicSlidingWindowLayer)
-    stored = min(width, layer.sliding_window - 1) if sliding else width
-    rows = sum(len(at) for _, at in parts)
-    keys, values = (_room(x, rows, stored) for x in (like.keys, like.values))
-    start = 0
-    for source, at in parts:
-        end, columns = start + len(at), min(stored, source.keys.shape[2]) if source.is_initialized else 0
-        for place, x in ((keys, source.keys), (values, source.values)):
+    stored = width if isinstance(layer, Roomy) else min(width, layer.sliding_window - 1)
+    places, start = _rooms(like, sum(len(at) for _, at in parts), stored), 0
+    for source, (_, at) in zip(held, parts, strict=True):
+        end, columns = start + len(at), 0 if source is None else min(stored, source[0].shape[2])
+        for i, place in enumerate(places):
             place[start:end, :, : stored - columns] = 0
-            if columns:
-                place[start:end, :, stored - columns : stored] = x[at, :, x.shape[2] - columns :]
+            if source is not None:
+                place[start:end, :, stored - columns : stored] = source[i][at, :, source[i].shape[2] - columns :]
         start = end
     if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    if sliding:
-        layer.keys, layer.values, layer.cumulative_length = keys[:, :, :stored], values[:, :, :stored], width
+        layer.lazy_initialization(*places)
+    if isinstance(layer, Roomy):
+        layer.hold(places, width)
     else:
-        layer.hold(keys, values, width)
+        layer.keys, layer.values = (place[:, :, :stored] for place in places)
+        layer.cumulative_length = width
+
+
+def _held(layer: Layer) -> tuple[Tensor, Tensor] | None:
+    return None if layer.keys is None or layer.values is None else (layer.keys, layer.values)
 
 
 @dataclass
@@ -132,9 +149,9 @@ class Stream:
         """Keep some rows and add prompts; one that is among `soon` is read once for all."""
         kept = kept.to(self.model.device)
         self.last = torch.cat((self.last[kept], self.last.new_tensor([p[-1] for p in new])))
-        if self.rows.splices():
-            if not new:
-                return self.rows.join_([(self.rows, kept)])
+        if self.rows.splices() and not new:
+            self.rows.join_([(self.rows, kept)])
+        elif self.rows.splices():
             names, read = self._known(new)
             self.rows.join_([(self.rows, kept), (read, self._at(names, new))])
             later, shelved = [p for p in names if p in soon], Cache.of(self.model)
