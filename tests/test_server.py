@@ -236,7 +236,7 @@ def test_the_head_pass_over_some_log_probs_is_that_over_the_teachers_states(name
     q = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
     p = vocabulary.logp((states @ weight.T)[:, :29], head_(weight))
     named = torch.cat(((p if who == "student" else q).topk(k + 1, -1).indices.flip(-1), ids[:, None]), -1)
-    given = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named))
+    given = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named), k if who == "teacher" else 0)
     targets = tuple(opd.method.Target(torch.rand(23, generator=draw), None, None) for _ in method.terms)
     results = []
     for heard in (teacher, given):
@@ -262,10 +262,12 @@ def test_the_rest_of_a_teachers_mass_is_no_token_of_its_top():
     alone = Given(q[:, 0]).over(torch.zeros(40, dtype=torch.long), q, slice(0, 40))
     assert alone[:, 0].equal(q[:, 0]) and alone[:, 1:].isnan().all()
     sure = torch.tensor([[0.0, -40.0, -40.0, -40.0]])  # all its mass on one token, to rounding
-    found = Given(sure[:, 0], torch.tensor([[0, 1]]), sure[:, :2]).over(
-        torch.zeros(1, dtype=torch.long), sure, slice(1)
-    )
+    found_of = lambda x: Given(x[:, 0], torch.tensor([[0, 1]]), x[:, :2])
+    found = found_of(sure).over(torch.zeros(1, dtype=torch.long), sure, slice(1))
     assert found.isfinite().all() and float(found[:, 2:].logsumexp(-1)) == pytest.approx(-16.1, abs=0.1)
+    # Its own top two: what it gives the others is not above the second, whatever 1 minus their mass rounds to.
+    found = replace(found_of(sure), top=2).over(torch.zeros(1, dtype=torch.long), sure, slice(1))
+    assert found[0].tolist() == [0, -40, -40, -40]
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0], ids=["closed form", "autograd"])
@@ -282,7 +284,7 @@ def test_the_head_pass_over_given_logp_is_that_over_the_teachers_states(name, so
     logp = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
     given = Given(logp.gather(-1, ids[:, None])[:, 0])
     targets = tuple(
-        opd.method.Target(torch.rand(23, generator=torch.Generator().manual_seed(i)), None, None)
+        opd.method.Target(torch.rand(23, generator=torch.Generator().manual_seed(i)), None, torch.full((23,), -3.0))
         for i, _ in enumerate(method.terms)
     )
     if not all(term.local() for term in method.terms):

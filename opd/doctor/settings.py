@@ -33,8 +33,8 @@ def told(probe: Probe) -> Iterator[Finding]:
 def compatible(probe: Probe) -> Iterator[Finding]:
     """What the method reads, beside what teachers, verifier and data give."""
     method, task = probe.method, probe.session.prompts.task
-    needs = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
-    lacks = {name: sorted(needs(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
+    asked = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
+    lacks = {name: sorted(asked(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
     missing = {name: columns for name, columns in lacks.items() if columns}
     for name, columns in missing.items():
         yield Finding(

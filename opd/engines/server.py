@@ -1,5 +1,6 @@
 """Sampling with a vLLM server, given by its address; weights go over by its own routes."""
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,11 +48,10 @@ class VLLMServer(Sent):
             teacher_retries=retries,
         )
         self.client = Client(how.engine, asked, field="engine")
+        backend = json.dumps({"backend": how.engine_transfer})
+        self.start = f"{START} '{backend}'"
         if not self.client.knows("/get_world_size"):
-            raise Refusal(
-                f"--engine {self.client.url}: it takes no weights: start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "
-                f'--weight-transfer-config \'{{"backend": "{how.engine_transfer}"}}\''
-            )
+            raise Refusal(f"--engine {self.client.url}: it takes no weights: start it as {self.start}")
         cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
         self.name, self.version = self.client.model or cards[0], ""
         self.link: Callable[[], None] | None = None
@@ -64,7 +64,12 @@ class VLLMServer(Sent):
 
     def _send(self) -> None:
         self.client.knows("/health")  # one that is starting is waited for
-        self.link, self.version = self.link or self._opened(), f"opd-{secrets.token_hex(8)}"
+        self.version = f"opd-{secrets.token_hex(8)}"
+        if self.link is None:
+            try:
+                self.link = self._opened()
+            except (Refusal, OSError) as error:
+                raise Refusal(f"{error}; does it take weights? Started as {self.start} it does") from error
         self._post("/pause?mode=wait", {})
         self.link()
         self._post("/update_weight_version", {"new_version": self.version})

@@ -297,13 +297,14 @@ class LogpTeacher(_Remote[Given]):
         else:
             sizes = [len(row.at) for row in rows]
             named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
-            beside = dict(zip(rows, named.split(sizes), strict=True))
-            found = self._each(rows, 1, lambda some: self._chosen([(row, beside[row]) for row in some]))
+            of = dict(zip(rows, named.split(sizes), strict=True))
+            found = self._each(rows, 1, lambda some: self._chosen([(row, of[row]) for row in some]))
         logp = torch.cat([torch.empty(0), *(x.logp for x in found)]).to(self.to)
         others = [(x.ids, x.others) for x in found if x.ids is not None and x.others is not None]
         if not others:
             return Given(logp)
-        return Given(logp, *(torch.cat(list(x)).to(self.to) for x in zip(*others, strict=True)))
+        ids, beside = (torch.cat(list(x)).to(self.to) for x in zip(*others, strict=True))
+        return Given(logp, ids, beside, min(self.top, self.size))
 
     def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
         """By vLLM's fixed-token scoring; one sequence a request.  A class is asked for member by member."""
