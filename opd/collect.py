@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
@@ -64,6 +66,14 @@ class Writer(Protocol):
 @runtime_checkable
 class Engine(Writer, Protocol):
     """What samples from the student, whose weights it shares or is sent before it writes."""
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The student."""
+
+    @property
+    def rows(self) -> int:
+        """Responses written at once."""
 
     @property
     def vocabulary(self) -> int:

@@ -174,7 +174,7 @@ def test_padded_rows_are_never_drawn(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "wide", seed=0, rows=160))
     from opd.engines.vllm import Sent
 
-    assert Sent(model, 145, (2,)).allowed == range(145) and Sent(model, 160, (2,)).allowed is None
+    assert Sent(model, 145, (2,), 4).allowed == range(145) and Sent(model, 160, (2,), 4).allowed is None
 
 
 # Weights

@@ -39,7 +39,7 @@ class VLLMServer(Sent):
         folder: Path,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(model, vocabulary, stop)
+        super().__init__(model, vocabulary, stop, how.engine_concurrency)
         self.how, self.folder, self.dtype = how, folder, dtype
         asked = Remote(
             teacher_token_env=how.engine_token_env,

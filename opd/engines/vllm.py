@@ -130,10 +130,10 @@ def sample(
 class Sent:
     """What both kinds share: requests out, samples back in their order, weights sent once they have changed."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...]) -> None:
-        self.model, self.vocabulary, self.stop, self.stale = model, vocabulary, stop, True
-        rows = len(head(model).weight)
-        self.allowed = range(vocabulary) if vocabulary < rows else None
+    def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
+        self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
+        self.stale = True
+        self.allowed = range(vocabulary) if vocabulary < len(head(model).weight) else None
 
     def follow(self) -> None:
         """The student made a step."""
@@ -189,7 +189,7 @@ class VLLMEngine(Sent):
         dtype: torch.dtype,
         rows: int,
     ) -> None:
-        super().__init__(model, vocabulary, stop)
+        super().__init__(model, vocabulary, stop, rows)
         # Without a process of its own, so that tensors are handed over as they are.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's, too
