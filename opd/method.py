@@ -369,6 +369,15 @@ class Method:
             return False
         return self.reads() <= GIVEN and all(term.local() for term in self.terms)
 
+    def advised(self) -> "Method | None":
+        """The same on targets that carry advantages, where every term is of the sampled token: it needs no teacher."""
+        terms = []
+        for term in self.terms:
+            if not isinstance(term, PolicyGradient) or term.estimator != Sampled():
+                return None
+            terms.append(replace(term, reward=One(), baseline=None, transforms=(), against=Teacher()))
+        return replace(self, terms=tuple(terms))
+
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:
         """One target per term; advantages where the batch was measured."""

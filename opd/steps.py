@@ -409,7 +409,8 @@ class Loop:
     def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
         """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
         known = targets is not None and all(t.advantage is not None for t in targets)
-        return self.method.advised() if known and not self.method.local() and self.method.rollouts.updates == 1 else None
+        measured = not self.method.local() and self.method.rollouts.updates == 1
+        return self.method.advised() if known and measured else None
 
     def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
         """Let a teacher behind a server begin on the next rows while the student works on these."""

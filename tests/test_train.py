@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import opd
+from opd.method import Method
 from opd.methods import METHODS
 from opd.types import Refusal, Sampling
+from opd.vocabulary import _Side
 from tests.models_for_tests import tiny
 
 
@@ -61,6 +63,37 @@ def test_every_method_lowers_the_divergence_to_the_teacher(pair, tmp_path, name)
     rows = metrics(opd.train(run))
     assert all(row["grad_norm"] > 0 and row["refused"] == 0 for row in rows)
     assert sum(r["reverse_kl"] for r in rows[-3:]) < 0.97 * sum(r["reverse_kl"] for r in rows[:3])
+
+
+@pytest.mark.parametrize("name", ["opd-zscore", "fire", "iw-opd"])
+def test_known_advantages_are_trained_on_without_the_teacher(pair, tmp_path, name, monkeypatch):
+    """Its logits are swept once a token, not twice; every number is as if it had been asked again."""
+    rows, final, asked = [], [], []
+    fill = _Side.fill
+    for out in ("twice", "once"):
+        count = {}
+
+        def counted(side, at, count=count):
+            count[side.weight.shape[1]] = count.get(side.weight.shape[1], 0) + at.stop - at.start
+            return fill(side, at)
+
+        monkeypatch.setattr(_Side, "fill", counted)
+        if out == "twice":
+            plain = Method.advised
+            monkeypatch.setattr(Method, "advised", lambda self: None)
+        else:
+            monkeypatch.setattr(Method, "advised", plain)
+        run = opd.train(config(pair, tmp_path / out, method=METHODS[name](), steps=2, rollouts_every=100, doctor=False))
+        rows.append(metrics(run))
+        final.append(weights(run))
+        asked.append(count)
+    for one, other in zip(*rows, strict=True):
+        assert one.keys() == other.keys()
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
+    for key, x in final[0].items():
+        torch.testing.assert_close(final[1][key], x, rtol=1e-3, atol=1e-4)
+    twice, once = asked
+    assert once[32] == twice[32] and once[48] < twice[48]  # the student's width, and the teacher's
 
 
 def test_run_folder(pair, tmp_path):
