@@ -5,13 +5,16 @@ Where vLLM is installed the engine samples, and its log-probs are the trainer's 
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
 import math
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +33,7 @@ from opd.models import EMBEDDED, Source
 from opd.surrogates import Clipped, Reinforce, TruncatedRatio
 from opd.types import Sampling
 from opd.weights import TruncatedImportance
+from scripts.soak import Proxy, free_port, serving
 from tests.models_for_tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -299,13 +303,106 @@ def test_without_vllm_it_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_server_that_takes_no_weights_is_refused(tmp_path):
-    from tests.test_server import serving
-
     folder = tiny(tmp_path / "model", seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with serving(folder) as (url, _), pytest.raises(opd.Refusal, match="it takes no weights: start it as") as caught:
         VLLMServer(model, 145, (2,), Speaker(engine=url), 0, folder=tmp_path, dtype=torch.float32)
     assert "\n" not in str(caught.value)
+
+
+# A server that takes weights: `opd serve --takes-weights` has vLLM's routes for them
+
+
+def ready(folder, url, **changes) -> tuple[torch.nn.Module, VLLMServer]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    how = Speaker(engine=url, engine_transfer="opd", **changes)
+    return model, VLLMServer(model, 145, (2,), how, 0, folder=Path(folder).parent, dtype=torch.float32)
+
+
+def close(model, prompts, samples):
+    """The log-probs that came back are the model's own."""
+    for prompt, one in zip(prompts, samples, strict=True):
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([[*prompt, *one.ids]])).logits[0].log_softmax(-1)
+        wanted = logp[len(prompt) - 1 : -1].gather(-1, torch.tensor(one.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(one.logp), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
+    folder = tiny(tmp_path / "model", seed=0)
+    prompts = [[5, 6, 7]] * 3 + [[8, 9, 10, 11]]
+    with serving(tiny(tmp_path / "other", seed=5), "--takes-weights") as (url, _):
+        model, engine = ready(folder, url)
+        drawn = lambda: engine.generate(prompts, FREE, seed=1, step=2, index=range(4))
+        first = drawn()
+        close(model, prompts, first)
+        assert first == drawn() and len({x.ids for x in first[:3]}) > 1
+        (alone,) = engine.generate(prompts[2:3], FREE, seed=1, step=2, index=[2])
+        assert alone.ids == first[2].ids and alone.logp == pytest.approx(first[2].logp, abs=1e-5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        engine.follow()
+        after = drawn()
+        close(model, prompts, after)
+        assert after != first and not list((tmp_path / "engine").iterdir())
+        cold = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=4), seed=1, step=2, index=range(4))
+        assert len({x.ids for x in cold[:3]}) == 1 and engine.processed()
+        # Somebody else's weights: noticed by their name, and replaced.
+        httpx.post(f"{url}/update_weight_version", json={"new_version": "of another run"}).raise_for_status()
+        assert drawn() == after
+        small = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "small", seed=0, width=16))
+        how = Speaker(engine=url, engine_transfer="opd")
+        wrong = VLLMServer(small, 145, (2,), how, 0, folder=tmp_path, dtype=torch.float32)
+        with pytest.raises(opd.Refusal, match="the weights of another model"):
+            wrong.generate(prompts, FREE, seed=1, step=2, index=range(4))
+
+
+def run(root, url, out, **changes) -> list[dict]:
+    told = Train(
+        student=str(root / "student"),
+        teacher=str(root / "teacher"),
+        prompts="embedded:ledger-short",
+        method=METHODS["vopd"](),
+        out=root / out,
+        steps=6,
+        batch=8,
+        per_prompt=4,
+        sampling=Sampling(max_new_tokens=12),
+        lr=1e-2,
+        quiet=True,
+        speaker=Speaker(engine=url, engine_transfer="opd", **changes),
+        remote=replace(opd.Remote(), teacher_retries=12),
+        doctor=False,
+    )
+    folder = opd.train(told)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
+    """The weights of each step are sent: no gap.  One that is killed and comes back with old ones gets them again."""
+    for i, name in enumerate(("student", "teacher")):
+        tiny(tmp_path / name, seed=i)
+    port, gone = free_port(), threading.Event()
+    with contextlib.ExitStack() as stack:
+        serve = lambda: stack.enter_context(serving(tmp_path / "student", "--takes-weights", port=port))
+        url, first = serve()
+        calm = run(tmp_path, url, "calm")
+        assert all(row["sampler_gap"] < 1e-3 and row["grad_norm"] > 0 for row in calm)
+        assert calm[0]["loss"] != calm[-1]["loss"]
+        with pytest.raises(opd.Refusal, match="--max-mismatch 1e-12") as caught:
+            run(tmp_path, url, "strict", max_mismatch=1e-12)
+        assert "\n" not in str(caught.value)
+
+        def fault(path: str, n: int) -> None:
+            if path == "/inference/v1/generate" and n == 5 and not gone.is_set():
+                gone.set()
+                first.kill()
+                threading.Thread(target=serve).start()
+
+        with Proxy(url, fault) as proxy:
+            assert run(tmp_path, proxy.url, "hurt") == calm
+        assert gone.is_set() and first.wait(10) != 0
 
 
 # With vLLM

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opd import prompts
 from opd.engines.hf import Sample
 from opd.serve.model import Asked, Served
-from opd.serve.protocol import Chat, Completion, Drawing, Generate, HiddenRows
+from opd.serve.protocol import Chat, Completion, Drawing, DrawingParameters, Generate, HiddenRows, NewWeights, Version
 from opd.teachers import wire
 from opd.types import Prompt, Refusal, Sampling
 from opd.vocabulary import Scores
@@ -143,10 +143,12 @@ class Routes:
         return self._answer("chat.completion", "chatcmpl", choices, [row], drawn)
 
     def generate(self, asked: Generate) -> dict[str, object]:
-        """POST /inference/v1/generate: log-probs of chosen ids at each row, as float32 .npy in base64."""
+        """POST /inference/v1/generate: log-probs of chosen ids at each row, as float32 .npy in base64; or rollouts."""
         self._check_model(asked.model)
         row, how = tuple(asked.token_ids), asked.sampling_params
         self._check_row(row, how.max_tokens)
+        if isinstance(how, DrawingParameters):
+            return self._rollouts(row, how)
         ids, start = how.prompt_logprob_token_ids, how.prompt_logprob_start
         if len(ids) != len(row) - 1 - start:
             raise Refusal(
@@ -170,6 +172,52 @@ class Routes:
         choice = {"index": 0, "token_ids": list(sample.ids), "finish_reason": "stop" if sample.stopped else "length"}
         answer = self._answer("generate", "gen", [choice], [row], [sample])
         return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
+
+    def _rollouts(self, row: tuple[int, ...], how: DrawingParameters) -> dict[str, object]:
+        """n responses as ids, log-probs of what they were drawn from; the j-th has the seed plus j, as vLLM has it."""
+        if max(how.stop_token_ids) >= self.served.rows:
+            raise Refusal(f"stop_token_ids: an id beyond the vocabulary of {self.served.rows}")
+        if len(how.stop_token_ids) > 1:
+            raise Refusal("stop_token_ids: this server tells no class of stop tokens apart: give one, or use vLLM")
+        sampling = Sampling(
+            temperature=how.temperature, top_p=how.top_p, top_k=max(0, how.top_k), max_new_tokens=how.max_tokens
+        )
+        drawn = self.served.draw(row, sampling, range(how.seed, how.seed + how.n), how.stop_token_ids)
+        choices: list[dict[str, object]] = []
+        for i, sample in enumerate(drawn):
+            told: list[dict[str, object]] = [
+                {"token_id": t, "logprob": max(x, -LIMIT), "rank": None, "top_logprobs": []}
+                for t, x in zip(sample.ids, sample.logp, strict=True)
+            ]
+            span = {"version": self.served.version, "start": 0, "end": len(sample.ids)}
+            choices.append(
+                {
+                    "index": i,
+                    "token_ids": list(sample.ids),
+                    "finish_reason": "stop" if sample.stopped else "length",
+                    "logprobs": {"content": told},
+                    "weight_versions": [span],
+                }
+            )
+        return self._answer("generate", "gen", choices, [row], drawn)
+
+    def world(self) -> dict[str, int]:
+        """GET /get_world_size."""
+        return {"world_size": 1}
+
+    def called(self) -> dict[str, str]:
+        """POST to what vLLM has to do before and after new weights, and this server has not."""
+        return {"message": "nothing to do"}
+
+    def take(self, asked: NewWeights) -> dict[str, str]:
+        """POST /update_weights."""
+        self.served.take(asked.update_info.files)
+        return {"message": "taken"}
+
+    def rename(self, asked: Version) -> dict[str, object]:
+        """POST /update_weight_version."""
+        self.served.version = asked.new_version
+        return {"success": True, "new_version": asked.new_version}
 
     def hidden(self, asked: HiddenRows) -> Response:
         """POST /opd/hidden."""
@@ -315,7 +363,10 @@ class Routes:
         }
 
 
-def build(served: Served, limits: Limits, *, token: str) -> ASGIApp:
+IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pause resume reset_prefix_cache"
+
+
+def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = False) -> ASGIApp:
     """The whole application."""
     app = FastAPI(title="opd serve", openapi_url=None)
     routes = Routes(served, limits)
@@ -328,6 +379,13 @@ def build(served: Served, limits: Limits, *, token: str) -> ASGIApp:
     app.get("/opd/head", response_model=None)(routes.head)
     app.get("/opd/identity")(served.identity)
     app.get("/opd/tokenizer")(lambda: wire.pack_tokenizer(served.tokenizer))
+
+    if takes_weights:  # vLLM's routes, with the backend `opd`
+        app.get("/get_world_size")(routes.world)
+        app.post("/update_weights")(routes.take)
+        app.post("/update_weight_version")(routes.rename)
+        for path in IDLE.split():
+            app.post(f"/{path}")(routes.called)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, mistake: RequestValidationError) -> JSONResponse:

@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import HFEngine, Sample
+from opd.engines.transfer import weights
 from opd.models import base, head
 from opd.student import Rows, final_states, micro_batches
 from opd.teachers import wire
-from opd.types import Sampling, pad
+from opd.types import Refusal, Sampling, pad
 from opd.vocabulary import Hidden, Scores, Vocabulary, scores
 
 
@@ -48,6 +51,7 @@ class Served:
         self.engine = HFEngine(model, self.rows, stop, decode_rows)
         self.lock = threading.Lock()
         self.fingerprint = wire.weights_hash(model)
+        self.version = "as loaded"  # of the weights, in the words of whoever sent them
 
     def identity(self) -> dict[str, object]:
         """What a client compares before it trusts a number."""
@@ -98,6 +102,30 @@ class Served:
         engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
         with self.lock:
             return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)))
+
+    def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
+        """A response to one prompt for each seed, ended by `stop` alone: a seed's is the same in any company."""
+        with self.lock:
+            engine = replace(self.engine, stop=tuple(stop))
+            return engine.generate([ids] * len(seeds), sampling, seed=0, step=0, index=seeds)
+
+    @torch.no_grad()
+    def take(self, files: Sequence[str]) -> None:
+        """Take up weights; raises Refusal for others than its own by name and shape."""
+        with self.lock:
+            mine = weights(self.model)
+            shared = {p.data_ptr() for p in self.model.parameters()}
+            try:
+                new = {name: x for file in files for name, x in load_file(file).items()}
+            except (OSError, SafetensorError) as error:
+                raise Refusal(f"files: {' '.join(str(error).split())[:200]}") from error
+            if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in mine.items()}:
+                raise Refusal("files: they hold the weights of another model")
+            if any(x.data_ptr() not in shared for x in mine.values()):
+                raise Refusal(f"{type(self.model).__name__}: its checkpoint has other tensors than the model: use vLLM")
+            for name, x in mine.items():
+                x.copy_(new[name])
+            self.fingerprint = wire.weights_hash(self.model)
 
     def _rows(self, asked: Sequence[Asked]) -> Rows:
         device = self.model.device

@@ -91,12 +91,46 @@ class ScoringParameters(Asking):
     prompt_logprob_start: int = Field(0, ge=0)
 
 
+class DrawingParameters(Asking):
+    """The sampling parameters of rollouts: ids in, ids out."""
+
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**53)]
+    max_tokens: int = Field(ge=1)
+    stop_token_ids: Ids
+    ignore_eos: Literal[True]
+    detokenize: Literal[False]
+    logprobs: int = Field(ge=0)
+    logprob_token_ids: Ids | None = None
+
+
 class Generate(Asking):
-    """POST /inference/v1/generate, of which only the scoring of chosen tokens is served."""
+    """POST /inference/v1/generate: chosen tokens scored, or rollouts drawn; other uses are not served."""
 
     model: str | None = None
     token_ids: Ids
-    sampling_params: ScoringParameters
+    sampling_params: ScoringParameters | DrawingParameters
+
+
+class Files(Asking):
+    """Weights under the names of a checkpoint, in files that this machine can read."""
+
+    files: Annotated[list[str], Field(min_length=1)]
+
+
+class NewWeights(Asking):
+    """POST /update_weights."""
+
+    update_info: Files
+
+
+class Version(Asking):
+    """POST /update_weight_version."""
+
+    new_version: str
 
 
 class HiddenRow(Asking):

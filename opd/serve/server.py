@@ -43,6 +43,8 @@ class Serve:
     """Most log-probs per token that a request may ask for."""
     decode_rows: int = 64
     """Responses decoded at once."""
+    takes_weights: bool = False
+    """Let clients replace the weights by safetensors files that this machine can read: for `opd train --engine`."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
 
@@ -85,7 +87,11 @@ def serve(config: Serve) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
         # uvicorn's access log would hold a line for each request of a run.
-        options = uvicorn.Config(build(served, limits, token=token), access_log=False, log_level="warning")
+        options = uvicorn.Config(
+            build(served, limits, token=token, takes_weights=config.takes_weights),
+            access_log=False,
+            log_level="warning",
+        )
         uvicorn.Server(options).run(sockets=[listening])
 
 
