@@ -409,6 +409,17 @@ def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
 
 
 @real
+def test_the_source_of_a_sender_says_what_it_sends(tmp_path):
+    from opd.engines.sender import Student
+
+    model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "model", seed=0))
+    source = Student(lambda: weights(model))
+    said = [(m.name, m.dtype, m.shape) for m in source.metadata()]
+    assert said == [(name, x.dtype, tuple(x.shape)) for name, x in source] and len(said) > 10
+    assert sum(len(names) for names, _ in source.iter_groups()) == len(said)
+
+
+@real
 def test_the_engine_samples_from_the_student_before_and_after_a_step():
     folder = EMBEDDED / "student"  # vLLM's attention on a CPU has no heads as narrow as those of `tiny`
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
