@@ -80,6 +80,7 @@ class Done:
     draw: int
     rollouts: list[Rollout]  # without their prompts
     seconds: float  # that it took
+    computed: float  # seconds of the worker's processor in it
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Background:
         self.useless: Job | None = None  # what is written, where a newer snapshot is due
         self.idle = self.closed = False
         self.newest, self.failure, self.deaths, self.restarts = NEWEST, "", 0, 0
-        self.busy, self.since, self.depth = 0.0, time.perf_counter(), 0
+        self.busy, self.computed, self.since, self.depth = 0.0, 0.0, time.perf_counter(), 0
         shutil.rmtree(opening.folder, ignore_errors=True)  # of a run whose trainer and worker were killed together
         opening.folder.mkdir(parents=True)
         self.process: subprocess.Popen | None = None
@@ -171,21 +172,25 @@ class Background:
     def settle(self) -> None:
         """Wait for the draws whose weights no checkpoint has."""
         if self.pinned:
-            self._wait(lambda: not self.waiting and self.running is None)
+            self.rest()
+
+    def rest(self) -> None:
+        """Wait until all draws that are allowed are written."""
+        self._wait(lambda: not self.waiting and self.running is None)
 
     def numbers(self) -> dict[str, float]:
-        """Draws that were ready at the last `take`, the worker's busy share of the time since the last call, restarts.
-
-        A draw counts when it is done: a share may be above 1 for a moment.
+        """Draws ready at the last `take`, restarts; the worker's busy share of the time since the last call, and its
+        processor seconds: a draw counts when it is done, so a share may be above 1.
         """
         with self.changed:
             now = time.perf_counter()
             out = {
                 "queue_depth": float(self.depth),
                 "worker_busy": self.busy / (now - self.since),
+                "worker_cpu_s": self.computed,
                 "worker_restarts": float(self.restarts),
             }
-            self.busy, self.since = 0.0, now
+            self.busy, self.computed, self.since = 0.0, 0.0, now
         return out
 
     def close(self) -> None:
@@ -279,8 +284,9 @@ class Background:
             match message:
                 case Ready():
                     self.outbox = outbox
-                case Done(draw, rollouts, seconds):
-                    self.busy, self.deaths, job = self.busy + seconds, 0, self.running
+                case Done(draw, rollouts, seconds, computed):
+                    self.busy, self.computed = self.busy + seconds, self.computed + computed
+                    self.deaths, job = 0, self.running
                     assert job is not None and job.draw == draw
                     self.running = None
                     if job is not self.useless:

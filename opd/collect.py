@@ -204,6 +204,7 @@ class Collector:
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """With the cross entropy of each response without its prompt, under the weights of now."""
+        assert isinstance(self.student, HFEngine), "a run refuses other engines here"
         model, out = self.student.model, list[Rollout]()
         for start in range(0, len(rollouts), self.student.rows):
             part = rollouts[start : start + self.student.rows]
@@ -280,6 +281,7 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
             mask = torch.cat((mask[:-1], torch.tensor([False])))
         rows.append(mask)
     found = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
+    alone: dict[str, Any] = {name: torch.stack(found.pop(name)) for name in ALONE & found.keys()}
     return Batch(
         ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
         mask=pad(rows, False),
@@ -289,7 +291,7 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
         prefix=torch.tensor([r.prefix for r in rollouts]),
-        **{name: torch.stack(found.pop(name)) for name in ALONE & found.keys()},
+        **alone,
         notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
         # A key of five: that of four drew the token itself.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),

@@ -275,6 +275,11 @@ class Train:
             return
         if listens(who):
             raise Refusal(f"--engine {engine}: {who} lets the teacher read along token by token, which hf alone does")
+        if "student_alone" in self.method.reads():
+            raise Refusal(
+                f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
+                "alone tells: leave the flag out, or switch the filter off (npd --no-filtered)"
+            )
         if self.worker or self.staleness:
             raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
 

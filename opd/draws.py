@@ -55,6 +55,9 @@ class Source(Protocol):
     def settle(self) -> None:
         """Before a checkpoint: wait for what could not be written again after it."""
 
+    def rest(self) -> None:
+        """Wait until nothing is under way."""
+
     def numbers(self) -> dict[str, float]:
         """What perf.jsonl says of it, since the last time."""
 
@@ -87,6 +90,9 @@ class Here:
 
     def settle(self) -> None:
         """Nothing is under way."""
+
+    def rest(self) -> None:
+        """Nothing ever is."""
 
     def numbers(self) -> dict[str, float]:
         """Nothing beside the phase of the step."""

@@ -56,7 +56,7 @@ class Writer:
 
     def write(self, job: Job) -> Done:
         """One draw with the weights that it names."""
-        start, config = time.perf_counter(), self.told.config
+        start, computed, config = time.perf_counter(), time.process_time(), self.told.config
         if job.version != self.version:
             self._load(job.version)
         kind = self.model.device.type
@@ -72,7 +72,7 @@ class Writer:
                 total=config.steps,
                 alone=job.alone,
             )
-        return Done(job.draw, bare(rollouts), time.perf_counter() - start)
+        return Done(job.draw, bare(rollouts), time.perf_counter() - start, time.process_time() - computed)
 
     @torch.no_grad()
     def _load(self, version: int) -> None:

@@ -419,7 +419,7 @@ def test_delta_ifd_by_hand(float64):
 
 
 def test_a_student_that_drifts_is_asked_again(pair, tmp_path):
-    """A bound so small that any drift breaks it; one is seen a step after it was made.  Step 4 has a snapshot anyway."""
+    """A bound so small that any drift breaks it, a step after it was made; step 4 has a snapshot anyway."""
     method = METHODS["npd"](pool=3, epochs=2, refresh=1, drift=1e-6, tau=5.0)
     found = rows(opd.train(config(pair, tmp_path / "run", method=method, steps=5)))
     assert [r["staleness"] for r in found] == [0, 1, 0, 0, 1]

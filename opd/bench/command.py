@@ -11,9 +11,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from opd.bench import growth, head, rollouts, step
+from opd.bench import growth, head, overlap, rollouts, step
 from opd.bench.case import Shape
 from opd.bench.growth import Growth
+from opd.bench.overlap import Overlap
 from opd.bench.result import Clock, Result
 from opd.bench.rollouts import Ragged
 from opd.bench.step import Step
@@ -39,12 +40,13 @@ PARTS: dict[str, tuple[type, str]] = {
     "head": (Shape, "The head pass beside naive torch and the peers."),
     "step": (Step, "A training step, rollouts included, beside TRL's."),
     "rollouts": (Ragged, "Ragged rollouts beside model.generate."),
+    "async": (Overlap, "Rollouts in a worker process beside rollouts in turns: speed, and what is learnt."),
     "growth": (Growth, "Time and memory against N, V, k, batch, length."),
     "all": (All, "Every part; its tables, numbers and plot in a folder."),
 }
 
 
-def bench(asked: Shape | Step | Ragged | Growth | All) -> None:
+def bench(asked: Shape | Step | Ragged | Overlap | Growth | All) -> None:
     """Run the part whose settings these are, and show its table."""
     match asked:
         case Shape():
@@ -53,6 +55,9 @@ def bench(asked: Shape | Step | Ragged | Growth | All) -> None:
             step.measured(asked).show()
         case Ragged():
             rollouts.measured(asked).show()
+        case Overlap():
+            for result in overlap.measured(asked):
+                result.show()
         case Growth():
             growth.measured(asked).show()
         case All():

@@ -1,0 +1,229 @@
+"""Rollouts in a worker process beside rollouts in turns: seconds of a step, and what staleness costs.
+
+Speed: arms take blocks of steps in turn.  A block begins and ends with the worker idle and its queue full, so that a
+block writes as many rollouts as it trains on.  Quality: whole runs on the same prompts, exactly so many steps behind.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from opd.bench.result import Result, in_turn, ratio, spread, versions
+from opd.config import Train
+from opd.loop import train
+from opd.methods import METHODS
+from opd.presets import settings
+from opd.rollouts import NOTHING, Memory
+from opd.runs import Run
+from opd.session import open_session
+from opd.steps import Loop
+from opd.types import Sampling
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What is trained, how far behind, and how often."""
+
+    student: str = "embedded:student"
+    """Hub id, folder, GGUF file or embedded model."""
+    teacher: str = "embedded:teacher"
+    """The same, of the teacher."""
+    prompts: str = "embedded:ledger"
+    """Prompts."""
+    batch: int = 32
+    """Rollouts of a step, one a prompt."""
+    max_new_tokens: int = 256
+    """Longest response."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens that go through a model at once."""
+    staleness: tuple[int, ...] = (1, 4)
+    """Steps that the worker may be behind, an arm each."""
+    block: int = 10
+    """Steps of a block."""
+    rounds: int = 4
+    """Alternating blocks of each arm, after one to warm up; 0: no speed."""
+    quality: int = 0
+    """Steps of each run that is compared by what it learnt; 0: none.  45 took minutes a run."""
+    methods: tuple[str, ...] = ("opd", "async-opd")
+    """Of those runs."""
+    seeds: int = 1
+    """Runs of each arm with other prompts and noise."""
+    held_out: int = 256
+    """Held-out prompts."""
+
+
+@dataclass
+class Arm:
+    """A run that is taken up block after block."""
+
+    loop: Loop
+    step: int = 0
+    computed: list[float] = field(default_factory=list)  # processor seconds a step of this process, block by block
+    written: list[float] = field(default_factory=list)  # those of the worker
+    memory: Memory = field(default_factory=lambda: NOTHING)
+
+    @classmethod
+    def of(cls, asked: Overlap, staleness: int, folder: Path) -> "Arm":
+        """Opened like `opd train` opens a run; the loss is `async-opd` in all, which in turns is `opd`."""
+        config = Train(
+            student=asked.student,
+            teacher=asked.teacher,
+            prompts=asked.prompts,
+            out=folder,
+            method=METHODS["async-opd"](),
+            batch=asked.batch,
+            steps=1_000_000,
+            rollouts_every=1_000_000,
+            lr=1e-5,
+            sampling=Sampling(max_new_tokens=asked.max_new_tokens),
+            micro_batch_tokens=asked.micro_batch_tokens,
+            staleness=staleness,
+            precision="fp32",
+            teacher_precision="fp32",
+            quiet=True,
+        )
+        config = replace(config, data=replace(config.data, source=config.prompts))
+        method, run = config.resolved(), Run(folder)
+        run.start({}, repr(method), 0)
+        arm = cls(Loop(config, method, open_session(config, method, None), run))
+        arm.loop.open(0, NOTHING, None, print)
+        return arm
+
+    def block(self, steps: int) -> None:
+        """So many steps, and what the worker writes meanwhile."""
+        assert self.loop.source is not None
+        before = time.process_time()
+        self.loop.source.numbers()
+        written = 0.0
+        for _ in range(steps):
+            self.step += 1
+            _, self.memory = self.loop.step(self.step, self.memory)
+            written += self.last("worker_cpu_s")
+        self.loop.source.rest()
+        self.computed.append((time.process_time() - before) / steps)
+        self.written.append((written + self.loop.source.numbers().get("worker_cpu_s", 0.0)) / steps)
+
+    def last(self, name: str) -> float:
+        """Of the newest line of perf.jsonl."""
+        line = (self.loop.run.folder / "perf.jsonl").read_text().splitlines()[-1]
+        return float(json.loads(line).get(name, 0.0))
+
+    def perf(self, name: str) -> float:
+        """The median over steps of a column of perf.jsonl."""
+        rows = [json.loads(line) for line in (self.loop.run.folder / "perf.jsonl").read_text().splitlines()]
+        return statistics.median([row.get(name, 0.0) for row in rows])
+
+
+def measured(asked: Overlap) -> Iterator[Result]:
+    """The tables that were asked for."""
+    if asked.rounds:
+        yield speed(asked)
+    if asked.quality:
+        yield quality(asked)
+
+
+def speed(asked: Overlap) -> Result:
+    """Seconds of a step, wall clock: two processes are the point."""
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {n: Arm.of(asked, n, Path(folder) / str(n)) for n in (0, *asked.staleness)}
+        try:
+            for arm in arms.values():
+                assert arm.loop.source is not None
+                arm.loop.source.rest()
+            blocks: dict[str, Callable[[], object]] = {
+                str(n): partial(arm.block, asked.block) for n, arm in arms.items()
+            }
+            load = os.getloadavg()[0]
+            seconds = in_turn(blocks, rounds=asked.rounds, clock="wall")
+            load = (load + os.getloadavg()[0]) / 2
+            turns = arms[0]
+            writes, trains = turns.perf("rollout_s"), turns.perf("update_s")
+            waits = {n: arm.perf("wait_s") for n, arm in arms.items()}
+            costs = {n: arm.perf("snapshot_s") for n, arm in arms.items()}
+        finally:
+            for arm in arms.values():
+                arm.loop.close()
+    each = {n: [s / asked.block for s in seconds[str(n)]] for n in arms}
+    busiest = {n: [max(x) for x in zip(arm.computed[1:], arm.written[1:], strict=True)] for n, arm in arms.items()}
+    rows = [("in turns", spread(each[0], 3), "", spread(busiest[0], 3), "", "", "")]
+    rows += [
+        (
+            f"{n} behind",
+            spread(each[n], 3),
+            ratio(each[0], each[n]),
+            spread(busiest[n], 3),
+            ratio(busiest[0], busiest[n]),
+            f"{waits[n]:.3f}",
+            f"{costs[n]:.3f}",
+        )
+        for n in asked.staleness
+    ]
+    cores = len(os.sched_getaffinity(0))
+    known = versions("opd", "torch", "transformers")
+    notes = (
+        f"in turns a step writes for {writes:.3f} s and trains for {trains:.3f} s; processor: seconds of the busier of "
+        "the two processes, which is what a step would take were each core its own",
+        f"medians [min, max] of {asked.rounds} alternating blocks of {asked.block} steps, wall clock, {cores} cores, "
+        f"load {load:.1f}; {asked}; {known}",
+    )
+    header = ("rollouts", "seconds a step", "faster by", "processor", "faster by", "waits", "snapshot")
+    numbers = {
+        "seconds": each,
+        "processor": busiest,
+        "writes": writes,
+        "trains": trains,
+        "cores": cores,
+        "load": load,
+        "versions": known,
+    }
+    return Result(f"rollouts in another process, batch {asked.batch}", header, tuple(rows), notes, numbers)
+
+
+def quality(asked: Overlap) -> Result:
+    """What runs on as many samples learn, so many steps behind."""
+    arms = [(name, n) for n in (0, *asked.staleness) for name in asked.methods if n or name != "async-opd"]  # opd there
+    found: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(asked.seeds):
+            for name, n in arms:
+                base = Train(student=asked.student, teacher=asked.teacher, prompts=asked.prompts)
+                config = replace(
+                    base,
+                    **{
+                        **settings("embedded", "opd"),
+                        "method": METHODS[name](),
+                        "steps": asked.quality,
+                        "batch": asked.batch,
+                        "sampling": Sampling(max_new_tokens=asked.max_new_tokens),
+                        "eval_prompts": asked.prompts,
+                        "eval_every": asked.quality,
+                        "eval_limit": asked.held_out,
+                        "staleness": n,
+                        "exact_staleness": n > 0,
+                        "seed": seed,
+                        "out": Path(folder) / f"{name}-{n}-{seed}",
+                        "save_every": asked.quality,
+                        "quiet": True,
+                        "doctor": False,
+                    },
+                )
+                lines = (train(config) / "metrics.jsonl").read_text().splitlines()
+                rows = [json.loads(line) for line in lines]
+                trained = [r for r in rows if "grad_norm" in r]
+                found[name, n].append(rows[-1] | {"drift": statistics.mean(r.get("drift", 0.0) for r in trained[-10:])})
+    header = ("method, steps behind", "accuracy %", "held-out KL", "KL to who wrote (nats)")
+    rows = []
+    for (name, n), runs in found.items():
+        mean = lambda key, runs=runs: statistics.mean(r[key] for r in runs)
+        right = ", ".join(f"{100 * r['eval_accuracy']:.1f}" for r in runs)
+        kl = ", ".join(f"{r['eval_reverse_kl']:.4f} +- {r['eval_reverse_kl_se']:.4f}" for r in runs)
+        rows.append((f"{name}, {n}", right, kl, f"{mean('drift'):.4f}"))
+    notes = (f"{asked.quality} steps of {asked.batch} rollouts, seeds 0 to {asked.seeds - 1}; {asked}",)
+    numbers = {f"{name}, {n}": runs for (name, n), runs in found.items()}
+    return Result("what is learnt on as many samples", header, tuple(rows), notes, numbers)
