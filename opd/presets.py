@@ -152,7 +152,7 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "omniopd": {"lr": 5e-4},
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,
-    "ropd": {"judge": "verifier"},  # the embedded teacher writes no json
+    "ropd": {"judge": "verifier", "lr": 5e-4},  # the embedded teacher writes no json
     "rubricem": {"judge": "verifier", "lr": 5e-4},
     "sdft": _TOLD,
     "sdpo": _TOLD,

@@ -531,19 +531,11 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
     marked = lambda judge: judge.marks(group.answers[:1], [found], 0)
     asked = (lambda judge: judge.evolve([group], 0)) if kind == "evolve" else marked
     with StageGrader(lambda what, n, text: spoil(text) if (what, n) == (kind, 0) else text) as grader:
-<<<<<<< HEAD
         assert asked(stage_judge(grader.url, tmp_path)) == asked(direct) and grader.turns[kind] == 2
         (again,) = [turns for turns in grader.texts if len(turns) == 3]
         assert "That was not as asked" in again[2]
     with StageGrader(lambda what, n, text: spoil(text)) as grader:
         assert asked(stage_judge(grader.url, tmp_path / "other")) == [None] and grader.turns[kind] == 2
-=======
-        assert asked(stage_judge(grader.url, tmp_path)) == asked(direct) and grader.asked[kind] == 2
-        (again,) = [turns for turns in grader.texts if len(turns) == 3]
-        assert "That was not as asked" in again[2]
-    with StageGrader(lambda what, n, text: spoil(text)) as grader:
-        assert asked(stage_judge(grader.url, tmp_path / "other")) == [None] and grader.asked[kind] == 2
->>>>>>> origin/main
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "malformed", "slow"])
@@ -552,13 +544,9 @@ def test_a_failing_server_loses_its_own_responses_alone(fault, tmp_path):
     (found,) = VerifierStageJudge(task.verify).evolve([group], 0)
     wanted = VerifierStageJudge(task.verify).marks(group.answers[:3], [found] * 3, 0)
     with StageGrader() as grader, Proxy(grader.url, lambda path, n: fault if n in (1, 3) else None) as proxy:
-<<<<<<< HEAD
         judge = stage_judge(
             proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0
         )  # n = 3: it is asked once more, and fails again
-=======
-        judge = stage_judge(proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0)  # n = 3: it is asked once more, and fails again
->>>>>>> origin/main
         assert judge.marks(group.answers[:3], [found] * 3, 0) == [wanted[0], None, wanted[2]]
         assert judge.traffic()["judge_failed"] == 2
         again = stage_judge(grader.url, tmp_path)
