@@ -1,6 +1,6 @@
-"""What vLLM's sources say of the names that opd uses: `python scripts/vllm_contract.py [FOLDER]` writes a json of them.
+"""What vLLM's sources say of the names that opd uses: `python scripts/vllm_contract.py [FOLDER ...]` writes a json.
 
-FOLDER holds the package `vllm`, as an unpacked wheel does; without one it is the installed package.  Nothing of it is
+A FOLDER holds the package `vllm`, as an unpacked wheel does; without one it is the installed package.  Nothing of it is
 imported: signatures, fields and routes are read from the syntax, so a GPU build is as good as any.  tests/test_vllm.py
 holds our calls against tests/vllm_contract.json, and the json against the package where there is one.
 """
@@ -42,8 +42,7 @@ CALLABLES = {  # functions and methods by file: their parameters
                 "shutdown",
             )
         ),
-        "WeightSource.metadata",
-        "WeightSource.__iter__",
+        "ModuleSource.__init__",
         "TrainerWeightTransferEngine.send_weights",
     ],
     "model_executor/model_loader/reload/layerwise.py": ["initialize_layerwise_reload", "finalize_layerwise_reload"],
@@ -57,7 +56,7 @@ CLASSES = {  # by file: their fields, inherited ones included
     "outputs.py": ["CompletionOutput", "WeightVersionSpan"],
     "logprobs.py": ["FlatLogprobs"],
     "config/weight_transfer.py": ["WeightTransferConfig"],
-    f"{WEIGHTS}/base.py": ["ParamMeta", "TrainerInitInfo", "WeightTransferInitInfo", "WeightTransferUpdateInfo"],
+    f"{WEIGHTS}/base.py": ["TrainerInitInfo", "WeightTransferInitInfo", "WeightTransferUpdateInfo"],
     f"{WEIGHTS}/nccl_engine.py": ["NCCLTrainerInitInfo"],
     f"{WEIGHTS}/ipc_engine.py": ["IPCTrainerInitInfo"],
     f"{TOKENS}/protocol.py": [
@@ -69,6 +68,7 @@ CLASSES = {  # by file: their fields, inherited ones included
     ],
     "entrypoints/openai/completion/protocol.py": ["CompletionRequest", "CompletionResponseChoice"],
 }
+MOVED = {"entrypoints/launchers/cli_args.py": "entrypoints/common/cli_args.py"}  # by the CUDA build of 0.33
 ROUTERS = (  # files whose routes are read
     "entrypoints/rl/online/api_router.py",
     "entrypoints/serve/dev/cache/api_router.py",
@@ -150,9 +150,14 @@ def imported() -> dict[str, list[str]]:
     return {module: sorted(names) for module, names in sorted(out.items())}
 
 
+def place(root: Path, file: str) -> Path:
+    """A file of the package, where this version has it."""
+    return root / file if (root / file).is_file() else root / MOVED[file]
+
+
 def contract(root: Path) -> dict[str, dict[str, list[str]]]:
     """All of it, from the folder of the package."""
-    trees = {file: ast.parse((root / file).read_text()) for file in {*CALLABLES, *CLASSES, *ROUTERS}}
+    trees = {file: ast.parse(place(root, file).read_text()) for file in {*CALLABLES, *CLASSES, *ROUTERS}}
     base = members(trees[f"{WEIGHTS}/base.py"].body)
     callables, classes, served = {}, {}, {}
     for file, names in CALLABLES.items():
@@ -196,10 +201,10 @@ def named(root: Path) -> str:
 
 
 def main() -> None:
-    root = Path(sys.argv[1]) / "vllm" if len(sys.argv) > 1 else installed()
-    if root is None:
-        raise SystemExit("vllm is not installed: name the folder of an unpacked wheel")
-    WRITTEN.write_text(json.dumps({"source": named(root), **contract(root)}, indent=1) + "\n")
+    roots = [Path(folder) / "vllm" for folder in sys.argv[1:]] or [installed()]
+    if None in roots:
+        raise SystemExit("vllm is not installed: name the folders of unpacked wheels")
+    WRITTEN.write_text(json.dumps({named(root): contract(root) for root in roots}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer import (
-    HTTPVLLMWeightSyncClient,
-    ParamMeta,
-    WeightSource,
-    WeightTransferTrainerFactory,
-)
+from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -20,17 +17,18 @@ from vllm.utils.network_utils import get_ip, get_open_port
 Weights = Callable[[], Mapping[str, Tensor]]
 
 
-class Student(WeightSource):
-    """The weights as they are when they are asked for, under the names of a checkpoint."""
+class Student(torch.nn.Module):
+    """The weights as they are when they are asked for, under the names of a checkpoint.
+
+    A module, for `ModuleSource` asks one for its parameters in every version; `WeightSource` itself changed in 0.33.
+    """
 
     def __init__(self, weights: Weights) -> None:
+        super().__init__()
         self.weights = weights
 
-    def metadata(self) -> list[ParamMeta]:
-        """Names, types, shapes."""
-        return [ParamMeta(name, x.dtype, tuple(x.shape)) for name, x in self.weights().items()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+        """Names and tensors."""
         yield from self.weights().items()
 
 
@@ -46,6 +44,6 @@ def ipc(url: str, weights: Weights) -> Callable[[], None]:
 
 def _opened(how: TrainerInitInfo, url: str, weights: Weights) -> Callable[[], None]:
     sender = WeightTransferTrainerFactory.trainer_init(
-        how, client=HTTPVLLMWeightSyncClient(url), source=Student(weights)
+        how, client=HTTPVLLMWeightSyncClient(url), source=ModuleSource(Student(weights))
     )
     return sender.send_weights
