@@ -133,7 +133,7 @@ class VLLMServer(Sent):
 
         def read(told: dict) -> list[Sample] | None:
             choices = sorted(told["choices"], key=lambda c: c["index"])
-            if self.version and any(x["version"] != self.version for c in choices for x in c["weight_versions"]):
+            if self.version and any(x["version"] != self.version for c in choices for x in c["weight_versions"] or ()):
                 return None
             return [self._sample(choice, sampling) for choice in choices]
 
