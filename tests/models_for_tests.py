@@ -1,11 +1,27 @@
 """Small random models with the embedded tokenizer: real files, real classes, no training."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from opd.models import EMBEDDED
+
+
+def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
+    """`python -m opd ...` in some processes on the CPU; refuses to take one for many."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*start, "-m", "opd", *command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    out = command[command.index("--out") + 1]
+    assert done.stdout.count(out) == processes, done.stdout  # each says where the run is
+    return done
 
 
 def tiny(

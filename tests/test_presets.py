@@ -4,9 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 
+from opd.cli.naming import method_of
 from opd.config import Train
 from opd.methods import METHODS
-from opd.presets import PAPER, settings
+from opd.presets import PAPER, arguments, settings
 from opd.types import Refusal
 
 BASE = Train(student="s", teacher="t", prompts="p")
@@ -22,7 +23,7 @@ def test_preset_is_a_run(preset, name):
         return
     chosen = settings(preset, name)
     assert chosen and chosen.keys() <= FIELDS
-    replace(BASE, method=METHODS[name](), **chosen).check()
+    replace(BASE, method=method_of(name, arguments(preset, name)), **chosen).check()
 
 
 def test_every_paper_preset_is_of_a_method():

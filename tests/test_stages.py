@@ -40,6 +40,7 @@ from opd.teachers.stages import (
 from opd.teachers.text import Gate
 from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
+from tests.models_for_tests import started
 from tests.test_server import Proxy
 from tests.test_text_teachers import QUICK, Grader, endpoint, lines
 from tests.test_tokens import byte_level
@@ -609,6 +610,18 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
     assert lines(whole) == lines(part)
     files = [(x / "checkpoints/step-000003/memory.safetensors").read_bytes() for x in (whole, part)]
     assert files[0] == files[1]
+
+
+def test_two_processes_make_the_run_of_one(tmp_path):
+    """The main process asks; rollouts, reflections and what is remembered are everyone's."""
+    flags = [*PAIR, *SMALL, *SIZE, "--micro-batch-tokens", "600", "--no-doctor"]
+    for processes in (1, 2):
+        started(["train", *flags, "--out", str(tmp_path / str(processes)), "rubricem", *AGAIN], processes)
+    for one, two in zip(*(lines(tmp_path / n) for n in ("1", "2")), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+    kept = [episode.of(load_memory(tmp_path / f"{n}/checkpoints/step-000003")) for n in (1, 2)]
+    assert kept[0].rubrics == kept[1].rubrics and kept[0].notes == kept[1].notes
+    assert [d.ids for d in kept[0].deferred] == [d.ids for d in kept[1].deferred]
 
 
 def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
