@@ -292,6 +292,7 @@ def test_mismatch_by_enumeration():
         ({"speaker": Speaker(engine="vllm"), "method": METHODS["trb"]()}, "which hf alone does"),
         ({"speaker": Speaker(engine="vllm"), "staleness": 1}, "has hf alone"),
         ({"speaker": Speaker(engine="hf", engine_sleep=True)}, "--engine-sleep"),
+        ({"speaker": Speaker(engine="http://127.0.0.1:1")}, "--engine-transfer nccl: sends from a GPU"),
     ],
 )
 def test_what_another_engine_cannot_do_is_refused(changes, words):

@@ -55,6 +55,11 @@ class Speaker:
         for name in ("engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch"):
             if not getattr(self, name) > 0:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if self.engine.startswith("http") and self.engine_transfer != "opd" and not torch.cuda.is_available():
+            raise Refusal(
+                f"--engine-transfer {self.engine_transfer}: sends from a GPU, and none is visible here: start the "
+                "server with the backend opd and take --engine-transfer opd"
+            )
         if self.engine_sleep and (self.engine != "vllm" or not torch.cuda.is_available()):
             raise Refusal("--engine-sleep: frees the memory of a GPU that --engine vllm shares with the student")
 
