@@ -13,7 +13,7 @@ from opd.divergences import JSD, BucketKL, DensityPower, ForwardKL, GeneralisedK
 from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
 from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
-from opd.surrogates import Clipped, ImportanceSampling, Reinforce
+from opd.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
 from opd.transforms import Discount, DiscountExpected, GroupAdvantage, MeanFuture, Whiten
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.weights import Constant, LastTokens, Posterior, SequenceMean, TokenMean, TruncatedImportance, Unaudited
@@ -166,7 +166,7 @@ def test_every_leaf_has_a_golden_value():
     assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture, GroupAdvantage}
     here = {TokenMean, SequenceMean, Constant, TruncatedImportance, Posterior, Unaudited, LastTokens}
     assert leaves(weights) == here | test_methods_selection.WEIGHTS
-    assert leaves(surrogates) == {Reinforce, ImportanceSampling, Clipped}
+    assert leaves(surrogates) == {Reinforce, ImportanceSampling, OffPolicy, TruncatedRatio, Clipped}
 
 
 @ALL
@@ -338,13 +338,17 @@ def test_surrogates():
     new, old, up, down = logp(0.5), logp(0.25), tensor([3.0]), tensor([-3.0])  # the ratio is 2
     close(Reinforce()(new, up), 3 * tensor([log(2)]))
     close(ImportanceSampling()(new, up, old), tensor([-6.0]))
+    close(OffPolicy()(new, up, old), tensor([-6.0]))
+    close(TruncatedRatio(3.0)(new, up, old), 2 * 3 * tensor([log(2)]))
+    close(TruncatedRatio(1.5)(new, up, old), 1.5 * 3 * tensor([log(2)]))  # a ratio of 2 counts 1.5
+    close(TruncatedRatio(1.5)(old, down, new), -1 / 2 * 3 * tensor([log(4)]))
     close(Clipped(0.2, 0.5)(new, up, old), tensor([-4.5]))  # no more than 1.5 of the good
     close(Clipped(0.2, 0.5)(new, down, old), tensor([6.0]))  # all of the bad
     close(Clipped(0.2, 0.5)(old, down, new), tensor([2.4]))  # ratio 1/2: no less than 0.8 of the bad
     close(Clipped(0.2, 0.5)(old, up, new), tensor([-1.5]))
 
 
-@pytest.mark.parametrize("surrogate", [ImportanceSampling(), Clipped()], ids=repr)
+@pytest.mark.parametrize("surrogate", [ImportanceSampling(), OffPolicy(), TruncatedRatio(), Clipped()], ids=repr)
 def test_on_policy_a_ratio_has_the_gradient_of_reinforce(surrogate):
     new, advantage = logp(0.3, 0.6).requires_grad_(), tensor([1.5, -0.5])
     close(
