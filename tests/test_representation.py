@@ -1,10 +1,7 @@
 """Hidden states: the mathematics against torch's own, the models against transformers' own, the runs end to end."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -27,7 +24,7 @@ from opd.teachers.local import LocalTeacher
 from opd.types import Rollout
 from opd.vocabulary import Heard, Vocabulary
 from opd.weights import LastTokens
-from tests.models_for_tests import tiny
+from tests.models_for_tests import started, tiny
 from tests.test_train import command, config, launch, metrics, wait_for
 
 close = torch.testing.assert_close
@@ -470,15 +467,10 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(folders, tmp_path, 
 def test_two_processes_make_the_run_of_one(tmp_path):
     flags = "--student embedded:small --teacher embedded:teacher --prompts embedded:ledger-short --eval-limit 5"
     flags += " --eval-prompts embedded:ledger-short --steps 3 --batch 10 --max-new-tokens 48 --micro-batch-tokens 300"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    starts = [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]]
-    starts[1] += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     found = []
-    for start in starts:
-        out = tmp_path / str(len(start))
-        args = [*start, "-m", "opd", "train", *flags.split(), "--out", str(out), "oprd", "--bridge-rank", "4"]
-        done = subprocess.run(args, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        started(["train", *flags.split(), "--out", str(out), "oprd", "--bridge-rank", "4"], processes)
         found.append(metrics(out))
     for one, two in zip(*found, strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)

@@ -673,12 +673,22 @@ def test_through_sockets_it_is_what_it_is_here(tmp_path, capsys):
     for a, b in zip(lines(first), lines(second), strict=True):
         assert [a.get(x) for x in EXACT] == [b.get(x) for x in EXACT]
     spent = lines(second, "perf")
-    assert all(row["judge_calls"] > 2 + 2 and row["teacher_calls"] == 2 for row in spent)
-    with StageGrader(lambda what, n, text: "Sure!" if what == "marks" and n < 8 else text) as grader:
+    assert all(row["judge_calls"] > 2 + 2 for row in spent)
+    assert [(row["teacher_calls"], row["teacher_cached"]) for row in spent] == [(2, 0), (0, 2)]  # the same questions
+
+    class Half(StageGrader):
+        """Babbles about one of the questions."""
+
+        def answer(self, text, known):
+            said, question = super().answer(text, known), re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
+            self.first = vars(self).get("first") or question
+            return "Sure!" if text.startswith("You mark") and question == self.first else said
+
+    with Half() as grader:
         where = ["--judge", f"openai:grader@{grader.url}/v1", "--teacher-concurrency", "1", "--judge-failures", "0.9"]
         assert cli.main(["train", *told, *where, "--out", str(third), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    failed, whole = lines(third)
-    assert 0 < failed["unjudged"] < 1 and whole["unjudged"] == 0
+    assert [row["unjudged"] for row in lines(third)] == [0.5, 0.5]
+    assert [row["reflections"] for row in lines(third)[1:]] == [3]  # of the other question's rollouts alone
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """The student module: one forward for backbone and head pass, whatever wraps or trims it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +12,7 @@ from opd.student import Student, rows
 from opd.teachers.local import LocalTeacher
 from opd.types import Refusal, Rollout
 from opd.vocabulary import Heard, Vocabulary
-from tests.models_for_tests import tiny
+from tests.models_for_tests import started, tiny
 
 
 def rollout(i: int, prompt: int, length: int) -> Rollout:
@@ -139,15 +135,10 @@ def test_two_processes_make_the_run_of_one(tmp_path, method):
     """DDP on the CPU: same rollouts, same losses, same evaluations, up to the order of sums."""
     flags = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger-short --eval-limit 5"
     flags += " --eval-prompts embedded:ledger-short --steps 3 --batch 10 --max-new-tokens 48 --micro-batch-tokens 300"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    starts = [[sys.executable], [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]]
-    starts[1] += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     found = []
-    for start in starts:
-        out = tmp_path / str(len(start))
-        command = [*start, "-m", "opd", "train", *flags.split(), "--out", str(out), *method.split()]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        started(["train", *flags.split(), "--out", str(out), *method.split()], processes)
         found.append([eval(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*found, strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)

@@ -186,7 +186,8 @@ class ModelStageJudge:
         def check(i: int, found: Evolved) -> str:
             for stage in range(1, last + 1):
                 n, (least, most) = sum(c.stage == stage for c in found.criteria), MANY if stage == last else FEW
-                if not least <= n <= most:
+                known = any(c.stage == stage for c in groups[i].kept)  # then there may be nothing new to say
+                if not (0 if known else least) <= n <= most:
                     return f"{n} criteria of stage {stage}, not {least} to {most}"
             return "" if all(c.stage <= last for c in found.criteria) else f"there are {last} stages"
 
