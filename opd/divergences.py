@@ -98,6 +98,10 @@ class BucketKL:
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
         p, q = (torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in (student_logp, teacher_logp))
+        return self.on(p, q)
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """From log-probs on the support and, last, of the rest."""
         return kl(p, q)
 
 
@@ -113,6 +117,10 @@ class BucketForwardKL:
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
         p, q = (torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in (student_logp, teacher_logp))
+        return self.on(p, q)
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """From log-probs on the support and, last, of the rest."""
         return kl(q, p)
 
 
@@ -128,8 +136,11 @@ class RenormalisedKL:
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
-        p, q = (x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp))
-        return kl(p, q)
+        return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """From log-probs on the support."""
+        return kl(p.log_softmax(-1), q.log_softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,10 @@ class GeneralisedKL:
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
-        p, q = student_logp.gather(-1, ids), teacher_logp.gather(-1, ids)
+        return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """From log-probs on the support."""
         return kl(p, q) + (q.exp() - p.exp()).sum(-1)
 
 

@@ -22,7 +22,7 @@ from opd.kernels import native
 from opd.kernels.choice import fuses
 from opd.kernels.logits import Head, Vocabulary
 from opd.kernels.matmul import addmm, matmul_dtype, mm, wide
-from opd.kernels.rows import Form, Sums, closed_form, score, scored, scored_by_sums, sweep_, sweep_student_
+from opd.kernels.rows import Form, Sums, ThroughSome, closed_form, score, scored, scored_by_sums, sweep_, sweep_student_
 from opd.method import Method, Positions, Target, Term
 from opd.representation import Lens
 from opd.types import MEASURED
@@ -274,7 +274,8 @@ class _Sweep:
         own, part = own.room(n, "student"), -(-n // FROZEN)
         other, third = other and other.room(part, "teacher"), third and third.room(part, "reference")
         logits = own.logits
-        fused = fuses(logits.device) and wide(low) == torch.float32 and not any(map(_looks, method.terms))
+        swept = not isinstance(closed_form(method), ThroughSome) and not any(map(_looks, method.terms))
+        fused = swept and fuses(logits.device) and wide(low) == torch.float32
         gradient = logits
         if logits.dtype != low:
             inside = fused and low.itemsize < logits.itemsize
@@ -302,7 +303,7 @@ class _Sweep:
             t, third = (None if side is None else side.fill(at) for side in (self.teacher, self.reference))
             yield part, t, third
 
-    def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Float[Tensor, " n"]]:
+    def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Sums, Float[Tensor, " n"]]:
         """By sums: the columns, and the factor that the gradient left by the form still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
@@ -327,7 +328,7 @@ class _Sweep:
         columns = Columns(**seen, scores=scores)
         self.columns.fill(rows, columns)
         whole = torch.ones_like(sums.e) if self.fused else sums.e
-        return columns, self.student.hidden.head.scale / v.temperature / whole
+        return columns, sums, self.student.hidden.head.scale / v.temperature / whole
 
     def _fused(self, z: Tensor, t: Tensor | None, ids: Tensor, gradient: Tensor, sums: Sums, form: Form | None) -> None:
         """Some rows at once, in Triton."""
@@ -387,12 +388,12 @@ class _Sweep:
     def differentiate(self, rows: slice, targets: tuple[Target, ...]) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
         """Choose between the two ways; the summed loss, and what each row of `gradient` is still to be scaled by."""
         form = closed_form(self.method) if self.linear else None
-        if form is None:
+        if form is None or (isinstance(form, ThroughSome) and self.teacher is None):
             loss = self.autograd(rows, targets)
             return loss, loss.new_ones(rows.stop - rows.start, 1)
-        columns, lacking = self.closed(rows, form)
+        columns, sums, lacking = self.closed(rows, form)
         with torch.enable_grad():
-            seen = dict(columns.named())[form.column].detach().requires_grad_()
+            seen = (dict(columns.named()) | {"d": sums.d})[form.column].detach().requires_grad_()
             loss = form.loss(self.method.terms, seen, columns.scores, targets).sum()
         (slope,) = torch.autograd.grad(loss, seen)
         return loss.detach(), (form.sign * slope * lacking)[:, None]

@@ -10,10 +10,10 @@ import torch
 
 import opd.vocabulary
 from opd.against import Reference
-from opd.divergences import ForwardKL
+from opd.divergences import BucketForwardKL, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, Support
 from opd.estimators import Optimal, TopKValue, Value
 from opd.kernels import native
-from opd.kernels.rows import Sums, ThroughKL, ThroughLogp, closed_form
+from opd.kernels.rows import Sums, ThroughKL, ThroughLogp, ThroughSome, closed_form
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rewards import Clip, Power
@@ -53,6 +53,13 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "sum": Method((PolicyGradient(Power(), Value(), surrogate=Clipped()), PolicyGradient(baseline=Optimal()))),
     },
     ThroughKL: {"opd-full": METHODS["opd-full"](), "twice": Method((Match(), Match(coef=0.5)))},
+    ThroughSome: {
+        "bucket": Method((Match(BucketKL(Support(5))),)),
+        "bucket, forward": Method((Match(BucketForwardKL(Support(5, "teacher")), coef=0.5),)),
+        "renormalised": Method((Match(RenormalisedKL(Support(5))),)),
+        "generalised": Method((Match(GeneralisedKL(Support(5, "teacher"))),)),
+        "all of them": Method((Match(BucketKL(Support(V))),)),
+    },
     type(None): {
         "gkd": METHODS["gkd"](),
         "opd-stratified": METHODS["opd-stratified"](),
@@ -61,7 +68,7 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "two divergences": Method((Match(), Match(ForwardKL()))),
     },
 }
-CLOSED = {name: method for form in (ThroughLogp, ThroughKL) for name, method in FORMS[form].items()}
+CLOSED = {name: method for form in (ThroughLogp, ThroughKL, ThroughSome) for name, method in FORMS[form].items()}
 
 
 @pytest.fixture(autouse=True)

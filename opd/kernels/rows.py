@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.against import Teacher
-from opd.divergences import ReverseKL
+from opd.divergences import BucketForwardKL, BucketKL, GeneralisedKL, RenormalisedKL, ReverseKL
 from opd.estimators import Sampled, Value
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target, Term
 from opd.rewards import LogRatio
@@ -30,6 +30,7 @@ class Sums:
     fv: Float[Tensor, " n"]
     u: Float[Tensor, " n"]
     v: Float[Tensor, " n"]
+    d: Float[Tensor, " n"]  # the divergence that `ThroughSome` leaves
 
     @classmethod
     def empty(cls, n: int, like: Tensor) -> "Sums":
@@ -140,7 +141,40 @@ class ThroughKL:
         return reduce(torch.add, [x.weight * kl for t, x in zip(terms, targets, strict=True) if isinstance(t, Match)])
 
 
-Form = ThroughLogp | ThroughKL
+@dataclass(frozen=True)
+class ThroughSome:
+    """A loss that sees the student through log p of k tokens, and of the others together: a divergence on a support."""
+
+    divergence: BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL
+    column = "d"
+    sign = 1.0
+    shifted = True
+
+    def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
+        """e becomes sums.e times the gradient of sums.d; v is consumed.
+
+        The mass outside is summed; its gradient is shared out by e, that of log p on the support is copied there.
+        """
+        some, whole = self.divergence.support(u, v), sums.e[:, None]
+        inside, u, t = e.gather(-1, some), u.gather(-1, some), v.gather(-1, some)
+        rest = e.scatter_(-1, some, 0).sum(-1, keepdim=True)
+        other = v.scatter_(-1, some, -torch.inf).exp_().sum(-1, keepdim=True)
+        p, q = torch.cat((u, rest.log()), -1) - whole.log(), torch.cat((t, other.log()), -1) - sums.f.log()[:, None]
+        k = slice(None if isinstance(self.divergence, BucketKL | BucketForwardKL) else -1)
+        with torch.enable_grad():
+            d = self.divergence.on(p.requires_grad_()[:, k], q[:, k])
+            (g,) = torch.autograd.grad(d.sum(), p)
+        sums.d.copy_(d.detach())
+        total = g.sum(-1, keepdim=True)
+        e.mul_((g[:, -1:] * whole / rest).where(rest > 0, 0) - total)
+        e.scatter_(-1, some, g[:, :-1] * whole - inside * total)
+
+    def loss(self, terms: tuple[Term, ...], d: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
+        """Weighted, differentiable in the divergence."""
+        return reduce(torch.add, [x.weight * d for t, x in zip(terms, targets, strict=True) if isinstance(t, Match)])
+
+
+Form = ThroughLogp | ThroughKL | ThroughSome
 
 
 def closed_form(method: Method) -> Form | None:
@@ -150,6 +184,10 @@ def closed_form(method: Method) -> Form | None:
         return ThroughLogp()
     if all(isinstance(t, Match) and t == replace(t, divergence=ReverseKL(), against=Teacher()) for t in terms):
         return ThroughKL()
+    if len(terms) == 1 and isinstance(terms[0], Match) and terms[0].against == Teacher():
+        divergence = terms[0].divergence
+        if isinstance(divergence, BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL):
+            return ThroughSome(divergence)
     return None
 
 
