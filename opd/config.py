@@ -145,6 +145,8 @@ class Train:
     """Responses decoded at once."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Train and score through torch.compile, half a minute at first; for GPUs: a CPU gains nothing."""
     eval_prompts: str = ""
     """Held-out prompts, same kinds of name as --prompts; empty: no evaluation."""
     eval_every: int = 50

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from opd.method import Method
 from opd.reading import Prompts
 from opd.representation import Lenses
 from opd.runs import load_optimizer, save_optimizer
-from opd.student import Student
+from opd.student import Student, compiled
 from opd.tasks.load import load
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine, open_teacher
@@ -184,6 +186,12 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
         models.verify_finite(model, text, ids=size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
+    if config.compile:
+        if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise Refusal("--compile: needs a C++ compiler on a CPU, and there is no g++; install one, or leave it out")
+        student.body = compiled(student.model)
+        for scorer in (*local.values(), *([reference] if reference else [])):
+            scorer.body = compiled(scorer.model)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)

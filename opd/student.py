@@ -5,8 +5,9 @@ resharded before backward gives silently wrong gradients.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ from opd.vocabulary import (
     predictors,
     scores,
 )
+
+Body = Callable[..., Any]  # what the layers of a model are called with, and give
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,20 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
     return out[::-1]
 
 
+def compiled(model: PreTrainedModel | PeftModel) -> Body:
+    """The layers below the head as one compiled call, for rows of any number and length; generation keeps its own."""
+    return torch.compile(base(model).base_model.forward, dynamic=True)
+
+
 def states(
-    model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None
+    model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None, body: Body | None = None
 ) -> tuple[Float[Tensor, "N H"], tuple[Float[Tensor, "N D"], ...]]:
     """The final hidden states that predict the trained tokens, row by row; and the views of a lens on the layers.
 
-    Padding is on the right, where a causal model never looks: without a mask attention takes its fastest way.
+    Padding is on the right, where a causal model never looks: without a mask attention takes its fastest way.  `body`
+    runs in place of the layers.
     """
-    out = base(model).base_model(input_ids=at.ids, use_cache=False, output_hidden_states=lens is not None)
+    out = (body or base(model).base_model)(input_ids=at.ids, use_cache=False, output_hidden_states=lens is not None)
     final = predictors(out.last_hidden_state, at.trained)
     if lens is None:
         return final, ()
@@ -123,6 +132,7 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.model, self.layers = model, []
+        self.body: Body | None = None  # the layers compiled
         if checkpointing:
             base(model).gradient_checkpointing_enable({"use_reentrant": False})
             self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -151,7 +161,7 @@ class Student(nn.Module):
         With `likeliest`, nothing but so many of each model's likeliest tokens.
         """
         with self.recomputing():
-            final, views = states(self.model, at, heard.lens)
+            final, views = states(self.model, at, heard.lens, self.body)
         student, ids = Hidden(final, head(self.model), views), at.ids[at.trained]
         if likeliest:
             return final.new_zeros(()), alternatives(student, heard.teacher, likeliest, vocabulary)

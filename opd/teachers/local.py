@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from opd.models import head
 from opd.representation import Lens
-from opd.student import rows, states
+from opd.student import Body, rows, states
 from opd.types import MEASURED, Refusal, Rollout
 from opd.vocabulary import Head, Hidden
 
@@ -36,6 +36,7 @@ class LocalTeacher:
         own_prompt: bool = True,
     ) -> None:
         self.model, self.to, self.low, self.own_prompt = model, to, low, own_prompt
+        self.body: Body | None = None  # the layers compiled
         own = head(model)
         # The head pass runs where the student is: the head moves there once, the states of each batch after it.
         self.head = Head(own.weight.to(to), own.bias if own.bias is None else own.bias.to(to), own.scale, own.softcap)
@@ -45,7 +46,8 @@ class LocalTeacher:
         """Final states at the trained tokens, after the teacher's own prompt; and the views of a lens on its layers."""
         device = self.model.device
         with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
-            final, views = states(self.model, rows(rollouts, masks, teacher=self.own_prompt, device=device), lens)
+            at = rows(rollouts, masks, teacher=self.own_prompt, device=device)
+            final, views = states(self.model, at, lens, self.body)
         return Hidden(final.to(self.to), self.head, tuple(view.to(self.to) for view in views))
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
