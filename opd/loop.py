@@ -91,7 +91,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
 def examined(loop: "Loop") -> list[Finding]:
     """What the doctor finds of an opened run, on every process alike; nothing is trained or written."""
     session, device = loop.session, loop.session.accelerator.device
-    plain = replace(loop, method=Method(), session=replace(session, lenses=None), heard={})
+    plain = replace(loop, method=Method(), session=replace(session, lenses=None))
     probe = Probe(loop.config, loop.method, session, min(gather_object([cost.free(device)])))
     if loop.method.asks is not None:  # nothing scores the tokens of a rehearsal
         return before(probe)

@@ -11,35 +11,31 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from jaxtyping import Int
 from torch import Tensor
 
 from opd import asking, bridge, draws, episode
 from opd.background import hired
-from opd.collect import Rendered, assemble, collate, masks
+from opd.collect import Rendered, collate
 from opd.config import Train
 from opd.doctor.probe import Rehearsal
 from opd.draws import Drawn, Here, Source
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
-from opd.method import Method, Target
+from opd.method import Method
 from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
+from opd.passes import Passes, width
 from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
 from opd.runs import Run, save_memory
 from opd.session import Session, learning_rate
-from opd.student import cross_entropies, micro_batches, rows, unprompted
+from opd.student import micro_batches
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
-from opd.teachers.server import LogpTeacher
 from opd.teachers.text import TextTeacher
 from opd.tokens import spelled
 from opd.types import STUDENT, Batch, Refusal, Rollout, Sampling
-from opd.vocabulary import Alternatives, Columns, Given, Heard, Hidden
 
-KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
-LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
 LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
@@ -79,8 +75,11 @@ class Loop:
     run: Run
     each: Callable[[dict[str, float]], object] = lambda row: None
     refused: int = 0  # steps in a row whose gradients were not finite
-    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
+    passes: Passes = field(init=False)
     source: Source | None = None  # of rollouts to train on
+
+    def __post_init__(self) -> None:
+        self.passes = Passes(self.config, self.method, self.session)
 
     def open(self, step: int, memory: Memory, checkpoint: Path | None, say: Callable[[str], object]) -> Source:
         """Begin to draw rollouts for the steps after `step`: here, or in a worker process where one is asked for."""
@@ -139,29 +138,11 @@ class Loop:
         drawn, draw = source.take(step, memory), draw_of(who, step, memory)
         prompts = self._prompts(prompts_of(who, draw), memory)
         if "teacher_alone" in self.method.reads():
-            drawn = self._alone(drawn, draws.dressed(drawn.rollouts, prompts, who.per_prompt))
+            drawn = self.passes.alone(drawn, draws.dressed(drawn.rollouts, prompts, who.per_prompt))
             if draw in source.kept:
                 source.kept[draw] = drawn
         mine = drawn.behind(step) if self.config.staleness or isinstance(who, Snapshot) else drawn.rollouts
         return draws.dressed(gather_object(mine), prompts, who.per_prompt)
-
-    def _alone(self, drawn: Drawn, dressed: Sequence[Rollout]) -> Drawn:
-        """The draw, each rollout noted what its teacher says of it without the prompt; asked once, for all its uses."""
-        found: dict[int, float] = {}
-        for name in self.session.teachers:
-            widths = {
-                i: len(r.ids) for i, r in enumerate(dressed) if r.teacher == name and "teacher_alone" not in r.notes
-            }
-            for at in micro_batches(widths, self.config.micro_batch_tokens):
-                rolls = [dressed[i] for i in at]
-                heard = self.session.teachers[name].hidden(*unprompted(rolls))
-                assert heard is not None, "a method that reads log q has a teacher that scores"
-                found |= dict(zip(at, cross_entropies(heard, rolls, self.session.vocabulary), strict=True))
-        noted = [
-            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r
-            for i, r in enumerate(drawn.rollouts)
-        ]
-        return Drawn(drawn.version, noted)
 
     def cross(self, built: Bridge, checkpoint: Path | None) -> None:
         """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
@@ -176,7 +157,7 @@ class Loop:
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
             )
-            micro = micro_batches({i: _width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
+            micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
             lenses, cosine = bridge.fitted(
                 built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
@@ -184,6 +165,7 @@ class Loop:
             self._log("metrics", 0, {"bridge_cosine": cosine})
             (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
         self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
+        self.passes = replace(self.passes, session=self.session)
 
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
         """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
@@ -200,15 +182,15 @@ class Loop:
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
-        self.heard.clear()
+        self.passes.heard.clear()
         if not self.method.local():
             with clock("measure"):
-                batch, _ = self._pass(batch, rollouts, None)
+                batch, _ = self.passes.over(batch, rollouts, None)
         if isinstance(who, StopOnAgreement):
             if not who.online:
                 lengths = torch.tensor([len(r.ids) for r in rollouts])
                 batch = who.cut(batch, lengths, who.threshold(step, memory))
-                self.heard.clear()  # it is about the tokens trained before the cut
+                self.passes.heard.clear()  # it is about the tokens trained before the cut
             memory = who.remember(memory, batch)
         if isinstance(who, Snapshot):
             memory = who.remember(memory, batch, step)
@@ -228,7 +210,7 @@ class Loop:
             if update + 1 == who.updates and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
-                    others = self._alternatives(batch[shown], rollouts[shown])
+                    others = self.passes.alternatives(batch[shown], rollouts[shown])
             with clock("update"):
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
         if others:
@@ -344,115 +326,11 @@ class Loop:
                 alone="student_alone" in self.method.reads(),
             )
 
-    def _micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """This process's rows, every n-th one, in micro-batches."""
-        accelerator, micro = self.session.accelerator, []
-        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
-        for name in self.session.teachers:  # those of a micro-batch share their teacher
-            widths = {i: _width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
-            micro += micro_batches(widths, self.config.micro_batch_tokens)
-        # Every process runs as many, empty ones included: wrappers wait for each other in forward.
-        return micro + [[]] * (max(gather_object([len(micro)])) - len(micro))
-
-    @torch.no_grad()
-    def _alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
-        session, parts = self.session, []
-        for at in self._micro(rollouts):
-            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-            trained = masks(cut, rolls)
-            inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
-            heard = self._heard(rolls, trained)
-            _, found = session.student(inputs, heard, self.method, None, session.vocabulary, likeliest=LIKELIEST)
-            parts.append((at, found.cpu()))
-        out: dict[str, Tensor] = {}
-        for at, found in gather_object(parts):
-            here = torch.tensor(at, dtype=torch.long)
-            for name, flat in vars(found).items():
-                new = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
-                whole = out.setdefault(f"alternatives_{name}", new)
-                whole[here] = torch.zeros_like(whole[here]).masked_scatter(batch.mask[here][..., None], flat)
-        return out
-
-    def _pass(
-        self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
-    ) -> tuple[Batch, float]:
-        """All rows through student and teacher in micro-batches, backward where there are targets.
-
-        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
-        """
-        session, accelerator = self.session, self.session.accelerator
-        micro = self._micro(rollouts)
-        alone = self._advised(targets)
-        parts: list[tuple[list[int], Columns, Tensor]] = []
-        for k, at in enumerate(micro):
-            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-            trained = masks(cut, rolls)
-            inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
-            flat = targets and tuple(
-                t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
-            )
-            heard = Heard(None) if alone else self._heard(rolls, trained)
-            if k + 1 < len(micro) and not alone:
-                self._ahead(batch, rollouts, micro[k + 1])
-            last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
-            with torch.set_grad_enabled(targets is not None), last:
-                loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
-                if targets is not None:
-                    # Wrappers average over processes; the denominators are the whole batch's already.
-                    accelerator.backward(loss * accelerator.num_processes)
-            parts.append((at, columns, loss.detach()))  # a look at them would keep a teacher's own device waiting
-        everyone = gather_object([(at, columns.cpu(), float(value)) for at, columns, value in parts])
-        seen = assemble(batch, [(at, c) for at, c, _ in everyone])
-        return replace(seen, scores=batch.scores) if alone else seen, sum(value for _, _, value in everyone)
-
-    def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
-        """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
-        known = targets is not None and all(t.advantage is not None for t in targets)
-        measured = not self.method.local() and self.method.rollouts.updates == 1
-        return self.method.advised() if known and measured else None
-
-    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
-        """Let a teacher behind a server begin on the next rows while the student works on these."""
-        rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-        if not rolls or tuple(r.index for r in rolls) in self.heard:
-            return
-        teacher = self.session.teachers[rolls[0].teacher]
-        if not (isinstance(teacher, LogpTeacher) and teacher.likeliest):  # the student has to look first
-            teacher.ahead(rolls, masks(cut, rolls))
-
-    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
-        """The states of teacher and reference; a method that measures first asks twice, and they run once."""
-        session, key = self.session, tuple(r.index for r in rollouts)
-        if key in self.heard:
-            return self.heard[key]
-        own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
-        scores = session.teachers[rollouts[0].teacher if rollouts else ""]
-        teacher: Hidden | Given | None
-        if isinstance(scores, LogpTeacher) and scores.likeliest:
-            teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
-        else:
-            teacher = scores.hidden(rollouts, trained, other)
-        reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
-        heard = Heard(teacher, reference, own)
-        if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
-            self.heard[key] = heard
-        return heard
-
-    @torch.no_grad()
-    def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
-        """The student's most probable tokens, for a teacher that scores named ones."""
-        session = self.session
-        inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
-        _, found = session.student(inputs, Heard(None), self.method, None, session.vocabulary, likeliest=k)
-        assert isinstance(found, Alternatives)
-        return found.ids
-
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
         config, session = self.config, self.session
         targets = self.method.prepare(batch)
-        batch, loss = self._pass(batch, rollouts, targets)
+        batch, loss = self.passes.over(batch, rollouts, targets)
         self._check(batch)
         if (update - 1) % self.method.rollouts.updates == 0:  # the student is still the one that was sent
             self._check_engine(batch)
@@ -520,7 +398,7 @@ class Loop:
         assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
         clock = Clock({})
-        self.heard.clear()
+        self.passes.heard.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
             # Step -1: every evaluation draws with the same noise.
@@ -558,7 +436,7 @@ class Loop:
     def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
         """Every column of finished rollouts, all of whose tokens count."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
-        return self._pass(batch, rollouts, None)[0]
+        return self.passes.over(batch, rollouts, None)[0]
 
     def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
         """A step that changes nothing, and its seconds."""
@@ -568,7 +446,7 @@ class Loop:
         with clock("measure"):
             batch = self.measure(rollouts, REHEARSED)
         with clock("update"):
-            self._pass(batch, rollouts, self.method.prepare(batch))
+            self.passes.over(batch, rollouts, self.method.prepare(batch))
         self.session.optimizer.zero_grad()
         return Rehearsal(rollouts, batch, clock.seconds)
 
@@ -578,7 +456,3 @@ class Loop:
             if name == "metrics":
                 self.each({"step": step, **row})
         self.session.accelerator.log(row, step=step)
-
-
-def _width(rollout: Rollout) -> int:
-    return max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) + len(rollout.ids)

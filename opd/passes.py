@@ -1,0 +1,160 @@
+"""A batch through the student, its teachers and the head pass, in micro-batches: measured, or trained on."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate.utils import gather_object
+from jaxtyping import Int
+from torch import Tensor
+
+from opd.collect import assemble, masks
+from opd.config import Train
+from opd.draws import Drawn
+from opd.method import Method, Target
+from opd.session import Session
+from opd.student import cross_entropies, micro_batches, rows, unprompted
+from opd.teachers.server import LogpTeacher
+from opd.types import Batch, Rollout
+from opd.vocabulary import Alternatives, Columns, Given, Heard, Hidden
+
+KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
+LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What every process does with its share of a batch."""
+
+    config: Train
+    method: Method
+    session: Session
+    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
+
+    def micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """This process's rows, every n-th one, in micro-batches."""
+        accelerator, micro = self.session.accelerator, []
+        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+        for name in self.session.teachers:  # those of a micro-batch share their teacher
+            widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
+            micro += micro_batches(widths, self.config.micro_batch_tokens)
+        # Every process runs as many, empty ones included: wrappers wait for each other in forward.
+        return micro + [[]] * (max(gather_object([len(micro)])) - len(micro))
+
+    @torch.no_grad()
+    def alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
+        session, parts = self.session, []
+        for at in self.micro(rollouts):
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
+            heard = self._heard(rolls, trained)
+            _, found = session.student(inputs, heard, self.method, None, session.vocabulary, likeliest=LIKELIEST)
+            parts.append((at, found.cpu()))
+        out: dict[str, Tensor] = {}
+        for at, found in gather_object(parts):
+            here = torch.tensor(at, dtype=torch.long)
+            for name, flat in vars(found).items():
+                new = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
+                whole = out.setdefault(f"alternatives_{name}", new)
+                whole[here] = torch.zeros_like(whole[here]).masked_scatter(batch.mask[here][..., None], flat)
+        return out
+
+    def over(
+        self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
+    ) -> tuple[Batch, float]:
+        """All rows through student and teacher in micro-batches, backward where there are targets.
+
+        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
+        """
+        session, accelerator = self.session, self.session.accelerator
+        micro = self.micro(rollouts)
+        alone = self._advised(targets)
+        parts: list[tuple[list[int], Columns, Tensor]] = []
+        for k, at in enumerate(micro):
+            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+            trained = masks(cut, rolls)
+            inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
+            flat = targets and tuple(
+                t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
+            )
+            heard = Heard(None) if alone else self._heard(rolls, trained)
+            if k + 1 < len(micro) and not alone:
+                self._ahead(batch, rollouts, micro[k + 1])
+            last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
+            with torch.set_grad_enabled(targets is not None), last:
+                loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
+                if targets is not None:
+                    # Wrappers average over processes; the denominators are the whole batch's already.
+                    accelerator.backward(loss * accelerator.num_processes)
+            parts.append((at, columns, loss.detach()))  # a look at them would keep a teacher's own device waiting
+        everyone = gather_object([(at, columns.cpu(), float(value)) for at, columns, value in parts])
+        seen = assemble(batch, [(at, c) for at, c, _ in everyone])
+        return replace(seen, scores=batch.scores) if alone else seen, sum(value for _, _, value in everyone)
+
+    def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
+        """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
+        known = targets is not None and all(t.advantage is not None for t in targets)
+        measured = not self.method.local() and self.method.rollouts.updates == 1
+        return self.method.advised() if known and measured else None
+
+    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
+        """Let a teacher behind a server begin on the next rows while the student works on these."""
+        rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
+        if not rolls or tuple(r.index for r in rolls) in self.heard:
+            return
+        teacher = self.session.teachers[rolls[0].teacher]
+        if not (isinstance(teacher, LogpTeacher) and teacher.likeliest):  # the student has to look first
+            teacher.ahead(rolls, masks(cut, rolls))
+
+    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
+        """The states of teacher and reference; a method that measures first asks twice, and they run once."""
+        session, key = self.session, tuple(r.index for r in rollouts)
+        if key in self.heard:
+            return self.heard[key]
+        own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
+        scores = session.teachers[rollouts[0].teacher if rollouts else ""]
+        teacher: Hidden | Given | None
+        if isinstance(scores, LogpTeacher) and scores.likeliest:
+            teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
+        else:
+            teacher = scores.hidden(rollouts, trained, other)
+        reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
+        heard = Heard(teacher, reference, own)
+        if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
+            self.heard[key] = heard
+        return heard
+
+    @torch.no_grad()
+    def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
+        """The student's most probable tokens, for a teacher that scores named ones."""
+        session = self.session
+        inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
+        _, found = session.student(inputs, Heard(None), self.method, None, session.vocabulary, likeliest=k)
+        assert isinstance(found, Alternatives)
+        return found.ids
+
+    def alone(self, drawn: Drawn, dressed: Sequence[Rollout]) -> Drawn:
+        """The draw, each rollout noted what its teacher says of it without the prompt; asked once, for all its uses."""
+        found: dict[int, float] = {}
+        for name in self.session.teachers:
+            widths = {
+                i: len(r.ids) for i, r in enumerate(dressed) if r.teacher == name and "teacher_alone" not in r.notes
+            }
+            for at in micro_batches(widths, self.config.micro_batch_tokens):
+                rolls = [dressed[i] for i in at]
+                heard = self.session.teachers[name].hidden(*unprompted(rolls))
+                assert heard is not None, "a method that reads log q has a teacher that scores"
+                found |= dict(zip(at, cross_entropies(heard, rolls, self.session.vocabulary), strict=True))
+        noted = [
+            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r
+            for i, r in enumerate(drawn.rollouts)
+        ]
+        return Drawn(drawn.version, noted)
+
+
+def width(rollout: Rollout) -> int:
+    """Tokens of the longer of its two rows."""
+    return max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) + len(rollout.ids)
