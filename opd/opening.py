@@ -212,12 +212,13 @@ def speaker(
     student: PreTrainedModel | PeftModel,
     size: int,
     stop: tuple[int, ...],
+    merged: tuple[int, ...],
     accelerator: Accelerator,
 ) -> Engine:
-    """Who writes the student's rollouts, of the first `size` ids."""
+    """Who writes the student's rollouts, of the first `size` ids; those of `merged` count as one."""
     how = config.speaker
     if how.engine == "hf":
-        return HFEngine(student, size, stop, config.decode_rows)
+        return HFEngine(student, size, stop, config.decode_rows, merged)
     if accelerator.num_processes > 1:
         raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
     dtype = DTYPES[config.precision]

@@ -195,14 +195,14 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
-    engine = lambda model: HFEngine(model, size, stop, config.decode_rows)
+    engine = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
     writers: dict[str, HFEngine | ServerEngine] = {}
     for name, t in opened.items():
         if isinstance(t, LocalTeacher | TextTeacher):  # a method that asks for texts lets no teacher write rollouts
             writers[name] = engine(t.model if isinstance(t, LocalTeacher) else student.model)
         else:
             writers[name] = ServerEngine(t.server, size, stop)
-    speaker = opening.speaker(config, source, student.model, size, stop, accelerator)
+    speaker = opening.speaker(config, source, student.model, size, stop, merged, accelerator)
     rounded = config.logit_precision == "bf16"
     vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
     return Session(

@@ -49,7 +49,7 @@ class Writer:
         source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
         device = models.device(told.device, field="worker-device")
         model = opening.trainable(config, source, None, device)
-        engine = HFEngine(model, told.size, told.stop, config.decode_rows)
+        engine = HFEngine(model, told.size, told.stop, config.decode_rows, told.vocabulary.stop)
         text = models.tokenizer(source, field="student")
         collector = Collector(engine, dict.fromkeys(told.teachers, engine), text, told.vocabulary)
         return cls(told, model, collector)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,21 @@ def test_compiled_layers_train_alike(pair, tmp_path):
     for name, plain in weights(runs[0]).items():
         # Adam's first steps are of the size of lr whatever the gradient's: signs of tiny ones may differ.
         assert (weights(runs[1])[name] - plain).abs().mean() < 2e-5, name
+
+
+@pytest.mark.parametrize("how", ["canonical", "train"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_sampler_and_trainer_agree_where_many_tokens_stop(pair, tmp_path, how, alike):
+    """Stop ids are one class where the models name different ones, and each its own token else."""
+    folders = []
+    for i, folder in enumerate(pair):
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        told = folders[i] / "generation_config.json"
+        ends = [2, *range(20, 40 if alike or i else 30)]
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"eos_token_id": ends}))
+    run = opd.train(config(folders, tmp_path / "run", steps=2, stop_token=how, rollouts_every=1))
+    stopped = load_file(run / "rollouts/step-000001.safetensors")["stopped"]
+    assert stopped.sum() > 2 and all(row["sampler_gap"] < 1e-3 for row in metrics(run))
 
 
 def test_updates_on_one_rollout_batch(pair, tmp_path):

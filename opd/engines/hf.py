@@ -62,6 +62,7 @@ class HFEngine:
     vocabulary: int  # ids that may be sampled
     stop: tuple[int, ...]  # any of them ends a response
     rows: int = 64  # decoded at once
+    merged: tuple[int, ...] | None = None  # ids drawn as one, each at the probability of all; None: those that stop
     compact: float = (
         0.9  # finished rows leave once no more than this share is alive; prompts that wait take their places
     )
@@ -98,6 +99,7 @@ class HFEngine:
         watch = beside.does if beside is not None and isinstance(beside.does, Watched) else None
         heard = None if watch is None else watch.rule.begin(n)
         stop = torch.tensor(self.stop, device=device)
+        one = stop if self.merged is None else torch.tensor(self.merged, dtype=torch.long, device=device)
         written, sampled = np.array([len(x) for x in prefixes], dtype=np.int64), np.zeros(n, dtype=np.int64)
         done, ended = written >= sampling.max_new_tokens, np.zeros(n, dtype=bool)
         waiting, alive = (~done).nonzero()[0], np.zeros(0, dtype=np.int64)  # alive: row of the streams -> prompt
@@ -118,7 +120,7 @@ class HFEngine:
             if beside is not None and isinstance(beside.does, Blended):
                 logits, said = _blended(logits, others[0], sampling.temperature, beside.does.eps, stop)
                 asked = replace(sampling, temperature=1.0)
-            drawn, logp = draw(logits, asked, noise, stop)
+            drawn, logp = draw(logits, asked, noise, one)
             going = ~done[alive]
             for name, values in said.items():
                 _append(notes.setdefault(name, [[] for _ in prompts]), alive, values.tolist(), going)
@@ -174,11 +176,11 @@ def _blended(
 
 
 def draw(
-    logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, " B"], stop: Int[Tensor, " S"]
+    logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, " B"], merged: Int[Tensor, " S"]
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """The token at quantile `noise` of the (tempered, truncated) distribution, and its log-prob.
 
-    A stop token's log-prob is that of the whole stop class: any member ends the response.
+    The log-prob of one of the `merged` ids, of a stop class say, is that of all of them.
     """
     if sampling.temperature == 0:
         ids = logits.argmax(-1)
@@ -188,8 +190,8 @@ def draw(
         logits, cold = truncate((logits / cold).log_softmax(-1), sampling), 1.0
     ids, whole = quantile(logits, noise, cold)
     own = logits.gather(-1, ids[:, None])[:, 0].double() / cold
-    ends = (logits[:, stop].double() / cold).logsumexp(-1)
-    return ids, (torch.where(torch.isin(ids, stop), ends, own) - whole).float()
+    ends = (logits[:, merged].double() / cold).logsumexp(-1)
+    return ids, (torch.where(torch.isin(ids, merged), ends, own) - whole).float()
 
 
 def truncate(logp: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
