@@ -28,7 +28,7 @@ class All:
     """Folder of bench.md, bench.json and bench.png."""
     clock: Clock = "wall"
     """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
-    head_rounds: int = 7
+    head_rounds: int = 15
     """Alternating rounds of the head pass."""
     step_rounds: int = 6
     """Alternating training steps."""
@@ -67,12 +67,14 @@ def bench(asked: Shape | Step | Ragged | Overlap | Growth | All) -> None:
 def everything(asked: All) -> None:
     """Run the parts, show each table as it is there, write the folder."""
     asked.out.mkdir(parents=True, exist_ok=True)
+    some, rounds = ("floor", "ours", "naive"), asked.head_rounds
     shapes = [
-        Shape(chunk=512, rounds=asked.head_rounds, clock=asked.clock),
-        Shape(
-            chunk=256, tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("floor", "ours", "naive")
-        ),  # memory
-        Shape(frozen=True, rounds=asked.head_rounds, clock=asked.clock, memory=False, arms=("floor", "ours", "naive")),
+        Shape(rounds=rounds, clock=asked.clock),
+        Shape(chunk=256, rounds=rounds, clock=asked.clock, memory=False, arms=some),
+        Shape(frozen=True, rounds=rounds, clock=asked.clock, memory=False, arms=some),
+        # How much memory, and that it is flat in N.
+        Shape(tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
+        Shape(chunk=256, tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
     ]
     parts: list[Callable[[], Result]] = [lambda shape=shape: head.measured(shape) for shape in shapes]  # type: ignore[misc]
     parts += [
