@@ -14,7 +14,16 @@ from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
 from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
-from opd.transforms import Discount, DiscountExpected, GroupAdvantage, MeanFuture, Whiten
+from opd.transforms import (
+    CentredPosterior,
+    Discount,
+    DiscountExpected,
+    GroupAdvantage,
+    MeanFuture,
+    StageReturn,
+    StageScore,
+    Whiten,
+)
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.weights import Constant, LastTokens, Posterior, SequenceMean, TokenMean, TruncatedImportance, Unaudited
 from tests import test_methods_rewards, test_methods_selection
@@ -162,8 +171,10 @@ def test_every_leaf_has_a_golden_value():
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
     assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
     assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Stratified, Full}
-    # GroupAdvantage, Posterior, Unaudited: test_text_teachers; LastTokens: test_representation.
-    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture, GroupAdvantage}
+    # GroupAdvantage, CentredPosterior, Posterior, Unaudited: test_text_teachers; LastTokens: test_representation;
+    # StageScore, StageReturn: test_stages.
+    judged = {GroupAdvantage, CentredPosterior, StageScore, StageReturn}
+    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture} | judged
     here = {TokenMean, SequenceMean, Constant, TruncatedImportance, Posterior, Unaudited, LastTokens}
     assert leaves(weights) == here | test_methods_selection.WEIGHTS
     assert leaves(surrogates) == {Reinforce, ImportanceSampling, OffPolicy, TruncatedRatio, Clipped}
