@@ -25,7 +25,16 @@ from opd.transforms import (
     Whiten,
 )
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
-from opd.weights import Constant, LastTokens, Posterior, SequenceMean, TokenMean, TruncatedImportance, Unaudited
+from opd.weights import (
+    Audited,
+    Constant,
+    LastTokens,
+    Posterior,
+    SequenceMean,
+    TokenMean,
+    TruncatedImportance,
+    Unaudited,
+)
 from tests import test_methods_rewards, test_methods_selection
 from tests.by_hand import INF, POISON, close, logp, tensor
 
@@ -171,11 +180,11 @@ def test_every_leaf_has_a_golden_value():
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
     assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
     assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Stratified, Full}
-    # GroupAdvantage, CentredPosterior, Posterior, Unaudited: test_text_teachers; LastTokens: test_representation;
+    # GroupAdvantage, (Centred)Posterior, (Un)Audited: test_text_teachers; LastTokens: test_representation;
     # StageScore, StageReturn: test_stages.
     judged = {GroupAdvantage, CentredPosterior, StageScore, StageReturn}
     assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture} | judged
-    here = {TokenMean, SequenceMean, Constant, TruncatedImportance, Posterior, Unaudited, LastTokens}
+    here = {TokenMean, SequenceMean, Constant, TruncatedImportance, Posterior, Audited, Unaudited, LastTokens}
     assert leaves(weights) == here | test_methods_selection.WEIGHTS
     assert leaves(surrogates) == {Reinforce, ImportanceSampling, OffPolicy, TruncatedRatio, Clipped}
 
