@@ -20,7 +20,7 @@ from opd.estimators import mean
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.noise import uniform
 from opd.rollouts import Mixture, OnPolicy
-from opd.types import COLUMNS, DATA, STUDENT, Batch, Refusal
+from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch, Refusal
 
 
 @torch.no_grad()
@@ -253,6 +253,7 @@ class World:
             "outcome": "reads outcome, and the world has no verifier",
             "coin": "flips a coin, which is not enumerated; its expectation may be a method of its own (tropd --soft)",
         }
+        reasons |= dict.fromkeys(ALONE, "reads what is said of a response without its prompt, and the world has none")
         missing = {c: f"reads {c}, which the world does not measure" for c in sorted(COLUMNS - measured)}
         return next((why for c, why in (reasons | missing).items() if c in method.reads()), "")
 

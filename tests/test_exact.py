@@ -30,7 +30,7 @@ from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling
 from opd.transforms import Discount, DiscountExpected
-from opd.types import STUDENT, TEACHER
+from opd.types import ALONE, STUDENT, TEACHER
 from opd.weights import Constant, TokenMean
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -397,10 +397,17 @@ def test_float32_tables_are_measured_in_float64():
     assert got == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n, make in METHODS.items() if not (make().headless() or make().asks)])
+MADE = {name: make() for name, make in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", [n for n, m in MADE.items() if not (m.headless() or m.asks or m.reads() & ALONE)])
 def test_every_method_on_distributions_has_a_row(name):
-    row = World.random(3, 2).row(METHODS[name]())
+    row = World.random(3, 2).row(MADE[name])
     assert -1 <= row.cosine <= 1.0000001 and row.bias >= 0 and row.noise >= 0
+
+
+def test_a_method_on_responses_without_their_prompts_has_none():
+    assert "without its prompt" in World.random(3, 2).outside(MADE["npd"])
 
 
 # refusals

@@ -18,6 +18,7 @@ from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rewards import Clip, Power
 from opd.surrogates import Clipped, ImportanceSampling
+from opd.types import reads
 from opd.vocabulary import Columns, Head, Heard, Hidden, Vocabulary, head_pass, measure, predictors
 
 N, V, HS, HT = 37, 53, 12, 20
@@ -153,8 +154,9 @@ def naive(c: Case, method: Method, targets: tuple[Target, ...], v: Vocabulary) -
 
 
 def targets(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Target, ...]:
-    weight = torch.linspace(0.1, 1.0, N, dtype=dtype)
-    return tuple(Target(weight, None, None) for _ in method.terms)
+    weight, drawn = (torch.linspace(*ends, N, dtype=dtype) for ends in ((0.1, 1.0), (-3.0, -1.0)))
+    past = lambda term: isinstance(term, PolicyGradient) and "sampler_logp" in reads(term.surrogate)
+    return tuple(Target(weight, None, drawn if past(term) else None) for term in method.terms)
 
 
 def passed(c: Case, method: Method, ts: tuple[Target, ...], v: Vocabulary) -> tuple[list[torch.Tensor], Columns]:
