@@ -255,7 +255,7 @@ class World:
         }
         reasons |= dict.fromkeys(ALONE, "reads what is said of a response without its prompt, and the world has none")
         missing = {c: f"reads {c}, which the world does not measure" for c in sorted(COLUMNS - measured)}
-        return next((why for c, why in (reasons | missing).items() if c in method.reads()), "")
+        return next((why for c, why in (missing | reasons).items() if c in method.reads()), "")
 
     def note(self, method: Method) -> str:
         """What was assumed of a method that changes over a run; empty where nothing was."""
