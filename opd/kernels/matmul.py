@@ -6,9 +6,8 @@ from torch import Tensor
 
 from opd.kernels.linear import pays, product
 
-BLOCK = (
-    4096  # rows and columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied
-)
+# Rows and columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied.
+BLOCK = 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
