@@ -76,7 +76,8 @@ def test_strides_do_not_matter():
 
 def test_products_into_a_place_are_whole():
     """Several blocks, the last one short."""
-    states, weight = torch.randn(40, 24), torch.randn(2 * BLOCK + 100, 24)
+    states, weight = torch.randn(40, 24), torch.randn(4 * BLOCK + 100, 24)
+    assert pays(states, weight)
     out = torch.full((40, len(weight)), torch.nan)
     torch.testing.assert_close(mm(states, weight.T, out), states @ weight.T)
     whole = torch.ones(len(weight), 24)
