@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 
 from opd.config import Train
@@ -25,6 +26,9 @@ from opd.types import Refusal
 FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
 )  # may change when a run resumes
+# Process groups outlive the wrapped student: its reducer, as the last owner, would wait with the interpreter's lock for
+# threads of the group that may want it.
+_GROUPS: list[object] = []
 LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 
@@ -84,6 +88,8 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
             if progress.interrupted:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
                 break
+    if accelerator.num_processes > 1:
+        _GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return run.folder
 

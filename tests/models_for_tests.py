@@ -17,7 +17,7 @@ def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*start, "-m", "opd", *command], capture_output=True, text=True, env=env)
+    done = subprocess.run([*start, "-m", "opd", *command], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     out = command[command.index("--out") + 1]
     assert done.stdout.count(out) == processes, done.stdout  # each says where the run is
