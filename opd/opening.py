@@ -223,8 +223,11 @@ def speaker(
         raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
     dtype = DTYPES[config.precision]
     if how.engine == "vllm":
-        return VLLMEngine(student, source, size, stop, how, dtype=dtype, rows=config.decode_rows)
+        engine = VLLMEngine(student, source, size, stop, how, dtype=dtype, rows=config.decode_rows)
+        engine.merged = merged
+        return engine
     server = VLLMServer(student, size, stop, how, config.remote.teacher_retries, folder=Path(config.out), dtype=dtype)
+    server.merged = merged
     plain = Sampling(max_new_tokens=config.sampling.max_new_tokens)
     if config.sampling != plain and not server.processed():
         raise Refusal(

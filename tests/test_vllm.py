@@ -177,6 +177,8 @@ def test_a_stop_token_has_the_log_prob_of_its_class():
     last = {2: math.log(0.2), 9: math.log(0.3), 7: math.log(0.1)}
     found = sample([5, 2], [-1.0, math.log(0.2)], last, free, (2, 9))
     assert found.ids == (5, 2) and found.stopped and found.logp == pytest.approx((-1.0, math.log(0.5)))
+    apart = sample([5, 2], [-1.0, math.log(0.2)], last, free, (2, 9), ())  # the loss has each by itself, too
+    assert apart.stopped and apart.logp == (-1.0, math.log(0.2)) != found.logp
     assert sample([5, 6], [-1.0, -2.0], {}, free, (2, 9)) == opd.engines.hf.Sample((5, 6), (-1.0, -2.0), False)
     assert sample([5, 2], [-1.0, -3.0], {2: -3.0}, cold, (2,)).logp == (0.0, 0.0)  # greedy draws with certainty
 

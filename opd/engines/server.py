@@ -145,4 +145,4 @@ class VLLMServer(Sent):
             raise Malformed(f"{len(ids)} tokens with {len(said)} log-probs, or an id beyond {self.vocabulary}")
         last = {x["token_id"]: x["logprob"] for x in said[-1]["top_logprobs"]}
         logp = [x["logprob"] if x["logprob"] > LEAST else -np.inf for x in said]
-        return sample(ids, logp, last, sampling, self.stop)
+        return sample(ids, logp, last, sampling, self.stop, self.merged)

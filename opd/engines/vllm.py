@@ -118,22 +118,30 @@ def parameters(
 
 
 def sample(
-    ids: Sequence[int], logp: Sequence[float], last: Mapping[int, float], sampling: Sampling, stop: tuple[int, ...]
+    ids: Sequence[int],
+    logp: Sequence[float],
+    last: Mapping[int, float],
+    sampling: Sampling,
+    stop: tuple[int, ...],
+    merged: tuple[int, ...] | None = None,
 ) -> Sample:
-    """What came back, as `HFEngine` says it: a stop token's log-prob is that of the whole stop class.
+    """What came back, as `HFEngine` says it: the log-prob of one of the `merged` ids (None: those that stop) is of all.
 
     `last` has the log-probs of the stop ids where the response ended, if there are several.
     """
     stopped = ids[-1] in stop
     if sampling.temperature == 0:
         return Sample(tuple(ids), (0.0,) * len(ids), stopped)
-    if stopped and len(stop) > 1:
-        logp = (*logp[:-1], float(np.logaddexp.reduce([last[i] for i in stop])))
+    one = stop if merged is None else merged
+    if ids[-1] in one and len(one) > 1:
+        logp = (*logp[:-1], float(np.logaddexp.reduce([last[i] for i in one])))
     return Sample(tuple(ids), tuple(logp), stopped)
 
 
 class Sent:
     """What both kinds share: requests out, samples back in their order, weights sent once they have changed."""
+
+    merged: tuple[int, ...] | None = None  # as of `HFEngine`
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
         self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
@@ -260,7 +268,7 @@ class VLLMEngine(Sent):
         logp = [flat.logprobs[start] for start in flat.start_indices]  # the drawn one is the first of each
         at = slice(flat.start_indices[-1], flat.end_indices[-1])
         last = dict(zip(flat.token_ids[at], flat.logprobs[at], strict=True))
-        return sample(one.token_ids, logp, last, sampling, self.stop)
+        return sample(one.token_ids, logp, last, sampling, self.stop, self.merged)
 
 
 def _line(error: Exception) -> str:
