@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
 from opd.models import head
 from opd.noise import uniform
-from opd.rollouts import NOTHING, Blend, Memory, Rollouts, StopOnAgreement, TeacherPrefix
+from opd.rollouts import NOTHING, Blend, Memory, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix
 from opd.student import cross_entropies, final_states, rows, unprompted
 from opd.types import (
     ALONE,
@@ -92,9 +92,8 @@ class Engine(Writer, Protocol):
         step: int,
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
-        beside: Any = None,
     ) -> list[Sample]:
-        """One response per prompt, after its prefix; a teacher may read along where the engine is `HFEngine`."""
+        """One response per prompt, after its prefix."""
 
     def follow(self) -> None:
         """The student made a step."""
@@ -173,7 +172,7 @@ class Collector:
                     step=step,
                     index=key,
                     prefixes=[prefixes[i].ids for i in mine],
-                    beside=self._beside(among[0], asked, does) if does else None,
+                    **self._more(who, among[0], asked, does),
                 )
             samples |= dict(zip(mine, drawn, strict=True))
         for i, s in enumerate(source):
@@ -194,6 +193,7 @@ class Collector:
                     source=source[i],
                     outcome=verify(self.text(ids), rendered.prompt),
                     prefix=prefix,
+                    others=samples[i].others,
                     notes={**samples[i].notes, **noted},
                     teacher=rendered.teacher,
                     prompt=rendered.prompt,
@@ -223,10 +223,15 @@ class Collector:
                 return Watched(who, who.threshold(step, memory), self.vocabulary)
         return None
 
-    def _beside(self, teacher: str, asked: Sequence[Rendered], does: Blended | Watched) -> Beside:
-        engine = self.teachers[teacher]
-        assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
-        return Beside(engine.model, [p.teacher_ids for p in asked], does)
+    def _more(
+        self, who: Rollouts, teacher: str, asked: Sequence[Rendered], does: Blended | Watched | None
+    ) -> dict[str, Any]:
+        """What `HFEngine` alone does, and a run refuses of others: let a teacher read along, draw more tokens."""
+        if does is not None:
+            engine = self.teachers[teacher]
+            assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
+            return {"beside": Beside(engine.model, [p.teacher_ids for p in asked], does)}
+        return {"samples": who.samples} if isinstance(who, OnPolicy) and who.samples > 1 else {}
 
     def _prefixes(self, prompts: Sequence[Rendered], sampling: Sampling, limit: int, seed: int) -> list[Prefix]:
         """The teacher's first `limit` tokens of its response to each prompt, the same response at every step."""
@@ -281,7 +286,11 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
             mask = torch.cat((mask[:-1], torch.tensor([False])))
         rows.append(mask)
     found = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
-    alone: dict[str, Any] = {name: torch.stack(found.pop(name)) for name in ALONE & found.keys()}
+    given: dict[str, Any] = {name: torch.stack(found.pop(name)) for name in ALONE & found.keys()}
+    more = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
+    if more and len(more) == len(rollouts):
+        given["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in more], 0)
+        given["others_logp"] = pad([torch.tensor(x.logp).view(n, -1) for x, n in more], 0.0)
     return Batch(
         ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
         mask=pad(rows, False),
@@ -291,7 +300,7 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
         prefix=torch.tensor([r.prefix for r in rollouts]),
-        **alone,
+        **given,
         notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
         # A key of five: that of four drew the token itself.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),

@@ -5,6 +5,7 @@ writes it again with the same weights writes the same.  What a checkpoint finds 
 """
 
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from opd.collect import Rendered
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened
-from opd.types import Rollout
+from opd.types import Others, Rollout
 
 SCALARS = {
     "index": torch.int64,
@@ -129,7 +130,7 @@ def bare(rollouts: Sequence[Rollout]) -> list[Rollout]:
     ]
 
 
-BARE = ("ids", "sampler_logp", "notes", *SCALARS)
+BARE = ("ids", "sampler_logp", "others", "notes", *SCALARS)
 
 
 def dressed(rollouts: Sequence[Rollout], prompts: Sequence[Rendered], per_prompt: int) -> list[Rollout]:
@@ -155,6 +156,10 @@ def save(draws: Mapping[int, Drawn], folder: Path) -> None:
         tensors[f"{draw}.ids"] = torch.tensor([x for r in rolls for x in r.ids], dtype=torch.int64)
         flat = [x for r in rolls for x in r.sampler_logp]
         tensors[f"{draw}.sampler_logp"] = torch.tensor(flat, dtype=torch.float64)
+        if rolls and rolls[0].others is not None:
+            more = [r.others or Others.none() for r in rolls]
+            tensors[f"{draw}.others"] = torch.tensor([x for o in more for x in o.ids], dtype=torch.int32)
+            tensors[f"{draw}.others_logp"] = torch.tensor([x for o in more for x in o.logp])
         for name, first in (rolls[0].notes if rolls else {}).items():
             kind = "note" if isinstance(first, float) else "notes"
             values = [r.notes[name] for r in rolls]
@@ -179,10 +184,16 @@ def load(folder: Path) -> dict[int, Drawn]:
         for k, x in own.items():
             if k.startswith("notes."):
                 notes[k.removeprefix("notes.")] = [tuple(part.tolist()) for part in x.split(lengths)]
+        others: list[Others | None] = [None] * len(lengths)
+        if "others" in own:
+            each = [len(own["others"]) // max(1, sum(lengths)) * n for n in lengths]
+            parts = zip(own["others"].split(each), own["others_logp"].split(each), strict=True)
+            others = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
         rolls = [
             Rollout(
                 prompt_ids=(),
                 teacher_prompt_ids=(),
+                others=others[i],
                 notes={name: values[i] for name, values in notes.items()},
                 **{name: values[i] for name, values in (scalars | ragged).items()},
             )

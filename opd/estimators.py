@@ -139,4 +139,16 @@ class Full:
         return torch.ones_like(student_logp, dtype=torch.bool)
 
 
-Estimator = Sampled | Stratified | Full
+@dataclass(frozen=True)
+class Several:
+    """-mean_i A(a_i) log p(a_i) over all tokens drawn at a position: `Sampled` with 1/m of the variance at a context.
+
+    m is `OnPolicy.samples`; the response goes on with a_1.  AsyncOPD, arXiv:2606.24143.
+    """
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
+        """The tokens summed exactly: none."""
+        return None
+
+
+Estimator = Sampled | Several | Stratified | Full

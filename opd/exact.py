@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.divergences import kl
-from opd.estimators import mean
+from opd.estimators import Several, mean
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.noise import uniform
 from opd.rollouts import Mixture, OnPolicy
@@ -115,6 +115,8 @@ def alone(method: Method) -> str:
     leaves += [x for t in method.terms if isinstance(t, PolicyGradient) for x in t.transforms]
     if leaves:
         return f"{', '.join(map(repr, leaves))} looks at the columns of a batch"
+    if any(isinstance(t, PolicyGradient) and t.estimator == Several() for t in method.terms):
+        return "it looks at several tokens drawn at a position (of m, with 1/m of the variance of one)"
     return ""
 
 

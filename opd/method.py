@@ -8,7 +8,7 @@ token-local.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd.against import Against, Extrapolated, Teacher, models
 from opd.divergences import BucketForwardKL, BucketKL, Divergence, GeneralisedKL, RenormalisedKL, ReverseKL, Support
-from opd.estimators import Baseline, Estimator, Sampled, Stratified, TopKValue
+from opd.estimators import Baseline, Estimator, Sampled, Several, Stratified, TopKValue
 from opd.questions import Question
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, One, Reward
@@ -57,16 +57,20 @@ class Target:
     weight: Float[Tensor, "*N"]
     advantage: Float[Tensor, "*N"] | None  # None: scored in the head pass
     old: Float[Tensor, "*N"] | None  # log p that a ratio divides by: when the batch was measured, or of who wrote it
+    others: Int[Tensor, "*N k"] | None = None  # tokens drawn beside the sampled one, for `Several`
+    others_old: Float[Tensor, "*N k"] | None = None  # `old` of them
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> "Target":
+        """The target with something done to each of its columns."""
+        return Target(*(None if x is None else f(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
     def __getitem__(self, at: slice | Tensor) -> "Target":
         """The same target at some rows or tokens."""
-        cut = lambda x: x if x is None else x[at]
-        return Target(self.weight[at], cut(self.advantage), cut(self.old))
+        return self.each(lambda x: x[at])
 
     def to(self, device: torch.device) -> "Target":
         """The same target on a device."""
-        move = lambda x: x if x is None else x.to(device)
-        return Target(self.weight.to(device), move(self.advantage), move(self.old))
+        return self.each(lambda x: x.to(device))
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,14 @@ class PolicyGradient:
     against: Against = Teacher()
 
     def __post_init__(self) -> None:
-        if self.estimator != Sampled() and (self.transforms or self.surrogate != Reinforce()):
+        drawn = self.estimator == Several() and reads(self.surrogate) <= {"sampler_logp"}  # it may have a ratio to them
+        if self.estimator != Sampled() and (self.transforms or not (drawn or self.surrogate == Reinforce())):
             raise ValueError(
                 f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
                 f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
             )
+        if self.estimator == Several() and (own := [w for w in self.weights if reads(w) & SAMPLED]):
+            raise ValueError(f"{own} would weigh all the tokens that {self.estimator} looks at by the response's own")
         if self.baseline is not None and any(isinstance(x, Discount | MeanFuture) for x in self.transforms):
             raise ValueError(
                 f"{self.baseline} under Discount or MeanFuture: the baselines of later tokens depend on this one, "
@@ -123,6 +130,10 @@ class PolicyGradient:
         one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
         return frozenset({"teacher_logp" if one else "vocabulary"})
 
+    def drawn(self) -> bool:
+        """Whether log q of the tokens drawn is all that it needs."""
+        return (self.baseline, self.estimator, self.against) == (None, Several(), Teacher())
+
     def support(self) -> Support | None:
         """The tokens beside the sampled one whose log q is all that it needs; None where it needs more."""
         some = [x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)]
@@ -132,13 +143,15 @@ class PolicyGradient:
     @torch.no_grad()
     def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
         """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
-        if self.estimator != Sampled():
-            return None
+        return self._scored(at, at.ids[..., None])[..., 0] if self.estimator == Sampled() else None
+
+    @torch.no_grad()
+    def _scored(self, at: Positions, ids: Int[Tensor, "*N m"]) -> Float[Tensor, "*N m"]:
         other = at.of(self.against)
-        value = self.reward(at.sampled(at.student_logp), at.sampled(other))
+        value = self.reward(at.student_logp.gather(-1, ids), other.gather(-1, ids))
         if self.baseline is None:
             return value
-        return value - self.baseline(self.reward, at.student_logp, other, None)
+        return value - self.baseline(self.reward, at.student_logp, other, None)[..., None]
 
     def sampled_loss(
         self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
@@ -153,6 +166,8 @@ class PolicyGradient:
         if isinstance(self.estimator, Sampled):
             score = self.score(at) if target.advantage is None else None
             return self.sampled_loss(at.sampled(at.student_logp), score, target)
+        if isinstance(self.estimator, Several):
+            return self._several_loss(at, target)
         with torch.no_grad():
             p, exact, other = at.student_logp.exp(), self.estimator.exact(at.student_logp), at.of(self.against)
             f = self.reward(at.student_logp, other)
@@ -161,6 +176,14 @@ class PolicyGradient:
             drawn = torch.zeros_like(exact).scatter(-1, at.ids[..., None], True) & ~exact
             coefficient = torch.where(exact & (p > 0), p * f, 0) + f.where(drawn, 0)
         return -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
+
+    def _several_loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """The mean of the surrogate over all tokens drawn."""
+        assert target.others is not None, "nobody drew more tokens than the response's"
+        ids, old = torch.cat((at.ids[..., None], target.others), -1), {}
+        if target.old is not None and target.others_old is not None:
+            old = dict.fromkeys(reads(self.surrogate), torch.cat((target.old[..., None], target.others_old), -1))
+        return self.surrogate(at.student_logp.gather(-1, ids), self._scored(at, ids), **old).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -274,6 +297,9 @@ class Method:
         if sum(isinstance(term, MatchHidden) for term in self.terms) > 1:
             raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
         self._check_asked()
+        several = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Several()]
+        if several and not (isinstance(self.rollouts, OnPolicy) and self.rollouts.samples > 1):
+            raise ValueError(f"{several[0].estimator} with {self.rollouts}: use OnPolicy(samples=...) above 1")
         for term in self.terms:
             if isinstance(term, PolicyGradient):
                 self._check_speaker(term)
@@ -335,19 +361,26 @@ class Method:
         return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
 
     def supports(self) -> dict[str, int]:
-        """Of how many of whose most probable tokens its terms must know log q, where that is enough for all of them."""
+        """Of how many of whose most probable tokens its terms must know log q, where that is enough for all of them.
+
+        Or `drawn`: of so many that were drawn beside the sampled one.
+        """
         out: dict[str, int] = {}
         for term in self.terms:
-            if "vocabulary" in term.needs():
+            if isinstance(term, PolicyGradient) and term.drawn():
+                assert isinstance(self.rollouts, OnPolicy)
+                out["drawn"] = self.rollouts.samples - 1
+            elif "vocabulary" in term.needs():
                 if (found := term.support()) is None:
                     return {}
                 out[found.of] = max(found.k, out.get(found.of, 0))
         return out
 
     def needs_of_tokens(self) -> frozenset[str]:
-        """`needs` of a teacher that tells of single tokens: student_top and teacher_top where they are enough."""
+        """`needs` of a teacher that tells of single tokens, where they do: those `chosen` for it, `teacher_top`."""
         needs, tops = self.needs(), self.supports()
-        return needs - {"vocabulary"} | {"teacher_logp", *(f"{who}_top" for who in tops)} if tops else needs
+        kinds = {"student": "chosen", "drawn": "chosen", "teacher": "teacher_top"}
+        return needs - {"vocabulary"} | {"teacher_logp", *(kinds[who] for who in tops)} if tops else needs
 
     def models(self) -> frozenset[str]:
         """The distributions that its terms compare the student with, by their name in `Positions`."""
@@ -393,7 +426,9 @@ class Method:
                 score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))
                 score = score.where(batch.mask, 0)
             wrote = isinstance(term, PolicyGradient) and "sampler_logp" in reads(term.surrogate)
-            out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp))
+            several = isinstance(term, PolicyGradient) and term.estimator == Several()
+            others = (batch.others, batch.others_logp) if several else (None, None)
+            out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp, *others))
         return tuple(out)
 
     def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:

@@ -106,7 +106,7 @@ class Passes:
         if not rolls or tuple(r.index for r in rolls) in self.heard:
             return
         teacher = self.session.teachers[rolls[0].teacher]
-        if not (isinstance(teacher, LogpTeacher) and teacher.likeliest):  # the student has to look first
+        if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):  # the student names them
             teacher.ahead(rolls, masks(cut, rolls))
 
     def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
@@ -119,6 +119,8 @@ class Passes:
         teacher: Hidden | Given | None
         if isinstance(scores, LogpTeacher) and scores.likeliest:
             teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
+        elif isinstance(scores, LogpTeacher) and all(r.others is not None for r in rollouts):
+            teacher = scores.hidden(rollouts, trained, ids=session.vocabulary.canonical(_drawn(rollouts, trained)))
         else:
             teacher = scores.hidden(rollouts, trained, other)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
@@ -153,6 +155,13 @@ class Passes:
             for i, r in enumerate(drawn.rollouts)
         ]
         return Drawn(drawn.version, noted)
+
+
+def _drawn(rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Int[Tensor, "N k"]:
+    """The tokens that were drawn beside those that are trained on."""
+    pairs = [(r, mask, r.others.ids) for r, mask in zip(rollouts, trained, strict=True) if r.others is not None]
+    rows = [torch.tensor(ids, dtype=torch.long).view(len(r.ids), -1)[torch.tensor(mask)] for r, mask, ids in pairs]
+    return torch.cat(rows) if rows else torch.empty(0, 0, dtype=torch.long)
 
 
 def width(rollout: Rollout) -> int:

@@ -62,7 +62,7 @@ def reached(url: str, config: Train, *, field: str) -> Server:
         said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
         said += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
-        if missing <= HiddenTeacher.provides | {"student_top", "teacher_top"}:
+        if missing <= HiddenTeacher.provides | {"chosen", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "

@@ -26,13 +26,16 @@ HALVINGS = 30
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """The student speaks."""
+    """The student speaks; of the `samples` tokens drawn at each position the response goes on with the first."""
 
     per_prompt: int = 1
     updates: int = 1
+    samples: int = 1
 
     def __post_init__(self) -> None:
         _counts(self)
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: at least the response's own token is drawn at each position")
 
     def source(self, step: int, rollout: int, seed: int) -> int:
         """Who writes this rollout."""

@@ -7,6 +7,7 @@ Alignment: column t is about response token t.  `student_logp[b, t]` is log p(id
 The shift happens once, in `vocabulary.py`.  Log-probs are in nats, fp32 (or wider).
 """
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
@@ -63,6 +64,19 @@ class Sampling:
             raise Refusal(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
 
 
+@dataclass(frozen=True)
+class Others:
+    """Tokens drawn beside the response's own, at each position so many, by whoever drew those; flat, [T * count]."""
+
+    ids: array  # "i"
+    logp: array  # "f", nats
+
+    @classmethod
+    def none(cls) -> "Others":
+        """At no position."""
+        return cls(array("i"), array("f"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One response, and the prompt as each model reads it."""
@@ -78,6 +92,7 @@ class Rollout:
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
     prefix: int = 0  # tokens at its start that the teacher wrote
+    others: Others | None = None  # where a method looks at more tokens than the response's
     notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # the sampler's; one, or one a token
     teacher: str = ""  # who scores it: a name of --route; "" is --teacher
     prompt: Prompt = field(default_factory=Prompt)
@@ -98,6 +113,8 @@ class Batch:
     outcome: Float[Tensor, " B"]  # verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
     prefix: Int[Tensor, " B"] | None = None  # tokens at the start of a response that the teacher wrote
+    others: Int[Tensor, "B T k"] | None = None  # drawn beside each token by whoever drew it
+    others_logp: Float[Tensor, "B T k"] | None = None  # log-probs that they were drawn with
     student_alone: Float[Tensor, " B"] | None = None  # cross entropy of y without its prompt, of the weights that wrote
     teacher_alone: Float[Tensor, " B"] | None = None  # the teacher's; nats a token, from the second on
     coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; the same on every process

@@ -188,6 +188,8 @@ def head_pass(
 ) -> tuple[Float[Tensor, ""], Columns]:
     """The method's loss, differentiable in the student's states, head weight and bias; and the columns."""
     out: list[Columns] = []
+    known = lambda x: None if x is None else vocabulary.canonical(x)
+    targets = tuple(replace(t, others=known(t.others)) for t in targets)
     loss = _HeadPass.apply(
         student.states,
         student.head.weight,

@@ -83,9 +83,8 @@ def test_frequencies_and_log_probs_follow_the_tempered_truncated_distribution(sa
     z = TopPLogitsWarper(sampling.top_p)(None, z) if sampling.top_p < 1 else z
     p = z.softmax(-1)[0]
     n = 100_000
-    ids, logp = draw(
-        logits.expand(n, -1), sampling, torch.from_numpy(uniform(0, 0, np.arange(n), 0)), torch.tensor([9])
-    )
+    noise = torch.from_numpy(uniform(0, 0, np.arange(n), 0))
+    ids, logp = (x.flatten() for x in draw(logits.expand(n // 2, -1), sampling, noise.view(-1, 2), torch.tensor([9])))
     seen = torch.bincount(ids, minlength=10) / n
     assert ((seen - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-12).all()
     torch.testing.assert_close(logp, p.log()[ids])
@@ -94,9 +93,8 @@ def test_frequencies_and_log_probs_follow_the_tempered_truncated_distribution(sa
 
 def test_a_stop_token_is_drawn_at_the_probability_of_its_class():
     logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(1))
-    ids, logp = draw(
-        logits.expand(1000, -1), Sampling(), torch.from_numpy(uniform(0, 0, np.arange(1000), 0)), torch.tensor([3, 8])
-    )
+    noise = torch.from_numpy(uniform(0, 0, np.arange(1000), 0))[:, None]
+    ids, logp = (x[:, 0] for x in draw(logits.expand(1000, -1), Sampling(), noise, torch.tensor([3, 8])))
     whole = logits.softmax(-1)[0, [3, 8]].sum().log()
     assert torch.isin(ids, torch.tensor([3, 8])).any()
     torch.testing.assert_close(
@@ -195,11 +193,11 @@ def way(request, monkeypatch):
 def test_the_drawn_token_holds_the_quantile_in_float64(width, temperature):
     z = torch.randn(40, width) * torch.logspace(-2, 1.5, 40)[:, None]
     z[::7, 5:900] = -torch.inf
-    u = torch.rand(40, dtype=torch.float64)
+    u = torch.rand(40, 3, dtype=torch.float64)
     p, cdf = quantiles(z, temperature)
     ids, whole = quantile(z, u, temperature)
-    upper = cdf.gather(-1, ids[:, None])[:, 0]
-    assert ((upper - p.gather(-1, ids[:, None])[:, 0] <= u + 1e-12) & (u <= upper + 1e-12)).all()
+    upper = cdf.gather(-1, ids)
+    assert ((upper - p.gather(-1, ids) <= u + 1e-12) & (u <= upper + 1e-12)).all()
     torch.testing.assert_close(whole, (z.double() / temperature).logsumexp(-1), rtol=1e-14, atol=1e-13)
 
 
@@ -207,19 +205,20 @@ def test_the_drawn_token_holds_the_quantile_in_float64(width, temperature):
 def test_the_ends_of_the_unit_interval():
     z = torch.full((4, 5000), -torch.inf)
     z[:, 7], z[:, 4000] = 0.0, 1.0
+    at = lambda z, *noise: quantile(z, torch.tensor(noise, dtype=torch.float64)[:, None])[0][:, 0].tolist()
     most = 1 - 2.0**-53
-    assert quantile(z, torch.tensor([0.0, most, 0.2689, 0.2690], dtype=torch.float64))[0].tolist() == [7, 4000, 7, 4000]
+    assert at(z, 0.0, most, 0.2689, 0.2690) == [7, 4000, 7, 4000]
     flat = torch.zeros(2, 4096)
-    assert quantile(flat, torch.tensor([0.5, most], dtype=torch.float64))[0].tolist() == [2048, 4095]
+    assert at(flat, 0.5, most) == [2048, 4095]
     far = torch.zeros(1, 4096)
     far[0, 1:] = -400.0  # beyond fp32's smallest number: exp(-400) is none of its own
-    assert quantile(far, torch.tensor([most], dtype=torch.float64))[0].tolist() in ([0], [4095])
+    assert at(far, most) in ([0], [4095])
 
 
 @pytest.mark.skipif(draws._compiled() is None, reason="no C compiler here")
 def test_both_ways_draw_the_same_tokens():
     for k in range(20):
-        z, u = torch.randn(64, 4096 + 37 * k)[:, : 4096 + k] * (0.2 + k), torch.rand(64, dtype=torch.float64)
+        z, u = torch.randn(64, 4096 + 37 * k)[:, : 4096 + k] * (0.2 + k), torch.rand(64, 3, dtype=torch.float64)
         found, twin = draws._in_c(z, u, 0.7), draws.in_torch(z, u, 0.7)
         assert torch.equal(found[0], twin[0])
         torch.testing.assert_close(found[1], twin[1], rtol=1e-14, atol=1e-13)
@@ -232,8 +231,8 @@ def test_frequencies_over_a_large_vocabulary():
     n, (p, _) = 20_000, quantiles(z, 1.0)
     seen = torch.zeros(2500)
     for part in np.arange(n).reshape(20, -1):
-        ids, _ = quantile(z.expand(len(part), -1), torch.from_numpy(uniform(1, 2, part, 3)))
-        seen += torch.bincount(ids, minlength=2500)
+        ids, _ = quantile(z.expand(len(part), -1), torch.from_numpy(uniform(1, 2, part, 3))[:, None])
+        seen += torch.bincount(ids[:, 0], minlength=2500)
     group = (p[0].cumsum(0) * 99.999).long()
     expected = torch.zeros(100, dtype=torch.float64).index_add(0, group, p[0] * n)
     observed = torch.zeros(100, dtype=torch.float64).index_add(0, group, seen.double())

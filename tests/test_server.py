@@ -201,7 +201,7 @@ TOLD = [name for name, make in METHODS.items() if make().needs() <= LogpTeacher.
 
 def test_which_methods_a_plain_server_is_enough_for():
     assert {"opd", "opd-clip", "opd-tanh", "opd-zscore", "reopold", "topd", "opd-signlog", "poweropd"} <= set(TOLD)
-    chosen = LogpTeacher.provides | {"student_top"}
+    chosen = LogpTeacher.provides | {"chosen"}
     more = {name for name, make in METHODS.items() if make().needs_of_tokens() <= chosen} - set(TOLD)
     assert {"vopd-topk", "opd-topk"} <= more and "opd-topk" not in TOLD
     assert METHODS["opd-topk"](support="teacher").needs_of_tokens() <= LogpTeacher.provides
@@ -318,6 +318,7 @@ SOME = {
     "opd-topk renormalised": METHODS["opd-topk"](k=5, tail="renorm"),
     "opd-topk of the teacher": METHODS["opd-topk"](k=5, support="teacher"),
     "mopd": METHODS["opd-topk"](k=5, support="teacher", tail="generalised"),
+    "several drawn": METHODS["async-opd"](samples=4),
 }
 
 
@@ -546,7 +547,7 @@ def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, mo
         (
             "{old}",
             {"method": METHODS["opd-topk"]()},
-            "needs more of the teacher (student_top): serve it by `opd serve`",
+            "needs more of the teacher (chosen): serve it by `opd serve`",
         ),
         ("{plain}", {"method": METHODS["vopd-topk"](k=40)}, "43 ids in a row; this server gives 1 to 20"),
         ("{old}", {"method": METHODS["opd-topk"](k=40, support="teacher")}, "prompt_logprobs: 40 requested"),

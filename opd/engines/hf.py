@@ -15,7 +15,7 @@ from opd.engines.stream import Stream
 from opd.kernels.draw import quantile
 from opd.noise import uniform
 from opd.rollouts import StopOnAgreement, blend
-from opd.types import Sampling
+from opd.types import Others, Sampling
 from opd.vocabulary import Head, Vocabulary
 
 
@@ -27,6 +27,7 @@ class Sample:
     logp: tuple[float, ...]  # nats, under what was sampled from
     stopped: bool
     notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # one number, or one a token
+    others: Others | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class HFEngine:
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
         beside: Beside | None = None,
+        samples: int = 1,
     ) -> list[Sample]:
         """One response per prompt; token t of rollout `index[i]` draws from the counter (seed, step, index[i], t).
 
         A response goes on from its prefix, whose tokens count as its first and are not repeated in what comes back.
-        Where one ends, the next prompt that waits takes its place.
+        Where one ends, the next prompt that waits takes its place.  At each position `samples` tokens are drawn, the
+        response's own among them.
         """
         n, device, key = len(prompts), self.model.device, np.array(index, dtype=np.int64)
         prefixes = prefixes or ((),) * n
@@ -106,6 +109,7 @@ class HFEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         logps: list[list[float]] = [[] for _ in prompts]
         notes: dict[str, list[list[float]]] = {}
+        others = [Others.none() for _ in prompts]
         while len(waiting) or not done.all():
             keep = ~done[alive]
             if keep.sum() <= self.compact * len(keep):
@@ -114,24 +118,31 @@ class HFEngine:
                 for stream, text in zip(streams, texts, strict=True):
                     stream.change(kept, [text[i] for i in new], {text[i] for i in waiting[: self.rows]})
                 alive = np.concatenate((alive[keep], new))
-            noise = torch.from_numpy(uniform(seed, step, key[alive], written[alive] + sampled[alive])).to(device)
-            logits, *others = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
+            noise = _noise(seed, step, key[alive], written[alive] + sampled[alive], samples)
+            logits, *beheld = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
             asked, said = sampling, dict[str, Tensor]()
             if beside is not None and isinstance(beside.does, Blended):
-                logits, said = _blended(logits, others[0], sampling.temperature, beside.does.eps, stop)
+                logits, said = _blended(logits, beheld[0], sampling.temperature, beside.does.eps, stop)
                 asked = replace(sampling, temperature=1.0)
-            drawn, logp = draw(logits, asked, noise, one)
+            drawn, logp = draw(logits, asked, torch.from_numpy(noise).to(device), one)
             going = ~done[alive]
             for name, values in said.items():
                 _append(notes.setdefault(name, [[] for _ in prompts]), alive, values.tolist(), going)
-            _append(tokens, alive, drawn.tolist(), going)
-            _append(logps, alive, logp.tolist(), going)
+            _append(tokens, alive, drawn[:, 0].tolist(), going)
+            _append(logps, alive, logp[:, 0].tolist(), going)
+            if samples > 1:
+                for i, ids, values in zip(
+                    alive[going], *(x[:, 1:].cpu().numpy()[going] for x in (drawn, logp)), strict=True
+                ):
+                    others[i].ids.extend(ids)
+                    others[i].logp.extend(values)
+            drawn = drawn[:, 0]
             sampled[alive] += going
             ends = torch.isin(drawn, stop).cpu().numpy()
             ended[alive] |= ends & going
             if watch is not None and heard is not None:
                 token_kl, active = np.zeros(n), np.zeros(n, dtype=bool)
-                p, q = (watch.vocabulary.logp(x, AS_IS) for x in (logits, others[0]))
+                p, q = (watch.vocabulary.logp(x, AS_IS) for x in (logits, beheld[0]))
                 token_kl[alive], active[alive] = kl(p, q).double().cpu().numpy(), going & ~ends
                 heard = watch.rule.hear(heard, token_kl, active, sampled, watch.threshold)
                 done |= heard.low >= watch.rule.patience
@@ -145,11 +156,20 @@ class HFEngine:
                 stays = watch.rule.kept(len(tokens[i])) if agreed else len(tokens[i])
                 rows[i] = {"least": float(heard.least[i]), "cut": float(len(tokens[i]) - stays)}
                 tokens[i], logps[i] = tokens[i][:stays], logps[i][:stays]
-        parts = zip(tokens, logps, ended, rows, strict=True)
-        return [Sample(tuple(ids), tuple(logp), bool(stopped), note) for ids, logp, stopped, note in parts]
+        parts = zip(tokens, logps, ended, rows, others if samples > 1 else [None] * n, strict=True)
+        return [Sample(tuple(ids), tuple(logp), bool(stopped), note, more) for ids, logp, stopped, note, more in parts]
 
 
 AS_IS = Head(torch.empty(0, 0))  # the model has applied its own
+
+
+def _noise(
+    seed: int, step: int, rollout: Int[np.ndarray, " B"], token: Int[np.ndarray, " B"], samples: int
+) -> Float[np.ndarray, "B m"]:
+    """The first of a position is the response's own; those beside it have keys of six (of five are coins)."""
+    own = np.asarray(uniform(seed, step, rollout, token))[:, None]
+    beside = uniform(seed, step, rollout[:, None], token[:, None], 2, np.arange(1, samples))
+    return np.concatenate((own, beside), 1)
 
 
 def _append(lists: list[list], rows: np.ndarray, values: list, going: np.ndarray) -> None:
@@ -176,22 +196,22 @@ def _blended(
 
 
 def draw(
-    logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, " B"], merged: Int[Tensor, " S"]
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The token at quantile `noise` of the (tempered, truncated) distribution, and its log-prob.
+    logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B k"], merged: Int[Tensor, " S"]
+) -> tuple[Int[Tensor, "B k"], Float[Tensor, "B k"]]:
+    """The tokens at the quantiles `noise` of the (tempered, truncated) distribution, and their log-probs.
 
     The log-prob of one of the `merged` ids, of a stop class say, is that of all of them.
     """
     if sampling.temperature == 0:
-        ids = logits.argmax(-1)
-        return ids, torch.zeros_like(logits[:, 0])
+        ids = logits.argmax(-1, keepdim=True).expand(-1, noise.shape[1])
+        return ids, torch.zeros_like(ids, dtype=logits.dtype)
     cold = sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
         logits, cold = truncate((logits / cold).log_softmax(-1), sampling), 1.0
     ids, whole = quantile(logits, noise, cold)
-    own = logits.gather(-1, ids[:, None])[:, 0].double() / cold
-    ends = (logits[:, merged].double() / cold).logsumexp(-1)
-    return ids, (torch.where(torch.isin(ids, merged), ends, own) - whole).float()
+    own = logits.gather(-1, ids).double() / cold
+    ends = (logits[:, merged].double() / cold).logsumexp(-1, keepdim=True)
+    return ids, (torch.where(torch.isin(ids, merged), ends, own) - whole[:, None]).float()
 
 
 def truncate(logp: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:

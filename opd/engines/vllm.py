@@ -170,7 +170,6 @@ class Sent:
         step: int,
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
-        beside: None = None,
     ) -> list[Sample]:
         """One response per prompt, after its prefix; rollout `index[i]` has a seed of its own."""
         asked = requests(prompts, prefixes, sampling, seed=seed, step=step, index=index)

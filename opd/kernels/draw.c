@@ -1,4 +1,4 @@
-// The token at a quantile of softmax(z / temperature), and log sum exp(z / temperature), in float64.  `draw.py` has the
+// The tokens at some quantiles of softmax(z / temperature), and log sum exp(z / temperature), in float64.  `draw.py` has the
 // definitions.
 #include <math.h>
 #include <stdint.h>
@@ -40,8 +40,8 @@ static float largest(const float *restrict z, int64_t width) {
 }
 
 // sums: room for one number a block.
-void draw(const float *logits, int64_t stride, int64_t rows, int64_t width, double temperature, const double *noise, double *sums,
-          int64_t *ids, double *whole) {
+void draw(const float *logits, int64_t stride, int64_t rows, int64_t width, int64_t draws, double temperature, const double *noise,
+          double *sums, int64_t *ids, double *whole) {
     const double cold = 1 / temperature;
     for (int64_t i = 0; i < rows; i++) {
         const float *restrict z = logits + i * stride;
@@ -56,14 +56,16 @@ void draw(const float *logits, int64_t stride, int64_t rows, int64_t width, doub
             total += sum;
         }
         whole[i] = most * cold + log(total);
-        const double target = noise[i] * total;
-        double below = 0;
-        int64_t j = 0;
-        for (int64_t k = 0; j + BLOCK < width && below + sums[k] <= target; k++, j += BLOCK) below += sums[k];
-        for (; j < width; j++)
-            if ((below += exp_((z[j] - most) * cold)) > target) break;
-        if (j == width)  // rounding put the quantile beyond the end: the last token of positive probability
-            for (j = width - 1; j > 0 && exp_((z[j] - most) * cold) == 0;) j--;
-        ids[i] = j;
+        for (int64_t n = i * draws; n < (i + 1) * draws; n++) {
+            const double target = noise[n] * total;
+            double below = 0;
+            int64_t j = 0;
+            for (int64_t k = 0; j + BLOCK < width && below + sums[k] <= target; k++, j += BLOCK) below += sums[k];
+            for (; j < width; j++)
+                if ((below += exp_((z[j] - most) * cold)) > target) break;
+            if (j == width)  // rounding put the quantile beyond the end: the last token of positive probability
+                for (j = width - 1; j > 0 && exp_((z[j] - most) * cold) == 0;) j--;
+            ids[n] = j;
+        }
     }
 }

@@ -1,4 +1,4 @@
-"""The token at a quantile of a distribution over the vocabulary, in float64: `(logits, noise, temperature)`.
+"""The tokens at quantiles of a distribution over the vocabulary, in float64: `(logits, noise, temperature)`.
 
 In C, compiled where it runs, two passes over a row in the cache and no tensor of [B, V]; in torch where there is no
 compiler or the logits are not fp32 on a CPU.  Both sum exp(z / T) in float64, so that they draw the same token.
@@ -23,15 +23,15 @@ def _compiled() -> Callable[..., None] | None:
     if found is None:
         return None
     whole, real, at = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-    found.draw.argtypes = [at, whole, whole, whole, real, at, at, at, at]
+    found.draw.argtypes = [at, whole, whole, whole, whole, real, at, at, at, at]
     found.draw.restype = None
     return found.draw
 
 
 def quantile(
-    logits: Float[Tensor, "B V"], noise: Float[Tensor, " B"], temperature: float = 1.0
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The first id whose running sum of softmax(z / T) exceeds the noise in [0, 1); and log sum exp(z / T), float64.
+    logits: Float[Tensor, "B V"], noise: Float[Tensor, "B k"], temperature: float = 1.0
+) -> tuple[Int[Tensor, "B k"], Float[Tensor, " B"]]:
+    """The first ids whose running sum of softmax(z / T) exceeds the noise in [0, 1); and log sum exp(z / T), float64.
 
     A logit of -inf is never drawn.
     """
@@ -42,17 +42,17 @@ def quantile(
 
 
 def in_torch(
-    logits: Float[Tensor, "B V"], noise: Float[Tensor, " B"], temperature: float
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    logits: Float[Tensor, "B V"], noise: Float[Tensor, "B k"], temperature: float
+) -> tuple[Int[Tensor, "B k"], Float[Tensor, " B"]]:
     """The twin of the C."""
     z = logits.double()
     most = z.amax(-1, keepdim=True)
     e = ((z - most) / temperature).exp()
     cdf = e.cumsum(-1)
     total = cdf[:, -1:]
-    ids = torch.searchsorted(cdf, noise.double()[:, None] * total, right=True)[:, 0]
+    ids = torch.searchsorted(cdf, noise.double() * total, right=True)
     # The last id of positive probability, where rounding puts the quantile beyond the end.
-    last = logits.shape[-1] - 1 - (e > 0).flip(-1).byte().argmax(-1)
+    last = logits.shape[-1] - 1 - (e > 0).flip(-1).byte().argmax(-1, keepdim=True)
     return torch.minimum(ids, last), (most / temperature + total.log())[:, 0]
 
 
@@ -60,12 +60,12 @@ def _in_c(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Te
     draw = _compiled()
     assert draw is not None
     (rows, width), noise = logits.shape, noise.double().contiguous()
-    ids, lse = torch.empty(rows, dtype=torch.long), torch.empty(rows, dtype=torch.float64)
+    ids, lse = torch.empty(noise.shape, dtype=torch.long), torch.empty(rows, dtype=torch.float64)
     sums = torch.empty(rows, -(-width // BLOCK), dtype=torch.float64)
 
     def part(first: int, last: int) -> None:
         at = [x[first:last].data_ptr() for x in (logits, noise, sums, ids, lse)]
-        draw(at[0], logits.stride(0), last - first, width, temperature, *at[1:])
+        draw(at[0], logits.stride(0), last - first, width, noise.shape[1], temperature, *at[1:])
 
     over_threads(rows, part)
     return ids, lse

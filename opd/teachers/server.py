@@ -57,7 +57,7 @@ class Server:
         """The columns it allows to measure, and whether whole distributions."""
         if self.told:
             return HiddenTeacher.provides
-        return LogpTeacher.provides | ({"student_top"} if self.chosen else set())
+        return LogpTeacher.provides | ({"chosen"} if self.chosen else set())
 
     def tokenizer(self, likely: Tokenizer) -> Tokenizer:
         """An `opd serve` hands out its own; any other has the likely one, if it reads ids as that does.
@@ -261,11 +261,12 @@ class LogpTeacher(_Remote[Given]):
         self.provides = server.provides
         self.stop = stop if len(stop) > 1 else ()  # merged into one class
         self.size, self.top = size, tops.get("teacher", 0)
-        self.likeliest = tops["student"] + TIES if "student" in tops else 0
-        if self.top and self.likeliest:
+        self.likeliest, self.drawn = tops["student"] + TIES if "student" in tops else 0, tops.get("drawn", 0)
+        if sum(map(bool, (self.top, self.likeliest, self.drawn))) > 1:
             raise Refusal(
-                f"--teacher {self.client.url}: the method looks at the student's most probable tokens and at the "
-                "teacher's, and a server that tells of single tokens is asked for one kind: serve it by `opd serve`"
+                f"--teacher {self.client.url}: the method looks at two of the student's most probable tokens, the "
+                "teacher's and those drawn, and a server that tells of single tokens is asked for one kind: serve it "
+                "by `opd serve`"
             )
         if self.stop and (self.top or not server.chosen):
             raise Refusal(
@@ -275,8 +276,8 @@ class LogpTeacher(_Remote[Given]):
         # What it gives at most (vLLM's --max-logprobs) is known before the first step.
         if self.top:
             self._prompted([_Row((1, 1), 1, (1,))])
-        elif self.likeliest:
-            self._chosen([(_Row((1, 1), 1, (1,)), torch.ones(1, self.likeliest, dtype=torch.long))])
+        elif named := self.likeliest or self.drawn:
+            self._chosen([(_Row((1, 1), 1, (1,)), torch.ones(1, named, dtype=torch.long))])
 
     def hidden(
         self,
@@ -374,7 +375,6 @@ class ServerEngine:
         step: int,
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
-        beside: None = None,
     ) -> list[Sample]:
         """One response per prompt, after its prefix; rollout `index[i]` has a seed, the server's noise is its own."""
 
