@@ -20,8 +20,9 @@ from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.report import alarms as rules
 from opd.report.compare import apart, between, gains, paired
+from opd.report.figures import payload, positions
 from opd.report.logs import grouped, read
-from opd.report.page import Report, finite, payload, positions, report
+from opd.report.page import Report, finite, report
 from opd.report.tokens import Inspect, inspect, rocks
 from opd.tokens import spelled
 from opd.types import Refusal, Sampling

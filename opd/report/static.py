@@ -5,8 +5,8 @@ from pathlib import Path
 
 import matplotlib
 
+from opd.report.figures import CURVES, curve, phases, positions
 from opd.report.logs import Group
-from opd.report.page import CURVES, curve, phases, positions
 from opd.runs import disk
 
 matplotlib.use("Agg")
