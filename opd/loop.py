@@ -6,14 +6,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 
 from opd.config import Train
-from opd.doctor import cost, pair, settings
-from opd.doctor.examine import before, examine
-from opd.doctor.findings import Finding, alarming, errors
-from opd.doctor.probe import Probe
-from opd.method import Method
+from opd.doctor.examine import examined, noted
+from opd.doctor.findings import alarming, errors
 from opd.progress import Progress, loading
 from opd.report.alarms import alarms
 from opd.report.logs import read
@@ -30,7 +26,6 @@ FREE = frozenset(
 # threads of the group that may want it.
 _GROUPS: list[object] = []
 LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
-REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 
 
 def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row: None) -> Path:
@@ -92,19 +87,3 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
         _GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return run.folder
-
-
-def examined(loop: "Loop") -> list[Finding]:
-    """What the doctor finds of an opened run, on every process alike; nothing is trained or written."""
-    session, device = loop.session, loop.session.accelerator.device
-    plain = replace(loop, method=Method(), session=replace(session, lenses=None))
-    probe = Probe(loop.config, loop.method, session, min(gather_object([cost.free(device)])))
-    if loop.method.asks is not None:  # nothing scores the tokens of a rehearsal
-        return before(probe)
-    return examine(probe, plain.rehearse, lambda rollouts: plain.measure(rollouts, REHEARSED))
-
-
-def noted(loop: "Loop") -> list[Finding]:
-    """What is known without a look."""
-    probe = Probe(loop.config, loop.method, loop.session, 0)
-    return [*settings.told(probe), *pair.vocabulary(probe)]

@@ -5,7 +5,7 @@ micro-batches through student and head pass, step.  Methods whose leaves are all
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from opd import asking, bridge, draws, episode
 from opd.background import hired
 from opd.collect import Rendered, collate
 from opd.config import Train
-from opd.doctor.probe import Rehearsal
 from opd.draws import Drawn, Here, Source
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
@@ -63,6 +62,15 @@ class Clock:
         of = {"rollout": sampled, "measure": tokens, "update": tokens}
         speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
         return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A step that updated nothing: the student's rollouts with every column of them, and its seconds by phase."""
+
+    rollouts: list[Rollout]
+    batch: Batch
+    seconds: Mapping[str, float]  # rollout, measure, update
 
 
 @dataclass

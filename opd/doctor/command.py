@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.config import Train
+from opd.doctor.examine import examined
 from opd.doctor.findings import Finding, Level
-from opd.loop import examined
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session

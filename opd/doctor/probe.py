@@ -1,7 +1,7 @@
 """What the doctor looks at, and in which order: a check is a function of a probe that yields findings."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
@@ -11,18 +11,10 @@ from opd.collect import Rendered
 from opd.config import Train
 from opd.method import Method
 from opd.session import Session
-from opd.types import Batch, Rollout
+from opd.steps import REHEARSED, Loop, Rehearsal
+from opd.types import Rollout
 
 ROLLOUTS = 16  # sampled; no more than a step samples
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """A step that updated nothing: the student's rollouts with every column of them, and its seconds by phase."""
-
-    rollouts: list[Rollout]
-    batch: Batch
-    seconds: Mapping[str, float]  # rollout, measure, update
 
 
 @dataclass(frozen=True)
@@ -56,17 +48,15 @@ def prompts(probe: Probe) -> list[Rendered]:
     return out
 
 
-def rehearsed(
-    probe: Probe, rehearse: Callable[[list[Rendered]], Rehearsal], measure: Callable[[list[Rollout]], Batch]
-) -> Looked:
+def rehearsed(probe: Probe, loop: Loop) -> Looked:
     """The rollouts, and what the teacher would say of them after its other prompt."""
     start = time.perf_counter()
-    found = rehearse(prompts(probe))
+    found = loop.rehearse(prompts(probe))
     swapped = [replace(r, teacher_prompt_ids=_other(probe, r)) for r in found.rollouts]
     same = probe.config.told() or [r.teacher_prompt_ids for r in swapped] == [
         r.teacher_prompt_ids for r in found.rollouts
     ]
-    other = None if same else measure(swapped).teacher_logp
+    other = None if same else loop.measure(swapped, REHEARSED).teacher_logp
     return Looked(probe, found, other, time.perf_counter() - start)
 
 
