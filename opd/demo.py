@@ -120,7 +120,7 @@ def supervised(config: Train, folder: Path) -> Path:
     )
     for step in range(1, config.steps + 1):
         rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
-        asked = [prompts.render(text, p, chat_template_kwargs={}, system="") for p in rows]
+        asked = [prompts.render(text, p, chat_template_kwargs={}) for p in rows]
         gold = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in rows]
         ids = [torch.tensor([*a, *g]) for a, g in zip(asked, gold, strict=True)]
         labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(asked, gold, strict=True)]

@@ -179,7 +179,7 @@ def evaluate(config: Evaluate) -> Scores:
         model = models.load(source, field="model", dtype=DTYPES[config.precision], device=device)
     models.small_threads(model)
     arguments = prompts.template_arguments(config.data.template_args)
-    ids = [prompts.render(text, p, chat_template_kwargs=arguments, system="") for p in task.prompts]
+    ids = [prompts.render(text, p, chat_template_kwargs=arguments) for p in task.prompts]
     context = models.base(model).config.get_text_config().max_position_embeddings
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context:

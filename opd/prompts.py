@@ -26,20 +26,18 @@ def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizer
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any], system: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """A prompt's token ids as this model reads it, ready for its answer; never two BOS, never a closing EOS.
 
     Messages go through the model's own chat template; without one, their contents joined by blank lines are its plain
-    text.  A text without messages is used as it is.  `system` is for rows that bring no system turn of their own.
+    text.  A text without messages is used as it is.
     """
     if prompt.messages:
-        turns = _turns(prompt.messages, system)
+        turns = _turns(prompt.messages)
         if tokenizer.chat_template:
             return _ids(tokenizer, _templated(tokenizer, turns, chat_template_kwargs), special=False)
         text = "\n\n".join(turn["content"] for turn in turns)
-    elif system:
-        raise Refusal(f"system: {short(system)} has no place in a plain-text row: give `messages`, or no system prompt")
     else:
         text = prompt.text
     if chat_template_kwargs:
@@ -71,7 +69,7 @@ def begun(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """A prompt's ids with the beginning of its answer, ready for the rest."""
-    ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs, system="")
+    ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
     return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
 
 
@@ -109,8 +107,8 @@ def _reads(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
-def _turns(messages: tuple[Mapping[str, str], ...], system: str) -> list[dict[str, str]]:
-    """Chat turns checked and, where the row has no system turn, headed by `system`."""
+def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
+    """Chat turns, checked."""
     for i, turn in enumerate(messages):
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise Refusal(f"messages[{i}]: {short(dict(turn))} needs a `role` and a `content`, both text")
@@ -119,8 +117,7 @@ def _turns(messages: tuple[Mapping[str, str], ...], system: str) -> list[dict[st
             "messages: the last turn is the assistant's, which shows the model an answer instead of asking for one: "
             "take that turn off (keep it in the `response` column if a method needs it)"
         )
-    head = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
-    return head + [dict(turn) for turn in messages]
+    return [dict(turn) for turn in messages]
 
 
 def _templated(

@@ -70,7 +70,7 @@ class Prompts:
     def reads(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's ids for the student."""
         arguments = prompts.template_arguments(self.config.data.template_args)
-        return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments, system="")
+        return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
 
     def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
         """The prompt's ids for a teacher, in its own template, with what it alone may know."""
@@ -78,7 +78,7 @@ class Prompts:
         if context:
             prompt = prompts.with_context(prompt, context, self.config.context_template)
         arguments = prompts.known(text, prompts.template_arguments(self.config.data.template_args))
-        return prompts.render(text, prompt, chat_template_kwargs=arguments, system="")
+        return prompts.render(text, prompt, chat_template_kwargs=arguments)
 
     def _context(self, row: int) -> str:
         prompt, name = self.task.prompts[row], self.config.told()

@@ -343,7 +343,7 @@ def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
 def _read(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
     """What a model reads of a conversation, as text and ids; the reason and no ids where its template refuses."""
     try:
-        ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={}, system="")
+        ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={})
     except Refusal as refusal:
         return f"(refused: {refusal})", ()
     return str(tokenizer.decode(list(ids))), ids

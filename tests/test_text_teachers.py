@@ -264,7 +264,7 @@ def audited(text):
     rollouts = []
     for i, q in enumerate(questions(4)):
         ids = text(q.prompt.response, add_special_tokens=False)["input_ids"][: 12 + 6 * i]
-        own = prompts.render(text, q.prompt, chat_template_kwargs={}, system="")
+        own = prompts.render(text, q.prompt, chat_template_kwargs={})
         one = {"index": i, "group": i, "stopped": False, "prompt": q.prompt}
         rollouts.append(
             Rollout(prompt_ids=own, teacher_prompt_ids=own, ids=tuple(ids), sampler_logp=(0.0,) * len(ids), **one)

@@ -89,8 +89,8 @@ def ask(*turns: str) -> Prompt:
     return Prompt(messages=tuple(dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns))
 
 
-def read(tokenizer, prompt: Prompt, system: str = "", **template) -> str:
-    return tokenizer.decode(prompts.render(tokenizer, prompt, chat_template_kwargs=template, system=system))
+def read(tokenizer, prompt: Prompt, **template) -> str:
+    return tokenizer.decode(prompts.render(tokenizer, prompt, chat_template_kwargs=template))
 
 
 # The vocabulary
@@ -298,7 +298,7 @@ def test_one_text_in_other_ids_is_shown_token_by_token():
 def test_messages_go_through_the_models_own_template():
     tokenizer = with_bos()  # would add a second BOS
     prompt = ask("user: What is 2?", "assistant: two", "user: and 3?")
-    ids = prompts.render(tokenizer, prompt, chat_template_kwargs={}, system="")
+    ids = prompts.render(tokenizer, prompt, chat_template_kwargs={})
     assert tokenizer.decode(ids) == "<bos><user>What is 2?<end><assistant>two<end><user>and 3?<end><assistant>"
     theirs = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
     assert list(ids) == theirs["input_ids"]
@@ -306,14 +306,10 @@ def test_messages_go_through_the_models_own_template():
     assert all(type(i) is int for i in ids)
 
 
-def test_template_arguments_and_system_prompt():
-    tokenizer = byte_level()
-    asked = ask("user: 2?")
+def test_template_arguments():
+    tokenizer, asked = byte_level(), ask("user: 2?")
     assert read(tokenizer, asked, enable_thinking=False).endswith("<assistant><think></think>")
     assert read(tokenizer, asked, enable_thinking=True).endswith("<assistant>")
-    assert read(tokenizer, asked, system="Be brief.") == "<bos><system>Be brief.<end><user>2?<end><assistant>"
-    own = ask("system: Be long.", "user: 2?")
-    assert read(tokenizer, own, system="Be brief.") == "<bos><system>Be long.<end><user>2?<end><assistant>"
 
 
 def test_a_template_decides_about_bos_and_eos():
@@ -329,7 +325,7 @@ def test_a_template_that_writes_bos_twice_is_read_once():
 def test_without_template_messages_are_their_text():
     base = with_bos(chat_template=None)
     assert read(base, ask("user: What is 2?")) == "<bos>What is 2?"
-    assert read(base, ask("user: What is 2?"), system="Be brief.") == "<bos>Be brief.\n\nWhat is 2?"
+    assert read(base, ask("system: Be brief.", "user: What is 2?")) == "<bos>Be brief.\n\nWhat is 2?"
 
 
 def test_text_is_used_as_it_is():
@@ -342,27 +338,26 @@ def test_text_is_used_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "system", "template", "said"),
+    ("prompt", "template", "said"),
     [
-        (Prompt(), "", {}, "prompt: neither messages nor text that gives a token: name the column"),
-        (Prompt(text="2?"), "Be brief.", {}, "system: 'Be brief.' has no place in a plain-text row"),
-        (Prompt(text="2?"), "", {"enable_thinking": False}, "a plain-text row uses none; drop it"),
-        (ask("user: 2?"), "", {"enable_thinkng": False}, "enable_thinkng: .* never reads it.*correct the name"),
-        (ask("user: 2?", "assistant: 2"), "", {}, "the last turn is the assistant's"),
-        (ask("user: 2?"), "", {"messages": ()}, "refuses turns .user.: TypeError"),
-        (Prompt(messages=({"role": "user"},)), "", {}, r"messages\[0\]: {'role': 'user'} needs a `role` and a `con"),
-        (Prompt(messages=({"role": "user", "content": None},)), "", {}, r"messages\[0\]: .* both text"),
+        (Prompt(), {}, "prompt: neither messages nor text that gives a token: name the column"),
+        (Prompt(text="2?"), {"enable_thinking": False}, "a plain-text row uses none; drop it"),
+        (ask("user: 2?"), {"enable_thinkng": False}, "enable_thinkng: .* never reads it.*correct the name"),
+        (ask("user: 2?", "assistant: 2"), {}, "the last turn is the assistant's"),
+        (ask("user: 2?"), {"messages": ()}, "refuses turns .user.: TypeError"),
+        (Prompt(messages=({"role": "user"},)), {}, r"messages\[0\]: {'role': 'user'} needs a `role` and a `con"),
+        (Prompt(messages=({"role": "user", "content": None},)), {}, r"messages\[0\]: .* both text"),
     ],
 )
-def test_prompts_that_cannot_be_rendered_are_refused(prompt, system, template, said):
+def test_prompts_that_cannot_be_rendered_are_refused(prompt, template, said):
     with pytest.raises(Refusal, match=said) as refusal:
-        prompts.render(byte_level(), prompt, chat_template_kwargs=template, system=system)
+        prompts.render(byte_level(), prompt, chat_template_kwargs=template)
     assert "\n" not in str(refusal.value)
 
 
 def test_what_a_template_refuses_is_said_in_one_line():
     with pytest.raises(Refusal, match=r"refuses turns \(system, user\): TemplateError: no system turns: ") as refusal:
-        read(byte_level(chat_template=STRICT), ask("user: 2?"), system="Be brief.")
+        read(byte_level(chat_template=STRICT), ask("system: Be brief.", "user: 2?"))
     assert "\n" not in str(refusal.value)
     with pytest.raises(Refusal, match="multiple chat templates with no default"):
         read(byte_level(chat_template={"rag": CHAT, "tool_use": CHAT}), ask("user: 2?"))
