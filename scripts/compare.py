@@ -1,9 +1,11 @@
 """Every method on the embedded pair at one budget: `python scripts/compare.py --out outputs/compare`.
 
 Each trains by its embedded preset from the same start, on the same prompts, and is judged on the same held-out ones;
-what is there already is not run again.  The table is for `docs/choosing.md`.
+what is there already is not run again.  The table is for `docs/choosing.md`.  With `--served` the teacher is an
+`opd serve` in a process of its own: a server of log-probs, or of texts for the methods that ask for them.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from soak import serving
 
 from opd.methods import METHODS
 
@@ -30,22 +33,26 @@ class Compare:
     batch: int = 32
     problems: int = 256
     """Held-out problems, greedy."""
+    served: bool = False
+    """Whether the teacher answers from another process."""
 
 
 def main(config: Compare) -> None:
     """Run what is missing, print the table."""
-    rows = []
-    for name in config.methods:
-        for seed in range(config.seeds):
-            folder = config.out / f"{name}-{seed}"
-            if not (folder / "checkpoints" / f"step-{config.steps:06d}").is_dir():
-                _train(config, name, seed, folder)
-            rows.append(_row(name, seed, folder))
-            print(rows[-1], flush=True)
+    server = serving("embedded:teacher", "--name", "teacher") if config.served else contextlib.nullcontext(("", None))
+    with server as (url, _):
+        for name in config.methods:
+            for seed in range(config.seeds):
+                folder = config.out / f"{name}-{seed}"
+                if not (folder / "checkpoints" / f"step-{config.steps:06d}").is_dir():
+                    _train(config, name, seed, folder, url)
+                print(_row(name, seed, folder), flush=True)
 
 
-def _train(config: Compare, name: str, seed: int, folder: Path) -> None:
-    teacher = [] if METHODS[name]().teacher else ["--teacher", "embedded:teacher"]
+def _train(config: Compare, name: str, seed: int, folder: Path, url: str) -> None:
+    method = METHODS[name]()
+    there = f"openai:teacher@{url}/v1" if method.asks else url
+    teacher = [] if method.teacher else ["--teacher", there if url else "embedded:teacher"]
     size = f"--steps {config.steps} --batch {config.batch} --eval-every {config.steps} --eval-limit {config.problems}"
     rocks = []
     if name == "rock-freeze":
@@ -73,7 +80,8 @@ def _row(name: str, seed: int, folder: Path) -> str:
     spent = [json.loads(line) for line in (folder / "perf.jsonl").read_text().splitlines()]
     seconds = sum(row["seconds"] for row in spent if "evaluate_s" not in row)
     right = f"{100 * last['eval_accuracy']:.1f} % [{100 * last['eval_low']:.1f}, {100 * last['eval_high']:.1f}]"
-    kl = f"{first['eval_reverse_kl']:.3f} | {last['eval_reverse_kl']:.3f}"
+    of = "log_ratio" if "eval_log_ratio" in last else "reverse_kl"  # what a server of some log-probs tells
+    kl = " | ".join(f"{row[f'eval_{of}']:.3f}" if f"eval_{of}" in row else "" for row in (first, last))
     return f"| `{name}` | {seed} | {right} | {kl} | {last['eval_length']:.0f} | {seconds:.0f} |"
 
 
