@@ -25,7 +25,7 @@ from opd.estimators import Sampled, Value
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target, Term
 from opd.methods import METHODS
 from opd.metrics import weighting
-from opd.report.logs import lines
+from opd.report.logs import lines, saved_at
 from opd.rewards import LogRatio, One, ReverseKLPlus
 from opd.rollouts import OnPolicy
 from opd.types import Batch, Refusal
@@ -111,7 +111,7 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
     """Ask each method about the rollouts of a run, and compare it with the run's own."""
     if config.tokens < 0:
         raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
-    path = saved(config.run, config.step)
+    step, path = saved_at(config.run, config.step, "config.json")
     rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
     written = str(json.loads((config.run / "config.json").read_text())["method"])
     batch, terms = batch_of(columns), own_targets(columns)
@@ -137,23 +137,7 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
         kept = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
         note = written_by(methods[name]) if name in methods else ""
         out[name] = Verdict(int(kept.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
-    return Rescored(str(config.run), step_of(path), len(rows), int(batch.mask.sum()), beside, out)
-
-
-def saved(run: Path, step: int) -> Path:
-    """The rollouts of a step, the newest for 0, without the suffix."""
-    paths = sorted((run / "rollouts").glob("step-*.safetensors"))
-    if not paths or not (run / "config.json").is_file():
-        raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
-    if step and step not in map(step_of, paths):
-        there = ", ".join(str(step_of(p)) for p in paths)
-        raise Refusal(f"--step {step}: rollouts were saved at {there}; --rollouts-every sets that")
-    return (run / f"rollouts/step-{step:06d}" if step else paths[-1]).with_suffix("")
-
-
-def step_of(path: Path) -> int:
-    """The step that a file of rollouts is named after."""
-    return int(path.stem.removeprefix("step-"))
+    return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, out)
 
 
 def batch_of(columns: Mapping[str, Tensor]) -> Batch:

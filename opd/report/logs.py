@@ -33,8 +33,7 @@ class Log:
 
     def saved(self) -> list[int]:
         """The steps that saved their rollouts."""
-        files = sorted((self.folder / "rollouts").glob("step-*.safetensors"))
-        return [int(path.stem.removeprefix("step-")) for path in files]
+        return list(saved(self.folder))
 
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Those of some columns that were saved; the alternatives beside them are large."""
@@ -64,8 +63,29 @@ def read(folder: Path) -> Log:
         steps=tuple(r for r in rows if "loss" in r),
         evaluations=tuple(r for r in rows if "loss" not in r),
         perf=tuple(lines(folder / "perf.jsonl")),
-        prompts={int(p.stem.removeprefix("step-")): {r["prompt"]: r for r in lines(p)} for p in evals},
+        prompts={step_of(p): {r["prompt"]: r for r in lines(p)} for p in evals},
     )
+
+
+def step_of(path: Path) -> int:
+    """The step that a file is named after."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def saved(run: Path) -> dict[int, Path]:
+    """The saved rollouts of a run folder by their steps, without the suffix."""
+    return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"))}
+
+
+def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
+    """The rollouts of a step, the newest for 0; `needed` are other files that the run folder must have."""
+    found = saved(run)
+    if not found or not all((run / name).is_file() for name in needed):
+        raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
+    step = step or list(found)[-1]
+    if step not in found:
+        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, found))}; --rollouts-every sets that")
+    return step, found[step]
 
 
 def lines(path: Path) -> list[Row]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.occurrences import Corpus
-from opd.report.logs import lines
+from opd.report.logs import lines, saved_at
 from opd.report.page import write
 from opd.types import Refusal
 
@@ -43,14 +43,7 @@ class Inspect:
 
 def inspect(config: Inspect) -> Path:
     """Read the rollouts, write the page; returns its path."""
-    folder = config.run / "rollouts"
-    steps = [int(p.stem.removeprefix("step-")) for p in sorted(folder.glob("step-*.safetensors"))]
-    if not steps:
-        raise Refusal(f"RUN {config.run}: no saved rollouts in it; name the --out folder of an `opd train`")
-    step = config.step or steps[-1]
-    if step not in steps:
-        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, steps))}; --rollouts-every sets that")
-    path = folder / f"step-{step:06d}"
+    step, path = saved_at(config.run, config.step)
     rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
     texts = path.with_suffix(".tokens.json")
     if not texts.is_file():
