@@ -120,8 +120,12 @@ class PolicyGradient:
         return not self.transforms and reads(self.surrogate) <= GIVEN
 
     def corrected(self) -> bool:
-        """Whether older weights may have written the tokens: there is a ratio to them, or only a likelihood."""
-        return not self.needs() or any("sampler_logp" in reads(leaf) for leaf in self.column_leaves())
+        """Whether older weights may have written the tokens: there is a ratio to them, or only a likelihood of data.
+
+        What a judge or a teacher's texts pay is a reward, not a likelihood.
+        """
+        read = frozenset().union(*map(reads, self.column_leaves()))
+        return "sampler_logp" in read or not (self.needs() or self.transforms or read & ASKED)
 
     def needs(self) -> frozenset[str]:
         """What a teacher must tell: log q of the sampled token, its whole distribution, or nothing."""

@@ -22,10 +22,10 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """Every sequence counts the same.  GRPO, arXiv:2402.03300."""
+    """Every sequence counts the same, one without a trained token not at all.  GRPO, arXiv:2402.03300."""
 
     def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.any(1).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd import background, draws
 from opd.draws import Drawn
+from opd.engines.vllm import Speaker
 from opd.exact import World, measure
 from opd.method import Positions
 from opd.methods import METHODS
@@ -30,7 +31,9 @@ from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, pr
 from opd.runs import Run
 from opd.session import open_session
 from opd.steps import Loop
+from opd.surrogates import TruncatedRatio
 from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.weights import TruncatedImportance
 from tests.models_for_tests import tiny
 
 close = torch.testing.assert_close
@@ -305,6 +308,21 @@ def test_policy_gradients_without_a_ratio_are_warned_of(pair, tmp_path):
     assert any("--importance-cap" in line for line in told())
     assert not told(importance_cap=2.0)
     assert not told(method=METHODS["opd-full"]()) and not told(method=METHODS["gkd"]())
+    likelihood = METHODS["npd"]().terms[0]
+    assert likelihood.corrected() and not told(method=replace(METHODS["opd"](), terms=(likelihood,)))
+
+
+@pytest.mark.parametrize("name", ["ropd", "rubricem", "omniopd"])
+def test_what_a_judge_pays_is_no_likelihood(pair, tmp_path, name):
+    """A reward on tokens that other weights drew: warned of, weighed by the cap, also where another engine writes."""
+    method = METHODS[name](reflections=0) if name == "rubricem" else METHODS[name]()
+    told = lambda **changes: config(pair, tmp_path, method=method, **changes)
+    assert any("--importance-cap" in line for line in told(staleness=2).warnings())
+    capped = told(staleness=2, importance_cap=1.5)
+    assert not any("--importance-cap" in line for line in capped.warnings())
+    for run, cap in ((capped, 1.5), (told(speaker=Speaker(engine="vllm")), 2.0)):
+        paid = run.resolved().terms[0]
+        assert paid.surrogate == TruncatedRatio(cap) or TruncatedImportance(cap) in paid.weights
 
 
 def test_draws_of_a_checkpoint_come_back(tmp_path):

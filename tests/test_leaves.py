@@ -342,6 +342,7 @@ def test_whitening_equal_scores_gives_zeros():
 def test_reductions():
     close(TokenMean()(MASK), MASK / 4)
     close(SequenceMean()(MASK), MASK * tensor([[1 / 6], [1 / 2]]))
+    close(SequenceMean()(MASK & tensor([[1], [0]]).bool()), MASK * tensor([[1 / 3], [0]]))  # a filter took one out
     close(Constant(10)(MASK), MASK / 20)
     for reduction in (TokenMean(), SequenceMean(), Constant(10)):
         close(reduction(MASK & False), torch.zeros(2, 4))
