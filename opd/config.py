@@ -17,7 +17,7 @@ from opd.rollouts import Mixture, OnPolicy, Snapshot, TeacherPrefix, listens
 from opd.surrogates import Reinforce, TruncatedRatio
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import DATA, Column, Refusal, Sampling, StopToken, Truncated
+from opd.types import DATA, Column, Refusal, Sampling, StopToken, Truncated, positive
 from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
 
 Precision = Literal["fp32", "bf16"]
@@ -202,20 +202,9 @@ class Train:
         self._check_teachers()
         self._check_worker()
         self._check_engine()
-        positive = (
-            "steps",
-            "batch",
-            "lr",
-            "lora_alpha",
-            "micro_batch_tokens",
-            "chunk_mb",
-            "decode_rows",
-            "eval_every",
-            "eval_limit",
-        )
-        for name in (*positive, "save_every", "keep", "rollouts_every", "loss_temperature", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        positive(self, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
+        positive(self, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
+        positive(self, "loss_temperature", "max_grad_norm")
         positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates")
         for name in (*positive_or_0, "staleness", "importance_cap"):
             if not getattr(self, name) >= 0:

@@ -19,7 +19,7 @@ from opd.tasks import sets
 from opd.tasks.answers import marked, plain, said, spoken
 from opd.tasks.load import load
 from opd.tasks.task import Task
-from opd.types import Prompt, Refusal
+from opd.types import Prompt, Refusal, at_least
 
 DRAWS = 4000  # of a bootstrap
 
@@ -158,9 +158,7 @@ def _powers(k: int) -> list[int]:
 
 def evaluate(config: Evaluate) -> Scores:
     """Sample, verify, count.  Raises Refusal for what the user can mend."""
-    for name, least in (("samples", 0), ("decode_rows", 1)):
-        if getattr(config, name) < least:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    at_least(config, samples=0, decode_rows=1)
     config.sampling.check()
     own = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
     config = replace(config, samples=config.samples or own)

@@ -20,7 +20,7 @@ from opd.estimators import Several, mean
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.noise import uniform
 from opd.rollouts import Mixture, OnPolicy
-from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch, Refusal
+from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch, Refusal, at_least
 
 
 @torch.no_grad()
@@ -296,9 +296,7 @@ class Size:
 
     def world(self) -> World:
         """The world itself; raises Refusal for one that cannot be enumerated."""
-        for name, least in (("vocab", 2), ("length", 1), ("seed", 0)):
-            if (value := getattr(self, name)) < least:
-                raise Refusal(f"--{name} {value}: must be at least {least}")
+        at_least(self, vocab=2, length=1, seed=0)
         if not 0 < self.mismatch < math.inf:
             raise Refusal(f"--mismatch {self.mismatch}: must be above 0, or there is no gradient to estimate")
         if self.length * math.log(self.vocab) > math.log(4096):

@@ -29,7 +29,7 @@ from opd.session import open_session
 from opd.steps import Loop
 from opd.student import Student, final_states, micro_batches, rows
 from opd.tasks.task import Data
-from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.types import Batch, Refusal, Rollout, Sampling, at_least
 
 SHOWN = 20  # types on the terminal
 
@@ -108,9 +108,7 @@ class Rock:
 
     def check(self) -> None:
         """Refuse what cannot work before anything loads."""
-        for name in ("rollouts", "top", "min_count", "micro_batch_tokens", "decode_rows"):
-            if getattr(self, name) < 1:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        at_least(self, rollouts=1, top=1, min_count=1, micro_batch_tokens=1, decode_rows=1)
         self.sampling.check()
         self.consistency.check()
         for path in self.files():

@@ -24,6 +24,20 @@ class Refusal(ValueError):
     """What the user asked cannot be done: one line naming the field, the value, why, and what to do."""
 
 
+def positive(settings: object, *names: str) -> None:
+    """Refuse those of some settings that are not above 0."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")
+
+
+def at_least(settings: object, **least: int) -> None:
+    """Refuse settings below the least that each may be."""
+    for name, bound in least.items():
+        if not getattr(settings, name) >= bound:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {bound}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One question: chat turns or plain text, the expected answer, and the other columns of its row."""
@@ -60,8 +74,7 @@ class Sampling:
             raise Refusal(f"--top-p {self.top_p}: a probability mass in (0, 1]")
         if self.top_k < 0:
             raise Refusal(f"--top-k {self.top_k}: a number of tokens, or 0 for the whole vocabulary")
-        if self.max_new_tokens < 1:
-            raise Refusal(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        at_least(self, max_new_tokens=1)
 
 
 @dataclass(frozen=True)

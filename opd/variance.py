@@ -43,7 +43,7 @@ from opd.rollouts import OnPolicy
 from opd.session import open_session
 from opd.student import Rows, Student, final_states, rows
 from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
+from opd.types import Refusal, Sampling, at_least
 from opd.vocabulary import Head, Hidden, Vocabulary, blocks
 
 ROUNDING = 1e-4  # of a gradient in the logits: nearer means are one and the same
@@ -76,9 +76,7 @@ class Variance:
 
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
-        for name, least in (("rollouts", 6), ("directions", 1), ("chunk_mb", 1)):
-            if (value := getattr(self, name)) < least:
-                raise Refusal(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        at_least(self, rollouts=6, directions=1, chunk_mb=1)
         s = self.sampling
         s.check()
         if (s.temperature, s.top_p, s.top_k) != (1, 1, 0):
