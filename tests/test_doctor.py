@@ -241,6 +241,12 @@ FAULTS: dict[str, tuple[str, str, Callable]] = {
             "prompts": rows(root, RIGHT), "data": Data(verifier="none"), "method": METHODS["scope"](),
         },
     ),
+    "peers without a verifier": (
+        "error", "method",
+        lambda root, patch: {
+            "prompts": rows(root, RIGHT), "data": Data(verifier="none"), "method": METHODS["sdpo"](), "teacher": "",
+        },
+    ),
     "groups of one": ("warning", "method", lambda root, patch: {"method": METHODS["scope"](per_prompt=1)}),
     "data without responses": (
         "error", "method",

@@ -44,12 +44,14 @@ def compatible(probe: Probe) -> Iterator[Finding]:
             why="a column would be missing in the first step",
             do="load that teacher here, serve it by `opd serve`, or take a method that needs less",
         )
-    if "outcome" in method.reads() and not task.scored:
+    peers = probe.config.told() == "peer"
+    if (peers or "outcome" in method.reads()) and not task.scored:
         yield Finding(
             check="method",
             level=Level.ERROR,
-            what=f"the method reads outcomes, and nothing scores responses to {task.name}",
-            why="every outcome is 0, so its weights are constants",
+            what=("the teacher is told right responses" if peers else "the method reads outcomes")
+            + f", and nothing scores responses to {task.name}",
+            why="every outcome is 0, so " + ("no rollout is trained" if peers else "its weights are constants"),
             do="give the prompts answers and a --verifier, or take another method",
         )
     if "group" in method.reads() and method.rollouts.per_prompt < 2:
