@@ -9,7 +9,6 @@ import torch
 import tyro
 
 from opd.engines.vllm import Speaker
-from opd.estimators import Full, Sampled
 from opd.method import Method, PolicyGradient, Term
 from opd.methods import METHODS
 from opd.questions import Grade, Stages
@@ -191,9 +190,9 @@ class Train:
     def _weighed(self, term: Term) -> Term:
         """A term with --importance-cap, where it is a policy gradient without a ratio to who wrote its tokens."""
         cap = self.importance_cap or (0.0 if self.speaker.engine == "hf" else 2.0)
-        if not cap or not isinstance(term, PolicyGradient) or term.corrected() or term.estimator == Full():
+        if not cap or not isinstance(term, PolicyGradient) or term.corrected():
             return term
-        if term.surrogate == Reinforce() and term.estimator == Sampled():
+        if term.surrogate == Reinforce():
             return replace(term, surrogate=TruncatedRatio(cap))
         return replace(term, weights=(*term.weights, TruncatedImportance(cap)))
 

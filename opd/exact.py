@@ -143,13 +143,12 @@ def slopes(method: Method, at: Positions) -> Slopes:
         if term.baseline is not None:
             f = f - term.baseline(term.reward, logp, other, exact)[..., None]
         f = f.where(p > 0, 0)
-        if exact is None:
-            with torch.enable_grad():
-                loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # every token as the sampled one
-            drawn = drawn + term.coef * torch.autograd.grad(loss, live)[0].where(p > 0, 0)
-        else:
-            always = always - term.coef * (p * f).where(exact, 0)
-            drawn = drawn - term.coef * f.where(~exact, 0)
+        with torch.enable_grad():
+            loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # every token as the sampled one
+        slope = term.coef * torch.autograd.grad(loss, live)[0].where(p > 0, 0)
+        if exact is not None:
+            always, slope = always - term.coef * (p * f).where(exact, 0), slope.where(~exact, 0)
+        drawn = drawn + slope
     return Slopes(always, drawn)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd.against import Against, Extrapolated, Teacher, models
 from opd.divergences import BucketForwardKL, BucketKL, Divergence, GeneralisedKL, RenormalisedKL, ReverseKL, Support
-from opd.estimators import Baseline, Estimator, Sampled, Several, Stratified, TopKValue
+from opd.estimators import Baseline, Estimator, Full, Sampled, Several, Stratified, TopKValue
 from opd.questions import Question
 from opd.representation import Bridge, distance
 from opd.rewards import LogRatio, One, Reward
@@ -87,13 +87,14 @@ class PolicyGradient:
     against: Against = Teacher()
 
     def __post_init__(self) -> None:
-        drawn = self.estimator == Several() and reads(self.surrogate) <= {"sampler_logp"}  # it may have a ratio to them
-        if self.estimator != Sampled() and (self.transforms or not (drawn or self.surrogate == Reinforce())):
+        drawn = isinstance(self.estimator, Several | Stratified)  # a ratio to whoever drew may weigh those tokens
+        ratio = drawn and reads(self.surrogate) <= {"sampler_logp"}
+        if self.estimator != Sampled() and (self.transforms or not (ratio or self.surrogate == Reinforce())):
             raise ValueError(
                 f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
                 f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
             )
-        if self.estimator == Several() and (own := [w for w in self.weights if reads(w) & SAMPLED]):
+        if drawn and (own := [w for w in self.weights if reads(w) & SAMPLED]):
             raise ValueError(f"{own} would weigh all the tokens that {self.estimator} looks at by the response's own")
         if self.baseline is not None and any(isinstance(x, Discount | MeanFuture) for x in self.transforms):
             raise ValueError(
@@ -120,12 +121,13 @@ class PolicyGradient:
         return not self.transforms and reads(self.surrogate) <= GIVEN
 
     def corrected(self) -> bool:
-        """Whether older weights may have written the tokens: there is a ratio to them, or only a likelihood of data.
+        """Whether others may have drawn the tokens: a ratio to them, nothing that is sampled, or a likelihood of data.
 
         What a judge or a teacher's texts pay is a reward, not a likelihood.
         """
         read = frozenset().union(*map(reads, self.column_leaves()))
-        return "sampler_logp" in read or not (self.needs() or self.transforms or read & ASKED)
+        likelihood = not (self.needs() or self.transforms or read & ASKED)
+        return "sampler_logp" in read or self.estimator == Full() or likelihood
 
     def needs(self) -> frozenset[str]:
         """What a teacher must tell: log q of the sampled token, its whole distribution, or nothing."""
@@ -177,9 +179,9 @@ class PolicyGradient:
             f = self.reward(at.student_logp, other)
             if self.baseline is not None:
                 f = f - self.baseline(self.reward, at.student_logp, other, exact)[..., None]
-            drawn = torch.zeros_like(exact).scatter(-1, at.ids[..., None], True) & ~exact
-            coefficient = torch.where(exact & (p > 0), p * f, 0) + f.where(drawn, 0)
-        return -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
+            coefficient, beside = torch.where(exact & (p > 0), p * f, 0), at.sampled(f.where(~exact, 0))
+        summed = -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
+        return summed + self.sampled_loss(at.sampled(at.student_logp), beside, target)
 
     def _several_loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
         """The mean of the surrogate over all tokens drawn."""

@@ -26,7 +26,8 @@ from opd.engines.server import VLLMServer
 from opd.engines.transfer import Update, weights
 from opd.engines.vllm import Speaker, VLLMEngine, parameters, requests, sample
 from opd.estimators import Full, Stratified
-from opd.method import PolicyGradient
+from opd.exact import measure
+from opd.method import PolicyGradient, Positions
 from opd.methods import METHODS
 from opd.metrics import mismatch
 from opd.models import EMBEDDED, Source
@@ -248,12 +249,36 @@ def test_policy_gradients_are_weighed_where_another_engine_writes():
     assert told(METHODS["opd"](), importance_cap=5.0).terms[0].surrogate == TruncatedRatio(5.0)
     assert told(METHODS["opd-full"]()) == METHODS["opd-full"]()  # a divergence draws nothing
     stratified = PolicyGradient(estimator=Stratified(4))
-    assert told(opd.method.Method((stratified,))).terms[0].weights == (TruncatedImportance(2.0),)
-    assert told(opd.method.Method((PolicyGradient(estimator=Full()),))).terms[0].weights == ()
+    assert told(opd.method.Method((stratified,))).terms[0] == replace(stratified, surrogate=TruncatedRatio(2.0))
+    full = PolicyGradient(estimator=Full())
+    assert told(opd.method.Method((full,))).terms[0] == full
     ratio = PolicyGradient(surrogate=Clipped())
     assert told(opd.method.Method((ratio,))).terms[0] == replace(ratio, weights=(TruncatedImportance(2.0),))
     own = PolicyGradient(weights=(TruncatedImportance(3.0),))
     assert told(opd.method.Method((own,))).terms[0] == own
+
+
+@pytest.mark.parametrize("cap", [1.25, math.inf])
+@pytest.mark.parametrize("k", [0, 2, 6])
+def test_what_is_summed_exactly_has_no_ratio(float64, k, cap):
+    """All draws of two tokens by another engine: the top k at their full weight, the rest at min(p, cap mu)."""
+    p, mu = torch.randn(2, 6)
+    p.requires_grad_()
+    teacher = torch.randn(6)
+    method, total = told(opd.method.Method((PolicyGradient(estimator=Stratified(k)),)), importance_cap=cap), 0
+    for y in range(6):
+        at = Positions(torch.tensor([[y]]), p.log_softmax(-1)[None, None], teacher.log_softmax(-1)[None, None])
+        drew = mu.log_softmax(-1)[None, [y]]
+        total = total + drew.exp() * method.loss(at, method.prepare(measure(method, at, sampler_logp=drew)))
+    (found,) = torch.autograd.grad(total.sum(), p)
+    logp, probability = p.log_softmax(-1), p.softmax(-1).detach()
+    weight = probability.minimum(cap * mu.softmax(-1))
+    weight[probability.topk(k).indices] = probability[probability.topk(k).indices]
+    (wanted,) = torch.autograd.grad((weight * (logp - teacher.log_softmax(-1)).detach() * logp).sum(), p)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    if cap == math.inf or k == 6:
+        (exact,) = torch.autograd.grad((p.softmax(-1) * (p.log_softmax(-1) - teacher.log_softmax(-1))).sum(), p)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cap", [1.5, math.inf])
