@@ -16,7 +16,7 @@ from opd.questions import Continue, Grade, Question, Stages
 from opd.rubrics import Buffer, Criterion, Marks, added, kept, stage_scores
 from opd.runs import digest
 from opd.tasks.answers import spoken
-from opd.teachers.text import Begun, TextTeacher, needed
+from opd.teachers.text import Begun, How, TextTeacher, needed
 from opd.types import Batch, Prompt, Refusal, Rollout, pad
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _references(
     for name, teacher in teachers.items() if count else ():
         here = [key for key, r in own.items() if r.teacher == name]
         asked = [own[key].prompt for key in here]
-        found = teacher.chat(asked, n=count, max_tokens=most, seed=seed, temperature=temperature)
+        found = teacher.chat(asked, How(count, most, temperature, "--max-new-tokens"), seed)
         out |= dict(zip(here, found, strict=True))
     return out
 

@@ -40,9 +40,10 @@ from opd.teachers.stages import (
 from opd.teachers.text import Gate
 from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
+from scripts.grader import Grader
 from tests.models_for_tests import started
 from tests.test_server import Proxy
-from tests.test_text_teachers import QUICK, Grader, endpoint, lines
+from tests.test_text_teachers import QUICK, endpoint, lines
 from tests.test_tokens import byte_level
 
 close = torch.testing.assert_close

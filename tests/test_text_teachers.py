@@ -1,11 +1,14 @@
 """Teachers and judges that only write: numbers by hand, real server processes, and what happens when they fail."""
 
-import http.server
 import json
 import math
 import re
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,10 +29,11 @@ from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
-from opd.teachers.text import ON, Begun, Endpoint, Gate, Local, TextTeacher
+from opd.teachers.text import ON, Begun, Endpoint, Gate, How, Local, TextTeacher, beside
 from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Audited, Posterior, Unaudited
+from scripts.grader import Grader, Scripted
 from tests.models_for_tests import tiny
 from tests.test_server import Proxy, serving
 
@@ -175,7 +179,7 @@ def test_a_server_goes_on_as_the_model_here(server, here, tmp_path):
     assert there == local.continue_(asked, 1, 64, 0, temperature=0.0)
     for begun, (text,) in zip(asked, there, strict=True):
         assert begun.text + text == begun.prompt.response  # the embedded teacher is right, and went on where it was
-    assert remote.chat([q.prompt for q in asked], max_tokens=64, seed=0) == [[q.prompt.response] for q in asked]
+    assert remote.chat([q.prompt for q in asked], How(1, 64, 0.0, "--x"), 0) == [[q.prompt.response] for q in asked]
 
 
 def test_texts_are_many_and_differ_and_are_drawn_again_alike(server, here, tmp_path):
@@ -216,6 +220,73 @@ def test_one_failure_loses_one_question(server, fault, tmp_path):
         assert teacher.traffic()["teacher_failed"] == 3
         assert all(teacher.continue_(asked, 1, 8, 0))  # those three are asked again, the others are on disk
         assert teacher.traffic()["teacher_calls"] == 3
+
+
+def test_an_answer_without_words_is_none(tmp_path):
+    """A model that spent its tokens on thoughts has said nothing: asked again another time; "" by its own choice is."""
+    (begun,) = questions(1)
+    with Scripted(lambda request: None) as thinker:
+        teacher = endpoint(thinker.url, tmp_path)
+        assert teacher.continue_([begun], 2, 8, 0) == [[]]
+        assert teacher.traffic()["teacher_failed"] == 1
+        assert teacher.gate.why.startswith("no text in 8 tokens (finish_reason length): raise --length")
+        assert teacher.continue_([begun], 2, 8, 0) == [[]] and len(thinker.asked) == 2
+    with Scripted(lambda request: "") as silent:
+        teacher = endpoint(silent.url, tmp_path)
+        assert teacher.continue_([begun], 2, 8, 0) == [["", ""]] and not teacher.traffic()["teacher_failed"]
+
+
+def test_a_question_is_what_goes_out(here, tmp_path):
+    """Two ways to go on, or two arguments of a chat template, are two questions; the address is none of it."""
+    (begun,) = questions(2)[1:]
+    fresh = replace(begun, text="")
+    with Scripted(lambda request: f"answer {len(writer.asked)}") as writer:
+        say = lambda way, x: endpoint(writer.url, tmp_path, replace(QUICK, teacher_prefix=way)).continue_([x], 1, 8, 0)
+        assert say("ask", begun) != say("continue", begun) and len(writer.asked) == 2
+        assert say("ask", fresh) == say("continue", fresh) and len(writer.asked) == 3
+    template = "{{ 'think' if deep else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
+    text.chat_template = template
+    of = lambda **arguments: replace(here, tokenizer=text, arguments=arguments).reads(fresh)
+    assert of(deep=True) != of(deep=False) == of()
+
+
+def test_what_still_waits_holds_nobody_up():
+    """After a failure a call that is never answered ends with the process, and does not keep it; what came is kept."""
+    code = """if True:
+        import threading
+        from opd.teachers.text import beside
+        never = threading.Event()
+        def call(i):
+            if i == 0:
+                never.wait()
+            elif i == 2:
+                raise ValueError("no")
+            return i
+        try:
+            for some in beside([lambda i=i: call(i) for i in range(3)], 2):
+                print(some, flush=True)
+        except ValueError as error:
+            print(error, flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and re.sub(r"\[\]\n", "", done.stdout) == "[(1, 1)]\nno\n", done
+
+
+def test_calls_beside_each_other_are_all_there_and_no_more_at_once():
+    most, now, lock = [0], [0], threading.Lock()
+
+    def call(i):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.002)
+        with lock:
+            now[0] -= 1
+        return i * i
+
+    found = [pair for some in beside([partial(call, i) for i in range(60)], 4) for pair in some]
+    assert sorted(found) == [(i, i * i) for i in range(60)] and 1 < most[0] <= 4
 
 
 def test_the_library_tries_again(server, tmp_path):
@@ -349,44 +420,6 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
         assert cli.main(["train", *told, "--out", str(part), *OMNI]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", *OMNI]) == 0, capsys.readouterr()
     assert lines(whole) == lines(part)
-
-
-class Scripted:
-    """An OpenAI-compatible server that gives what `says(request)` says, and keeps the requests."""
-
-    def __init__(self, says) -> None:
-        self.asked, scripted = [], self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                scripted.asked.append(request)
-                message = {"role": "assistant", "content": says(request)}
-                whole = {
-                    "id": "x", "object": "chat.completion", "created": 0, "model": "x",
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-                }  # fmt: skip
-                body = json.dumps(whole).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.mark.parametrize("way", ["ask", "continue"])
@@ -595,38 +628,6 @@ def test_the_verifiers_judge_reads(float64):
     assert judge.rubrics([Group(PROMPT, (POOR,), (POOR,))], 5, 12, 0) == [None]
 
 
-class Grader(Scripted):
-    """The verifier's judge, given words alone; `spoils` may spoil its answers."""
-
-    def __init__(self, spoils=lambda kind, n, text: text) -> None:
-        tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
-        self.judge, self.turns, self.spoils = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, spoils
-        answers = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
-        super().__init__(lambda request: self.answer(request["messages"][0]["content"], answers))
-
-    @property
-    def texts(self):
-        """The turns of each request."""
-        return [[turn["content"] for turn in request["messages"]] for request in self.asked]
-
-    def answer(self, text, known):
-        (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
-        tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
-        group = Group(known[question], tagged("reference"), tagged("answer"))
-        kind = "grade" if "<rubric>" in text else "rubric"
-        if kind == "rubric":
-            (rubric,) = self.judge.rubrics([group], 4, 12, 0)
-            said = rubric.model_dump_json()
-        else:
-            (listed,) = re.findall(r"<rubric>\n(.*?)\n</rubric>", text, re.S)
-            found = re.findall(r"^\d+\. \((\d)\) (.*)$", listed, re.M)
-            rubric = Rubric(criteria=[{"criterion": c, "points": int(p)} for p, c in found])
-            (met,) = self.judge.grades([group], [rubric], 0)
-            said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
-        n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
-        return self.spoils(kind, n, said)
-
-
 def groups(count=3):
     task = load(Data(source="embedded:ledger-short", limit=count))
     wrong = lambda p: p.response.rpartition(">")[0] + ">7" + p.answer
@@ -693,6 +694,18 @@ def test_a_judge_that_babbles_stops_the_run(tmp_path):
         pytest.raises(Refusal, match=r"judge x: 100% .*no json object"),
     ):
         model_judge(grader.url, tmp_path).rubrics(asked, 4, 12, 0)
+
+
+def test_a_judge_that_is_mended_is_asked_again(tmp_path):
+    """What was no answer is not kept as one; what was, is."""
+    task, asked = groups(3)
+    with Grader(lambda what, n, text: "Sure!" if n in (1, 3) else text) as grader:  # the second group, both times
+        found = model_judge(grader.url, tmp_path).rubrics(asked, 4, 12, 0)
+        assert [x is None for x in found] == [False, True, False] and grader.turns["rubric"] == 4
+    with Grader() as grader:
+        judge = model_judge(grader.url, tmp_path)
+        assert judge.rubrics(asked, 4, 12, 0) == VerifierJudge(task.verify).rubrics(asked, 4, 12, 0)
+        assert grader.turns["rubric"] == 1 and judge.traffic()["judge_cached"] == 2
 
 
 ROPD = [*PAIR, "--limit", "40", *SMALL, "--steps", "2", "--batch", "16", "--max-new-tokens", "128"]

@@ -35,6 +35,12 @@ class Answers:
         with self.lock:
             self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
 
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget some."""
+        with self.lock:
+            for key in keys if self.file is not None or self.path.is_file() else ():
+                self._do("DELETE FROM answers WHERE key = ?", key)
+
     def _do(self, statement: str, *values: str) -> sqlite3.Cursor:
         try:
             if self.file is None:

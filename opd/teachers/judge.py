@@ -16,7 +16,7 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, Field, ValidationError
 
 from opd.tasks.answers import marked, number, said, spoken
-from opd.teachers.text import Gate, TextTeacher
+from opd.teachers.text import Gate, How, TextTeacher
 from opd.types import Prompt
 
 RIGHT = 0.5  # scores above it are right
@@ -187,13 +187,15 @@ class ModelJudge:
         self, asked: Sequence[str], form: type[F], check: Callable[[int, F], str], seed: int, *, temperature: float
     ) -> list[F | None]:
         """The forms, filled in; those that are not right are asked for again once."""
+        how = How(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in asked]
+        rejected: list[list[Prompt]] = [[] for _ in asked]
         out: list[F | None] = [None] * len(asked)
         why = dict.fromkeys(range(len(asked)), "no answer")
         for _ in range(2):
             left = sorted(why)
             prompts = [Prompt(messages=turns[i]) for i in left]
-            found = self.model.chat(prompts, max_tokens=self.max_tokens, seed=seed, temperature=temperature)
+            found = self.model.chat(prompts, how, seed)
             for i, texts in zip(left, found, strict=True):
                 if not texts:
                     continue
@@ -201,8 +203,11 @@ class ModelJudge:
                 if not why[i]:
                     del why[i]
                     continue
+                rejected[i].append(Prompt(messages=turns[i]))
                 again = {"role": "user", "content": AGAIN.format(why=why[i])}
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
+        # What was no answer in the end is not kept as one: a judge that is mended is asked again.
+        self.model.forget([prompt for i in why for prompt in rejected[i]], how, seed)
         for i in range(len(asked)):
             self.gate.note(why.get(i, ""))
         return out

@@ -9,11 +9,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,6 +27,7 @@ from opd.teachers.client import Remote
 from opd.teachers.server import STUDENTS
 from opd.types import Prompt, Refusal, Rollout, Sampling
 
+T = TypeVar("T")
 LEAST, LAST = 10, 50  # questions before failures can stop a run, and those that are looked at
 ON = (
     "Below, an answer to the last question has begun. Write what comes next, from the very character where it breaks "
@@ -48,6 +50,7 @@ class How:
     n: int
     max_tokens: int
     temperature: float
+    setting: str  # the flag that max_tokens comes from, for messages
 
 
 @dataclass
@@ -98,6 +101,10 @@ class Failed(Exception):
     """A question without an answer, and why."""
 
 
+Written = list[tuple[int, list[str] | Failed]]
+"""(place, texts) of some questions."""
+
+
 @runtime_checkable
 class Writer(Protocol):
     """A model that writes."""
@@ -106,10 +113,11 @@ class Writer(Protocol):
     def name(self) -> str:
         """Part of every key."""
 
-    def write(
-        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
-    ) -> Iterator[tuple[int, list[str] | Failed]]:
-        """(place, texts) of each question and its seed, in any order."""
+    def reads(self, begun: Begun) -> object:
+        """A question as it goes out, for json: with name, parameters and seed it is the whole key."""
+
+    def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
+        """The texts of each question and its seed, in any order, some at a time."""
 
 
 class Endpoint:
@@ -137,17 +145,14 @@ class Endpoint:
             http_client=openai.DefaultHttpxClient(trust_env=not local),
         )
 
-    def write(
-        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
-    ) -> Iterator[tuple[int, list[str] | Failed]]:
+    def reads(self, begun: Begun) -> object:
+        """The conversation with what is added to the request, or the plain text."""
+        return self._turns(begun) if begun.prompt.messages else begun.prompt.text + begun.text
+
+    def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
         """Some requests at a time."""
-        pool = ThreadPoolExecutor(self.how.teacher_concurrency, "text")
-        try:
-            jobs = {pool.submit(self._one, begun, seed, how, account): i for i, (begun, seed) in enumerate(asked)}
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        jobs = [partial(self._one, begun, seed, how, account) for begun, seed in asked]
+        return beside(jobs, self.how.teacher_concurrency)
 
     def _one(self, begun: Begun, seed: int, how: How, account: Account) -> list[str] | Failed:
         """All the texts of one question: servers that give fewer at once are asked again."""
@@ -156,8 +161,8 @@ class Endpoint:
         try:
             while len(texts) < how.n:
                 given = self._ask(begun, (seed + len(texts)) % (1 << 31), how.n - len(texts), how, account)
-                if not given:
-                    return Failed(f"{self.name} gave no text")
+                if isinstance(given, Failed):
+                    return given
                 texts += given
             return texts[: how.n]
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -172,7 +177,7 @@ class Endpoint:
         finally:
             account.add(seconds=time.perf_counter() - start)
 
-    def _ask(self, begun: Begun, seed: int, n: int, how: How, account: Account) -> list[str]:
+    def _ask(self, begun: Begun, seed: int, n: int, how: How, account: Account) -> list[str] | Failed:
         drawing: dict[str, Any] = {"model": self.model, "n": n, "temperature": how.temperature, "seed": seed}
         if begun.prompt.messages:
             turns, more = self._turns(begun)
@@ -181,14 +186,14 @@ class Endpoint:
             said = self.client.chat.completions.create(
                 messages=turns, extra_body=more, **{most: how.max_tokens}, **drawing
             )
-            texts = [choice.message.content for choice in said.choices]
+            texts = [(choice.message.content or "", choice.finish_reason) for choice in said.choices]
         else:
             whole = begun.prompt.text + begun.text
             said = self.client.completions.create(prompt=whole, max_tokens=how.max_tokens, **drawing)
-            texts = [choice.text for choice in said.choices]
+            texts = [(choice.text or "", choice.finish_reason) for choice in said.choices]
         if said.usage is not None:
             account.add(read_tokens=said.usage.prompt_tokens, written_tokens=said.usage.completion_tokens)
-        return [text or "" for text in texts]
+        return worded(texts, how) if texts else Failed(f"{self.name} gave no text")
 
     def _turns(self, begun: Begun) -> tuple[list[dict[str, str]], dict[str, object]]:
         """The conversation, and what is added to the request."""
@@ -212,15 +217,18 @@ class Local:
     context: int  # tokens
     arguments: Mapping[str, Any]  # of its chat template
 
-    def write(
-        self, asked: Sequence[tuple[Begun, int]], how: How, account: Account
-    ) -> Iterator[tuple[int, list[str] | Failed]]:
+    def reads(self, begun: Begun) -> object:
+        """Token ids, which its chat template and its arguments are in."""
+        return self._ids(begun)
+
+    def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
         """All of them in batches; the i-th text of a question draws from a stream of its own."""
         start, rows, index, places = time.perf_counter(), [], [], []
         for i, (begun, seed) in enumerate(asked):
-            ids = prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
+            ids = self._ids(begun)
             if len(ids) + how.max_tokens > self.context:
-                yield i, Failed(f"{len(ids)} tokens and {how.max_tokens} new ones, in a context of {self.context}")
+                why = f"{len(ids)} tokens and {how.max_tokens} new ones, in a context of {self.context}"
+                yield [(i, Failed(f"{why}: lower {how.setting}"))]
                 continue
             rows += [ids] * how.n
             index += [seed * how.n + j for j in range(how.n)]
@@ -232,9 +240,14 @@ class Local:
             read_tokens=sum(map(len, rows)),
             written_tokens=sum(len(sample.ids) for sample in drawn),
         )
-        for k, i in enumerate(places):
-            some = range(k * how.n, (k + 1) * how.n)
-            yield i, [prompts.after(self.tokenizer, rows[j], drawn[j].ids) for j in some]
+        ends = [
+            (prompts.after(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
+            for ids, sample in zip(rows, drawn, strict=True)
+        ]
+        yield [(i, worded(ends[k * how.n : (k + 1) * how.n], how)) for k, i in enumerate(places)]
+
+    def _ids(self, begun: Begun) -> tuple[int, ...]:
+        return prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
 
 
 class TextTeacher:
@@ -250,28 +263,24 @@ class TextTeacher:
         self, prefixes: Sequence[Begun], n: int, max_tokens: int, seed: int, temperature: float = 1.0
     ) -> list[list[str]]:
         """`n` continuations of each begun answer, in tokens of the teacher's own; none of one that failed."""
-        return self._texts(prefixes, How(n, max_tokens, temperature), seed)
+        return self._texts(prefixes, How(n, max_tokens, temperature, "--length"), seed)
 
-    def chat(
-        self,
-        conversations: Sequence[Prompt],
-        *,
-        max_tokens: int,
-        seed: int,
-        n: int = 1,
-        temperature: float = 0.0,
-    ) -> list[list[str]]:
-        """`n` answers to each conversation; none where it failed."""
-        return self._texts([Begun(x) for x in conversations], How(n, max_tokens, temperature), seed)
+    def chat(self, conversations: Sequence[Prompt], how: How, seed: int) -> list[list[str]]:
+        """Answers to each conversation; none where it failed."""
+        return self._texts([Begun(x) for x in conversations], how, seed)
+
+    def forget(self, conversations: Sequence[Prompt], how: How, seed: int) -> None:
+        """Drop the answers to some conversations from disk: they were of no use, and are asked for again."""
+        self.answers.drop([self._key(Begun(x), how, seed) for x in conversations])
+
+    def _key(self, begun: Begun, how: How, seed: int) -> str:
+        return key(self.writer.name, self.writer.reads(begun), how.n, how.max_tokens, how.temperature, seed)
 
     def _texts(self, asked: Sequence[Begun], how: How, seed: int) -> list[list[str]]:
         """From disk, else from the model; equal questions are one."""
-        keys, found = [], dict[str, list[str]]()
+        keys, found = [self._key(x, how, seed) for x in asked], dict[str, list[str]]()
         wanted: dict[str, tuple[Begun, int]] = {}
-        for x in asked:
-            turns = [dict(turn) for turn in x.prompt.messages]
-            k = key(self.writer.name, turns, x.prompt.text, x.text, asdict(how), seed)
-            keys.append(k)
+        for k, x in zip(keys, asked, strict=True):
             if k in found or k in wanted:
                 continue
             if (kept := self.answers.find(k)) is not None:
@@ -280,14 +289,15 @@ class TextTeacher:
                 wanted[k] = (x, int(k[:7], 16))  # the seed of a question is its own: 28 bits
         self.account.add(calls=len(wanted), cached=len(found))
         names = list(wanted)
-        for i, texts in self.writer.write(list(wanted.values()), how, self.account) if wanted else ():
-            if isinstance(texts, Failed):
-                self.account.add(failed=1)
-                self.gate.note(str(texts))
-                continue
-            self.gate.note("")
-            self.answers.keep(names[i], texts)
-            found[names[i]] = texts
+        for some in self.writer.write(list(wanted.values()), how, self.account) if wanted else ():
+            for i, texts in some:  # all of them are kept before a failure may end the run
+                if not isinstance(texts, Failed):
+                    self.answers.keep(names[i], texts)
+                    found[names[i]] = texts
+            for _, texts in some:
+                failed = isinstance(texts, Failed)
+                self.account.add(failed=failed)
+                self.gate.note(str(texts) if failed else "")
         return [found.get(k, []) for k in keys]
 
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> None:
@@ -311,6 +321,53 @@ class TextTeacher:
 
     def restore(self, folder: Path) -> None:
         """Nothing."""
+
+
+def worded(ended: Sequence[tuple[str, str | None]], how: How) -> list[str] | Failed:
+    """Texts that came with the reason why they end there; an empty one is an answer only if the model would have it so.
+
+    A model that thinks first may spend all its tokens on that, and say nothing.
+    """
+    for text, why in ended:
+        if not text and why != "stop":
+            return Failed(f"no text in {how.max_tokens} tokens (finish_reason {why}): raise {how.setting}")
+    return [text for text, _ in ended]
+
+
+def beside(jobs: Sequence[Callable[[], T]], most: int) -> Iterator[list[tuple[int, T]]]:
+    """(place, result) of each call, `most` of them at a time; all those that ended since the last look.
+
+    A call that waits for an answer when nobody looks any more holds up neither the caller nor the end of the process.
+    """
+    left = deque(enumerate(jobs))
+    done, broken = SimpleQueue[tuple[int, T] | None](), list[BaseException]()
+
+    def work() -> None:
+        while left:
+            try:
+                i, job = left.popleft()
+            except IndexError:  # another thread took the last
+                return
+            try:
+                done.put((i, job()))
+            except BaseException as error:
+                broken.append(error)
+                done.put(None)
+
+    for _ in range(min(most, len(jobs))):
+        threading.Thread(target=work, name="text", daemon=True).start()
+    waiting = len(jobs)
+    try:
+        while waiting:
+            some = [done.get()]
+            while not done.empty():
+                some.append(done.get())
+            waiting -= len(some)
+            yield [x for x in some if x is not None]
+            if broken:
+                raise broken[0]
+    finally:
+        left.clear()
 
 
 def needed(package: str, what: str) -> Any:

@@ -1,0 +1,92 @@
+"""An OpenAI-compatible server that says what it is told to, and one that is the verifier's judge, given words alone."""
+
+import http.server
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opd.tasks.load import load
+from opd.tasks.task import Data
+from opd.teachers.judge import Group, Rubric, VerifierJudge
+from opd.types import Prompt
+
+Request = Mapping[str, Any]
+
+
+class Scripted:
+    """An OpenAI-compatible server that gives what `says(request)` says, and keeps the requests.
+
+    None is an answer that spent its tokens before the first word.
+    """
+
+    def __init__(self, says: Callable[[Request], str | None]) -> None:
+        self.asked: list[Request] = []
+        scripted = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                scripted.asked.append(request)
+                text = says(request)
+                message = {"role": "assistant", "content": text}
+                ends = "length" if text is None else "stop"
+                whole = {
+                    "id": "x", "object": "chat.completion", "created": 0, "model": "x",
+                    "choices": [{"index": 0, "finish_reason": ends, "message": message}],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+                }  # fmt: skip
+                body = json.dumps(whole).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> "Scripted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Grader(Scripted):
+    """The verifier's judge of the embedded tasks; `spoils(kind, n, text)` may spoil its n-th answer of a kind."""
+
+    def __init__(self, spoils: Callable[[str, int, str], str | None] = lambda kind, n, text: text) -> None:
+        tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
+        self.judge, self.turns, self.spoils = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, spoils
+        answers = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
+        super().__init__(lambda request: self.answer(request["messages"][0]["content"], answers))
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The turns of each request."""
+        return [[turn["content"] for turn in request["messages"]] for request in self.asked]
+
+    def answer(self, text: str, known: Mapping[str, Prompt]) -> str | None:
+        """To a judge's question, by the problems of the embedded tasks."""
+        (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
+        tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
+        group = Group(known[question], tagged("reference"), tagged("answer"))
+        kind = "grade" if "<rubric>" in text else "rubric"
+        if kind == "rubric":
+            (rubric,) = self.judge.rubrics([group], 4, 12, 0)
+            said = rubric.model_dump_json()
+        else:
+            (listed,) = re.findall(r"<rubric>\n(.*?)\n</rubric>", text, re.S)
+            found = re.findall(r"^\d+\. \((\d)\) (.*)$", listed, re.M)
+            rubric = Rubric.model_validate({"criteria": [{"criterion": c, "points": int(p)} for p, c in found]})
+            (met,) = self.judge.grades([group], [rubric], 0)
+            said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
+        n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
+        return self.spoils(kind, n, said)
