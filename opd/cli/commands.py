@@ -1,7 +1,5 @@
 """Commands that make something: rock, report, inspect, prune, serve, bench, demo."""
 
-import tyro
-
 from opd.cli.flags import near, parsed
 from opd.types import Refusal
 
@@ -15,7 +13,6 @@ def rock(args: list[str]) -> int:
         args,
         prog="opd rock",
         description="The frequent tokens whose KL stays large, and a control list, for `opd train ... rock-freeze`.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     print(rock(config))
     return 0

@@ -16,7 +16,7 @@ def parsed(what: Any, args: list[str], **options: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(what, args=args, **options)
+            return tyro.cli(what, args=args, config=(tyro.conf.OmitArgPrefixes,), **options)
     except SystemExit as stop:
         if not stop.code:
             raise  # help was asked for, and printed

@@ -84,7 +84,6 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
         f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
         "`opd methods` explains them, `opd train METHOD --help` lists a method's flags.",
         return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,),
         **default,
     )
     flags, left = parse()

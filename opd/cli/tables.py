@@ -138,7 +138,6 @@ def exact(args: list[str]) -> int:
         description="Every method in a world of enumerable sequences: its mean gradient against that of the sequence "
         "KL, and its noise.\nopd exact [flags] METHOD [method flags], or --methods, or all.",
         return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     if left and flags.methods:
         raise Refusal(f"--methods {flags.methods} beside METHOD {left[0]}: give one of the two")
@@ -182,7 +181,6 @@ def variance(args: list[str]) -> int:
         args,
         prog="opd variance",
         description="How noisy the gradient of each method is on two models, at fixed contexts of the student's own.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     found = variance(flags.what, several(flags.methods))
     if flags.json:
@@ -219,7 +217,6 @@ def eval_(args: list[str]) -> int:
         prog="opd eval",
         description="Accuracy of a model on problems with a verifier: avg@k, pass@k, maj@k, with 95 % intervals over "
         "prompts; or of two models, and their difference paired by prompt.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     from opd.evaluation import evaluate, save
     from opd.report.compare import versus
@@ -267,7 +264,6 @@ def rescore(args: list[str]) -> int:
         args,
         prog="opd rescore",
         description="What other methods would have said about the saved rollouts of a run.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     asked = several(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}
     found = rescore(flags.what, asked)
