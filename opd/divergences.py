@@ -86,6 +86,11 @@ def outside(logp: Float[Tensor, "*N V"], ids: Int[Tensor, "*N k"]) -> Float[Tens
     return rest.where(some[..., None], 0).logsumexp(-1).where(some, -math.inf)
 
 
+def _bucketed(ids: Int[Tensor, "*N k"], *logp: Float[Tensor, "*N V"]) -> tuple[Float[Tensor, "*N j"], ...]:
+    """Log-probs on a support and, last, of the rest."""
+    return tuple(torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in logp)
+
+
 @dataclass(frozen=True)
 class BucketKL:
     """Reverse KL over the support and one bucket for the rest: a true KL of k + 1 classes, a lower bound of the full.
@@ -97,8 +102,7 @@ class BucketKL:
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
-        p, q = (torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in (student_logp, teacher_logp))
-        return self.on(p, q)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
         """From log-probs on the support and, last, of the rest."""
@@ -116,12 +120,30 @@ class BucketForwardKL:
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
-        p, q = (torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in (student_logp, teacher_logp))
-        return self.on(p, q)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
         """From log-probs on the support and, last, of the rest."""
         return kl(q, p)
+
+
+@dataclass(frozen=True)
+class BucketJSD:
+    """`JSD` over the support and one bucket for the rest.  SDPO, arXiv:2601.20802, released code."""
+
+    support: Support = Support()
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        JSD(self.beta)  # what it refuses
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """From log-probs on the support and, last, of the rest."""
+        return JSD(self.beta)(p, q)
 
 
 @dataclass(frozen=True)
@@ -156,6 +178,10 @@ class GeneralisedKL:
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
         """From log-probs on the support."""
         return kl(p, q) + (q.exp() - p.exp()).sum(-1)
+
+
+Bucketed = BucketKL | BucketForwardKL | BucketJSD  # they see the mass outside of their support
+OnSupport = Bucketed | RenormalisedKL | GeneralisedKL
 
 
 @dataclass(frozen=True)

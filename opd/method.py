@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.against import Against, Extrapolated, Teacher, models
-from opd.divergences import BucketForwardKL, BucketKL, Divergence, GeneralisedKL, RenormalisedKL, ReverseKL, Support
+from opd.divergences import Divergence, OnSupport, ReverseKL, Support
 from opd.estimators import Baseline, Estimator, Full, Sampled, Several, Stratified, TopKValue
 from opd.questions import Question
 from opd.representation import Bridge, distance
@@ -219,7 +219,7 @@ class Match:
 
     def support(self) -> Support | None:
         """The tokens whose log q is all that it needs, the mass beside them included; None where it needs more."""
-        if isinstance(self.divergence, BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL):
+        if isinstance(self.divergence, OnSupport):
             return self.divergence.support if self.against == Teacher() else None
         return None
 

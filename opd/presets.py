@@ -95,6 +95,31 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "steps": 500,
         "sampling": Sampling(max_new_tokens=16384),
     },
+    # G-OPD, arXiv:2602.12125, released script of one teacher.
+    "g-opd": {
+        "lr": 1e-5,
+        "weight_decay": 0.01,
+        "importance_cap": 5.0,
+        "batch": 1024,
+        "sampling": Sampling(max_new_tokens=16384),
+    },
+    # OPSD, arXiv:2601.18734, released script of the 1.7B model; it samples at 1.1, and has --teacher base.
+    "opsd": {
+        "lr": 2e-4,
+        "lora_rank": 64,
+        "lora_alpha": 128.0,
+        "lora_targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "batch": 32,
+        "sampling": Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=2048),
+    },
+    # SDPO, arXiv:2601.20802, released script of the runs without feedback: 32 prompts x 8.
+    "sdpo": {
+        "lr": 1e-5,
+        "weight_decay": 0.01,
+        "warmup": 10,
+        "batch": 256,
+        "sampling": Sampling(max_new_tokens=8192),
+    },
     # OmniOPD, arXiv:2606.01476, Section 5 and appendix: 250 steps over 17,000 prompts, so about 64 a step.
     "omniopd": {"lr": 1e-6, "batch": 64, "steps": 250, "sampling": Sampling(max_new_tokens=20_000)},
     # ROPD, arXiv:2605.07396, released configuration: 32 prompts x 8 in four updates of 8 prompts.
@@ -118,7 +143,8 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "staleness": 4,
         "sampling": Sampling(max_new_tokens=16384),
     },
-    # NPD, arXiv:2605.05940, by notes on it; batch and responses are not stated, packs have 32768 tokens.
+    # NPD, arXiv:2605.05940, by notes on it: from 1e-5 to 1e-6, and ours ends at 0; batch and responses are not stated,
+    # packs have 32768 tokens.
     "npd": {"lr": 1e-5, "schedule": "cosine"},
     # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
     # defaults of the framework it names.
@@ -189,5 +215,5 @@ def settings(preset: str, method: str) -> Mapping[str, Any]:
         case "paper" if method in PAPER:
             return PAPER[method]
         case "paper":
-            raise Refusal(f"--preset paper: no run settings are published for {method}; there are {', '.join(PAPER)}")
+            raise Refusal(f"--preset paper: has no settings for {method}; there are {', '.join(PAPER)}")
     raise Refusal(f"--preset {preset}: unknown; choose none, paper or embedded")

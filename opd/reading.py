@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd import prompts
 from opd.collect import Rendered
 from opd.config import Train
+from opd.tasks.answers import spoken
 from opd.tasks.task import Made, Task
 from opd.types import Prompt, Refusal, Rollout
 
@@ -94,7 +95,7 @@ class Prompts:
     def with_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Rollout]:
         """Each rollout, its teacher told a right response of the same prompt; untrained where there is none that fits.
 
-        The next right one of the group, never itself.  SDPO, arXiv:2601.20802.
+        The next right one of the group, never itself, and without its thinking.  SDPO, arXiv:2601.20802.
         """
         right: dict[int, list[int]] = {}
         for i, r in enumerate(rollouts):
@@ -104,7 +105,8 @@ class Prompts:
         for i, r in enumerate(rollouts):
             others = [j for j in right.get(r.group, []) if j != i]
             peer = next((j for j in others if j > i), others[0] if others else None)
-            ids = () if peer is None else self.heard(r.prompt, r.teacher, texts[peer])
+            said = "" if peer is None else spoken(texts[peer])
+            ids = self.heard(r.prompt, r.teacher, said) if said else ()
             if ids and len(ids) <= self.room:
                 out.append(replace(r, teacher_prompt_ids=ids))
             else:

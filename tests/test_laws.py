@@ -12,6 +12,7 @@ from opd.estimators import Optimal, Value
 from opd.exact import World
 from opd.method import Match, Method, PolicyGradient, Positions
 from opd.methods import METHODS, gkd, gkd_forward, omniopd, opd, opd_stratified, opd_topk, pg, vopd_topk
+from opd.methods.privileged import opsd, sdpo
 from opd.rewards import Power
 from opd.rollouts import OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling
@@ -44,6 +45,8 @@ VARIANTS = {
     "pg clip value stratified": pg("clip", "value", "stratified", k=2),
     "pg tanh topk full": pg("tanh", "topk", "full", k=2),
     "pg power none stratified": pg("power", "none", "stratified", k=1),
+    "opsd clip": opsd(clip=0.05),
+    "sdpo reverse": sdpo(2, 1.0),
     "omniopd centred": omniopd(centred=True),
     "truncated importance": Method((PolicyGradient(weights=(TruncatedImportance(1.1),), coef=0.5),)),
     "importance sampling": Method(

@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from opd import divergences, estimators, rewards, surrogates, transforms, weights
-from opd.divergences import JSD, BucketKL, DensityPower, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
-from opd.estimators import Full, Optimal, Sampled, Stratified, TopKValue, Value
+from opd.divergences import (
+    JSD,
+    BucketJSD,
+    BucketKL,
+    DensityPower,
+    ForwardKL,
+    GeneralisedKL,
+    RenormalisedKL,
+    ReverseKL,
+    Support,
+)
+from opd.estimators import Full, Optimal, Sampled, Several, Stratified, TopKValue, Value
 from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
@@ -160,6 +170,14 @@ DIVERGENCES = [
     ),
     (BucketKL(Support(1)), 1 / 2 * log(3 / 2) + 1 / 2 * log(3 / 4)),  # (1/2, 1/2) and (1/3, 2/3)
     (BucketKL(Support(1, "teacher")), 1 / 6 * log(1 / 3) + 5 / 6 * log(5 / 3)),  # (1/6, 5/6) and (1/2, 1/2)
+    (  # (1/2, 1/2) and (1/3, 2/3), M = (5, 7) / 12
+        BucketJSD(Support(1)),
+        1 / 2 * (1 / 3 * log(4 / 5) + 2 / 3 * log(8 / 7)) + 1 / 2 * (1 / 2 * log(6 / 5) + 1 / 2 * log(6 / 7)),
+    ),
+    (  # (1/6, 5/6) and (1/2, 1/2), M = (q + 3 p) / 4 = (1, 3) / 4
+        BucketJSD(Support(1, "teacher"), 0.25),
+        1 / 4 * (1 / 2 * log(2) + 1 / 2 * log(2 / 3)) + 3 / 4 * (1 / 6 * log(2 / 3) + 5 / 6 * log(10 / 9)),
+    ),
     (RenormalisedKL(Support(2)), 3 / 5 * log(9 / 10) + 2 / 5 * log(6 / 5)),  # (3/5, 2/5) and (2/3, 1/3)
     (RenormalisedKL(Support(2, "teacher")), 3 / 4 * log(15 / 8) + 1 / 4 * log(5 / 12)),  # (3/4, 1/4) and (2/5, 3/5)
     (GeneralisedKL(Support(1)), 1 / 2 * log(3 / 2) - 1 / 2 + 1 / 3),
@@ -179,7 +197,7 @@ def test_every_leaf_has_a_golden_value():
     more = (*test_methods_rewards.FORWARD, *test_methods_rewards.REWARDS)
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
     assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
-    assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Stratified, Full}
+    assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Several, Stratified, Full}  # Several: test_several
     # GroupAdvantage, (Centred)Posterior, (Un)Audited: test_text_teachers; LastTokens: test_representation;
     # StageScore, StageReturn: test_stages.
     judged = {GroupAdvantage, CentredPosterior, StageScore, StageReturn}
@@ -220,6 +238,15 @@ def test_k_of_the_vocabulary_is_the_full_divergence(truncated, of, k):
     x, q = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6).log_softmax(-1)
     p = x.log_softmax(-1)
     short, full = truncated(Support(k, of))(p, q), ReverseKL()(p, q)
+    close(short, full)
+    close(*(torch.autograd.grad(d.sum(), x, retain_graph=True)[0] for d in (short, full)))
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_bucketed_jsd_of_the_vocabulary_is_the_jsd(of):
+    x, q = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6).log_softmax(-1)
+    p = x.log_softmax(-1)
+    short, full = BucketJSD(Support(6, of), 0.3)(p, q), JSD(0.3)(p, q)
     close(short, full)
     close(*(torch.autograd.grad(d.sum(), x, retain_graph=True)[0] for d in (short, full)))
 

@@ -13,6 +13,7 @@ from opd.exact import measure, token_gradients
 from opd.method import Match, Method, PolicyGradient, Positions
 from opd.methods import METHODS, g_opd, opd, opd_plus, pg, tropd
 from opd.methods.eopd import TopKForwardKL
+from opd.methods.privileged import ClippedForwardKL
 from opd.methods.tropd import Outlier, RawForwardKL
 from opd.rewards import (
     Clip,
@@ -249,7 +250,7 @@ def test_mean_of_the_future():
         close(MeanFuture()(x, mask).where(mask, 0), tensor([[1.0 + 3, 2 + 4, 0, 4], [5, 0, 0, 0]]))
 
 
-# forward KLs on the teacher's top k; p = (1/2, 1/3, 1/6), q = (1/3, 1/6, 1/2)
+# forward KLs on the teacher's top k, or clipped; p = (1/2, 1/3, 1/6), q = (1/3, 1/6, 1/2)
 
 
 FORWARD = [
@@ -259,6 +260,8 @@ FORWARD = [
     (TopKForwardKL(1), log(6)),  # the teacher renormalised to 1, the student's own 1/6
     (TopKForwardKL(2), 3 / 5 * log(18 / 5) + 2 / 5 * log(4 / 5)),
     (RawForwardKL(1), 1 / 2 * log(3)),
+    (ClippedForwardKL(0.05), 1 / 3 * log(2 / 3) + 1 / 6 * log(1 / 2) + 0.05),  # the third token's share is 0.55
+    (ClippedForwardKL(0.6), 1 / 3 * log(2 / 3) + 1 / 6 * log(1 / 2) + 1 / 2 * log(3)),
     (RawForwardKL(2), 1 / 2 * log(3) + 1 / 3 * log(2 / 3)),
 ]
 

@@ -18,7 +18,7 @@ FIELDS = {f.name for f in fields(Train)} - {"student", "teacher", "prompts", "me
 @pytest.mark.parametrize("preset", ["paper", "embedded"])
 def test_preset_is_a_run(preset, name):
     if preset == "paper" and name not in PAPER:
-        with pytest.raises(Refusal, match="no run settings are published"):
+        with pytest.raises(Refusal, match="has no settings for"):
             settings(preset, name)
         return
     chosen = settings(preset, name)
@@ -42,6 +42,9 @@ def test_every_paper_preset_is_of_a_method():
         ("opd-topk", 64, 4, None, 7168),
         ("rock-freeze", 1, 4, 2e-6, 8000),
         ("oprd", 8, 2, 1e-5, 16384),
+        ("g-opd", 1024, 1, 1e-5, 16384),
+        ("opsd", 32, 1, 2e-4, 2048),
+        ("sdpo", 32, 8, 1e-5, 8192),
     ],
 )
 def test_numbers_as_published(name, prompts, each, lr, tokens):

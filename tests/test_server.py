@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import opd
 from opd.cli import main
-from opd.divergences import BucketForwardKL, BucketKL, GeneralisedKL, RenormalisedKL, Support
+from opd.divergences import BucketForwardKL, BucketJSD, BucketKL, GeneralisedKL, RenormalisedKL, Support
 from opd.engines.hf import HFEngine
 from opd.estimators import Stratified, TopKValue
 from opd.method import Match, Method, PolicyGradient
@@ -216,7 +216,7 @@ TOPS = {
     "stratified over top k": Method((PolicyGradient(baseline=TopKValue(3), estimator=Stratified(4)),)),
     **{
         f"{leaf.__name__} of the {of}": Method((Match(leaf(Support(4, of))),))
-        for leaf in (BucketKL, BucketForwardKL, RenormalisedKL, GeneralisedKL)
+        for leaf in (BucketKL, BucketForwardKL, BucketJSD, RenormalisedKL, GeneralisedKL)
         for of in ("student", "teacher")
     },
 }

@@ -203,7 +203,8 @@ def test_peers_teach_each_other(folders, prompts, tmp_path):
         stopped=True, outcome=outcome, prompt=Prompt(text="1+1"),
     )  # fmt: skip
     rollouts = [make(0, 0.0), make(0, 1.0), make(0, 1.0), make(1, 1.0), make(1, 0.0), make(2, 0.0), make(2, 0.0)]
-    told = text.with_peers(rollouts, [str(i) for i in range(7)])
+    thoughts = lambda i: "<think>a guess</think>\n" if i == 1 else ""
+    told = text.with_peers(rollouts, [thoughts(i) + str(i) for i in range(7)])
     want = [1, 2, 1, None, 3, None, None]
     for r, peer in zip(told, want, strict=True):
         if peer is None:

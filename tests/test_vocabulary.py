@@ -10,7 +10,7 @@ import torch
 
 import opd.vocabulary
 from opd.against import Reference
-from opd.divergences import BucketForwardKL, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, Support
+from opd.divergences import BucketForwardKL, BucketJSD, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, Support
 from opd.estimators import Optimal, TopKValue, Value
 from opd.kernels import native
 from opd.kernels.rows import Sums, ThroughKL, ThroughLogp, ThroughSome, closed_form
@@ -57,6 +57,7 @@ FORMS = {  # what a method's gradient is through, and methods that show it
     ThroughSome: {
         "bucket": Method((Match(BucketKL(Support(5))),)),
         "bucket, forward": Method((Match(BucketForwardKL(Support(5, "teacher")), coef=0.5),)),
+        "bucket, Jensen-Shannon": Method((Match(BucketJSD(Support(5), 0.3)),)),
         "renormalised": Method((Match(RenormalisedKL(Support(5))),)),
         "generalised": Method((Match(GeneralisedKL(Support(5, "teacher"))),)),
         "all of them": Method((Match(BucketKL(Support(V))),)),

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.against import Teacher
-from opd.divergences import BucketForwardKL, BucketKL, GeneralisedKL, RenormalisedKL, ReverseKL
+from opd.divergences import Bucketed, OnSupport, ReverseKL
 from opd.estimators import Sampled, Value
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target, Term
 from opd.rewards import LogRatio
@@ -145,7 +145,7 @@ class ThroughKL:
 class ThroughSome:
     """A loss that sees the student through log p of k tokens, and of the others together: a divergence on a support."""
 
-    divergence: BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL
+    divergence: OnSupport
     column = "d"
     sign = 1.0
     shifted = True
@@ -160,7 +160,7 @@ class ThroughSome:
         rest = e.scatter_(-1, some, 0).sum(-1, keepdim=True)
         other = v.scatter_(-1, some, -torch.inf).exp_().sum(-1, keepdim=True)
         p, q = torch.cat((u, rest.log()), -1) - whole.log(), torch.cat((t, other.log()), -1) - sums.f.log()[:, None]
-        k = slice(None if isinstance(self.divergence, BucketKL | BucketForwardKL) else -1)
+        k = slice(None if isinstance(self.divergence, Bucketed) else -1)
         with torch.enable_grad():
             d = self.divergence.on(p.requires_grad_()[:, k], q[:, k])
             (g,) = torch.autograd.grad(d.sum(), p)
@@ -186,7 +186,7 @@ def closed_form(method: Method) -> Form | None:
         return ThroughKL()
     if len(terms) == 1 and isinstance(terms[0], Match) and terms[0].against == Teacher():
         divergence = terms[0].divergence
-        if isinstance(divergence, BucketKL | BucketForwardKL | RenormalisedKL | GeneralisedKL):
+        if isinstance(divergence, OnSupport):
             return ThroughSome(divergence)
     return None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.divergences import JSD, BucketKL, Divergence, ReverseKL, Support
+from opd.divergences import JSD, BucketForwardKL, BucketJSD, BucketKL, Divergence, ReverseKL, Support
 from opd.method import Match, Method, Privileged
 from opd.rollouts import OnPolicy
 
@@ -28,10 +28,11 @@ class ClippedForwardKL:
 def opsd(beta: float = 0.5, clip: float = 0.0) -> Method:
     """The student, told the solution, teaches the student.  OPSD, arXiv:2601.18734.
 
+    The released runs have --teacher base, the weights as they were before training.
+
     Args:
         beta: the teacher's share of the Jensen-Shannon mixture, inside (0, 1).
-        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05,
-            and --teacher base: the weights as they were before training).
+        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05).
     """
     divergence: Divergence = ClippedForwardKL(clip) if clip else JSD(beta)
     return Method((Match(divergence),), teacher=Privileged("self", "response"))
@@ -42,14 +43,20 @@ def sdft() -> Method:
     return Method((Match(ReverseKL()),), teacher=Privileged("base", "response"))
 
 
-def sdpo(k: int = 100, per_prompt: int = 8) -> Method:
+def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
     """An average of the student, shown a right answer of the same group, teaches.  SDPO, arXiv:2601.20802.
 
-    A rollout whose group has no other right one is not trained.  --context COLUMN gives feedback or a solution instead.
+    As the released configuration has it: an average of rate 0.05, the answer without its thinking.  The authors' runs on
+    code are --k 20 --beta 1 --teacher ema:0.01 and add the verifier's words on the attempt itself, which nobody gives
+    here: --context COLUMN is the row's, the same for all attempts at it.  The released clip of p / p_old is 1 with one
+    update a batch, and is not there.  A rollout whose group has no other right one is not trained.
 
     Args:
-        k: the student's most probable tokens on which the reverse KL is taken; the rest is one bucket.
+        k: the student's most probable tokens on which the divergence is taken; the rest is one bucket.
+        beta: the teacher's share of the Jensen-Shannon mixture; 1 is the reverse KL, 0 the forward.
         per_prompt: rollouts of a prompt.
     """
-    term = Match(BucketKL(Support(k, "student")))
+    support = Support(k, "student")
+    ends: dict[float, Divergence] = {0.0: BucketForwardKL(support), 1.0: BucketKL(support)}
+    term = Match(ends[beta] if beta in ends else BucketJSD(support, beta))
     return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged("ema:0.05", "peer"))
