@@ -16,7 +16,9 @@ from opd.bench.rollouts import Ragged
 from opd.bench.step import Step
 
 SMALL = Shape(tokens=64, vocabulary=512, student=16, teacher=16, chunk=32, rounds=1, memory=False)
-FEW = Growth((32, 64), (256, 512), 8, (1, 2), (2, 4), (8, 12), 16, 1)
+FEW = Growth(
+    tokens=(32, 64), vocabulary=(256, 512), width=8, k=(1, 2), batch=(2, 4), length=(8, 12), chunk=16, rounds=1
+)
 
 
 def test_the_head_and_its_error_against_float64():

@@ -9,7 +9,7 @@ from opd import models
 from opd.bench.case import Case, Shape
 from opd.bench.head import fresh_peak
 from opd.bench.peers import naive, ours
-from opd.bench.result import Clock, Result, in_turn, spread, versions
+from opd.bench.result import Result, Timed, in_turn, spread, versions
 from opd.method import Target
 from opd.methods import METHODS
 from opd.student import Student, micro_batches, rows
@@ -22,7 +22,7 @@ ARM = {"N, head pass": "ours", "N, naive": "naive"}  # of which memory is measur
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(Timed):
     """The middle of each curve, and how often."""
 
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
@@ -41,10 +41,6 @@ class Growth:
     """Tokens of a chunk of the head pass."""
     rounds: int = 3
     """Rounds, after one to warm up."""
-    threads: int = 1
-    """Of torch."""
-    clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
 
 
 def measured(growth: Growth) -> Result:

@@ -15,31 +15,20 @@ from functools import partial
 from pathlib import Path
 
 from opd.bench.result import Result, in_turn, ratio, spread, versions
+from opd.bench.run import Trained, opened
 from opd.config import Train
 from opd.loop import train
 from opd.methods import METHODS
 from opd.presets import settings
 from opd.rollouts import NOTHING, Memory
-from opd.runs import Run
-from opd.session import open_session
 from opd.steps import Loop
 from opd.types import Sampling
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Trained):
     """What is trained, how far behind, and how often."""
 
-    student: str = "embedded:student"
-    """Hub id, folder, GGUF file or embedded model."""
-    teacher: str = "embedded:teacher"
-    """The same, of the teacher."""
-    prompts: str = "embedded:ledger"
-    """Prompts."""
-    batch: int = 32
-    """Rollouts of a step, one a prompt."""
-    max_new_tokens: int = 256
-    """Longest response."""
     micro_batch_tokens: int = 8192
     """Padded tokens that go through a model at once."""
     staleness: tuple[int, ...] = (1, 4)
@@ -70,28 +59,9 @@ class Arm:
 
     @classmethod
     def of(cls, asked: Overlap, staleness: int, folder: Path) -> "Arm":
-        """Opened like `opd train` opens a run; the loss is `async-opd` in all, which in turns is `opd`."""
-        config = Train(
-            student=asked.student,
-            teacher=asked.teacher,
-            prompts=asked.prompts,
-            out=folder,
-            method=METHODS["async-opd"](),
-            batch=asked.batch,
-            steps=1_000_000,
-            rollouts_every=1_000_000,
-            lr=1e-5,
-            sampling=Sampling(max_new_tokens=asked.max_new_tokens),
-            micro_batch_tokens=asked.micro_batch_tokens,
-            staleness=staleness,
-            precision="fp32",
-            teacher_precision="fp32",
-            quiet=True,
-        )
-        config = replace(config, data=replace(config.data, source=config.prompts))
-        method, run = config.resolved(), Run(folder)
-        run.start({}, repr(method), 0)
-        arm = cls(Loop(config, method, open_session(config, method, None), run))
+        """The loss is `async-opd` in all, which in turns is `opd`."""
+        config = asked.run(folder, "async-opd")
+        arm = cls(opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness)))
         arm.loop.open(0, NOTHING, None, print)
         return arm
 

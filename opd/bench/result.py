@@ -18,6 +18,16 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second lea
 
 
 @dataclass(frozen=True)
+class Timed:
+    """How a part is timed."""
+
+    threads: int = 1
+    """Of torch."""
+    clock: Clock = "wall"
+    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+
+
+@dataclass(frozen=True)
 class Result:
     """One part's table, what it says below, and the numbers behind it."""
 

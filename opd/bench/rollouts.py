@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from opd.bench.result import Clock, Result, in_turn, spread, versions
+from opd.bench.result import Result, Timed, in_turn, spread, versions
 from opd.engines.hf import HFEngine
 from opd.kernels.linear import faster, quicken
 from opd.types import Sampling
@@ -30,7 +30,7 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Ragged:
+class Ragged(Timed):
     """The model, the requests, and how often."""
 
     requests: int = 64
@@ -49,10 +49,6 @@ class Ragged:
     """Its hidden width, in heads of 64."""
     rounds: int = 5
     """Alternating rounds, after one to warm up."""
-    threads: int = 1
-    """Of torch."""
-    clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
 
 
 def model(ragged: Ragged) -> LlamaForCausalLM:

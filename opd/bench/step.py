@@ -17,36 +17,20 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from opd import models
-from opd.bench.result import CLOCKS, Clock, Result, spread, versions
-from opd.config import Train
-from opd.methods import METHODS
+from opd.bench.result import CLOCKS, Clock, Result, Timed, spread, versions
+from opd.bench.run import Trained, opened
 from opd.rollouts import NOTHING
-from opd.runs import Run
-from opd.session import open_session
 from opd.steps import Loop
-from opd.types import Sampling
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Trained, Timed):
     """What is trained, and how often."""
 
-    student: str = "embedded:student"
-    """Hub id, folder, GGUF file or embedded model."""
-    teacher: str = "embedded:teacher"
-    """The same, of the teacher."""
     prompts: str = "embedded:ledger"
     """Prompts; every step takes the same ones."""
-    batch: int = 32
-    """Rollouts of a step, one a prompt."""
-    max_new_tokens: int = 256
-    """Longest response."""
     rounds: int = 8
     """Steps of each, alternating, after one to warm up."""
-    threads: int = 1
-    """Of torch."""
-    clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
 
 
 @dataclass
@@ -59,27 +43,9 @@ class Ours:
 
     @classmethod
     def of(cls, step: Step, folder: Path) -> "Ours":
-        """Opened like `opd train` opens a run; fp32."""
-        config = Train(
-            student=step.student,
-            teacher=step.teacher,
-            prompts=step.prompts,
-            out=folder,
-            method=METHODS["opd-full"](),
-            batch=step.batch,
-            steps=1000,
-            rollouts_every=1000,
-            lr=1e-5,
-            sampling=Sampling(max_new_tokens=step.max_new_tokens),
-            precision="fp32",
-            teacher_precision="fp32",
-            quiet=True,
-        )
-        config = replace(config, data=replace(config.data, source=config.prompts, limit=step.batch))
-        method = config.resolved()
-        run = Run(folder)
-        run.start({}, repr(method), 0)
-        return cls(Loop(config, method, open_session(config, method, None), run), step.clock)
+        """A run of as many prompts as a step takes."""
+        config = step.run(folder, "opd-full")
+        return cls(opened(replace(config, data=replace(config.data, limit=step.batch))), step.clock)
 
     def step(self) -> tuple[float, float]:
         """Seconds, and tokens trained on."""
