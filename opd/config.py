@@ -218,6 +218,13 @@ class Train:
                 f"--temperature {self.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
             )
         who = self.resolved().rollouts
+        if isinstance(who, Snapshot) and (self._tempered() or self.loss_temperature != 1):
+            s = self.sampling
+            raise Refusal(
+                f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --loss-temperature "
+                f"{self.loss_temperature}: {who} takes the log-probs of the draw for the snapshot's own, in its drift "
+                "and in Delta-IFD: leave them at 1, 1, 0 and 1, or take another method"
+            )
         if self.batch % (who.per_prompt * who.updates):
             raise Refusal(
                 f"--batch {self.batch}: must be a multiple of {who.per_prompt * who.updates} "
@@ -313,10 +320,14 @@ class Train:
                 "the prefix off (tropd --no-prefix), or name base or another model"
             )
 
+    def _tempered(self) -> bool:
+        """Whether tokens are drawn of another distribution than the student's own."""
+        return self.sampling.temperature != 1 or self.sampling.top_p < 1 or self.sampling.top_k > 0
+
     def warnings(self) -> list[str]:
         """Settings that are allowed and change what the estimator means, each with the reason."""
         out, s = [], self.sampling
-        if s.temperature != 1 or s.top_p < 1 or s.top_k:
+        if self._tempered():
             out.append(
                 f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
                 "distribution than the loss assumes: gradients are biased (1, 1, 0 is unbiased)"

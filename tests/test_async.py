@@ -294,10 +294,16 @@ def test_several_processes_have_a_worker_each(pair, tmp_path):
         ({"exact_staleness": True}, "--exact-staleness: --staleness is 0"),
         ({"worker_device": "cpu"}, "--worker-device cpu: there is no worker"),
         ({"staleness": -1}, "--staleness -1: must be 0 or more"),
+        (
+            {"method": METHODS["npd"](), "sampling": Sampling(temperature=0.6)},
+            "--temperature 0.6, .* Snapshot.*the draw",
+        ),
+        ({"method": METHODS["npd"](), "sampling": Sampling(top_k=5)}, "--top-k 5, "),
+        ({"method": METHODS["npd"](), "loss_temperature": 2.0}, "--loss-temperature 2.0: Snapshot"),
         ({"staleness": 1, "worker_device": "cuda:7"}, "worker-device cuda:7: this machine has no such device"),
     ],
 )
-def test_what_a_worker_cannot_do_is_refused(pair, tmp_path, changes, says):
+def test_what_older_weights_cannot_write_is_refused(pair, tmp_path, changes, says):
     with pytest.raises(Refusal, match=says) as error:
         opd.train(config(pair, tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
