@@ -28,7 +28,7 @@ from torch import Tensor
 from opd import models
 from opd.collect import Rendered
 from opd.config import Train
-from opd.draws import Drawn, forget, outdate, share
+from opd.draws import forget, outdate, share
 from opd.method import Method
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened, prompts_of
 from opd.runs import disk
@@ -108,7 +108,7 @@ class Background:
         staleness: int,
         exact: bool,
         total: int,
-        kept: dict[int, Drawn],
+        kept: dict[int, list[Rollout]],
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
         self.opening, self.who, self.weights, self.job = opening, who, weights, job
@@ -151,7 +151,7 @@ class Background:
             self._clean()
             self._send()
 
-    def take(self, step: int, memory: Memory) -> Drawn:
+    def take(self, step: int, memory: Memory) -> list[Rollout]:
         """What `step` trains on, waiting for it."""
         asked = draw_of(self.who, step, memory)
         with self.changed:
@@ -290,7 +290,7 @@ class Background:
                     assert job is not None and job.draw == draw
                     self.running = None
                     if job is not self.useless:
-                        self.kept[draw] = Drawn(job.version, rollouts)
+                        self.kept[draw] = rollouts
                     self._clean()
                 case Failed(why):
                     self.failure = why
@@ -305,7 +305,7 @@ def hired(
     config: Train,
     session: Session,
     who: Rollouts,
-    kept: dict[int, Drawn],
+    kept: dict[int, list[Rollout]],
     say: Callable[[str], object],
     *,
     alone: bool,

@@ -4,7 +4,6 @@ A draw is one rollout batch, by the number of the step that trains on it first; 
 writes it again with the same weights writes the same.  What a checkpoint finds written is part of it.
 """
 
-import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,33 +23,22 @@ SCALARS = {
     "group": torch.int64,
     "stopped": torch.bool,
     "source": torch.int64,
+    "version": torch.int64,
     "outcome": torch.float64,
     "prefix": torch.int64,
 }
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A draw, or one process's share of it, and the weights that wrote it."""
-
-    version: int  # steps that they had made
-    rollouts: list[Rollout]  # `bare`
-
-    def behind(self, step: int) -> list[Rollout]:
-        """The rollouts, noting how many steps the weights that wrote them are behind those of `step`."""
-        return [replace(r, notes={**r.notes, "staleness": float(step - 1 - self.version)}) for r in self.rollouts]
 
 
 @runtime_checkable
 class Source(Protocol):
     """Where a step has its rollouts from."""
 
-    kept: dict[int, Drawn]
+    kept: dict[int, list[Rollout]]  # `bare`
 
     def advance(self, step: int, memory: Memory) -> None:
         """`step` steps are made: draws that the new weights allow may be written."""
 
-    def take(self, step: int, memory: Memory) -> Drawn:
+    def take(self, step: int, memory: Memory) -> list[Rollout]:
         """What `step` trains on."""
 
     def settle(self) -> None:
@@ -73,18 +61,18 @@ class Here:
     who: Rollouts
     write: Callable[[int, Memory], list[Rollout]]  # this process's share of a draw
     total: int  # steps
-    kept: dict[int, Drawn] = field(default_factory=dict)
+    kept: dict[int, list[Rollout]] = field(default_factory=dict)
 
     def advance(self, step: int, memory: Memory) -> None:
         """Nothing is written before it is asked for."""
 
-    def take(self, step: int, memory: Memory) -> Drawn:
+    def take(self, step: int, memory: Memory) -> list[Rollout]:
         """Write what the weights before `step` are to write; return what it trains on."""
         asked = draw_of(self.who, step, memory)
         outdate(self.who, self.kept, step, memory)
         for draw in sorted({*opened(self.who, step, memory), asked} - self.kept.keys()):
             if draw <= self.total:  # later steps are never made
-                self.kept[draw] = Drawn(step - 1, bare(self.write(draw, memory)))
+                self.kept[draw] = bare(self.write(draw, memory), step - 1)
         found = self.kept[asked]
         forget(self.who, self.kept, step, memory)
         return found
@@ -103,14 +91,14 @@ class Here:
         """Nothing is open."""
 
 
-def outdate(who: Rollouts, kept: dict[int, Drawn], step: int, memory: Memory) -> None:
+def outdate(who: Rollouts, kept: dict[int, list[Rollout]], step: int, memory: Memory) -> None:
     """Drop what an older snapshot wrote than the one due before `step`."""
     if isinstance(who, Snapshot):
         for draw in [d for d in kept if d < who.outdated(step, memory)]:
             del kept[draw]
 
 
-def forget(who: Rollouts, kept: dict[int, Drawn], step: int, memory: Memory) -> None:
+def forget(who: Rollouts, kept: dict[int, list[Rollout]], step: int, memory: Memory) -> None:
     """Drop the draws that no step after `step` trains on."""
     first = who.start(step, memory) if isinstance(who, Snapshot) else step + 1
     for draw in [d for d in kept if d < first]:
@@ -123,11 +111,15 @@ def share(count: int, process: int, processes: int) -> slice:
     return slice(process * each, min((process + 1) * each, count))
 
 
-def bare(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Without the prompts, which whoever asked knows."""
-    return [
-        Rollout(**{name: getattr(r, name) for name in BARE}, prompt_ids=(), teacher_prompt_ids=()) for r in rollouts
-    ]
+def behind(rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
+    """The rollouts, noting how many steps the weights that wrote them are behind those of `step`."""
+    return [replace(r, notes={**r.notes, "staleness": float(step - 1 - r.version)}) for r in rollouts]
+
+
+def bare(rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
+    """Without the prompts, which whoever asked knows; with the number of steps that who wrote them had made."""
+    known = ({name: getattr(r, name) for name in BARE} for r in rollouts)
+    return [Rollout(**x | {"version": version}, prompt_ids=(), teacher_prompt_ids=()) for x in known]
 
 
 BARE = ("ids", "sampler_logp", "others", "notes", *SCALARS)
@@ -143,13 +135,12 @@ def dressed(rollouts: Sequence[Rollout], prompts: Sequence[Rendered], per_prompt
     return out
 
 
-def save(draws: Mapping[int, Drawn], folder: Path) -> None:
+def save(draws: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
     """Add draws to a checkpoint, without their prompts; nothing where there are none."""
     if not draws:
         return
     tensors: dict[str, Tensor] = {}
-    for draw, drawn in draws.items():
-        rolls = drawn.rollouts
+    for draw, rolls in draws.items():
         for name, dtype in SCALARS.items():
             tensors[f"{draw}.{name}"] = torch.tensor([getattr(r, name) for r in rolls], dtype=dtype)
         tensors[f"{draw}.length"] = torch.tensor([len(r.ids) for r in rolls])
@@ -166,16 +157,14 @@ def save(draws: Mapping[int, Drawn], folder: Path) -> None:
             whole = values if kind == "note" else [x for v in values for x in v]  # type: ignore[union-attr]
             tensors[f"{draw}.{kind}.{name}"] = torch.tensor(whole, dtype=torch.float64)
     save_file(tensors, folder / "draws.safetensors")
-    (folder / "draws.json").write_text(json.dumps({str(draw): drawn.version for draw, drawn in draws.items()}))
 
 
-def load(folder: Path) -> dict[int, Drawn]:
+def load(folder: Path) -> dict[int, list[Rollout]]:
     """What `save` wrote."""
-    if not (folder / "draws.json").is_file():
-        return {}
-    versions, tensors = json.loads((folder / "draws.json").read_text()), load_file(folder / "draws.safetensors")
-    out: dict[int, Drawn] = {}
-    for draw, version in versions.items():
+    path = folder / "draws.safetensors"
+    tensors = load_file(path) if path.is_file() else {}
+    out: dict[int, list[Rollout]] = {}
+    for draw in sorted({int(k.partition(".")[0]) for k in tensors}):
         own = {k.removeprefix(f"{draw}."): x for k, x in tensors.items() if k.startswith(f"{draw}.")}
         lengths = own["length"].tolist()
         ragged = {k: [tuple(part.tolist()) for part in own[k].split(lengths)] for k in ("ids", "sampler_logp")}
@@ -189,7 +178,7 @@ def load(folder: Path) -> dict[int, Drawn]:
             each = [len(own["others"]) // max(1, sum(lengths)) * n for n in lengths]
             parts = zip(own["others"].split(each), own["others_logp"].split(each), strict=True)
             others = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
-        rolls = [
+        out[draw] = [
             Rollout(
                 prompt_ids=(),
                 teacher_prompt_ids=(),
@@ -199,5 +188,4 @@ def load(folder: Path) -> dict[int, Drawn]:
             )
             for i in range(len(lengths))
         ]
-        out[int(draw)] = Drawn(version, rolls)
     return out

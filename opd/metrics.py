@@ -35,8 +35,7 @@ def summary(batch: Batch) -> dict[str, float]:
         out |= {f"reverse_kl_{part}": value for part, value in by_third(batch.reverse_kl, mask).items()}
     out["repetition"] = repetition(batch.ids, mask)
     if batch.student_logp is not None:
-        own = mask if batch.prefix is None else mask & (torch.arange(mask.shape[1]) >= batch.prefix[:, None])
-        gap = (batch.student_logp - batch.sampler_logp)[own]
+        gap = (batch.student_logp - batch.sampler_logp)[batch.written()]
         if len(gap) and not {"beta", "staleness"} & batch.notes.keys():
             out["sampler_gap"] = float(gap.abs().max())  # trainer against sampler: 0 up to rounding, or it is wrong
         if len(gap):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from opd.collect import assemble, masks
 from opd.config import Train
-from opd.draws import Drawn
 from opd.method import Method, Target
 from opd.session import Session
 from opd.student import cross_entropies, micro_batches, rows, unprompted
@@ -138,7 +137,7 @@ class Passes:
         assert isinstance(found, Alternatives)
         return found.ids
 
-    def alone(self, drawn: Drawn, dressed: Sequence[Rollout]) -> Drawn:
+    def alone(self, drawn: Sequence[Rollout], dressed: Sequence[Rollout]) -> list[Rollout]:
         """The draw, each rollout noted what its teacher says of it without the prompt; asked once, for all its uses."""
         found: dict[int, float] = {}
         for name in self.session.teachers:
@@ -150,11 +149,9 @@ class Passes:
                 heard = self.session.teachers[name].hidden(*unprompted(rolls))
                 assert heard is not None, "a method that reads log q has a teacher that scores"
                 found |= dict(zip(at, cross_entropies(heard, rolls, self.session.vocabulary), strict=True))
-        noted = [
-            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r
-            for i, r in enumerate(drawn.rollouts)
+        return [
+            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r for i, r in enumerate(drawn)
         ]
-        return Drawn(drawn.version, noted)
 
 
 def _drawn(rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Int[Tensor, "N k"]:

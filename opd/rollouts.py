@@ -336,9 +336,9 @@ def drift(batch: Batch) -> float | None:
 
     Every summand is >= 0.
     """
-    if batch.student_logp is None or not batch.mask.any():
+    if batch.student_logp is None or not (own := batch.written()).any():
         return None
-    gap = (batch.student_logp - batch.sampler_logp)[batch.mask].double()
+    gap = (batch.student_logp - batch.sampler_logp)[own].double()
     return float((gap.exp() * gap - torch.expm1(gap)).mean())
 
 

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from opd import asking, bridge, draws, episode
 from opd.background import hired
 from opd.collect import Rendered, collate
 from opd.config import Train
-from opd.draws import Drawn, Here, Source
+from opd.draws import Here, Source
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method
@@ -33,7 +34,7 @@ from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.teachers.text import TextTeacher
 from opd.tokens import spelled
-from opd.types import STUDENT, Batch, Refusal, Rollout, Sampling
+from opd.types import Batch, Refusal, Rollout, Sampling
 
 LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
@@ -115,28 +116,24 @@ class Loop:
     def save(self, memory: Memory, folder: Path) -> None:
         """What a run that resumes takes up; all processes call it, the main one writes."""
         self.session.save(folder)
-        kept: list[dict[int, Drawn]] = [{}]
+        kept: list[dict[int, list[Rollout]]] = [{}]
         if self.source is not None:
             self.source.settle()
             kept = gather_object([dict(self.source.kept)])
         if self.session.accelerator.is_main_process:
             save_memory(memory, folder)
-            everyone = {d: Drawn(x.version, []) for part in kept for d, x in part.items()}
-            for part in kept:
-                for draw, drawn in part.items():
-                    everyone[draw].rollouts.extend(drawn.rollouts)
-            draws.save(everyone, folder)
+            draws.save({d: [r for part in kept for r in part.get(d, ())] for d in {*chain(*kept)}}, folder)
 
-    def _restored(self, checkpoint: Path) -> dict[int, Drawn]:
+    def _restored(self, checkpoint: Path) -> dict[int, list[Rollout]]:
         """This process's share of the draws of a checkpoint; what it lacks is drawn again."""
         accelerator, who = self.session.accelerator, self.method.rollouts
         per_prompt = who.per_prompt
         mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
         for draw, drawn in draws.load(checkpoint).items():
-            own = [r for r in drawn.rollouts if r.index in wanted]
+            own = [r for r in drawn if r.index in wanted]
             if len(own) == len(wanted):
-                out[draw] = Drawn(drawn.version, own)
+                out[draw] = own
         return out
 
     def _taken(self, step: int, memory: Memory) -> list[Rollout]:
@@ -146,10 +143,10 @@ class Loop:
         drawn, draw = source.take(step, memory), draw_of(who, step, memory)
         prompts = self._prompts(prompts_of(who, draw), memory)
         if "teacher_alone" in self.method.reads():
-            drawn = self.passes.alone(drawn, draws.dressed(drawn.rollouts, prompts, who.per_prompt))
+            drawn = self.passes.alone(drawn, draws.dressed(drawn, prompts, who.per_prompt))
             if draw in source.kept:
                 source.kept[draw] = drawn
-        mine = drawn.behind(step) if self.config.staleness or isinstance(who, Snapshot) else drawn.rollouts
+        mine = draws.behind(drawn, step) if self.config.staleness or isinstance(who, Snapshot) else drawn
         return draws.dressed(gather_object(mine), prompts, who.per_prompt)
 
     def cross(self, built: Bridge, checkpoint: Path | None) -> None:
@@ -390,8 +387,7 @@ class Loop:
         how = self.config.speaker
         if how.engine == "hf" or batch.student_logp is None:
             return
-        own = batch.mask & (batch.source == STUDENT)[:, None]
-        own = own if batch.prefix is None else own & (torch.arange(own.shape[1]) >= batch.prefix[:, None])
+        own = batch.written()
         apart = float((batch.student_logp - batch.sampler_logp)[own].abs().mean()) if own.any() else 0.0
         if not apart <= how.max_mismatch:
             raise Refusal(

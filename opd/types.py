@@ -102,6 +102,7 @@ class Rollout:
     group: int  # rollouts of one prompt share it
     stopped: bool  # ended by a stop token, not by the length limit
     source: int = STUDENT
+    version: int = 0  # steps that the weights which wrote it had made
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
     prefix: int = 0  # tokens at its start that the teacher wrote
@@ -153,6 +154,11 @@ class Batch:
         cut = {k: v[rows] for k, v in column.items() if isinstance(v, Tensor)}
         notes = {k: v[rows] for k, v in self.notes.items()}
         return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores), notes=notes)
+
+    def written(self) -> Bool[Tensor, "B T"]:
+        """The trained tokens that the student's sampler drew: neither the data's, nor a teacher's."""
+        own = self.mask & (self.source == STUDENT)[:, None]
+        return own if self.prefix is None else own & (torch.arange(own.shape[1]) >= self.prefix[:, None])
 
 
 ALONE = frozenset({"student_alone", "teacher_alone"})  # of those that are read

@@ -72,7 +72,7 @@ class Writer:
                 total=config.steps,
                 alone=job.alone,
             )
-        return Done(job.draw, bare(rollouts), time.perf_counter() - start, time.process_time() - computed)
+        return Done(job.draw, bare(rollouts, self.version), time.perf_counter() - start, time.process_time() - computed)
 
     @torch.no_grad()
     def _load(self, version: int) -> None:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch
 import opd
 from opd.cli import main
 from opd.method import Target
-from opd.metrics import agreeing, by_task, by_third, effective, repetition, summary, weighting
+from opd.metrics import agreeing, by_task, by_third, effective, repetition, speaking, summary, weighting
 from opd.report.alarms import Alarm
-from opd.types import Batch, Prompt, Sampling
+from opd.types import DATA, Batch, Prompt, Sampling
 from tests.models_for_tests import tiny
 
 
@@ -52,6 +54,19 @@ def test_ratios_of_the_sampler():
     n, total, squares = 10, 10 + 6, 7 + 9 + 18 - 0
     assert found["sampler_ess"] == pytest.approx(total**2 / (n * squares))
     assert summary(batch(student_logp=torch.full((2, 7), -1.0)))["sampler_ess"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("other", [{"source": torch.tensor([0, DATA])}, {"prefix": torch.tensor([0, 3])}], ids=str)
+def test_what_others_wrote_has_no_ratio(other):
+    """The data's responses and a teacher's prefixes stand at log mu = 0: nothing is said of them."""
+    logp = torch.tensor([[-1.5] * 7, [-3.0] * 7])
+    sampler = torch.tensor([[-1.0] * 7, [0.0] * 7])
+    mixed = replace(batch(student_logp=logp), sampler_logp=sampler, notes={"staleness": torch.ones(2)}, **other)
+    kl = math.exp(-0.5) - 1 + 0.5
+    assert summary(mixed)["sampler_ess"] == pytest.approx(1) and summary(mixed)["sampler_kl"] == pytest.approx(kl)
+    assert summary(mixed)["sampler_ratio_max"] == pytest.approx(math.exp(-0.5))
+    assert speaking(mixed)["drift"] == pytest.approx(1 - 1.5 * math.exp(-0.5))
+    assert "drift" not in speaking(replace(mixed, source=torch.tensor([DATA, DATA])))
 
 
 def test_tails_of_the_advantage():

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd import draws
-from opd.draws import Drawn
 from opd.engines.hf import HFEngine
 from opd.estimators import Several, TopKValue, Value
 from opd.exact import alone, measure
@@ -156,7 +155,7 @@ def test_they_come_back_from_a_checkpoint(tmp_path):
     )  # fmt: skip
     other = replace(whole, ids=(5,), sampler_logp=(-7.5,), others=Others(more.ids[:2], more.logp[:2]), index=7)
     empty = replace(whole, ids=(), sampler_logp=(), others=Others.none())
-    kept = {9: Drawn(7, [whole, empty, other]), 11: Drawn(8, [replace(whole, others=None)])}
+    kept = {9: [whole, empty, other], 11: [replace(whole, others=None)]}
     draws.save(kept, tmp_path)
     assert draws.load(tmp_path) == kept
 
@@ -180,7 +179,7 @@ def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "cut", **late))
     monkeypatch.setattr(Loop, "step", real)
-    assert any(drawn.rollouts[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002").values())
+    assert any(drawn[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002").values())
     opd.train(config(pair, tmp_path / "cut", resume=True, **late))
     alike(tmp_path / "whole", tmp_path / "cut")
 

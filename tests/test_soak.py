@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.soak import Plan, account, settings, train
+from scripts.soak import Plan, _apart, account, settings, train
 from tests.models_for_tests import tiny
 
 STEPS = 8
@@ -62,6 +63,13 @@ def test_the_account_sees_what_is_not_so(runs, tmp_path):
     assert any("step 3 did not train on samples 0 to 3" in x for x in told(lost))
     assert [x.split(":")[0] for x in told(other)] == ["model.safetensors"]
     assert told(lambda: None) == []
+
+
+def test_what_was_not_said_is_no_zero(tmp_path):
+    for name, column in (("a", [torch.nan, 1.0]), ("b", [0.0, 1.0]), ("c", [torch.nan, 1.0])):
+        save_file({"advantage": torch.tensor(column)}, tmp_path / name)
+    assert list(_apart(tmp_path / "a", tmp_path / "b")) == ["a: advantage differs"]
+    assert list(_apart(tmp_path / "a", tmp_path / "c")) == []
 
 
 def test_the_plan_of_the_whole_soak():
