@@ -171,7 +171,7 @@ def evaluate(config: Evaluate) -> Scores:
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
     text = models.tokenizer(source, field="model")
-    stop = prompts.stop_ids(models.generation_config(source), text)
+    stop = models.stop_ids(source, text)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
         model = models.load(source, field="model", dtype=DTYPES[config.precision], device=device)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from opd import prompts
 from opd.kernels.linear import Linear, quicken
 from opd.types import Refusal
 from opd.vocabulary import Head
@@ -78,12 +79,13 @@ def tokenizer(source: Source, *, field: str) -> Tokenizer:
         raise Refusal(f"--{field} {source.folder}: its tokenizer does not load: {_first_line(error)}") from error
 
 
-def generation_config(source: Source) -> GenerationConfig:
-    """Read for its EOS ids alone; nothing else of it is inherited."""
+def stop_ids(source: Source, text: Tokenizer) -> tuple[int, ...]:
+    """The ids at which the model stops, `text` its tokenizer; nothing else of its generation config is inherited."""
     try:
-        return GenerationConfig.from_pretrained(source.folder, local_files_only=not source.hub)
+        config = GenerationConfig.from_pretrained(source.folder, local_files_only=not source.hub)
     except OSError:
-        return GenerationConfig()
+        config = GenerationConfig()
+    return prompts.stop_ids(config, text)
 
 
 def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:

@@ -88,7 +88,7 @@ def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoi
     weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on).requires_grad_(False)
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
     models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
-    stop = prompts.stop_ids(models.generation_config(source), text)
+    stop = models.stop_ids(source, text)
     arguments = prompts.known(text, prompts.template_arguments(config.data.template_args))
     engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
     name = f"{source.folder} {wire.weights_hash(weights)}"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd import models, prompts
+from opd import models
 from opd.config import DTYPES, Train
 from opd.methods import METHODS
 from opd.teachers.local import LocalTeacher
@@ -33,7 +33,7 @@ def known(source: models.Source, *, field: str) -> Known:
     """Of a model whose files are here."""
     text = models.tokenizer(source, field=field)
     shape = AutoConfig.from_pretrained(source.folder, **source.options()).get_text_config()
-    return Known(text, shape, prompts.stop_ids(models.generation_config(source), text))
+    return Known(text, shape, models.stop_ids(source, text))
 
 
 def known_there(server: Server, student: Known, config: Train) -> Known:
@@ -44,7 +44,7 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
             how.teacher_tokenizer, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code
         )
         likely = models.tokenizer(source, field="teacher-tokenizer")
-        stop = prompts.stop_ids(models.generation_config(source), likely)
+        stop = models.stop_ids(source, likely)
     text = server.tokenizer(likely)
     rows = server.told.get("rows", student.shape.vocab_size)
     shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})

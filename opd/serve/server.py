@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from opd import models, prompts
+from opd import models
 from opd.config import DTYPES, Precision, native
 from opd.serve.model import Served
 from opd.types import Refusal
@@ -98,7 +98,7 @@ def serve(config: Serve) -> None:
 def _open(config: Serve) -> Served:
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     text = models.tokenizer(source, field="model")
-    stop = prompts.stop_ids(models.generation_config(source), text)
+    stop = models.stop_ids(source, text)
     on = models.device(config.device, field="device")
     model = models.load(source, field="model", dtype=DTYPES[config.precision], device=on)
     models.verify_head(model, field="model")
