@@ -11,9 +11,7 @@ from opd.collect import Rendered
 from opd.config import Train
 from opd.tasks.answers import spoken
 from opd.tasks.task import Made, Task
-from opd.types import Prompt, Refusal, Rollout
-
-RIGHT = 0.5  # outcomes above it are right
+from opd.types import RIGHT, Prompt, Refusal, Rollout
 
 
 @dataclass(frozen=True)

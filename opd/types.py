@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 STUDENT, TEACHER, DATA = 0, 1, 2  # who spoke: values of the `source` column
+RIGHT = 0.5  # outcomes above it are right
 
 
 class Refusal(ValueError):

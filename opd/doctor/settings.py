@@ -12,10 +12,9 @@ from opd.doctor.probe import Looked, Probe
 from opd.kernels.choice import sweeper
 from opd.metrics import repetition
 from opd.prompts import short
-from opd.reading import RIGHT
 from opd.rollouts import Mixture
 from opd.teachers.server import LogpTeacher
-from opd.types import DATA, Prompt
+from opd.types import DATA, RIGHT, Prompt
 
 VERIFIED = 32  # prompts whose own answers are verified
 FULL = 0.2  # full fine-tuning's rate times the width, beyond which it is that of LoRA: 1e-4 at 2048, 5e-5 at 4096

@@ -17,9 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from opd.tasks.answers import marked, number, said, spoken
 from opd.teachers.text import Gate, How, TextTeacher
-from opd.types import Prompt
+from opd.types import RIGHT, Prompt
 
-RIGHT = 0.5  # scores above it are right
 Met = tuple[tuple[bool, ...], ...]  # of each answer, by criterion
 F = TypeVar("F", bound=BaseModel)
 

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, Field
 
 from opd.rubrics import MOST, Buffer, Criterion, Marks
-from opd.teachers.judge import RIGHT, RIGHT_ANSWER, STATES, ModelJudge, lines, question, shown
-from opd.types import Prompt
+from opd.teachers.judge import RIGHT_ANSWER, STATES, ModelJudge, lines, question, shown
+from opd.types import RIGHT, Prompt
 
 FEW, MANY = (1, 4), (2, 5)  # new criteria of a stage, and of the answer
 WORTH = {"accuracy": 0.4, "specificity": 0.3, "scope": 0.3}
