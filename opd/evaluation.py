@@ -22,6 +22,7 @@ from opd.tasks.task import Task
 from opd.types import Prompt, Refusal, at_least
 
 DRAWS = 4000  # of a bootstrap
+CONFIDENCE = 0.95  # of every interval
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Estimate:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+def interval(values: Sequence[float]) -> Estimate:
     """Mean of per-prompt shares with Wilson's interval at the effective number of prompts.
 
     The interval is over prompts, not samples: samples of one prompt are not independent.  Unlike the bootstrap it
@@ -48,7 +49,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     spread = float(x.var(correction=1)) if n > 1 else 0.0
     # Shares inside (0, 1) vary less than coins of the same mean: that is worth more prompts.
     n = max(n, m * (1 - m) / spread * n) if spread > 0 else n
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     centre, half = m + z * z / (2 * n), z * math.sqrt(m * (1 - m) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return Estimate(
@@ -56,12 +57,12 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     )
 
 
-def bootstrapped(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+def bootstrapped(values: Sequence[float]) -> Estimate:
     """Mean of per-prompt shares with the percentile bootstrap over prompts, for comparison with who reports that.
 
     Its 95 % cover less where shares are near 0 or 1: docs/LOG.md.
     """
-    x, tail = np.array(values, dtype=np.float64), (1 - confidence) / 2
+    x, tail = np.array(values, dtype=np.float64), (1 - CONFIDENCE) / 2
     drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x)
     return Estimate(float(x.mean()), *map(float, np.quantile(drawn @ x, (tail, 1 - tail))))
 
@@ -117,10 +118,6 @@ class Scores:
         measures = {f"avg@{k}": [sum(row) / k for row in self.outcomes]}
         measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in _powers(k) if k > 1}
         return measures | ({f"maj@{k}": list(self.majorities)} if k > 1 else {})
-
-    def average(self) -> Estimate:
-        """avg@k: the mean outcome."""
-        return interval([sum(row) / len(row) for row in self.outcomes])
 
     def problems(self) -> list[dict[str, object]]:
         """What became of each problem."""

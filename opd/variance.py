@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from opd.config import Train
 from opd.divergences import kl
-from opd.evaluation import Estimate
+from opd.evaluation import CONFIDENCE, Estimate
 from opd.exact import alone, slopes
 from opd.method import Method, Positions
 from opd.methods import METHODS
@@ -350,7 +350,7 @@ def _tangent(
     return jvp(lambda x: _logp(vocabulary, own, x), (values,), ({"states": moved} | inside,))[1]
 
 
-def ratio(above: Sequence[float], below: Sequence[float], confidence: float = 0.95) -> Estimate:
+def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
     """sum above / sum below over independent pairs, with Student's interval of the linearised ratio.
 
     Cochran, Sampling Techniques (1977), Eq. 6.13.
@@ -360,7 +360,7 @@ def ratio(above: Sequence[float], below: Sequence[float], confidence: float = 0.
         return Estimate(math.nan, math.nan, math.nan)
     n, value = len(a), float(a.sum() / b.sum())
     error = math.sqrt(n / (n - 1) * float((a - value * b).square().sum())) / float(b.sum())
-    half = quantile((1 + confidence) / 2, n - 1) * error
+    half = quantile((1 + CONFIDENCE) / 2, n - 1) * error
     return Estimate(value, max(0.0, value - half), value + half)
 
 
