@@ -10,6 +10,7 @@ import torch
 from opd.config import Train
 from opd.doctor.examine import examined, noted
 from opd.doctor.findings import alarming, errors
+from opd.models import newest_checkpoint
 from opd.progress import Progress, loading
 from opd.report.alarms import alarms
 from opd.report.logs import read
@@ -41,7 +42,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
         run.matches(written, FREE)
     elif not run.empty():
         raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
-    checkpoint = run.newest()
+    checkpoint = newest_checkpoint(run.folder)
     with loading(config.student, *config.routes().values(), quiet=config.quiet):
         session = open_session(config, method, checkpoint)
     start = 0 if checkpoint is None else session.restore(checkpoint, partial=method.headless())

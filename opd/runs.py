@@ -97,11 +97,6 @@ class Run:
                 kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step and step > 0]
                 self._write(name, "".join(kept))
 
-    def newest(self) -> Path | None:
-        """The last checkpoint."""
-        found = sorted((self.folder / "checkpoints").glob("step-[0-9]*"))
-        return found[-1] if found else None
-
     def log(self, name: str, row: Mapping[str, object]) -> None:
         """Append one line to metrics or perf."""
         with disk(f"writing {self.folder / name}.jsonl"), (self.folder / f"{name}.jsonl").open("a") as file:
