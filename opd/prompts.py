@@ -46,11 +46,6 @@ def render(
     return _ids(tokenizer, text, special=True)
 
 
-def with_context(prompt: Prompt, context: str, template: str) -> Prompt:
-    """The prompt with its question written into a template of {prompt} and {context}: what only the teacher reads."""
-    return rewritten(prompt, template, context=context)
-
-
 def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
     """The prompt with its last turn written into a template of {prompt} and other parts by name."""
 

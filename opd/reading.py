@@ -75,7 +75,7 @@ class Prompts:
         """The prompt's ids for a teacher, in its own template, with what it alone may know."""
         text = self.teacher_tokenizers[teacher]
         if context:
-            prompt = prompts.with_context(prompt, context, self.config.context_template)
+            prompt = prompts.rewritten(prompt, self.config.context_template, context=context)
         arguments = prompts.known(text, prompts.template_arguments(self.config.data.template_args))
         return prompts.render(text, prompt, chat_template_kwargs=arguments)
 

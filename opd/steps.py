@@ -212,7 +212,7 @@ class Loop:
         for update in range(who.updates):
             last = update + 1 == who.updates  # with it the reflections of the step before
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
-            if update + 1 == who.updates and (saves or session.shows_heads()):
+            if last and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
                     others = self.passes.alternatives(batch[shown], rollouts[shown])

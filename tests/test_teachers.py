@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.config import CONTEXT
 from opd.methods import METHODS
-from opd.prompts import with_context
+from opd.prompts import rewritten
 from opd.reading import Prompts
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.types import Prompt, Refusal, Rollout, Sampling
@@ -215,10 +215,10 @@ def test_peers_teach_each_other(folders, prompts, tmp_path):
 
 def test_a_context_is_written_into_the_last_turn():
     turns = ({"role": "system", "content": "s"}, {"role": "user", "content": "q"})
-    got = with_context(Prompt(messages=turns), "the {prompt} way", CONTEXT)
+    got = rewritten(Prompt(messages=turns), CONTEXT, context="the {prompt} way")
     assert got.messages[0] == turns[0]
     assert got.messages[1]["content"].startswith("q\n\nHere is a correct solution:\n\nthe {prompt} way\n\n")
-    assert with_context(Prompt(text="q"), "c", "{context}|{prompt}").text == "c|q"
+    assert rewritten(Prompt(text="q"), "{context}|{prompt}", context="c").text == "c|q"
 
 
 def test_the_reference_is_the_student_before_training(folders, prompts, tmp_path):
