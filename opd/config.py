@@ -1,5 +1,6 @@
 """What a run and an evaluation are told: one value each, the same for Python and the command line."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -246,6 +247,19 @@ class Train:
         """What the teacher reads and the student does not: a column, peer, or nothing."""
         own = self.method.teacher
         return self.context or (own.context if own else "")
+
+    def learning_rate(self, update: int, total: int) -> float:
+        """Of optimizer step `update` (from 1) of `total`."""
+        if update <= self.warmup:
+            return self.lr * update / self.warmup
+        done = (update - self.warmup - 1) / max(1, total - self.warmup)
+        match self.schedule:
+            case "constant":
+                return self.lr
+            case "linear":
+                return self.lr * (1 - done)
+            case "cosine":
+                return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def _check_worker(self) -> None:
         """Refuse what a worker process cannot write: it has the student alone."""

@@ -19,7 +19,6 @@ from opd.evaluation import Estimate, evaluate, interval
 from opd.loop import train
 from opd.methods import METHODS
 from opd.presets import settings
-from opd.session import learning_rate
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
@@ -132,7 +131,7 @@ def supervised(config: Train, folder: Path) -> Path:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, config.steps)
+            group["lr"] = config.learning_rate(step, config.steps)
         optimizer.step()
     model.save_pretrained(str(folder))
     text.save_pretrained(folder)

@@ -1,7 +1,6 @@
 """What a run stands on: models, teacher, prompts and optimizer, opened once and checked before the first step."""
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -226,17 +225,3 @@ def _known(source: models.Source | Server, student: remote.Known, config: Train,
     if isinstance(source, Server):
         return remote.known_there(source, student, config)
     return remote.known(source, field=field)
-
-
-def learning_rate(config: Train, update: int, total: int) -> float:
-    """Of optimizer step `update` (from 1) of `total`."""
-    if update <= config.warmup:
-        return config.lr * update / config.warmup
-    done = (update - config.warmup - 1) / max(1, total - config.warmup)
-    match config.schedule:
-        case "constant":
-            return config.lr
-        case "linear":
-            return config.lr * (1 - done)
-        case "cosine":
-            return config.lr * (1 + math.cos(math.pi * done)) / 2

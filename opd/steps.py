@@ -28,7 +28,7 @@ from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
 from opd.runs import Run, save_memory
-from opd.session import Session, learning_rate
+from opd.session import Session
 from opd.student import micro_batches
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
@@ -340,7 +340,7 @@ class Loop:
         if (update - 1) % self.method.rollouts.updates == 0:  # the student is still the one that was sent
             self._check_engine(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
-        lr = learning_rate(config, update, config.steps * self.method.rollouts.updates)
+        lr = config.learning_rate(update, config.steps * self.method.rollouts.updates)
         finite = bool(norm.isfinite())
         if finite:
             for group in session.optimizer.param_groups:

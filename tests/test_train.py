@@ -276,10 +276,8 @@ def test_responses_of_the_data_train_a_mixture(pair, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate(schedule):
-    from opd.session import learning_rate
-
     c = opd.Train(student="s", teacher="t", prompts="p", lr=1.0, warmup=4, schedule=schedule)
-    rates = [learning_rate(c, i, 12) for i in range(1, 13)]
+    rates = [c.learning_rate(i, 12) for i in range(1, 13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     wanted = torch.optim.lr_scheduler.LambdaLR  # torch's own schedules from the end of the warm-up
     parameter = torch.zeros(1, requires_grad=True)
