@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.divergences import kl
+from opd.engines.forms import Form, within
 from opd.engines.stream import Stream
 from opd.kernels.draw import quantile
 from opd.noise import uniform
@@ -86,12 +87,13 @@ class HFEngine:
         prefixes: Sequence[Sequence[int]] = (),
         beside: Beside | None = None,
         samples: int = 1,
+        forms: Sequence[Form] = (),
     ) -> list[Sample]:
         """One response per prompt; token t of rollout `index[i]` draws from the counter (seed, step, index[i], t).
 
         A response goes on from its prefix, whose tokens count as its first and are not repeated in what comes back.
         Where one ends, the next prompt that waits takes its place.  At each position `samples` tokens are drawn, the
-        response's own among them.
+        response's own among them.  With `forms`, one a prompt, a response keeps to its own until the limit.
         """
         n, device, key = len(prompts), self.model.device, np.array(index, dtype=np.int64)
         prefixes = prefixes or ((),) * n
@@ -121,6 +123,8 @@ class HFEngine:
             noise = _noise(seed, step, key[alive], written[alive] + sampled[alive], samples)
             logits, *beheld = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
             asked, said = sampling, dict[str, Tensor]()
+            if forms:
+                logits = within(logits, [forms[i] for i in alive.tolist()])
             if beside is not None and isinstance(beside.does, Blended):
                 logits, said = _blended(logits, beheld[0], sampling.temperature, beside.does.eps, stop)
                 asked = replace(sampling, temperature=1.0)
@@ -137,6 +141,9 @@ class HFEngine:
                     others[i].ids.extend(ids)
                     others[i].logp.extend(values)
             drawn = drawn[:, 0]
+            for i, token, more in zip(alive.tolist(), drawn.tolist(), going, strict=True) if forms else ():
+                if more:
+                    forms[i].take(token)
             sampled[alive] += going
             ends = torch.isin(drawn, stop).cpu().numpy()
             ended[alive] |= ends & going

@@ -9,7 +9,7 @@ import json
 import secrets
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,8 +134,9 @@ class Routes:
         turns = turns[:-1] if asked.continue_final_message else turns
         row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), text, asked.chat_template_kwargs)
         most = asked.max_completion_tokens or asked.max_tokens or self.served.context - len(row)
-        self._check_row(row, most)
-        drawn = self._draw([row] * asked.n, asked, most)
+        self._check_row(row, max(1, most))
+        schema = None if asked.response_format is None else asked.response_format.json_schema.json_schema
+        drawn = self._draw([row] * asked.n, asked, most, schema)
         choices = []
         for i, sample in enumerate(drawn):
             choice = self._choice(i, row, sample, asked)
@@ -265,7 +266,9 @@ class Routes:
             raise Refusal("prompt: a text that gives no token")
         return [tuple(row) for row in rows]
 
-    def _draw(self, rows: Sequence[Sequence[int]], asked: Drawing, most: int) -> list[Sample]:
+    def _draw(
+        self, rows: Sequence[Sequence[int]], asked: Drawing, most: int, schema: Mapping[str, object] | None = None
+    ) -> list[Sample]:
         if most == 0:
             return [Sample((), (), False)] * len(rows)
         self._check_count(len(rows))
@@ -279,7 +282,7 @@ class Routes:
             max_new_tokens=most,
         )
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        return self.served.generate(rows, how, seed=seed, stop=asked.stop_token_ids or ())
+        return self.served.generate(rows, how, seed=seed, stop=asked.stop_token_ids or (), schema=schema)
 
     def _choice(self, index: int, row: Sequence[int], sample: Sample, asked: Drawing) -> dict[str, object]:
         ids = sample.ids[:-1] if sample.stopped else sample.ids
@@ -370,7 +373,11 @@ def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = F
     """The whole application."""
     app = FastAPI(title="opd serve", openapi_url=None)
     routes = Routes(served, limits)
-    app.get("/health")(lambda: Response())
+
+    @app.get("/health")
+    async def health() -> Response:  # on the loop: requests that wait for the model fill every thread
+        return Response()
+
     app.get("/v1/models")(routes.models)
     app.post("/v1/completions")(routes.completions)
     app.post("/v1/chat/completions")(routes.chat)

@@ -1,8 +1,9 @@
 """The model behind a server: batched forwards under one lock, without a word about HTTP."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine, Sample
 from opd.engines.transfer import weights
 from opd.models import base, head
@@ -95,13 +97,25 @@ class Served:
             for states, ids in zip(self.states(asked), candidates, strict=True)
         ]
 
+    @cached_property
+    def forms(self) -> Forms:
+        """What keeps responses to json schemas."""
+        return Forms.of(self.tokenizer, self.rows, self.stop)
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, stop: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        stop: Sequence[int],
+        schema: Mapping[str, object] | None = None,
     ) -> list[Sample]:
-        """One response per prompt; the i-th draws from the counter (seed, 0, i, t)."""
+        """One response per prompt, as a schema would have it; the i-th draws from the counter (seed, 0, i, t)."""
         engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
         with self.lock:
-            return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)))
+            forms = [] if schema is None else [self.forms.form(schema) for _ in prompts]
+            return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)), forms=forms)
 
     def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
         """A response to one prompt for each seed, ended by `stop` alone: a seed's is the same in any company."""

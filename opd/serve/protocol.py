@@ -62,6 +62,22 @@ class Message(Asking):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class Schema(Asking):
+    """A JSON schema with a name."""
+
+    name: str
+    description: str | None = None
+    json_schema: Annotated[dict[str, object], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class Format(Asking):
+    """The form of an answer; there is no other."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
 class Chat(Drawing):
     """POST /v1/chat/completions."""
 
@@ -71,6 +87,7 @@ class Chat(Drawing):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = {}
+    response_format: Format | None = None
 
     @model_validator(mode="after")
     def begun(self) -> "Chat":
@@ -89,6 +106,7 @@ class ScoringParameters(Asking):
     temperature: float = Field(1.0, ge=0)
     prompt_logprob_token_ids: Annotated[list[list[Annotated[StrictInt, Field(ge=-1)]]], Field(min_length=1)]
     prompt_logprob_start: int = Field(0, ge=0)
+    detokenize: Literal[False] = False
 
 
 class DrawingParameters(Asking):

@@ -1,0 +1,124 @@
+"""Answers that keep to a JSON schema: any model's, valid every time, from the model's own distribution."""
+
+import json
+import sys
+from typing import Literal
+
+import pytest
+import torch
+from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import opd
+from opd.engines.forms import Forms
+from opd.engines.hf import HFEngine
+from opd.types import Sampling
+from scripts.soak import serving
+
+pytest.importorskip("llguidance")
+TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+class Closed(BaseModel):
+    """No other field, which a schema must say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Mark(Closed):
+    """One answer's."""
+
+    index: Literal[1, 2, 3]
+    met: tuple[bool, bool]
+
+
+class Sheet(Closed):
+    """All of them."""
+
+    marks: tuple[Mark, Mark]
+
+
+SCHEMA = Sheet.model_json_schema()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model that knows all bytes."""
+    out = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>", "<pad>"])}, []))
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", pad_token="<pad>", chat_template=TURNS)
+    torch.manual_seed(0)
+    how = dict(vocab_size=len(text), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**how, eos_token_id=256, initializer_range=0.3))
+    model.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=257)
+    model.save_pretrained(out)
+    text.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def written(pair, forms, **options):
+    model, text = pair
+    engine = HFEngine(model, len(text), (256,), **options)
+    prompts = [text(f"question {i % 3}:")["input_ids"] for i in range(8)]
+    made = [forms.form(SCHEMA) for _ in prompts]
+    return prompts, engine.generate(prompts, Sampling(max_new_tokens=200), seed=1, step=2, index=range(8), forms=made)
+
+
+def test_every_answer_is_a_filled_form(pair):
+    _, found = written(pair, Forms.of(pair[1], 258, (256,)))
+    assert all(sample.stopped for sample in found)
+    read = [Sheet.model_validate_json(pair[1].decode(sample.ids[:-1])) for sample in found]
+    assert len({str(sheet) for sheet in read}) > 4  # a random model fills them in at random
+
+
+def test_in_whatever_company(pair):
+    forms = Forms.of(pair[1], 258, (256,))
+    assert [x.ids for x in written(pair, forms, rows=3)[1]] == [x.ids for x in written(pair, forms)[1]]
+
+
+def test_tokens_come_from_the_models_distribution_within_the_form(pair):
+    """Log-probs of the softmax over what the grammar lets through, by a matcher that reads each prefix anew."""
+    forms = Forms.of(pair[1], 258, (256,))
+    prompts, found = written(pair, forms)
+    for prompt, sample in zip(prompts[:3], found, strict=False):
+        logits = pair[0](torch.tensor([[*prompt, *sample.ids]])).logits[0, len(prompt) - 1 : -1].detach()
+        for t, (token, logp) in enumerate(zip(sample.ids, sample.logp, strict=True)):
+            matcher = forms.form(SCHEMA).matcher
+            assert matcher.consume_tokens(list(sample.ids[:t]))
+            may = [i for i in range(258) if matcher.validate_tokens([i]) == 1] or [256]  # the form is filled
+            assert token in may
+            assert logp == pytest.approx(float(logits[t, may].log_softmax(-1)[may.index(token)]), abs=1e-4)
+
+
+def test_what_cannot_be_kept_to(pair, monkeypatch):
+    with pytest.raises(opd.Refusal, match="response_format: Invalid type: nothing"):
+        Forms.of(pair[1], 258, (256,)).form({"type": "nothing"})
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(opd.Refusal, match=r"needs llguidance; pip install 'opd\[text\]'"):
+        Forms.of(pair[1], 258, (256,))
+
+
+def test_the_openai_client_gets_filled_forms_from_a_server(folder):
+    openai = pytest.importorskip("openai")
+    told = {"type": "json_schema", "json_schema": {"name": "sheet", "schema": SCHEMA, "strict": True}}
+    with serving(folder, "--name", "any") as (url, _):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        ask = lambda **more: client.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": "grade"}], max_tokens=200, **more
+        )
+        said = ask(n=3, seed=1, response_format=told)
+        assert [choice.finish_reason for choice in said.choices] == ["stop"] * 3
+        assert all(Sheet.model_validate(json.loads(choice.message.content)) for choice in said.choices)
+        wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+        for form in (wrong, {"type": "json_object"}):
+            with pytest.raises(openai.BadRequestError, match="response_format"):
+                ask(response_format=form)
