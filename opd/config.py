@@ -219,7 +219,7 @@ class Train:
                 f"--temperature {self.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
             )
         who = self.resolved().rollouts
-        if isinstance(who, Snapshot) and (self._tempered() or self.loss_temperature != 1):
+        if isinstance(who, Snapshot) and not self.compares():
             s = self.sampling
             raise Refusal(
                 f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --loss-temperature "
@@ -337,6 +337,10 @@ class Train:
     def _tempered(self) -> bool:
         """Whether tokens are drawn of another distribution than the student's own."""
         return self.sampling.temperature != 1 or self.sampling.top_p < 1 or self.sampling.top_k > 0
+
+    def compares(self) -> bool:
+        """Whether the log-probs of the draw are meant to be those of the loss."""
+        return not self._tempered() and self.loss_temperature == 1
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and change what the estimator means, each with the reason."""

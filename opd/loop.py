@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
 from opd.config import Train
 from opd.doctor.examine import examined, noted
@@ -71,9 +72,10 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
         for step in range(start + 1, config.steps + 1):
             numbers, memory = loop.step(step, memory)
             progress.stepped(step, numbers)
-            last = step == config.steps or progress.interrupted
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
                 progress.evaluated(step, loop.evaluate(step))
+            stops = any(gather_object([progress.interrupted]))  # once for all: a signal may come at any time, to any
+            last = step == config.steps or stops
             if main and not config.quiet and (step % LOOK_EVERY == 0 or last):
                 for alarm in alarms(read(run.folder)):
                     progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
@@ -81,7 +83,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
                 with run.checkpoint(step, config.keep, main) as folder:
                     loop.save(memory, folder)
                 accelerator.wait_for_everyone()
-            if progress.interrupted:
+            if stops:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
                 break
     if accelerator.num_processes > 1:

@@ -385,7 +385,7 @@ class Loop:
 
     def _check_engine(self, batch: Batch) -> None:
         how = self.config.speaker
-        if how.engine == "hf" or batch.student_logp is None:
+        if how.engine == "hf" or batch.student_logp is None or not self.config.compares():
             return
         own = batch.written()
         apart = float((batch.student_logp - batch.sampler_logp)[own].abs().mean()) if own.any() else 0.0

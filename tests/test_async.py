@@ -275,11 +275,20 @@ def test_several_processes_have_a_worker_each(pair, tmp_path):
     two += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     out = tmp_path / "run"
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(
-        [*two, "-m", *command(pair, out, "--steps", "3", "--quiet")[2:]], env=env, capture_output=True, text=True
+    run = subprocess.Popen(
+        [*two, "-m", *command(pair, out, "--steps", "500", "--save-every", "400", "--quiet")[2:]],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert [r["staleness_max"] <= 2 for r in rows(out)] == [True] * 3
+    wait_for(out / "rollouts" / "step-000003.jsonl", run)
+    (second,) = (p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGINT)  # only one of them hears it, and both stop after the same step
+    assert run.wait(120) == 0, run.stderr.read()[-2000:]
+    last = rows(out)[-1]["step"]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+    assert all(r["staleness_max"] <= 2 for r in rows(out))
     for step in (1, 2, 3):
         texts = [json.loads(x) for x in (out / f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
         assert [t["index"] for t in texts] == list(range(8))

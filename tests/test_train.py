@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 import opd
 from opd.method import Method
 from opd.methods import METHODS
+from opd.steps import Loop
 from opd.types import Refusal, Sampling
 from opd.vocabulary import _Side
 from tests.models_for_tests import tiny
@@ -184,6 +185,21 @@ def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
     with pytest.raises(Refusal, match=r"lacks the state of 1 trained parameters, .*embed_tokens") as error:
         opd.train(config(pair, out, steps=2, resume=True))
     assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_in_an_evaluation_saves_that_step(pair, tmp_path, monkeypatch, capsys):
+    evaluate = Loop.evaluate
+
+    def interrupted(loop, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(loop, step)
+
+    monkeypatch.setattr(Loop, "evaluate", interrupted)
+    told = config(pair, tmp_path / "run", steps=9, save_every=9, eval_prompts="embedded:ledger-short", quiet=False)
+    run = opd.train(replace(told, eval_every=2, eval_limit=4))
+    assert "interrupted: step 2 is saved" in capsys.readouterr().err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):

@@ -393,7 +393,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
             wrong.generate(prompts, FREE, seed=1, step=2, index=range(4))
 
 
-def run(root, url, out, **changes) -> list[dict]:
+def run(root, url, out, sampling=FREE, **changes) -> list[dict]:
     told = Train(
         student=str(root / "student"),
         teacher=str(root / "teacher"),
@@ -403,7 +403,7 @@ def run(root, url, out, **changes) -> list[dict]:
         steps=6,
         batch=8,
         per_prompt=4,
-        sampling=Sampling(max_new_tokens=12),
+        sampling=sampling,
         lr=1e-2,
         quiet=True,
         speaker=Speaker(engine=url, engine_transfer="opd", **changes),
@@ -428,6 +428,9 @@ def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
         with pytest.raises(opd.Refusal, match="--max-mismatch 1e-12") as caught:
             run(tmp_path, url, "strict", max_mismatch=1e-12)
         assert "\n" not in str(caught.value)
+        # At another temperature they are not meant to be the trainer's.
+        warm = run(tmp_path, url, "warm", max_mismatch=1e-12, sampling=Sampling(max_new_tokens=12, temperature=0.6))
+        assert len(warm) == 6 and warm[0]["sampler_gap_mean"] > 0.1
 
         def fault(path: str, n: int) -> None:
             if path == "/inference/v1/generate" and n == 5 and not gone.is_set():

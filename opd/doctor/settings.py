@@ -201,9 +201,8 @@ def repeats(looked: Looked) -> Iterator[Finding]:
 def sampler(looked: Looked) -> Iterator[Finding]:
     """Sampler and trainer compute one number."""
     batch, config = looked.rehearsal.batch, looked.probe.config
-    s = config.sampling
-    if batch.student_logp is None or (s.temperature, s.top_p, s.top_k, config.loss_temperature) != (1, 1, 0, 1):
-        return  # then they are not meant to be equal
+    if batch.student_logp is None or not config.compares():
+        return
     terminal = batch.ids.new_tensor(looked.probe.session.vocabulary.stop)
     mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids have the sum of their shares
     gap = float((batch.student_logp - batch.sampler_logp)[mask].abs().max()) if mask.any() else 0.0

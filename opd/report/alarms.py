@@ -128,9 +128,9 @@ def repeating(log: Log) -> Iterator[Alarm]:
 
 def sampler_gap(log: Log) -> Iterator[Alarm]:
     """The sampler and the trainer compute one number; where they differ, one of them is wrong."""
-    s = {k: log.config.get(f"sampling.{k}") for k in ("temperature", "top_p", "top_k")}
+    plain = {"sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.top_k": 0, "loss_temperature": 1.0}
     method = str(log.config.get("method"))
-    if s != {"temperature": 1.0, "top_p": 1.0, "top_k": 0} or ("rollouts=" in method and "OnPolicy" not in method):
+    if {k: log.config.get(k) for k in plain} != plain or ("rollouts=" in method and "OnPolicy" not in method):
         return  # then they are not meant to be equal
     gap = max(log.series("sampler_gap").items(), key=lambda x: x[1], default=(0, 0.0))
     if gap[1] > 0.3:
