@@ -4,6 +4,8 @@ import http.server
 import json
 import re
 import threading
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,13 +67,17 @@ class Grader(Scripted):
     def __init__(self, spoils: Callable[[str, int, str], str | None] = lambda kind, n, text: text) -> None:
         tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
         self.judge, self.turns, self.spoils = VerifierJudge(tasks[0].verify), {"rubric": 0, "grade": 0}, spoils
-        answers = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
-        super().__init__(lambda request: self.answer(request["messages"][0]["content"], answers))
+        self.known = {p.messages[0]["content"]: p for task in tasks for p in task.prompts}
+        super().__init__(self.says)
 
     @property
     def texts(self) -> list[list[str]]:
         """The turns of each request."""
         return [[turn["content"] for turn in request["messages"]] for request in self.asked]
+
+    def says(self, request: Request) -> str | None:
+        """What it is asked stands in the first turn."""
+        return self.answer(request["messages"][0]["content"], self.known)
 
     def answer(self, text: str, known: Mapping[str, Prompt]) -> str | None:
         """To a judge's question, by the problems of the embedded tasks."""
@@ -90,3 +96,28 @@ class Grader(Scripted):
             said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
         n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
         return self.spoils(kind, n, said)
+
+
+SPOILT: tuple[Callable[[str], str], ...] = (
+    lambda text: text[: len(text) // 2],
+    lambda text: "Sure!",
+    lambda text: text.replace("true", "true, true").replace('"points"', '"point"'),
+)
+
+
+class Babbler(Grader):
+    """A grader that answers one question in three badly at first, and one in ten always; the question decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.babbled: Counter[str] = Counter()
+
+    def says(self, request: Request) -> str | None:
+        """Spoilt or not."""
+        said, turns = super().says(request), request["messages"]
+        draw = zlib.crc32(turns[0]["content"].encode())
+        lost = draw % 10 == 0
+        if not lost and (len(turns) > 1 or draw % 3):
+            return said
+        self.babbled["never right" if lost else "malformed json"] += 1
+        return None if lost and draw % 3 == 0 else SPOILT[draw % len(SPOILT)](said or "")

@@ -5,6 +5,9 @@ late, half or with nonsense; its rollouts are written by a worker process.  The 
 itself are killed (SIGKILL) at stated steps; server and trainer are started again, the worker is by its trainer.  Then
 the same run without a fault.  They must be one run: the metrics of each step, every sampled token and column, and the
 last weights, bit for bit; so every sample was trained on once.  Exit status 0, or 1 with the first differences.
+
+`--method ropd` has a teacher and a judge that write, both behind such proxies, and the judge's json is malformed: one
+time in three at first, one in ten for good.  There a sample was judged and has its group's advantage, or has none.
 """
 
 import argparse
@@ -30,8 +33,11 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from scripts.grader import Babbler
+
 FAULTS = ("500", "malformed", "drop", "slow", "429", "short", "other")
 SCORED = ("/opd/hidden", "/v1/completions", "/inference/v1/generate")
+WROTE, FAULTS_OF_TEXTS = "/v1/chat/completions", ("500", "drop", "slow", "429", "short")  # what its client asks again
 LATE = 6.0  # seconds of a slow answer; the client gives up before
 DEAD = 0.02  # seconds between looks at the trainer
 
@@ -153,29 +159,34 @@ class Plan:
     happened: Counter = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, steps: int, every: int) -> "Plan":
+    def of(cls, steps: int, every: int, *, worker: bool = True) -> "Plan":
         """Three of each kind, spread over the run and apart from each other."""
         at = lambda *shares: [max(1, round(share * steps)) for share in shares]
-        return cls(at(0.1, 0.45, 0.8), at(0.2, 0.55, 0.9), at(0.3, 0.66), every)
+        return cls(at(0.1, 0.45, 0.8), at(0.2, 0.55, 0.9) if worker else [], at(0.3, 0.66), every)
 
     def fault(self, path: str, n: int) -> str | None:
         """Of the n-th request to a path."""
-        if not self.every or path not in SCORED or n % self.every != self.every - 1:
+        kinds = FAULTS if path in SCORED else FAULTS_OF_TEXTS if path == WROTE else ()
+        if not self.every or not kinds or n % self.every != self.every - 1:
             return None
-        kind = FAULTS[(n // self.every) % len(FAULTS)]
+        kind = kinds[(n // self.every) % len(kinds)]
         self.happened[kind] += 1
         return kind
 
 
-def command(args: argparse.Namespace, url: str, out: Path) -> list[str]:
+def command(args: argparse.Namespace, teacher: str, judge: str, out: Path) -> list[str]:
     """The run."""
+    scored = ["--teacher", teacher, "--staleness", "1", "--exact-staleness", "--importance-cap", "2"]
+    where = ["--teacher", f"openai:teacher@{teacher}/v1", "--judge", f"openai:judge@{judge}/v1"]
+    written = [*where, "--limit", "40", "--judge-failures", "0.6"]
+    of = {"vopd": (scored, ["vopd"]), "ropd": (written, ["ropd", "--references", "2", "--per-prompt", "4"])}
+    flags, method = of[args.method]
     return [
-        *(sys.executable, "-m", "opd", "train", "--student", args.student, "--teacher", url),
+        *(sys.executable, "-m", "opd", "train", "--student", args.student, *flags),
         *("--prompts", "embedded:ledger-short", "--preset", "embedded", "--lr", "1e-4", "--warmup", "0"),
         *("--steps", str(args.steps), "--batch", str(args.batch), "--max-new-tokens", str(args.tokens)),
-        *("--staleness", "1", "--exact-staleness", "--importance-cap", "2", "--save-every", str(args.save_every)),
-        *("--rollouts-every", "1", "--teacher-timeout", "4", "--teacher-retries", "12", "--no-doctor", "--quiet"),
-        *("--resume", "--out", str(out), "vopd"),
+        *("--save-every", str(args.save_every), "--rollouts-every", "1", "--teacher-timeout", "4"),
+        *("--teacher-retries", "12", "--no-doctor", "--quiet", "--resume", "--out", str(out), *method),
     ]
 
 
@@ -206,7 +217,12 @@ def train(args: argparse.Namespace, out: Path, plan: Plan) -> float:
         serve = lambda: stack.enter_context(serving(args.teacher, "--name", "teacher", port=port))
         url, server = serve()
         proxy = stack.enter_context(Proxy(url, plan.fault, slow=LATE))
-        begin = lambda: subprocess.Popen(command(args, proxy.url, out), stdout=log, stderr=log)
+        judge = ""
+        if args.method == "ropd":
+            grader = stack.enter_context(Babbler())
+            judge = stack.enter_context(Proxy(grader.url, plan.fault, slow=LATE)).url
+            stack.callback(lambda: plan.happened.update(grader.babbled))
+        begin = lambda: subprocess.Popen(command(args, proxy.url, judge, out), stdout=log, stderr=log)
         trainer = begin()
         stack.callback(lambda: trainer.kill())
         while trainer.poll() is None:
@@ -256,6 +272,35 @@ def account(a: Path, b: Path, steps: int, batch: int) -> Iterator[str]:
     yield from _apart(a / last, b / last)
 
 
+def judgements(run: Path, steps: int) -> Iterator[str]:
+    """What is not so of a run that a judge pays: each rollout has the advantage of its score in its group, or none."""
+    logged = [json.loads(line)["unjudged"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for s in range(1, steps + 1):
+        found = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")
+        judged, group, mask, paid = (found[name] for name in ("judged", "group", "mask", "advantage.0"))
+        if (paid[~judged] != 0).any():
+            yield f"{run.name}: step {s} trained on a rollout that was not judged"
+        verdict, trained = found["verdict"].double(), judged & mask.any(1)
+        for g in group.unique():
+            rows = trained & (group == g)
+            wanted = (verdict - verdict[rows].mean())[rows][:, None] * mask[rows]
+            if rows.any() and (paid[rows] * mask[rows] - wanted).abs().max() > 1e-6:
+                yield f"{run.name}: step {s} paid group {int(g)} something else than its scores"
+            if judged[group == g].unique().numel() > 1:
+                yield f"{run.name}: step {s} judged a part of group {int(g)}"
+        if abs(logged[s - 1] - float(1 - judged.float().mean())) > 1e-6:
+            yield f"{run.name}: step {s} logged other judgements than it had"
+
+
+def counted(run: Path, steps: int) -> dict[str, int]:
+    """Samples that a judge scored and samples without an advantage, over a run."""
+    out: Counter[str] = Counter()
+    for s in range(1, steps + 1):
+        judged = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")["judged"]
+        out.update({"judged": int(judged.sum()), "without advantage": int((~judged).sum())})
+    return dict(out)
+
+
 def _apart(a: Path, b: Path) -> Iterator[str]:
     x, y, same = load_file(a), load_file(b), partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
     for name in sorted(x.keys() | y.keys()):
@@ -265,12 +310,14 @@ def _apart(a: Path, b: Path) -> Iterator[str]:
 
 def soak(args: argparse.Namespace) -> list[str]:
     """Both runs, and what differs; the account goes to standard output."""
-    root, plan = Path(args.out), Plan.of(args.steps, args.every)
+    texts = args.method == "ropd"
+    root, plan = Path(args.out), Plan.of(args.steps, args.every, worker=not texts)
     hurt, calm = root / "faults", root / "calm"
     seconds = train(args, hurt, plan)
     quiet = train(args, calm, Plan())
     wire = [json.loads(line) for line in (hurt / "perf.jsonl").read_text().splitlines()]
     found = list(account(hurt, calm, args.steps, args.batch))
+    found += [line for run in (hurt, calm) if texts for line in judgements(run, args.steps)]
     missed = [name for name in ("server", "worker", "trainer") if getattr(plan, name)]
     found += [f"the run was over before the {name} was killed at step {getattr(plan, name)[0]}" for name in missed]
     print(
@@ -278,9 +325,10 @@ def soak(args: argparse.Namespace) -> list[str]:
             {
                 "steps": args.steps,
                 "samples": args.steps * args.batch,
+                **(counted(hurt, args.steps) if texts else {}),
                 "tokens": int(sum(json.loads(x)["tokens"] for x in (hurt / "metrics.jsonl").read_text().splitlines())),
                 "faults": dict(sorted(plan.happened.items())),
-                "retries": int(sum(row.get("teacher_retries", 0) for row in wire)),
+                **({} if texts else {"retries": int(sum(row["teacher_retries"] for row in wire))}),
                 "seconds": {"with faults": round(seconds, 1), "without": round(quiet, 1)},
                 "differences": len(found),
             }
@@ -292,6 +340,7 @@ def soak(args: argparse.Namespace) -> list[str]:
 def settings(args: list[str]) -> argparse.Namespace:
     """The command line."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--method", choices=("vopd", "ropd"), default="vopd")
     flags.add_argument("--steps", type=int, default=300)
     flags.add_argument("--batch", type=int, default=8, help="rollouts of a step")
     flags.add_argument("--tokens", type=int, default=32, help="longest response")

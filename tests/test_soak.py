@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.soak import Plan, _apart, account, settings, train
+from scripts.soak import Plan, _apart, account, counted, judgements, settings, train
 from tests.models_for_tests import tiny
 
 STEPS = 8
@@ -72,9 +72,51 @@ def test_what_was_not_said_is_no_zero(tmp_path):
     assert list(_apart(tmp_path / "a", tmp_path / "c")) == []
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The embedded pair, for a judge that pays all alike pays nothing: server and trainer are killed once."""
+    root = tmp_path_factory.mktemp("judged")
+    flags = ["--method", "ropd", "--steps", "4", "--batch", "16", "--tokens", "64", "--save-every", "1"]
+    plan = Plan(server=[1], trainer=[2], every=5)
+    train(settings([*flags, "--every", "5", "--out", str(root)]), root / "faults", plan)
+    return root / "faults", plan
+
+
+def test_every_sample_is_judged_or_has_no_advantage(judged):
+    run, plan = judged
+    assert list(judgements(run, 4)) == []
+    shares = counted(run, 4)
+    assert shares["judged"] + shares["without advantage"] == 4 * 16 and min(shares.values()) >= 4
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and sum(row["grad_norm"] > 0 for row in rows) >= 3
+    assert plan.happened["server killed"] == plan.happened["trainer killed"] == 1
+    assert plan.happened["malformed json"] >= 1 and plan.happened["never right"] >= 2
+    assert sum(plan.happened[kind] for kind in ("500", "drop", "slow", "429", "short")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("judged", lambda x: ~x, "trained on a rollout that was not judged"),
+        ("judged", lambda x: x & (torch.arange(len(x)) > 0), "judged a part of group"),
+        ("verdict", lambda x: x + torch.arange(len(x)) / 100, "something else than its scores"),
+        ("advantage.0", lambda x: x * 1.01, "something else than its scores"),
+    ],
+)
+def test_the_account_of_judgements_sees_what_is_not_so(judged, name, change, said, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(judged[0], copy)
+    columns = {s: load_file(copy / f"rollouts/step-00000{s}.safetensors") for s in range(1, 5)}
+    paid = next(s for s, x in columns.items() if (x["advantage.0"] != 0).any())
+    save_file(columns[paid] | {name: change(columns[paid][name])}, copy / f"rollouts/step-00000{paid}.safetensors")
+    assert any(said in line for line in judgements(copy, 4))
+
+
 def test_the_plan_of_the_whole_soak():
     plan = Plan.of(300, 9)
     assert (plan.server, plan.worker, plan.trainer) == ([30, 135, 240], [60, 165, 270], [90, 198])
     kinds = [plan.fault("/opd/hidden", n) for n in range(63)]
     assert [k for k in kinds if k] == ["500", "malformed", "drop", "slow", "429", "short", "other"]
+    texts = [Plan.of(300, 9, worker=False).fault("/v1/chat/completions", n) for n in range(45)]
+    assert [k for k in texts if k] == ["500", "drop", "slow", "429", "short"]
     assert plan.fault("/opd/head", 8) is None and not any(Plan().fault("/opd/hidden", n) for n in range(30))
