@@ -1,14 +1,18 @@
-"""Small random models with the embedded tokenizer: real files, real classes, no training."""
+"""Small random models with the embedded tokenizer, runs of them, and what they wrote: real files, real classes."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from opd.config import Train
 from opd.models import EMBEDDED
+from opd.types import Sampling
 
 
 def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
@@ -49,3 +53,23 @@ def tiny(
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder
+
+
+def small(pair: tuple[Path, Path], out: Path, **changes) -> Train:
+    """A run of a student and a teacher from their folders, 8 short rollouts a step."""
+    whole = Train(
+        student=str(pair[0]),
+        teacher=str(pair[1]),
+        prompts="embedded:ledger-short",
+        out=out,
+        batch=8,
+        sampling=Sampling(max_new_tokens=16),
+        lr=1e-2,
+        quiet=True,
+    )
+    return replace(whole, **changes)
+
+
+def logged(folder: Path, name: str = "metrics") -> list[dict]:
+    """The lines of one of a run's logs."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]

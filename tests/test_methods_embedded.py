@@ -1,12 +1,12 @@
 """Every method by name on the embedded pair, as the command line trains it; and what is peculiar to it happened."""
 
-import json
 import math
 
 import pytest
 
 from opd import cli
 from opd.methods import METHODS
+from tests.models_for_tests import logged
 
 PAIR = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger-short --preset embedded"
 SIZE = "--steps 3 --batch 16 --max-new-tokens 48 --warmup 0 --save-every 100 --quiet"
@@ -80,7 +80,7 @@ def test_trains_the_embedded_pair(name, tmp_path, request, capsys):
     base = STUDENT if METHODS[name]().teacher else PAIR
     out = tmp_path / "run"
     assert cli.main(["train", *base.split(), *SIZE.split(), "--out", str(out), name, *own]) == 0, capsys.readouterr()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(out)
     steps = [row for row in rows if "grad_norm" in row]
     assert len(steps) == 3
     for row in steps:

@@ -14,7 +14,6 @@ from opd.method import Target
 from opd.metrics import agreeing, by_task, by_third, effective, repetition, speaking, summary, weighting
 from opd.report.alarms import Alarm
 from opd.types import DATA, Batch, Prompt, Sampling
-from tests.models_for_tests import tiny
 
 
 def batch(**columns):
@@ -135,19 +134,9 @@ def test_tasks_by_the_column_that_tells_them_apart():
     assert by_task(batch(), [Prompt(), Prompt()]) == {}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return [
-        "--student",
-        str(tiny(root / "student", seed=1)),
-        "--teacher",
-        str(tiny(root / "teacher", seed=2, width=48)),
-    ]
-
-
 def test_a_run_logs_them_and_prints_json(pair, tmp_path, capsys):
-    flags = [*pair, "--prompts", "embedded:ledger-short", "--out", str(tmp_path / "run"), "--no-doctor", "--quiet"]
+    flags = ["--student", str(pair[0]), "--teacher", str(pair[1]), "--prompts", "embedded:ledger-short"]
+    flags += ["--out", str(tmp_path / "run"), "--no-doctor", "--quiet"]
     flags += ["--eval-prompts", "embedded:ledger-short", "--eval-limit", "4", "--json"]
     assert main(["train", *flags, "--steps", "3", "--batch", "4", "--max-new-tokens", "16", "vopd"]) == 0
     out, err = capsys.readouterr()
@@ -168,8 +157,8 @@ def test_a_run_logs_them_and_prints_json(pair, tmp_path, capsys):
 def run_of(pair, out, *, steps, longest):
     opd.train(
         opd.Train(
-            student=pair[1],
-            teacher=pair[3],
+            student=str(pair[0]),
+            teacher=str(pair[1]),
             prompts="embedded:ledger-short",
             out=out,
             steps=steps,

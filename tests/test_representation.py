@@ -24,8 +24,8 @@ from opd.teachers.local import LocalTeacher
 from opd.types import Rollout
 from opd.vocabulary import Heard, Vocabulary
 from opd.weights import LastTokens
-from tests.models_for_tests import started, tiny
-from tests.test_train import command, config, launch, metrics, wait_for
+from tests.models_for_tests import logged, started, tiny
+from tests.test_train import command, config, launch, wait_for
 
 close = torch.testing.assert_close
 
@@ -409,7 +409,7 @@ HELD = {"eval_prompts": "embedded:ledger-short", "eval_limit": 16, "eval_every":
 
 def test_matched_states_bring_the_distributions_together(kin, tmp_path):
     run = config(kin, tmp_path / "run", method=oprd(), steps=40, save_every=100, lr=3e-3, **HELD)
-    first, *steps, last = metrics(opd.train(run))
+    first, *steps, last = logged(opd.train(run))
     assert all(row["grad_norm"] > 0 and row["refused"] == 0 for row in steps)
     assert all("reverse_kl" not in row and row["hidden_distance"] == pytest.approx(row["loss"]) for row in steps)
     assert last["eval_hidden_distance"] < 0.5 * first["eval_hidden_distance"]
@@ -420,7 +420,7 @@ def test_matched_states_bring_the_distributions_together(kin, tmp_path):
 def test_a_bridge_brings_models_of_other_shapes_together(folders, tmp_path):
     pair, method = (folders["student"], folders["wide"]), oprd(bridge_rank=4)
     run = config(pair, tmp_path / "run", method=method, steps=20, save_every=100, lr=3e-3, **HELD)
-    fitted, first, *steps, last = metrics(opd.train(run))
+    fitted, first, *steps, last = logged(opd.train(run))
     assert fitted["bridge_cosine"] == pytest.approx(first["eval_hidden_cosine"], abs=0.15)
     assert fitted["bridge_cosine"] > 0.1  # of random models, whose tokens are all that they have in common
     assert all(row["grad_norm"] > 0 and row["loss"] == pytest.approx(10 * row["hidden_distance"]) for row in steps)
@@ -432,18 +432,18 @@ def test_a_bridge_brings_models_of_other_shapes_together(folders, tmp_path):
 def test_beside_another_method(folders, tmp_path, base):
     method = plus(METHODS[base](), "oprd --bridge-rank 4:0.5")
     run = config((folders["student"], folders["wide"]), tmp_path / "run", method=method)
-    _, *steps = metrics(opd.train(run))
+    _, *steps = logged(opd.train(run))
     assert all(row["grad_norm"] > 0 and {"reverse_kl", "hidden_distance"} < row.keys() for row in steps)
 
 
 def test_last_tokens_alone_are_weighed(kin, tmp_path):
-    (row,) = metrics(opd.train(config(kin, tmp_path / "run", method=oprd(last=3), steps=1)))
+    (row,) = logged(opd.train(config(kin, tmp_path / "run", method=oprd(last=3), steps=1)))
     assert row["weighted"] == pytest.approx(3 / row["length"], rel=0.2) and row["weighted"] < 0.5
 
 
 def test_several_updates_on_one_batch(kin, tmp_path):
     method = replace(METHODS["opd"](), terms=(PolicyGradient(surrogate=Clipped()), *oprd().terms))
-    rows = metrics(opd.train(config(kin, tmp_path / "run", method=method, updates=2)))
+    rows = logged(opd.train(config(kin, tmp_path / "run", method=method, updates=2)))
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
@@ -471,7 +471,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     for processes in (1, 2):
         out = tmp_path / str(processes)
         started(["train", *flags.split(), "--out", str(out), "oprd", "--bridge-rank", "4"], processes)
-        found.append(metrics(out))
+        found.append(logged(out))
     for one, two in zip(*found, strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
 

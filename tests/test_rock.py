@@ -21,7 +21,7 @@ from opd.session import open_session
 from opd.steps import Loop
 from opd.types import Refusal, Sampling, call
 from opd.weights import Frozen
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, tiny
 
 tensor = torch.tensor
 close = torch.testing.assert_close
@@ -113,16 +113,10 @@ def test_consistency_in_blocks(monkeypatch):
 # against the definition, on small models
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return str(tiny(root / "student", seed=1)), str(tiny(root / "teacher", seed=2, width=48))
-
-
 def config(pair, out, **changes):
     whole = Rock(
-        student=pair[0],
-        teacher=pair[1],
+        student=str(pair[0]),
+        teacher=str(pair[1]),
         prompts="embedded:ledger-short",
         out=out,
         rollouts=20,
@@ -218,12 +212,12 @@ def test_the_context_filter_ranks_by_persistence(pair, tmp_path, before):
 @pytest.mark.parametrize("flags", [(), ("--weight", "0.3"), ("--window", "2"), ("--released",)], ids=" ".join)
 @pytest.mark.parametrize("name", ["rocks.json", "rocks-control.json"])
 def test_rock_freeze_trains_with_either_list(pair, tmp_path, name, flags, capsys):
-    models = ["--student", pair[0], "--teacher", pair[1], "--prompts", "embedded:ledger-short"]
+    models = ["--student", str(pair[0]), "--teacher", str(pair[1]), "--prompts", "embedded:ledger-short"]
     short = ["--max-new-tokens", "12", "--quiet"]
     assert main(["rock", *models, *short, "--rollouts", "16", "--top", "6", "--out", str(tmp_path / "rocks.json")]) == 0
     run = ["train", *models, *short, "--steps", "1", "--batch", "8", "--out", str(tmp_path / "run")]
     assert main([*run, "rock-freeze", "--tokens", str(tmp_path / name), *flags]) == 0
-    (row,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = logged(tmp_path / "run")
     assert row["grad_norm"] > 0
     from safetensors.torch import load_file
 

@@ -4,7 +4,6 @@ The mechanisms fire end to end on small models, and runs that remember resume bi
 """
 
 import copy
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -33,7 +32,7 @@ from opd.steps import Loop
 from opd.types import STUDENT, Batch, Prompt, Sampling
 from opd.vocabulary import Vocabulary
 from opd.weights import TruncatedImportance
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, small, tiny
 
 close = torch.testing.assert_close
 V = 40  # ids that are sampled: few, so that stop tokens come
@@ -413,26 +412,8 @@ def test_a_policy_gradient_on_others_tokens_is_refused():
 
 
 def config(folders, out, **changes) -> Train:
-    student, teacher = folders
-    whole = opd.Train(
-        student=str(student),
-        teacher=str(teacher),
-        prompts="embedded:ledger-short",
-        out=out,
-        steps=6,
-        batch=8,
-        sampling=Sampling(max_new_tokens=32),
-        lr=1e-3,
-        save_every=2,
-        keep=10,
-        quiet=True,
-        micro_batch_tokens=512,
-    )
-    return replace(whole, **changes)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    own = {"steps": 6, "sampling": Sampling(max_new_tokens=32), "lr": 1e-3, "save_every": 2, "keep": 10}
+    return small(folders, out, **{**own, "micro_batch_tokens": 512, **changes})
 
 
 SMALL = {"window": 4, "floor": 2, "buffer": 20, "ready": 8, "after": 2, "eta": 0.1, "patience": 2}
@@ -456,7 +437,7 @@ def whole(folders, tmp_path_factory):
 
 
 def test_trb_speaks_from_between_while_the_trust_region_lasts(whole):
-    rows = metrics(whole["trb"])
+    rows = logged(whole["trb"])
     assert all(row["grad_norm"] > 0 for row in rows)
     for k, row in enumerate(rows[:4]):
         assert 0 < row["beta"] < 1 and 0 < row["behavior_kl"] <= 0.05 * (1 - k / 4) + 1e-6
@@ -467,7 +448,7 @@ def test_trb_speaks_from_between_while_the_trust_region_lasts(whole):
 
 @pytest.mark.parametrize("name", ["kat", "kat --no-online"])
 def test_kat_cuts_once_it_knows_what_agreement_is(whole, name):
-    rows = metrics(whole[name])
+    rows = logged(whole[name])
     assert all(row["grad_norm"] > 0 for row in rows)
     assert all(row["cut"] == 0 and "threshold" not in row for row in rows[:2])
     assert all(row["threshold"] > 0 for row in rows[2:])
@@ -477,7 +458,7 @@ def test_kat_cuts_once_it_knows_what_agreement_is(whole, name):
 
 
 def test_online_cuts_train_fewer_sampled_tokens_and_remember_the_same(whole):
-    online, late = metrics(whole["kat"]), metrics(whole["kat --no-online"])
+    online, late = logged(whole["kat"]), logged(whole["kat --no-online"])
     for a, b in zip(online[:3], late[:3], strict=True):  # the third step is the first that cuts
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -507,7 +488,7 @@ def test_online_and_late_cuts_have_one_gradient(folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["tropd", "tropd --soft"])
 def test_tropd_starts_after_the_teacher_and_ends_alone(whole, name):
-    rows = metrics(whole[name])
+    rows = logged(whole[name])
     limits = [row["prefix_limit"] for row in rows]
     assert limits == sorted(limits, reverse=True) and limits[0] == (24 if name == "tropd" else 32) and limits[-1] <= 3
     assert rows[0]["prefix_share"] > rows[3]["prefix_share"] > 0 and rows[-1]["prefix_share"] < 0.2

@@ -20,18 +20,11 @@ from opd.steps import Loop
 from opd.surrogates import Clipped, OffPolicy
 from opd.types import Others, Rollout, Sampling
 from opd.vocabulary import Given, Head, Heard, Hidden, Vocabulary, head_pass
-from tests.models_for_tests import tiny
 from tests.test_async import alike, config
 
 close = torch.testing.assert_close
 PROMPTS = [[1, 5, 9], [1, 7], [1, 5, 9], [1, 20, 30, 40, 50, 60], [1, 7], [1, 8, 8]]
 M = 4
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
 
 
 @pytest.fixture(scope="module")

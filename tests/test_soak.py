@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts.soak import Plan, _apart, account, counted, judgements, settings, train
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, tiny
 
 STEPS = 8
 
@@ -31,7 +31,7 @@ def test_a_run_through_faults_is_the_run_without(runs):
     killed = {name: plan.happened[f"{name} killed"] for name in ("server", "worker", "trainer")}
     assert killed == {"server": 1, "worker": 1, "trainer": 1}
     assert sum(plan.happened.values()) - 3 >= 2  # answers that were spoilt
-    rows = [json.loads(line) for line in (hurt / "perf.jsonl").read_text().splitlines()]
+    rows = logged(hurt, "perf")
     assert sum(row["teacher_retries"] for row in rows) >= 1
 
 

@@ -41,9 +41,9 @@ from opd.teachers.text import Gate
 from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
 from scripts.grader import Grader
-from tests.models_for_tests import started
+from tests.models_for_tests import logged, started
 from tests.test_server import Proxy
-from tests.test_text_teachers import QUICK, endpoint, lines
+from tests.test_text_teachers import QUICK, endpoint
 from tests.test_tokens import byte_level
 
 close = torch.testing.assert_close
@@ -587,7 +587,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
     """Rubrics, notes and reflections go from step to step through memory.safetensors, and nowhere else."""
     told, whole, part = [*PAIR, *SMALL, *SIZE], tmp_path / "whole", tmp_path / "part"
     assert cli.main(["train", *told, "--out", str(whole), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    rows = lines(whole)
+    rows = logged(whole)
     assert "reflections" not in rows[0] and [row["reflections"] for row in rows[1:]] == [6, 6]
     assert all(row["grad_norm"] > 0 and row["reflection_tokens"] > 0 and 0 < row["reflection"] <= 1 for row in rows[1:])
     kept = [episode.of(load_memory(whole / f"checkpoints/step-00000{step}")) for step in (1, 2, 3)]
@@ -608,7 +608,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
         patch.setattr(steps.Loop, "step", step)
         assert cli.main(["train", *told, "--out", str(part), "rubricem", *AGAIN]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    assert lines(whole) == lines(part)
+    assert logged(whole) == logged(part)
     files = [(x / "checkpoints/step-000003/memory.safetensors").read_bytes() for x in (whole, part)]
     assert files[0] == files[1]
 
@@ -618,7 +618,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     flags = [*PAIR, *SMALL, *SIZE, "--micro-batch-tokens", "600", "--no-doctor"]
     for processes in (1, 2):
         started(["train", *flags, "--out", str(tmp_path / str(processes)), "rubricem", *AGAIN], processes)
-    for one, two in zip(*(lines(tmp_path / n) for n in ("1", "2")), strict=True):
+    for one, two in zip(*(logged(tmp_path / n) for n in ("1", "2")), strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
     kept = [episode.of(load_memory(tmp_path / f"{n}/checkpoints/step-000003")) for n in (1, 2)]
     assert kept[0].rubrics == kept[1].rubrics and kept[0].notes == kept[1].notes
@@ -671,9 +671,9 @@ def test_through_sockets_it_is_what_it_is_here(tmp_path, capsys):
     with StageGrader() as grader:
         where = ["--judge", f"openai:grader@{grader.url}/v1"]
         assert cli.main(["train", *told, *where, "--out", str(second), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    for a, b in zip(lines(first), lines(second), strict=True):
+    for a, b in zip(logged(first), logged(second), strict=True):
         assert [a.get(x) for x in EXACT] == [b.get(x) for x in EXACT]
-    spent = lines(second, "perf")
+    spent = logged(second, "perf")
     assert all(row["judge_calls"] > 2 + 2 for row in spent)
     assert [(row["teacher_calls"], row["teacher_cached"]) for row in spent] == [(2, 0), (0, 2)]  # the same questions
 
@@ -688,8 +688,8 @@ def test_through_sockets_it_is_what_it_is_here(tmp_path, capsys):
     with Half() as grader:
         where = ["--judge", f"openai:grader@{grader.url}/v1", "--teacher-concurrency", "1", "--judge-failures", "0.9"]
         assert cli.main(["train", *told, *where, "--out", str(third), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    assert [row["unjudged"] for row in lines(third)] == [0.5, 0.5]
-    assert [row["reflections"] for row in lines(third)[1:]] == [3]  # of the other question's rollouts alone
+    assert [row["unjudged"] for row in logged(third)] == [0.5, 0.5]
+    assert [row["reflections"] for row in logged(third)[1:]] == [3]  # of the other question's rollouts alone
 
 
 @pytest.mark.parametrize(

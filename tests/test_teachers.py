@@ -16,7 +16,7 @@ from opd.prompts import rewritten
 from opd.reading import Prompts
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.types import Prompt, Refusal, Rollout, Sampling
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, tiny
 
 CPU = torch.device("cpu")
 METHOD = {name: METHODS[name]() for name in ("vopd", "opd", "fire", "sdft", "opsd", "sdpo", "g-opd")}
@@ -59,10 +59,6 @@ def config(folders, prompts, out, method="vopd", **changes):
     return dataclasses.replace(whole, **changes)
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def logp(model, prompt, ids):
     """Of a response after a prompt, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
@@ -73,9 +69,8 @@ def logp(model, prompt, ids):
 
 def saved(run, step):
     """Rows and columns of the rollouts saved at a step."""
-    name = run / "rollouts" / f"step-{step:06d}"
-    rows = [json.loads(line) for line in name.with_suffix(".jsonl").read_text().splitlines()]
-    return rows, load_file(name.with_suffix(".safetensors"))
+    name = f"step-{step:06d}"
+    return logged(run / "rollouts", name), load_file(run / "rollouts" / f"{name}.safetensors")
 
 
 def heard(session_prompts, row, context=""):
@@ -97,7 +92,7 @@ def opened(run, method):
 
 def test_each_prompt_is_scored_by_its_own_teacher(folders, prompts, tmp_path):
     run = opd.train(routed(folders, prompts, tmp_path / "run"))
-    first = metrics(run)[0]
+    first = logged(run)[0]
     assert first["reverse_kl.teacher"] != first["reverse_kl.code"]
     rows, columns = saved(run, 1)
     session = opened(routed(folders, prompts, tmp_path / "other"), METHOD["vopd"])
@@ -116,7 +111,7 @@ def test_each_prompt_is_scored_by_its_own_teacher(folders, prompts, tmp_path):
 @pytest.mark.parametrize("method", ["vopd", "fire"])  # one pass, and statistics of the whole batch
 def test_micro_batches_of_several_teachers_change_nothing(folders, prompts, tmp_path, method):
     runs = [
-        metrics(opd.train(routed(folders, prompts, tmp_path / str(n), method=method, micro_batch_tokens=n)))
+        logged(opd.train(routed(folders, prompts, tmp_path / str(n), method=method, micro_batch_tokens=n)))
         for n in (40, 100_000)
     ]
     for a, b in zip(*runs, strict=True):
@@ -136,11 +131,11 @@ def test_the_live_student_told_the_answer_teaches_itself(folders, prompts, tmp_p
         torch.testing.assert_close(
             columns["teacher_logp"][i][columns["mask"][i]], logp(folders["student"], told, ids), atol=1e-4, rtol=1e-4
         )
-    assert all(row["reverse_kl"] > 1e-3 and row["grad_norm"] > 0 for row in metrics(run))
+    assert all(row["reverse_kl"] > 1e-3 and row["grad_norm"] > 0 for row in logged(run))
     # Live: at step 2 the teacher has the weights that step 1 left, which the base no longer has.
     base = opd.train(config(folders, prompts, tmp_path / "base", "opsd", teacher="base"))
-    assert metrics(base)[0]["reverse_kl"] == metrics(run)[0]["reverse_kl"]
-    assert metrics(base)[1]["reverse_kl"] != metrics(run)[1]["reverse_kl"]
+    assert logged(base)[0]["reverse_kl"] == logged(run)[0]["reverse_kl"]
+    assert logged(base)[1]["reverse_kl"] != logged(run)[1]["reverse_kl"]
 
 
 def test_the_average_follows_and_is_resumed_bitwise(folders, prompts, tmp_path):
@@ -227,13 +222,13 @@ def test_the_reference_is_the_student_before_training(folders, prompts, tmp_path
         folders, prompts, tmp_path / out, method, teacher=folders["teacher"], max_grad_norm=1e9, **changes
     )
     plain, beyond, named = (
-        metrics(opd.train(run))
+        logged(opd.train(run))
         for run in (of("a", "opd"), of("b", "g-opd"), of("c", "g-opd", reference=folders["third"]))
     )
     assert beyond[0]["grad_norm"] == pytest.approx(1.25 * plain[0]["grad_norm"], rel=1e-4)
     assert beyond[1]["advantage"] != pytest.approx(1.25 * plain[1]["advantage"], rel=1e-4)
     assert named[0]["advantage"] != pytest.approx(beyond[0]["advantage"], rel=1e-2)
-    lora = metrics(opd.train(of("d", "g-opd", lora_rank=2)))
+    lora = logged(opd.train(of("d", "g-opd", lora_rank=2)))
     assert lora[0]["advantage"] == pytest.approx(beyond[0]["advantage"], rel=1e-4)
 
 

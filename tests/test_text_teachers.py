@@ -34,15 +34,11 @@ from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Audited, Posterior, Unaudited
 from scripts.grader import Grader, Scripted
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, tiny
 from tests.test_server import Proxy, serving
 
 QUICK = Remote(teacher_retries=1, teacher_timeout=20.0, teacher_concurrency=3)
 close = torch.testing.assert_close
-
-
-def lines(folder, name="metrics"):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def edits(a: str, b: str) -> int:
@@ -386,18 +382,18 @@ def test_a_run_and_its_second_time(server, tmp_path, capsys):
     told = [*PAIR, *SMALL, "--teacher", f"openai:big@{server}/v1", "--teacher-cache", str(tmp_path / "kept")]
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.main(["train", *told, "--out", str(first), *OMNI]) == 0, capsys.readouterr()
-    for row in lines(first):
+    for row in logged(first):
         assert row["grad_norm"] > 0 and 0.1 < row["agreement"] <= 1 and 0.1 < row["audited"] < 0.6
         assert row["weighted_0"] == pytest.approx(row["audited"]) and row["weighted_1"] == pytest.approx(
             1 - row["audited"]
         )
         assert "reverse_kl" not in row and "teacher_logp" not in row
-    assert sum(row["teacher_calls"] for row in lines(first, "perf")) > 30
+    assert sum(row["teacher_calls"] for row in logged(first, "perf")) > 30
     nobody = [x.replace(server, "http://127.0.0.1:9") for x in told]
     assert cli.main(["train", *nobody, "--out", str(second), *OMNI]) == 0, capsys.readouterr()
-    for a, b in zip(lines(first), lines(second), strict=True):
+    for a, b in zip(logged(first), logged(second), strict=True):
         assert a == b
-    for row in lines(second, "perf"):
+    for row in logged(second, "perf"):
         assert row["teacher_calls"] == 0 and row["teacher_cached"] > 5
 
 
@@ -419,7 +415,7 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
         patch.setattr(steps.Loop, "step", step)
         assert cli.main(["train", *told, "--out", str(part), *OMNI]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", *OMNI]) == 0, capsys.readouterr()
-    assert lines(whole) == lines(part)
+    assert logged(whole) == logged(part)
 
 
 @pytest.mark.parametrize("way", ["ask", "continue"])
@@ -458,9 +454,9 @@ def test_a_run_that_asks_in_words(tmp_path, capsys):
         assert cli.main(["train", *told, "omniopd", "--chunks", "4", "--length", "1", "--texts", "1"]) == 0
         asked = [r["messages"] for r in writer.asked]
     assert all(len(turns) == 2 and turns[1]["content"].startswith(ON[:-2]) for turns in asked if len(turns) > 1)
-    for row in lines(tmp_path / "run"):
+    for row in logged(tmp_path / "run"):
         assert row["grad_norm"] > 0 and 0.1 < row["agreement"] < 1
-    assert sum(row["teacher_calls"] for row in lines(tmp_path / "run", "perf")) == len(asked) > 30
+    assert sum(row["teacher_calls"] for row in logged(tmp_path / "run", "perf")) == len(asked) > 30
 
 
 @pytest.mark.parametrize(
@@ -484,7 +480,7 @@ def test_prompts_choose_among_text_teachers(method, judge, tmp_path, capsys):
         assert cli.main(["train", *told, *method]) == 0, capsys.readouterr()
         asked = {request["messages"][0]["content"] for request in far.asked}
     assert asked == {row["messages"][0]["content"] for row in rows if row["who"] == "far"}
-    (row,), (perf,) = lines(tmp_path / "run"), lines(tmp_path / "run", "perf")
+    (row,), (perf,) = logged(tmp_path / "run"), logged(tmp_path / "run", "perf")
     assert row["grad_norm"] > 0 and perf["teacher_calls"] >= 8
 
 
@@ -509,7 +505,7 @@ def test_a_teacher_of_other_tokens(foreign, tmp_path, capsys):
     assert cli.main(["train", *told, "--out", str(tmp_path / "white"), "vopd"]) == 2
     assert "tokens have another id" in capsys.readouterr().err
     assert cli.main(["train", *told, "--out", str(tmp_path / "text"), *OMNI]) == 0, capsys.readouterr()
-    (row,) = lines(tmp_path / "text")
+    (row,) = logged(tmp_path / "text")
     assert row["agreement"] < 0.5 and row["grad_norm"] > 0  # it babbles
 
 
@@ -720,15 +716,15 @@ def test_ropd_through_sockets_is_ropd_here(tmp_path, capsys):
     with Grader() as grader:
         where = ["--judge", f"openai:grader@{grader.url}/v1"]
         assert cli.main(["train", *told, *where, "--out", str(second), "ropd"]) == 0, capsys.readouterr()
-    for a, b in zip(lines(first), lines(second), strict=True):
+    for a, b in zip(logged(first), logged(second), strict=True):
         assert [a[x] for x in SAME] == [b[x] for x in SAME] and a["unjudged"] == 0
-    assert all(row["grad_norm"] > 0 for row in lines(first)[:1]) and {row["verdict"] for row in lines(first)} != {1.0}
-    assert sum(row["judge_calls"] for row in lines(second, "perf")) == 8
+    assert all(row["grad_norm"] > 0 for row in logged(first)[:1]) and {row["verdict"] for row in logged(first)} != {1.0}
+    assert sum(row["judge_calls"] for row in logged(second, "perf")) == 8
     with Grader(lambda what, n, text: "Sure!" if what == "grade" and n < 4 else text) as grader:
         where = ["--judge", f"openai:grader@{grader.url}/v1", "--teacher-concurrency", "1"]
         assert cli.main(["train", *told, *where, "--out", str(third), "ropd"]) == 0, capsys.readouterr()
-    assert [row["unjudged"] for row in lines(third)] == [1.0, 0.0]
-    assert lines(third)[0]["grad_norm"] == 0 and lines(third)[0]["loss"] == 0  # nothing is learnt from nothing
+    assert [row["unjudged"] for row in logged(third)] == [1.0, 0.0]
+    assert logged(third)[0]["grad_norm"] == 0 and logged(third)[0]["loss"] == 0  # nothing is learnt from nothing
 
 
 def test_a_judge_that_is_down(tmp_path, capsys):

@@ -19,38 +19,13 @@ import opd
 from opd.method import Method
 from opd.methods import METHODS
 from opd.steps import Loop
-from opd.types import Refusal, Sampling
+from opd.types import Refusal
 from opd.vocabulary import _Side
-from tests.models_for_tests import tiny
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
+from tests.models_for_tests import logged, small
 
 
 def config(pair, out, **changes):
-    student, teacher = pair
-    whole = opd.Train(
-        student=str(student),
-        teacher=str(teacher),
-        prompts="embedded:ledger-short",
-        method=METHODS["vopd"](),
-        out=out,
-        steps=4,
-        batch=8,
-        sampling=Sampling(max_new_tokens=16),
-        lr=1e-2,
-        save_every=2,
-        quiet=True,
-        micro_batch_tokens=256,
-    )
-    return replace(whole, **changes)
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return small(pair, out, **{"steps": 4, "save_every": 2, "micro_batch_tokens": 256, **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +38,7 @@ def test_every_method_lowers_the_divergence_to_the_teacher(pair, tmp_path, name)
     batch = 32 if name == "entropy" else 8  # it trains on a fifth of the tokens
     run = config(pair, tmp_path / "run", method=METHODS[name](), steps=12, save_every=100, batch=batch)
     run = replace(run, context="response") if name == "sdpo" else run  # no response of a random model is right
-    rows = metrics(opd.train(run))
+    rows = logged(opd.train(run))
     assert all(row["grad_norm"] > 0 and row["refused"] == 0 for row in rows)
     assert sum(r["reverse_kl"] for r in rows[-3:]) < 0.97 * sum(r["reverse_kl"] for r in rows[:3])
 
@@ -87,7 +62,7 @@ def test_known_advantages_are_trained_on_without_the_teacher(pair, tmp_path, nam
         else:
             monkeypatch.setattr(Method, "advised", plain)
         run = opd.train(config(pair, tmp_path / out, method=METHODS[name](), steps=2, rollouts_every=100, doctor=False))
-        rows.append(metrics(run))
+        rows.append(logged(run))
         final.append(weights(run))
         asked.append(count)
     for one, other in zip(*rows, strict=True):
@@ -108,13 +83,13 @@ def test_run_folder(pair, tmp_path):
     assert (
         eval((folder / "method.txt").read_text(), vars(__import__("tests.names", fromlist=["x"]))) == METHODS["vopd"]()
     )
-    assert [r["step"] for r in metrics(folder) if "eval_accuracy" in r] == [0, 2, 4]
+    assert [r["step"] for r in logged(folder) if "eval_accuracy" in r] == [0, 2, 4]
     columns = load_file(folder / "rollouts" / "step-000001.safetensors")
-    texts = [json.loads(x) for x in (folder / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    texts = logged(folder / "rollouts", "step-000001")
     assert len(texts) == 8 and columns["reverse_kl"].shape == columns["ids"].shape
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
     # The sampler's log-probs and the trainer's are two computations of one number.
-    assert all(r["sampler_gap"] < 1e-3 for r in metrics(folder) if "sampler_gap" in r)
+    assert all(r["sampler_gap"] < 1e-3 for r in logged(folder) if "sampler_gap" in r)
 
 
 KAT = METHODS["kat"](window=3, floor=2, ready=4, after=1, patience=2)
@@ -209,7 +184,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):
     assert run.wait(120) == 0
     assert "--resume" in run.stderr.read()
     step = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-    assert json.loads((step / "state.json").read_text())["step"] == metrics(tmp_path / "run")[-1]["step"]
+    assert json.loads((step / "state.json").read_text())["step"] == logged(tmp_path / "run")[-1]["step"]
 
 
 def test_compiled_layers_train_alike(pair, tmp_path):
@@ -238,7 +213,7 @@ def test_sampler_and_trainer_agree_where_many_tokens_stop(pair, tmp_path, how, a
         told.write_text(json.dumps(json.loads(told.read_text()) | {"eos_token_id": ends}))
     run = opd.train(config(folders, tmp_path / "run", steps=2, stop_token=how, rollouts_every=1))
     stopped = load_file(run / "rollouts/step-000001.safetensors")["stopped"]
-    assert stopped.sum() > 2 and all(row["sampler_gap"] < 1e-3 for row in metrics(run))
+    assert stopped.sum() > 2 and all(row["sampler_gap"] < 1e-3 for row in logged(run))
 
 
 def test_updates_on_one_rollout_batch(pair, tmp_path):
@@ -247,7 +222,7 @@ def test_updates_on_one_rollout_batch(pair, tmp_path):
     from opd.surrogates import Clipped
 
     method = Method((PolicyGradient(surrogate=Clipped()),), rollouts=OnPolicy(per_prompt=2, updates=2))
-    rows = metrics(opd.train(config(pair, tmp_path / "run", method=method)))
+    rows = logged(opd.train(config(pair, tmp_path / "run", method=method)))
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
@@ -270,7 +245,7 @@ def test_bf16_compute_keeps_fp32_weights_and_state(pair, tmp_path):
     # In pure bf16 an update of 1e-4 would be lost on nearly all weights.
     moved = [(start[k] != x).float().mean() for k, x in weights(run).items()]
     assert sum(moved) / len(moved) > 0.9
-    assert all(0 < row["sampler_gap"] < 1 for row in metrics(run))
+    assert all(0 < row["sampler_gap"] < 1 for row in logged(run))
 
 
 def test_trackers_hear_what_the_log_holds(pair, tmp_path):
@@ -279,13 +254,13 @@ def test_trackers_hear_what_the_log_holds(pair, tmp_path):
     run = opd.train(config(pair, tmp_path / "run", trackers=("tensorboard",)))
     files = [EventAccumulator(str(p)).Reload() for p in run.rglob("events.out*")]
     (heard,) = [file.Scalars("reverse_kl") for file in files if "reverse_kl" in file.Tags()["scalars"]]
-    assert [e.value for e in heard] == pytest.approx([r["reverse_kl"] for r in metrics(run)], rel=1e-5)
+    assert [e.value for e in heard] == pytest.approx([r["reverse_kl"] for r in logged(run)], rel=1e-5)
 
 
 def test_responses_of_the_data_train_a_mixture(pair, tmp_path):
     """gkd --share 0 --other response: the data speaks, and the gold answers become likelier."""
     method = METHODS["gkd-forward"](share=0.0, other="response")
-    rows = metrics(opd.train(config(pair, tmp_path / "run", method=method, steps=12, save_every=100)))
+    rows = logged(opd.train(config(pair, tmp_path / "run", method=method, steps=12, save_every=100)))
     assert all(row["stopped"] == 0 or row["length"] <= 16 for row in rows)
     assert sum(r["reverse_kl"] for r in rows[-3:]) < sum(r["reverse_kl"] for r in rows[:3])
 

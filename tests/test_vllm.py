@@ -35,7 +35,7 @@ from opd.surrogates import Clipped, Reinforce, TruncatedRatio
 from opd.types import Sampling
 from opd.weights import TruncatedImportance
 from scripts.soak import Proxy, free_port, serving
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, tiny
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = json.loads((ROOT / "tests" / "vllm_contract.json").read_text())
@@ -411,7 +411,7 @@ def run(root, url, out, sampling=FREE, **changes) -> list[dict]:
         doctor=False,
     )
     folder = opd.train(told)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return logged(folder)
 
 
 def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
