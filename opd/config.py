@@ -301,6 +301,17 @@ class Train:
         teachers, told, who = self.routes(), self.told(), self.resolved().rollouts
         if not teachers[""]:
             raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
+        for pair in self.remote.route_token_env:
+            name, _, variable = pair.partition("=")
+            if not variable or name not in {*teachers} - {""}:
+                raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route")
+        if self.remote.judge_token_env and not self.judge:
+            raise Refusal(f"--judge-token-env {self.remote.judge_token_env}: there is no --judge; leave it out")
+        local = self.remote.teacher_local
+        if local and not teachers[""].startswith(("http://", "https://")):
+            raise Refusal(
+                f"--teacher-local {local}: is compared with --teacher, and that is no server here: leave it out"
+            )
         for name, model in teachers.items():
             field = f"--route {name}=" if name else "--teacher "
             if model == "self" and not told:

@@ -22,7 +22,7 @@ from opd.tasks.task import Task
 from opd.teachers import wire
 from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
-from opd.teachers.server import Server
+from opd.teachers.reach import Server
 from opd.teachers.text import Endpoint, Gate, Local, TextTeacher, needed
 from opd.types import Refusal, Sampling
 
@@ -79,7 +79,7 @@ def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoi
     """A model that writes: behind an endpoint, or here, with its own tokenizer; refuses the student's own weights."""
     config.remote.check()
     if model.startswith("openai:"):
-        return Endpoint(model, config.remote, field=field)
+        return Endpoint(model, config.remote.towards(field, model, config.routes()[""]), field=field)
     if _own(model) or model.startswith(("http://", "https://")):
         way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")

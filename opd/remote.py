@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -14,8 +15,10 @@ from opd import models
 from opd.config import DTYPES, Train
 from opd.methods import METHODS
 from opd.teachers.local import LocalTeacher
-from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, compare, reach
-from opd.types import Refusal
+from opd.teachers.reach import WHOLE, Server, reach
+from opd.teachers.server import HiddenTeacher, LogpTeacher
+from opd.types import Refusal, Rollout
+from opd.vocabulary import Given, Hidden, Vocabulary, scores
 
 APART = 0.05  # nats: mean difference between a server and a local copy of its model beyond which they are not the same
 
@@ -45,7 +48,7 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
         )
         likely = models.tokenizer(source, field="teacher-tokenizer")
         stop = models.stop_ids(source, likely)
-    text = server.tokenizer(likely)
+    text = server.tokenizer(likely, student.shape.vocab_size)
     rows = server.told.get("rows", student.shape.vocab_size)
     shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
     return Known(text, shape, tuple(server.told.get("eos", stop)))
@@ -53,7 +56,8 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
 
 def reached(url: str, config: Train, *, field: str) -> Server:
     """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
-    server, method = reach(url, config.remote), config.resolved()
+    how, method = config.remote.towards(field, url, config.routes()[""]), config.resolved()
+    server = reach(url, how, field=field)
     needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
     missing = needs(method) - server.provides
     if missing:
@@ -62,7 +66,7 @@ def reached(url: str, config: Train, *, field: str) -> Server:
         said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
         said += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
-        if missing <= HiddenTeacher.provides | {"chosen", "teacher_top"}:
+        if missing <= WHOLE | {"chosen", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
@@ -97,3 +101,30 @@ def compared(
             f"apart on average over {len(apart)} tokens ({apart.max():.3g} at most): they are two models: serve that "
             "one, or name the one that is served"
         )
+
+
+@torch.no_grad()
+def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Sequence[Sequence[int]]) -> Tensor:
+    """|log q there - log q here| of every token of some texts, nats."""
+    rollouts = [
+        Rollout(
+            prompt_ids=(),
+            teacher_prompt_ids=tuple(ids[:1]),
+            ids=tuple(ids[1:]),
+            sampler_logp=(),
+            index=i,
+            group=i,
+            stopped=False,
+        )
+        for i, ids in enumerate(texts)
+    ]
+    masks = [[True] * len(r.ids) for r in rollouts]
+    ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
+
+    def of(heard: Hidden | Given) -> Tensor:
+        if isinstance(heard, Given):
+            return heard.logp.cpu()
+        there = ids.to(heard.states.device)
+        return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()
+
+    return (of(remote.hidden(rollouts, masks)) - of(local.hidden(rollouts, masks))).abs()

@@ -26,8 +26,10 @@ from opd.runs import load_optimizer, save_optimizer
 from opd.student import Student, compiled
 from opd.tasks.load import load
 from opd.teachers.local import LocalTeacher
-from opd.teachers.server import HiddenTeacher, LogpTeacher, Server, ServerEngine, open_teacher
+from opd.teachers.reach import Server
+from opd.teachers.server import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.text import TextTeacher
+from opd.teachers.writer import ServerEngine
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
@@ -73,8 +75,10 @@ class Session:
             self.plain().model.save_pretrained(str(folder), state_dict=named)
             self.collector.tokenizer.save_pretrained(folder)
             save_optimizer(whole["state"], folder / "optimizer.safetensors")
-            for teacher in self.teachers.values():
-                teacher.save(folder)
+            for k, teacher in enumerate(self.teachers.values()):
+                place = _place(folder, k)
+                place.mkdir(exist_ok=True)
+                teacher.save(place)
             if self.lenses is not None:
                 bridge.save(self.lenses, folder)
 
@@ -94,8 +98,8 @@ class Session:
             )
         whole["state"] |= kept
         set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
-        for teacher in self.teachers.values():
-            teacher.restore(folder)
+        for k, teacher in enumerate(self.teachers.values()):
+            teacher.restore(_place(folder, k))
         return json.loads((folder / "state.json").read_text())["step"]
 
 
@@ -175,7 +179,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             opened[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
         elif isinstance(at, Server):
             opened[name] = there = open_teacher(at, to=device, stop=merged, size=size, tops=method.supports())
-            if config.remote.teacher_local:
+            if config.remote.teacher_local and not name:
                 remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
         else:
             opened[name] = opening.teacher(called, at, student.model, config, on, device, field=opening.flag(name))
@@ -218,6 +222,11 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         agreements=dict(zip(opened, agreements, strict=True)),
         lenses=lenses,
     )
+
+
+def _place(checkpoint: Path, teacher: int) -> Path:
+    """Where in a checkpoint a teacher's state is: --teacher's beside the model, that of each --route in a folder."""
+    return checkpoint / f"teacher-{teacher}" if teacher else checkpoint
 
 
 def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:

@@ -112,6 +112,8 @@ class Loop:
             self.source.close()
             self.source = None
         self.session.collector.student.close()
+        for teacher in self.session.teachers.values():
+            teacher.close()
 
     def save(self, memory: Memory, folder: Path) -> None:
         """What a run that resumes takes up; all processes call it, the main one writes."""
@@ -225,11 +227,11 @@ class Loop:
         with clock("snapshot") if apart else contextlib.nullcontext():
             self.source.advance(step, memory)
         self._log("metrics", step, numbers)
-        wire = [teacher.traffic() for teacher in session.teachers.values()]
+        wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
         row |= self.source.numbers()
         row |= {} if session.judge is None else session.judge.traffic()
-        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for k in wire[0]})
+        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
             said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}

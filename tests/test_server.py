@@ -3,6 +3,7 @@
 A proxy in front of it injects faults; hiding what only `opd serve` has, it makes it the plain server that vLLM is.
 """
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import opd
@@ -27,14 +29,19 @@ from opd.estimators import Stratified, TopKValue
 from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.models import head
-from opd.student import final_states, rows
+from opd.remote import compare
+from opd.serve.app import Limits, build
+from opd.serve.model import Served
+from opd.student import cross_entropies, final_states, rows, unprompted
 from opd.teachers.client import Client, Remote
 from opd.teachers.local import LocalTeacher
-from opd.teachers.server import HiddenTeacher, LogpTeacher, ServerEngine, compare, open_teacher, reach
+from opd.teachers.reach import reach
+from opd.teachers.server import HiddenTeacher, LogpTeacher, open_teacher
+from opd.teachers.writer import ServerEngine
 from opd.types import Rollout, Sampling
 from opd.vocabulary import Given, Heard, Hidden, Vocabulary, head_pass, measure
 from scripts.soak import Proxy, free_port, serving
-from tests.models_for_tests import tiny
+from tests.models_for_tests import started, tiny
 
 CPU = torch.device("cpu")
 QUICK = Remote(teacher_retries=3, teacher_timeout=20.0, teacher_concurrency=3)
@@ -161,6 +168,19 @@ def test_what_is_asked_ahead_is_the_answer_to_that_question_alone(server, teache
     there, here = (x.hidden(many[4:], masks[4:]).states for x in (remote, teacher))
     torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
     assert once == 1
+
+
+@pytest.mark.parametrize("hide", [(), PLAIN, OLD], ids=["hidden", "chosen", "prompted"])
+def test_responses_without_their_prompts(server, teacher, hide):
+    """Nothing predicts a first token, and no server is asked what does."""
+    many, masks = unprompted(rollouts()[0])
+    many.append(replace(many[0], ids=many[0].ids[:1]))
+    masks.append([False])
+    with Proxy(server, lambda path, n: None, hide) as proxy:
+        there = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=()).hidden(many, masks)
+    here, vocabulary = teacher.hidden(many, masks), Vocabulary(145)
+    found, wanted = (cross_entropies(x, many, vocabulary) for x in (there, here))
+    assert found == pytest.approx(wanted, abs=1e-4) and min(found[:-1]) > 0 == found[-1]
 
 
 def columns(pair, heard, asked, vocabulary, method):
@@ -409,7 +429,7 @@ def test_faults_on_the_way_lose_nothing(pair, server, tmp_path, hide):
 def test_tries_wait_longer_each_time(monkeypatch):
     """0.5, 1, 2, ... 30 s, each shortened by up to a half so that clients do not come back together."""
     waited: list[float] = []
-    monkeypatch.setattr("opd.teachers.client.time.sleep", waited.append)
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds: waited.append(seconds))
     client = Client(f"http://127.0.0.1:{free_port()}", Remote(teacher_retries=9))
     with pytest.raises(opd.Refusal, match="failed 10 times, last with ConnectError"):
         client.get("/health", lambda r: None)
@@ -488,6 +508,59 @@ def test_other_weights_behind_the_same_address_are_refused(pair, server, tmp_pat
         remote.client.url = url
         with pytest.raises(opd.Refusal, match="other weights answer"):
             remote.hidden(*rollouts())
+
+
+@pytest.mark.parametrize("hide", [(), PLAIN], ids=["by their hash", "by their name"])
+def test_a_run_does_not_go_on_with_other_weights(pair, server, tmp_path, hide):
+    """What a resumed run learns from is what it learnt from: the checkpoint says who taught."""
+    begun = tmp_path / "run" / "checkpoints" / "step-000002"
+    scored = ("/opd/hidden", "/inference/v1/generate")
+    fault = lambda path, n: "500" if path in scored and begun.exists() else None
+    with Proxy(server, fault, hide) as proxy:
+        once = replace(QUICK, teacher_retries=0)
+        cut = config(pair, tmp_path / "run", proxy.url, remote=once, method=METHODS["opd"]())
+        with pytest.raises(opd.Refusal, match="HTTP 500"):
+            opd.train(cut)
+        proxy.fault = lambda path, n: None
+        other = tiny(tmp_path / "other", seed=7, width=48)
+        with serving(other, "--name", "small") as (url, _):
+            proxy.target = url
+            with pytest.raises(opd.Refusal, match=r"other weights answer there now \(small\)"):
+                opd.train(replace(cut, resume=True))
+        proxy.target = server
+        opd.train(replace(cut, resume=True))
+    assert lines(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_two_teachers_of_which_some_are_served(pair, server, tmp_path):
+    """Bytes are counted whoever comes first; --teacher-local is of --teacher alone; averages have their own place."""
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"prompt": f"{i} + 1?", "answer": f"{i + 1}", "teacher": "x" * (i % 2)} for i in range(24)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    other = tiny(tmp_path / "other", seed=7, width=48)
+    changes = {"prompts": str(prompts), "steps": 2}
+    with serving(other) as (url, _):
+        mixed = opd.train(config(pair, tmp_path / "mixed", route=(f"x={url}",), **changes))
+        how = replace(QUICK, teacher_local=str(pair[1]))
+        both = opd.train(config(pair, tmp_path / "both", server, route=(f"x={url}",), remote=how, **changes))
+    here = opd.train(config(pair, tmp_path / "here", route=(f"x={other}",), **changes))
+    same(mixed, here)
+    same(both, here)
+    for run in (mixed, both):
+        assert all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in lines(run, "perf"))
+    context = {"context": "answer", "teacher": "ema:0.1", "route": ("x=ema:0.9",)}
+    saved = opd.train(config(pair, tmp_path / "averages", **context, **changes)) / "checkpoints" / "step-000002"
+    slow, fast = (load_file(saved / place / "teacher.safetensors") for place in (".", "teacher-1"))
+    assert slow.keys() == fast.keys() and any(not slow[name].equal(fast[name]) for name in slow)
+
+
+def test_the_traffic_of_every_process_is_counted(pair, server, tmp_path):
+    with Proxy(server, lambda path, n: None) as proxy:
+        flags = ["--prompts", "embedded:ledger-short", "--steps", "2", "--batch", "8", "--max-new-tokens", "8"]
+        models = ["--student", str(pair[0]), "--teacher", proxy.url, "--out", str(tmp_path / "run")]
+        started(["train", *models, *flags, "--quiet", "vopd"], 2)
+        asked = sum(n + 1 for n in proxy.asked.values())
+    assert sum(row["teacher_requests"] for row in lines(tmp_path / "run", "perf")) == asked
 
 
 # Who is there
@@ -660,6 +733,7 @@ def test_completions_and_chat_write_text(http_, teacher, pair):
         ("/v1/completions", {"prompt": [1], "stream": True}, 400, "stream"),
         ("/v1/completions", {"prompt": [[1]] * 600, "n": 2}, 400, "at most 1024"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "2 " * 600}]}, 400, "context length is 512"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "5"}]}, 400, "last turn"),
         ("/opd/hidden", {"rows": [{"ids": [1, 2], "at": [2]}]}, 400, "positions must ascend"),
         ("/opd/hidden", {"rows": [{"ids": [1, 2, 3], "at": [2, 1]}]}, 400, "positions must ascend"),
@@ -725,6 +799,35 @@ def test_requests_at_once_do_not_mix(server, teacher):
     with torch.no_grad():
         whole = teacher.model(input_ids=torch.tensor(asked)).logits.log_softmax(-1)
     assert [out[i] for i in range(40)] == pytest.approx([float(whole[i, 1, asked[i][2]]) for i in range(40)], abs=1e-4)
+
+
+def test_a_server_whose_threads_all_wait_is_healthy():
+    """More requests than the pool has threads, none of which is answered yet."""
+    waits, held = threading.Event(), threading.Semaphore(0)
+
+    class Busy(Served):
+        def __init__(self) -> None:
+            pass
+
+        def identity(self) -> dict:
+            held.release()
+            waits.wait(60)
+            return {}
+
+    limits = Limits(body_bytes=1 << 20, sequences=1, logprobs=1)
+
+    async def ask() -> int:
+        whole = httpx.ASGITransport(build(Busy(), limits, token=""))
+        async with httpx.AsyncClient(transport=whole, base_url="http://busy") as client:
+            others = [asyncio.create_task(client.get("/opd/identity")) for _ in range(60)]
+            await asyncio.to_thread(lambda: [held.acquire(timeout=10) for _ in range(40)])
+            try:
+                return (await asyncio.wait_for(client.get("/health"), 10)).status_code
+            finally:
+                waits.set()
+                await asyncio.gather(*others)
+
+    assert asyncio.run(ask()) == 200
 
 
 def test_a_stopped_server_leaves_nothing(pair):

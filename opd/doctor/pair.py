@@ -178,7 +178,7 @@ def server(probe: Probe) -> Iterator[Finding]:
         if not isinstance(teacher, HiddenTeacher | LogpTeacher):
             continue
         who, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
-        if local:  # `opd.remote.compared` refused it otherwise
+        if local and not name:  # `opd.remote.compared` refused it otherwise
             yield ok("server", f"{who} and {local} give the same log-probs to the same tokens")
             continue
         yield Finding(

@@ -1,7 +1,6 @@
 """`opd serve MODEL`: load it, open a port, answer until stopped."""
 
 import ipaddress
-import os
 import socket
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,6 +11,7 @@ import tyro
 from opd import models
 from opd.config import DTYPES, Precision, native
 from opd.serve.model import Served
+from opd.teachers.client import secret
 from opd.types import Refusal
 
 
@@ -55,7 +55,7 @@ class Serve:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if not 0 <= self.port < 65536:
             raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
-        token = os.environ.get(self.token_env, "") if self.token_env else ""
+        token = secret(self.token_env)
         if self.token_env and not token:
             raise Refusal(
                 f"--token-env {self.token_env}: the variable is not set; export {self.token_env}=... to any secret"

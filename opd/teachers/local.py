@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from opd.models import head
 from opd.representation import Lens
 from opd.student import Body, rows, states
+from opd.teachers.base import Teacher
 from opd.types import MEASURED, Refusal, Rollout
 from opd.vocabulary import Head, Hidden
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A transformers model that scores every token, whole distributions included, on its own device.
 
     `low` is the type its products are rounded to where its weights are wider; `own_prompt` says which of a rollout's
@@ -49,22 +50,6 @@ class LocalTeacher:
             at = rows(rollouts, masks, teacher=self.own_prompt, device=device)
             final, views = states(self.model, at, lens, self.body)
         return Hidden(final.to(self.to), self.head, tuple(view.to(self.to) for view in views))
-
-    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
-        """What `hidden` will be asked next: nothing is gained by knowing it early."""
-
-    def follow(self) -> None:
-        """The student made a step."""
-
-    def traffic(self) -> dict[str, float]:
-        """What went over a wire: nothing."""
-        return {}
-
-    def save(self, folder: Path) -> None:
-        """Add to a checkpoint what it cannot be opened again from."""
-
-    def restore(self, folder: Path) -> None:
-        """Take up what `save` wrote."""
 
 
 class WithoutAdapter(LocalTeacher):

@@ -1,129 +1,36 @@
 """A teacher behind HTTP: `opd serve`, whole distributions by hidden states; or vLLM's protocol, log-probs of tokens.
 
-`reach(url, how) -> Server` asks who is there; `open_teacher` makes of it what `LocalTeacher` is, for the same rollouts
-and masks.  A batch goes out as chunks, several at once; a chunk that fails is asked again alone.
+`open_teacher` makes of a `Server` what `LocalTeacher` is, for the same rollouts and masks.  A batch goes out as chunks,
+several at once; a chunk that fails is asked again alone.
 """
 
-import base64
-import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import httpx
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.engines.hf import Sample
-from opd.noise import uniform
 from opd.representation import Lens
 from opd.teachers import wire
-from opd.teachers.client import Client, Malformed, Remote, Traffic, read_json
-from opd.teachers.local import LocalTeacher
-from opd.types import MEASURED, Refusal, Rollout, Sampling
-from opd.vocabulary import Given, Head, Hidden, Vocabulary, scores
+from opd.teachers.base import Teacher
+from opd.teachers.client import Malformed, Traffic, read_json
+from opd.teachers.reach import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
+from opd.types import Refusal, Rollout
+from opd.vocabulary import Given, Head, Hidden
 
-CHUNK = 4096  # tokens of a request: the loss of one is cheap, and it fills a forward
-LOWEST = -9998.0  # vLLM writes -9999 for -inf
 TIES = 2  # tokens beside the student's k most probable: a tie may round otherwise in its next pass
-SPREAD = 64  # ids whose text a plain server is asked for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
-T = TypeVar("T")
 K = TypeVar("K", Hidden, Given)
 R = TypeVar("R")
 NONE: Mapping[str, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Server:
-    """Who answers at an address."""
-
-    client: Client
-    model: str
-    context: int  # tokens
-    told: Mapping[str, Any]  # the identity of an `opd serve`; empty for any other
-    chosen: bool = False  # whether it scores tokens that the client names
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """The columns it allows to measure, and whether whole distributions."""
-        if self.told:
-            return HiddenTeacher.provides
-        return LogpTeacher.provides | ({"chosen"} if self.chosen else set())
-
-    def tokenizer(self, likely: Tokenizer) -> Tokenizer:
-        """An `opd serve` hands out its own; any other has the likely one, if it reads ids as that does.
-
-        Raises Refusal where it does not.
-        """
-        if not self.told:
-            self._probe(likely)
-            return likely
-        read = lambda files: wire.unpack_tokenizer(files, self.client.url)
-        found = self.client.get("/opd/tokenizer", read_json(read))
-        if wire.vocabulary_hash(found) != self.told["vocabulary"]:
-            raise Refusal(
-                f"--teacher {self.client.url}: the tokenizer it hands out is not the one it hashes: restart it"
-            )
-        return found
-
-    def _probe(self, likely: Tokenizer) -> None:
-        ids = _spread(likely)
-        told = self.client.post("/v1/completions", _scoring(self.model, [ids]), read_json(lambda r: _first(r)))
-        if told is None:
-            raise Refusal(
-                f"--teacher {self.client.url}: it gives no log-probs of prompts (prompt_logprobs), and a teacher's "
-                "tokens are scored by them: take a vLLM server, `opd serve`, or a method for text-only teachers"
-            )
-        wrong = []
-        for i, entry in zip(ids[1:], told[1:], strict=True):
-            text, here = entry[str(i)].get("decoded_token"), str(likely.decode([i]))
-            if text is not None and text.strip() != here.strip():
-                wrong.append(f"id {i} is {text!r} there and {here!r} here")
-        if len(wrong) > len(ids) // 8:  # a few differ where servers decode in context
-            raise Refusal(
-                f"--teacher {self.client.url}: {len(wrong)} of {len(ids) - 1} probed ids mean another token: "
-                f"{'; '.join(wrong[:3])}: serve a model with the student's vocabulary"
-            )
-
-
-def reach(url: str, how: Remote) -> Server:
-    """Ask an address who it is; waits for one that is starting."""
-    how.check()
-    client = Client(url, how)
-    if client.knows("/opd/identity"):
-        told = client.get("/opd/identity", read_json(dict))
-        if told.get("protocol") != wire.VERSION:
-            raise Refusal(
-                f"--teacher {client.url}: it speaks version {told.get('protocol')} of the protocol, this opd version "
-                f"{wire.VERSION}: install one version of opd on both machines"
-            )
-        return Server(client, told["model"], told["context"], told)
-    cards = client.get("/v1/models", read_json(lambda r: {c["id"]: c.get("max_model_len") for c in r["data"]}))
-    model = client.model or next(iter(cards), "")
-    if model not in cards or (len(cards) > 1 and not client.model):
-        raise Refusal(
-            f"--teacher {client.url}: it serves {', '.join(cards) or 'no model'}; name one as {client.url}#NAME"
-        )
-    # One token is always generated beside the prompt that is scored.
-    return Server(client, model, (cards[model] or 1 << 30) - 1, {}, _chooses(client, model))
-
-
-def _chooses(client: Client, model: str) -> bool:
-    """Whether a server scores chosen tokens: asked once, for a sequence of two."""
-    try:
-        client.post("/inference/v1/generate", _choosing(model, [1, 1], 1, [[1]]), read_json(_matrix((1, 1))), tries=1)
-    except Refusal:  # no such route, or a vLLM whose runner cannot
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -135,7 +42,7 @@ class _Row:
     at: tuple[int, ...]  # the trained tokens
 
 
-class _Remote(Generic[K]):
+class _Remote(Teacher, Generic[K]):
     """What both kinds of server teacher share: rows out in chunks, answers back in order, an account of the bytes."""
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
@@ -160,14 +67,28 @@ class _Remote(Generic[K]):
     def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> K:
         raise NotImplementedError
 
-    def follow(self) -> None:
-        """The student made a step."""
-
     def save(self, folder: Path) -> None:
-        """Nothing: what the server has stays there."""
+        """Whose weights the run learns from."""
+        (folder / "teacher.json").write_text(json.dumps({"weights": self.server.weights}))
 
     def restore(self, folder: Path) -> None:
-        """Nothing."""
+        """Refuses to go on with others."""
+        path = folder / "teacher.json"
+        if path.is_file() and json.loads(path.read_text())["weights"] != self.server.weights:
+            raise self.changed()
+
+    def changed(self) -> Refusal:
+        """What is said of a server that has other weights."""
+        return Refusal(
+            f"{self.client.who}: other weights answer there now ({self.server.model}) than when the run started: serve "
+            "those again, or start a new run"
+        )
+
+    def close(self) -> None:
+        """Let the threads that still ask end."""
+        self.client.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.early.shutdown(wait=False, cancel_futures=True)
 
     def traffic(self) -> dict[str, float]:
         """What went over the wire since the last call, for perf.jsonl."""
@@ -202,7 +123,7 @@ class HiddenTeacher(_Remote[Hidden]):
     Exact, and every method works: the head is fetched once, and the head pass measures whole distributions.
     """
 
-    provides = MEASURED | {"vocabulary"}
+    provides = WHOLE
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         super().__init__(server, to=to)
@@ -229,10 +150,7 @@ class HiddenTeacher(_Remote[Hidden]):
             if who is None:
                 raise Malformed("it does not say whose weights")
             if who != self.server.told["fingerprint"]:
-                raise Refusal(
-                    f"--teacher {self.client.url}: other weights answer there now than when the run started: serve "
-                    f"{self.server.model} again, or start a new run"
-                )
+                raise self.changed()
             try:
                 found = wire.unpack(response.content)
             except SafetensorError as error:
@@ -252,7 +170,7 @@ class LogpTeacher(_Remote[Given]):
     The others: the server's own `tops["teacher"]` most probable tokens, or those that the caller names.
     """
 
-    provides: frozenset[str] = STUDENTS | {"teacher_logp", "teacher_top"}
+    provides: frozenset[str] = TOKENS
 
     def __init__(
         self, server: Server, *, to: torch.device, stop: tuple[int, ...], size: int, tops: Mapping[str, int]
@@ -264,13 +182,12 @@ class LogpTeacher(_Remote[Given]):
         self.likeliest, self.drawn = tops["student"] + TIES if "student" in tops else 0, tops.get("drawn", 0)
         if sum(map(bool, (self.top, self.likeliest, self.drawn))) > 1:
             raise Refusal(
-                f"--teacher {self.client.url}: the method looks at two of the student's most probable tokens, the "
-                "teacher's and those drawn, and a server that tells of single tokens is asked for one kind: serve it "
-                "by `opd serve`"
+                f"{self.client.who}: the method looks at two of the student's most probable tokens, the teacher's and "
+                "those drawn, and a server that tells of single tokens is asked for one kind: serve it by `opd serve`"
             )
         if self.stop and (self.top or not server.chosen):
             raise Refusal(
-                f"--teacher {self.client.url}: it cannot say the probability of a chosen token, which merging the stop "
+                f"{self.client.who}: it cannot say the probability of a chosen token, which merging the stop "
                 f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
             )
         # What it gives at most (vLLM's --max-logprobs) is known before the first step.
@@ -312,13 +229,13 @@ class LogpTeacher(_Remote[Given]):
         ((row, named),) = rows
         beside = {t: ids.tolist() for t, ids in zip(row.at, named, strict=True)}
         own = lambda t: [row.ids[t], *self.stop, *beside.get(t, ())]
-        asked = [own(t) for t in range(row.start, len(row.ids))]
+        start = max(1, row.start)  # nothing predicts the first token
+        asked = [own(t) for t in range(start, len(row.ids))]
         k, s = named.shape[1], len(self.stop)
         asked = [x + [-1] * (1 + s + k - len(x)) for x in asked]
-        body = _choosing(self.server.model, row.ids, row.start, asked)
-        shape = (len(asked), 1 + s + k)
-        found = self.client.post("/inference/v1/generate", body, read_json(_matrix(shape)))
-        found = found[torch.tensor(row.at, dtype=torch.long) - row.start]
+        body = choosing(self.server.model, row.ids, start, asked)
+        found = self.client.post("/inference/v1/generate", body, read_json(matrix(asked)))
+        found = found[torch.tensor(row.at, dtype=torch.long) - start]
         ids = torch.cat((torch.tensor([row.ids[t] for t in row.at], dtype=torch.long)[:, None], named), -1)
         logp = torch.cat((found[:, :1], found[:, 1 + s :]), -1)
         if self.stop:
@@ -337,11 +254,11 @@ class LogpTeacher(_Remote[Given]):
                 if len(said) != len(row.ids):
                     raise ValueError(f"{len(said)} log-probs for {len(row.ids)} tokens")
                 found = [{int(i): float(x["logprob"]) for i, x in said[t].items()} for t in row.at]
-                own = _finite([at[row.ids[t]] for t, at in zip(row.at, found, strict=True)])
+                own = logprobs(torch.tensor([at[row.ids[t]] for t, at in zip(row.at, found, strict=True)]))
                 out.append(Given(own, *self._tops(row, found)) if self.top else Given(own))
             return out
 
-        body = _scoring(self.server.model, [row.ids for row in rows], self.top)
+        body = scoring(self.server.model, [row.ids for row in rows], self.top)
         return self.client.post("/v1/completions", body, read_json(read))
 
     def _tops(self, row: _Row, found: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
@@ -355,53 +272,7 @@ class LogpTeacher(_Remote[Given]):
             ids.append([*some, *[own] * lacking])
             logp.append([*some.values(), *[at[own]] * lacking])
         shape = (-1, self.top + 1)
-        return torch.tensor(ids, dtype=torch.long).view(shape), _finite(logp).view(shape)
-
-
-@dataclass(frozen=True)
-class ServerEngine:
-    """A server that writes responses, for methods whose rollouts are partly the teacher's."""
-
-    server: Server
-    vocabulary: int
-    stop: tuple[int, ...]
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-        prefixes: Sequence[Sequence[int]] = (),
-    ) -> list[Sample]:
-        """One response per prompt, after its prefix; rollout `index[i]` has a seed, the server's noise is its own."""
-
-        def draw(prompt: Sequence[int], prefix: Sequence[int], i: int) -> Sample:
-            body = {
-                "model": self.server.model,
-                "prompt": [*prompt, *prefix],
-                "max_tokens": sampling.max_new_tokens - len(prefix),
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "seed": int(uniform(seed, step, i, -2) * 2**53),
-                "stop_token_ids": list(self.stop),
-                "logprobs": 0,
-                "return_token_ids": True,
-            }
-            return self.server.client.post("/v1/completions", body, read_json(self._read))
-
-        with ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher") as pool:
-            return list(pool.map(draw, prompts, prefixes or [()] * len(prompts), index))
-
-    def _read(self, told: dict) -> Sample:
-        (choice,) = told["choices"]
-        ids, logp = tuple(choice["token_ids"]), tuple(map(float, choice["logprobs"]["token_logprobs"]))
-        if not ids or len(ids) != len(logp) or max(ids) >= self.vocabulary:
-            raise ValueError(f"{len(ids)} tokens with {len(logp)} log-probs, or an id beyond {self.vocabulary}")
-        return Sample(ids, logp, ids[-1] in self.stop)
+        return torch.tensor(ids, dtype=torch.long).view(shape), logprobs(torch.tensor(logp)).view(shape)
 
 
 def open_teacher(
@@ -412,33 +283,6 @@ def open_teacher(
     `tops`: of how many of whose most probable tokens a method must know (`Method.supports`).
     """
     return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
-
-
-@torch.no_grad()
-def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Sequence[Sequence[int]]) -> Tensor:
-    """|log q there - log q here| of every token of some texts, nats."""
-    rollouts = [
-        Rollout(
-            prompt_ids=(),
-            teacher_prompt_ids=tuple(ids[:1]),
-            ids=tuple(ids[1:]),
-            sampler_logp=(),
-            index=i,
-            group=i,
-            stopped=False,
-        )
-        for i, ids in enumerate(texts)
-    ]
-    masks = [[True] * len(r.ids) for r in rollouts]
-    ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
-
-    def of(heard: Hidden | Given) -> Tensor:
-        if isinstance(heard, Given):
-            return heard.logp.cpu()
-        there = ids.to(heard.states.device)
-        return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()
-
-    return (of(remote.hidden(rollouts, masks)) - of(local.hidden(rollouts, masks))).abs()
 
 
 def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:
@@ -464,44 +308,3 @@ def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
         group.append(i)
     if group:
         yield group
-
-
-def _scoring(model: str, rows: Sequence[Sequence[int]], top: int = 0) -> dict[str, object]:
-    """A request for the log-probs of prompts; vLLM generates at least one token."""
-    how = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}
-    return {"model": model, "prompt": list(map(list, rows)), **how}
-
-
-def _choosing(model: str, ids: Sequence[int], start: int, asked: list[list[int]]) -> dict[str, object]:
-    """A request for the log-probs of named ids at each token of a sequence from `start` on."""
-    how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1}
-    return {"model": model, "token_ids": list(ids), "sampling_params": how}
-
-
-def _matrix(shape: tuple[int, int]) -> Callable[[dict], Float[Tensor, "n k"]]:
-    """A reader of its answer: float32 of a known shape, as .npy in base64."""
-
-    def read(told: dict) -> Tensor:
-        found = np.load(io.BytesIO(base64.b64decode(told["prompt_token_id_logprobs"], validate=True)))
-        if found.shape != shape or found.dtype != np.float32:
-            raise ValueError(f"{found.dtype} of {found.shape} instead of float32 of {shape}")
-        return torch.from_numpy(found)
-
-    return read
-
-
-def _finite(logp: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
-    """As a tensor, with -inf again where json had none."""
-    found = torch.tensor(logp)
-    return found.where(found > LOWEST, -torch.inf)
-
-
-def _first(told: dict) -> list[dict[str, dict]] | None:
-    return told["choices"][0].get("prompt_logprobs")
-
-
-def _spread(tokenizer: Tokenizer) -> list[int]:
-    """Ids all over the vocabulary that decode to whole characters."""
-    every = sorted(tokenizer.get_vocab().values())
-    whole = [i for i in every[:: max(1, len(every) // (4 * SPREAD))] if "\ufffd" not in str(tokenizer.decode([i]))]
-    return whole[:: max(1, len(whole) // SPREAD)]

@@ -23,8 +23,8 @@ from opd import prompts
 from opd.engines.hf import HFEngine
 from opd.representation import Lens
 from opd.teachers.answers import Answers, key
-from opd.teachers.client import Remote
-from opd.teachers.server import STUDENTS
+from opd.teachers.base import STUDENTS, Teacher
+from opd.teachers.client import Remote, secret
 from opd.types import Prompt, Refusal, Rollout, Sampling
 
 T = TypeVar("T")
@@ -132,13 +132,13 @@ class Endpoint:
         if parts.username or parts.password:
             raise Refusal(
                 f"--{field} {self.name}@...: no secrets in an address, for it is logged; put the key into "
-                f"{how.teacher_token_env}"
+                f"{how.keep(field)}"
             )
         openai = needed("openai", f"--{field} {self.name}")
         self.errors = openai
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy of the environment does not reach it
         self.client = openai.OpenAI(
-            api_key=os.environ.get(how.teacher_token_env, "") or "none",
+            api_key=secret(how.teacher_token_env) or "none",
             base_url=self.url or "https://api.openai.com/v1",
             timeout=how.teacher_timeout,
             max_retries=how.teacher_retries,
@@ -168,7 +168,7 @@ class Endpoint:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise Refusal(
                 f"--{self.field} {self.name}: it wants a key (HTTP {error.status_code}): export it in "
-                f"{self.how.teacher_token_env}, or name another variable by --teacher-token-env"
+                f"{self.how.keep(self.field)}"
             ) from error
         except openai.NotFoundError as error:
             raise Refusal(f"--{self.field} {self.name}: {_line(error)}: name a model that the server has") from error
@@ -250,7 +250,7 @@ class Local:
         return prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
 
 
-class TextTeacher:
+class TextTeacher(Teacher):
     """A model that answers in texts.  It scores nothing: for methods that ask for no log-prob of it."""
 
     provides = STUDENTS | {"text"}
@@ -303,24 +303,12 @@ class TextTeacher:
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> None:
         """No states."""
 
-    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
-        """Nothing is asked of it micro-batch by micro-batch."""
-
-    def follow(self) -> None:
-        """The student made a step."""
-
     def traffic(self) -> dict[str, float]:
         """What was asked since the last call, for perf.jsonl."""
         now = self.account.numbers()
         new = {f"teacher_{name}": value - self.before.get(name, 0.0) for name, value in now.items()}
         self.before = now
         return new
-
-    def save(self, folder: Path) -> None:
-        """Nothing: its answers are on disk."""
-
-    def restore(self, folder: Path) -> None:
-        """Nothing."""
 
 
 def worded(ended: Sequence[tuple[str, str | None]], how: How) -> list[str] | Failed:
