@@ -1,18 +1,22 @@
 """Small random models with the embedded tokenizer, runs of them, and what they wrote: real files, real classes."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from opd.config import Train
 from opd.models import EMBEDDED
-from opd.types import Sampling
+from opd.steps import Loop
+from opd.types import Rollout, Sampling
 
 
 def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
@@ -70,6 +74,35 @@ def small(pair: tuple[Path, Path], out: Path, **changes) -> Train:
     return replace(whole, **changes)
 
 
+@contextlib.contextmanager
+def interrupted_at(number: int) -> Iterator[None]:
+    """Ctrl-C as a step begins."""
+    real = Loop.step
+
+    def step(self, at, memory):
+        if at == number:
+            raise KeyboardInterrupt
+        return real(self, at, memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "step", step)
+        yield
+
+
 def logged(folder: Path, name: str = "metrics") -> list[dict]:
     """The lines of one of a run's logs."""
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rollout(i: int, prompt: int, length: int) -> Rollout:
+    """Random ids, the same for the same `i`."""
+    g = torch.Generator().manual_seed(i)
+    draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
+    return Rollout(
+        prompt_ids=draw(prompt), teacher_prompt_ids=draw(prompt + 2), ids=draw(length), sampler_logp=(0.0,) * length,
+        index=i, group=i, stopped=True,
+    )  # fmt: skip
+
+
+ROLLOUTS = [rollout(0, 4, 7), rollout(1, 2, 3), rollout(2, 6, 5)]
+MASKS = [[True] * 7, [True, False, True], [True] * 5]

@@ -21,10 +21,9 @@ from opd.representation import Bridge, Lens, Lenses, Projection, distance, fit, 
 from opd.student import Student, rows
 from opd.surrogates import Clipped
 from opd.teachers.local import LocalTeacher
-from opd.types import Rollout
 from opd.vocabulary import Heard, Vocabulary
 from opd.weights import LastTokens
-from tests.models_for_tests import logged, started, tiny
+from tests.models_for_tests import MASKS, ROLLOUTS, logged, started, tiny
 from tests.test_train import command, config, launch, wait_for
 
 close = torch.testing.assert_close
@@ -157,17 +156,6 @@ def model(folders, name):
     return AutoModelForCausalLM.from_pretrained(folders[name]).eval()
 
 
-def rollout(i: int, prompt: int, length: int) -> Rollout:
-    g = torch.Generator().manual_seed(i)
-    draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
-    return Rollout(
-        prompt_ids=draw(prompt), teacher_prompt_ids=draw(prompt + 2), ids=draw(length), sampler_logp=(0.0,) * length,
-        index=i, group=i, stopped=True,
-    )  # fmt: skip
-
-
-ROLLOUTS = [rollout(0, 4, 7), rollout(1, 2, 3), rollout(2, 6, 5)]
-MASKS = [[True] * 7, [True, False, True], [True] * 5]
 WEIGHT = torch.rand(14, generator=torch.Generator().manual_seed(5)) / 14
 PLAIN = Lenses(Lens((1, 2)), Lens((1, 2)))
 

@@ -16,10 +16,10 @@ from opd.exact import alone, measure
 from opd.method import Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rollouts import Mixture, OnPolicy
-from opd.steps import Loop
 from opd.surrogates import Clipped, OffPolicy
 from opd.types import Others, Rollout, Sampling
 from opd.vocabulary import Given, Head, Heard, Hidden, Vocabulary, head_pass
+from tests.models_for_tests import interrupted_at
 from tests.test_async import alike, config
 
 close = torch.testing.assert_close
@@ -153,7 +153,7 @@ def test_they_come_back_from_a_checkpoint(tmp_path):
     assert draws.load(tmp_path) == kept
 
 
-def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path, monkeypatch):
+def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
     """Steps behind: what a checkpoint keeps of them is bitwise what was drawn."""
     changes = {"method": METHODS["async-opd"](samples=M), "steps": 4, "save_every": 2}
     opd.train(config(pair, tmp_path / "here", **changes))
@@ -161,17 +161,8 @@ def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path, monkeypatch):
     alike(tmp_path / "here", tmp_path / "apart")
     late = {**changes, "staleness": 2, "exact_staleness": True}
     opd.train(config(pair, tmp_path / "whole", **late))
-    real = Loop.step
-
-    def step(self, number, memory):
-        if number == 4:
-            raise KeyboardInterrupt
-        return real(self, number, memory)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "cut", **late))
-    monkeypatch.setattr(Loop, "step", real)
     assert any(drawn[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002").values())
     opd.train(config(pair, tmp_path / "cut", resume=True, **late))
     alike(tmp_path / "whole", tmp_path / "cut")

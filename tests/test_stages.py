@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from opd import cli, episode, prompts, rubrics, stages, steps
+from opd import cli, episode, prompts, rubrics, stages
 from opd.asking import given
 from opd.config import Train
 from opd.exact import World
@@ -41,7 +40,7 @@ from opd.teachers.text import Gate
 from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
 from scripts.grader import Grader
-from tests.models_for_tests import logged, started
+from tests.models_for_tests import interrupted_at, logged, started
 from tests.test_server import Proxy
 from tests.test_text_teachers import QUICK, endpoint
 from tests.test_tokens import byte_level
@@ -595,17 +594,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
     assert [len(e.notes) for e in kept] == [2, 2, 4] and [len(e.deferred) for e in kept] == [6, 6, 6]
     for buffer in kept[1].rubrics.values():
         assert all(sum(c.stage == k for c in buffer) <= cap for k, cap in enumerate((3, 2, 2, 3), 1))
-    interrupted = threading.Event()
-    real = steps.Loop.step
-
-    def step(self, number, memory):
-        if number == 3 and not interrupted.is_set():
-            interrupted.set()
-            raise KeyboardInterrupt
-        return real(self, number, memory)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps.Loop, "step", step)
+    with interrupted_at(3):
         assert cli.main(["train", *told, "--out", str(part), "rubricem", *AGAIN]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", "rubricem", *AGAIN]) == 0, capsys.readouterr()
     assert logged(whole) == logged(part)

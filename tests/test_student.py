@@ -10,22 +10,9 @@ from opd.methods import METHODS
 from opd.models import head, verify_head
 from opd.student import Student, rows
 from opd.teachers.local import LocalTeacher
-from opd.types import Refusal, Rollout
+from opd.types import Refusal
 from opd.vocabulary import Heard, Vocabulary
-from tests.models_for_tests import started, tiny
-
-
-def rollout(i: int, prompt: int, length: int) -> Rollout:
-    g = torch.Generator().manual_seed(i)
-    draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
-    return Rollout(
-        prompt_ids=draw(prompt), teacher_prompt_ids=draw(prompt + 2), ids=draw(length), sampler_logp=(0.0,) * length,
-        index=i, group=i, stopped=True,
-    )  # fmt: skip
-
-
-ROLLOUTS = [rollout(0, 4, 7), rollout(1, 2, 3), rollout(2, 6, 5)]
-MASKS = [[True] * 7, [True, False, True], [True] * 5]
+from tests.models_for_tests import MASKS, ROLLOUTS, started, tiny
 
 
 @pytest.fixture(scope="module")

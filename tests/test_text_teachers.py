@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from opd import cli, prompts, steps
+from opd import cli, prompts
 from opd.asking import continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
@@ -34,7 +34,7 @@ from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Audited, Posterior, Unaudited
 from scripts.grader import Grader, Scripted
-from tests.models_for_tests import logged, tiny
+from tests.models_for_tests import interrupted_at, logged, tiny
 from tests.test_server import Proxy, serving
 
 QUICK = Remote(teacher_retries=1, teacher_timeout=20.0, teacher_concurrency=3)
@@ -402,17 +402,7 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
     told = [*PAIR, *SMALL, "--teacher", "embedded:teacher"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert cli.main(["train", *told, "--out", str(whole), *OMNI]) == 0, capsys.readouterr()
-    interrupted = threading.Event()
-    real = steps.Loop.step
-
-    def step(self, number, memory):
-        if number == 3 and not interrupted.is_set():
-            interrupted.set()
-            raise KeyboardInterrupt
-        return real(self, number, memory)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps.Loop, "step", step)
+    with interrupted_at(3):
         assert cli.main(["train", *told, "--out", str(part), *OMNI]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", *OMNI]) == 0, capsys.readouterr()
     assert logged(whole) == logged(part)
