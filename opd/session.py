@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import PreTrainedModel
 
 from opd import bridge, models, opening, remote, tokens
 from opd.collect import Collector
@@ -105,36 +108,90 @@ class Session:
 
 def open_session(config: Train, method: Method, checkpoint: Path | None) -> Session:
     """Check what can be checked without weights, then load them; `checkpoint` replaces the student's own weights."""
-    trust = config.trust_remote_code
-    source = models.locate(config.student, field="student", trust_remote_code=trust)
+    source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, config) for name, model in config.routes().items()}
     own = remote.known(source, field="student")
     known = {name: own if s is None else _known(s, own, config, opening.flag(name)) for name, s in sources.items()}
-    text, texts = own.text, {name: k.text for name, k in known.items()}
-    shapes, stops = zip(*((k.shape, k.stop) for k in (own, *known.values())), strict=True)
-    agreements = [
-        tokens.require(
-            tokens.agreement(
-                text,
-                texts[name],
-                student_rows=shapes[0].vocab_size,
-                teacher_rows=shape.vocab_size,
-                student_eos=stops[0],
-                teacher_eos=eos,
-            )
-        )
-        for name, shape, eos in zip(sources, shapes[1:], stops[1:], strict=True)
-    ]
-    size, stop = min(a.vocabulary for a in agreements), tuple(dict.fromkeys(id for a in agreements for id in a.stop))
-    lenses = bridge.plain_lenses(method, shapes[0], dict(zip(map(opening.flag, sources), shapes[1:], strict=True)))
-    context = min(s.max_position_embeddings for s in shapes)
+    agreements = _agreed(own, known)
+    size = min(a.vocabulary for a in agreements.values())
+    stop = tuple(dict.fromkeys(id for a in agreements.values() for id in a.stop))
+    lenses = bridge.plain_lenses(method, own.shape, {opening.flag(name): k.shape for name, k in known.items()})
+    asked, held_out = _prompts(config, own, known)
+    accelerator = _accelerator(config, method)
+    device = accelerator.device
+    student = Student(
+        opening.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing
+    )
+    on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
+    models.verify_head(student.model, field="student")
+    differ = any(set(own.stop) != set(k.stop) for k in known.values())
+    merged = stop if config.stop_token == "canonical" and differ else ()
+    teachers = _teachers(config, method, sources, student.model, asked, size=size, merged=merged, on=on, to=device)
+    local = {name: t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
+    reference = opening.reference(method, config, source, student.model, size, on, device)
+    frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
+    for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
+        models.verify_finite(model, own.text, ids=size, field=field)
+    models.small_threads(student.model, *(t.model for t in local.values()))
+    if config.compile:
+        if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise Refusal("--compile: needs a C++ compiler on a CPU, and there is no g++; install one, or leave it out")
+        student.body = compiled(student.model)
+        for scorer in frozen.values():
+            scorer.body = compiled(scorer.model)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
+    writers = _writers(config, teachers, student.model, size, stop, merged)
+    speaker = opening.speaker(config, source, student.model, size, stop, merged, accelerator)
+    rounded = config.logit_precision == "bf16"
+    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
+    return Session(
+        accelerator=accelerator,
+        student=wrapped,
+        teachers=teachers,
+        reference=reference,
+        judge=opening.judge(method, config, asked.task, teachers[""], on),
+        optimizer=wrapped_optimizer,
+        vocabulary=vocabulary,
+        collector=Collector(speaker, writers, own.text, vocabulary),
+        prompts=asked,
+        held_out=held_out,
+        agreements=agreements,
+        lenses=lenses,
+    )
+
+
+def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
+    """A teacher that scores, before its weights."""
+    if isinstance(source, Server):
+        return remote.known_there(source, student, config)
+    return remote.known(source, field=field)
+
+
+def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, tokens.Agreement]:
+    """What the student's vocabulary and each teacher's agree on; refuses those that do not."""
+    compare = lambda other: tokens.agreement(
+        own.text,
+        other.text,
+        student_rows=own.shape.vocab_size,
+        teacher_rows=other.shape.vocab_size,
+        student_eos=own.stop,
+        teacher_eos=other.stop,
+    )
+    return {name: tokens.require(compare(other)) for name, other in known.items()}
+
+
+def _prompts(config: Train, own: remote.Known, known: Mapping[str, remote.Known]) -> tuple[Prompts, Prompts | None]:
+    """Those to train on, and the held-out ones."""
+    texts = {name: k.text for name, k in known.items()}
+    context = min(k.shape.max_position_embeddings for k in (own, *known.values()))
     room = context - config.sampling.max_new_tokens
-    asked = Prompts(load(config.data), text, texts, config, room)
-    held_out = None
+    asked, held_out = Prompts(load(config.data), own.text, texts, config, room), None
     if config.eval_prompts:
         # A random choice of the held-out rows, the same for every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = Prompts(load(chosen), text, texts, config, room, optional=True)
+        held_out = Prompts(load(chosen), own.text, texts, config, room, optional=True)
     if room < 1:
         raise Refusal(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
@@ -143,7 +200,11 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     asked.check()
     if held_out is not None:
         held_out.check()
+    return asked, held_out
 
+
+def _accelerator(config: Train, method: Method) -> Accelerator:
+    """Processes, precision and trackers; seeds what is random."""
     for name in config.trackers:
         if name not in {str(known) for known in LoggerType}:
             raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
@@ -165,72 +226,58 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
             f"({accelerator.num_processes} processes x {method.rollouts.per_prompt} rollouts per prompt "
             f"x {method.rollouts.updates} updates)"
         )
-    device = accelerator.device
-    student = Student(
-        opening.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing
-    )
-    on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
-    models.verify_head(student.model, field="student")
-    merged = stop if config.stop_token == "canonical" and any(set(stops[0]) != set(s) for s in stops[1:]) else ()
-    opened: dict[str, AnyTeacher] = {}
+    return accelerator
+
+
+def _teachers(
+    config: Train,
+    method: Method,
+    sources: Mapping[str, models.Source | Server | None],
+    student: PreTrainedModel | PeftModel,
+    prompts: Prompts,
+    *,
+    size: int,
+    merged: tuple[int, ...],
+    on: torch.device,
+    to: torch.device,
+) -> dict[str, AnyTeacher]:
+    """The teachers by name, their weights on one device and what they say on another."""
+    out: dict[str, AnyTeacher] = {}
     for name, called in config.routes().items():
         at = sources[name]
         if at is None:
-            opened[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
+            out[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
         elif isinstance(at, Server):
-            opened[name] = there = open_teacher(at, to=device, stop=merged, size=size, tops=method.supports())
+            out[name] = there = open_teacher(at, to=to, stop=merged, size=size, tops=method.supports())
             if config.remote.teacher_local and not name:
-                remote.compared(there, [p.teacher_ids for p in asked.first(8)], config, on)
+                remote.compared(there, [p.teacher_ids for p in prompts.first(8)], config, on)
         else:
-            opened[name] = opening.teacher(called, at, student.model, config, on, device, field=opening.flag(name))
-    local = {name: t for name, t in opened.items() if isinstance(t, LocalTeacher)}
-    reference = opening.reference(method, config, source, student.model, size, on, device)
-    frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
-    for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
-        models.verify_finite(model, text, ids=size, field=field)
-    models.small_threads(student.model, *(t.model for t in local.values()))
-    if config.compile:
-        if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise Refusal("--compile: needs a C++ compiler on a CPU, and there is no g++; install one, or leave it out")
-        student.body = compiled(student.model)
-        for scorer in (*local.values(), *([reference] if reference else [])):
-            scorer.body = compiled(scorer.model)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
-    engine = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
-    writers: dict[str, HFEngine | ServerEngine] = {}
-    for name, t in opened.items():
-        if isinstance(t, LocalTeacher | TextTeacher):  # a method that asks for texts lets no teacher write rollouts
-            writers[name] = engine(t.model if isinstance(t, LocalTeacher) else student.model)
-        else:
-            writers[name] = ServerEngine(t.server, size, stop)
-    speaker = opening.speaker(config, source, student.model, size, stop, merged, accelerator)
-    rounded = config.logit_precision == "bf16"
-    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
-    return Session(
-        accelerator=accelerator,
-        student=wrapped,
-        teachers=opened,
-        reference=reference,
-        judge=opening.judge(method, config, asked.task, opened[""], on),
-        optimizer=wrapped_optimizer,
-        vocabulary=vocabulary,
-        collector=Collector(speaker, writers, text, vocabulary),
-        prompts=asked,
-        held_out=held_out,
-        agreements=dict(zip(opened, agreements, strict=True)),
-        lenses=lenses,
-    )
+            out[name] = opening.teacher(called, at, student, config, on, to, field=opening.flag(name))
+    return out
+
+
+def _writers(
+    config: Train,
+    teachers: Mapping[str, AnyTeacher],
+    student: PreTrainedModel | PeftModel,
+    size: int,
+    stop: tuple[int, ...],
+    merged: tuple[int, ...],
+) -> dict[str, HFEngine | ServerEngine]:
+    """Who writes what a teacher says in a rollout."""
+    here = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
+
+    def writer(teacher: AnyTeacher) -> HFEngine | ServerEngine:
+        match teacher:
+            case LocalTeacher():
+                return here(teacher.model)
+            case TextTeacher():
+                return here(student)  # a method that asks for texts lets no teacher write rollouts
+        return ServerEngine(teacher.server, size, stop)
+
+    return {name: writer(teacher) for name, teacher in teachers.items()}
 
 
 def _place(checkpoint: Path, teacher: int) -> Path:
     """Where in a checkpoint a teacher's state is: --teacher's beside the model, that of each --route in a folder."""
     return checkpoint / f"teacher-{teacher}" if teacher else checkpoint
-
-
-def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
-    """A teacher that scores, before its weights."""
-    if isinstance(source, Server):
-        return remote.known_there(source, student, config)
-    return remote.known(source, field=field)
