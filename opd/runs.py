@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
@@ -180,6 +182,30 @@ class Run:
         part = path.with_name(path.name + ".part")
         part.write_text(text)
         os.replace(part, path)
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase of a step."""
+
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
+        """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        total = sum(self.seconds.values())
+        phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
+        of = {"rollout": sampled, "measure": tokens, "update": tokens}
+        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
+        return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}
 
 
 def save_optimizer(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:

@@ -3,9 +3,7 @@ micro-batches through student and head pass, step.  Methods whose leaves are all
 """
 
 import contextlib
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +25,7 @@ from opd.passes import Passes, width
 from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
 from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
-from opd.runs import Run, save_memory
+from opd.runs import Clock, Run, save_memory
 from opd.session import Session
 from opd.student import micro_batches
 from opd.tasks.task import Task
@@ -39,30 +37,6 @@ from opd.types import Batch, Refusal, Rollout, Sampling
 LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
 PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
-
-
-@dataclass
-class Clock:
-    """Seconds of each phase of a step."""
-
-    seconds: dict[str, float]
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time inside to a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
-        """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        total = sum(self.seconds.values())
-        phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
-        of = {"rollout": sampled, "measure": tokens, "update": tokens}
-        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
-        return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}
 
 
 @dataclass(frozen=True)
