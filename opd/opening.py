@@ -118,7 +118,8 @@ def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.
     model = text_teacher(config.judge, config, on, field="judge") if config.judge else teacher
     assert isinstance(model, TextTeacher)
     gate = Gate(f"judge {own}", config.remote.judge_failures)
-    whole = ModelJudge(model, gate, config.remote.judge_tokens, shared=not config.judge)
+    how = config.remote
+    whole = ModelJudge(model, gate, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)
     return ModelStageJudge(whole, method.asks.tags) if isinstance(method.asks, Stages) else whole
 
 

@@ -55,6 +55,9 @@ class Remote:
     """Folder where the answers of text-only teachers and judges are kept, for several runs; empty: the run's own."""
     judge_tokens: int = 4096
     """Longest answer of a judge, in tokens."""
+    judge_schema: bool = False
+    """Ask that a judge keeps to the JSON schema of what it fills in (vLLM, SGLang, OpenAI, `opd serve`, a model here);
+    a model that thinks in its answer cannot think then."""
     judge_failures: float = 0.4
     """Share of the last questions to a text-only teacher or judge that may fail; beyond it the run stops."""
 
@@ -68,9 +71,6 @@ class Remote:
         if not 0 <= self.judge_failures <= 1:
             raise Refusal(f"--judge-failures {self.judge_failures}: a share lies in [0, 1]")
 
-
-@dataclass
-class Traffic:
     def towards(self, field: str, model: str, teacher: str) -> "Remote":
         """The same, with the key for the model that a flag names: --teacher's goes to --teacher's host alone."""
         named = {f"route {name}": variable for name, _, variable in (x.partition("=") for x in self.route_token_env)}
@@ -104,6 +104,9 @@ def secret(variable: str) -> str:
         raise Refusal(f"{variable}: its token holds a line break, or another sign that no header can: export it anew")
     return token
 
+
+@dataclass
+class Traffic:
     """What went over the wire so far; threads add to it under the lock."""
 
     sent: int = 0  # bytes of request bodies
@@ -135,9 +138,6 @@ class Client:
         # trust_env: a proxy of the environment must not see log-probs meant for the loopback.
         self.http = httpx.Client(headers=headers, timeout=how.teacher_timeout, limits=most, trust_env=False)
 
-    def get(self, path: str, read: Callable[[httpx.Response], T]) -> T:
-        """What `read` makes of GET path."""
-        return self._ask("GET", path, None, read)
     @property
     def who(self) -> str:
         """The flag and the address, as messages begin."""
@@ -147,6 +147,9 @@ class Client:
         """Ask nothing again: a process cannot end before its threads do, and a silent server would hold them long."""
         self.closed.set()
 
+    def get(self, path: str, read: Callable[[httpx.Response], T]) -> T:
+        """What `read` makes of GET path."""
+        return self._ask("GET", path, None, read)
 
     def post(
         self,
@@ -226,11 +229,11 @@ def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
         found = payload(response)
         try:
             return read(found)
+        except Refusal:
+            raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Malformed(f"{type(error).__name__}: {error}") from error
 
-        except Refusal:
-            raise
     return whole
 
 

@@ -16,7 +16,8 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, Field, ValidationError
 
 from opd.tasks.answers import marked, number, said, spoken
-from opd.teachers.text import Gate, How, TextTeacher
+from opd.teachers.schema import Lengths, schema
+from opd.teachers.text import Begun, Gate, How, TextTeacher
 from opd.types import RIGHT, Prompt
 
 Met = tuple[tuple[bool, ...], ...]  # of each answer, by criterion
@@ -145,6 +146,7 @@ class ModelJudge:
     gate: Gate
     max_tokens: int
     shared: bool  # whether the model is the teacher, whose account has its calls already
+    schemas: bool = False  # whether who writes is asked to keep to the form's json schema
 
     def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | None]:
         """A little warm, as ROPD's rubricator is."""
@@ -157,7 +159,7 @@ class ModelJudge:
         for g in groups:
             given = {"references": shown("reference", g.references), "answers": shown("answer", g.answers)}
             asked.append(RUBRIC.format(least=least, most=most, question=g.question(), **given))
-        return self.filled(asked, Rubric, check, seed, temperature=0.7)
+        return self.filled(asked, Rubric, check, seed, temperature=0.7, lengths=lambda i: {"criteria": (least, most)})
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | None]:
         """Blind: shuffled, in one question a group."""
@@ -176,37 +178,51 @@ class ModelJudge:
             given = {"rubric": listed, "answers": shown("answer", [every[i] for i in order])}
             counts = {"count": len(every), "criteria": len(rubric.criteria)}
             asked.append(GRADE.format(question=g.question(), **given, **counts))
+
+        def lengths(i: int) -> Lengths:
+            n, k = len(orders[i]), len(rubrics[i].criteria)
+            return {"answers": (n, n), "met": (k, k)}
+
         out: list[Met | None] = []
-        for sheet, order in zip(self.filled(asked, Sheet, check, seed, temperature=0.0), orders, strict=True):
+        found = self.filled(asked, Sheet, check, seed, temperature=0.0, lengths=lengths)
+        for sheet, order in zip(found, orders, strict=True):
             back = {i: sheet.answers[k].met for k, i in enumerate(order)} if sheet is not None else {}
             out.append(tuple(back[i] for i in range(len(order))) if back else None)
         return out
 
     def filled(
-        self, asked: Sequence[str], form: type[F], check: Callable[[int, F], str], seed: int, *, temperature: float
+        self,
+        asked: Sequence[str],
+        form: type[F],
+        check: Callable[[int, F], str],
+        seed: int,
+        *,
+        temperature: float,
+        lengths: Callable[[int], Lengths] = lambda i: {},
     ) -> list[F | None]:
         """The forms, filled in; those that are not right are asked for again once."""
+        schemas = [schema(form, lengths(i)) if self.schemas else "" for i in range(len(asked))]
         how = How(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in asked]
-        rejected: list[list[Prompt]] = [[] for _ in asked]
+        rejected: list[list[Begun]] = [[] for _ in asked]
         out: list[F | None] = [None] * len(asked)
         why = dict.fromkeys(range(len(asked)), "no answer")
         for _ in range(2):
             left = sorted(why)
-            prompts = [Prompt(messages=turns[i]) for i in left]
-            found = self.model.chat(prompts, how, seed)
-            for i, texts in zip(left, found, strict=True):
+            questions = [Begun(Prompt(messages=turns[i]), schema=schemas[i]) for i in left]
+            found = self.model.texts(questions, how, seed)
+            for i, question, texts in zip(left, questions, found, strict=True):
                 if not texts:
                     continue
                 out[i], why[i] = read(texts[0], form, partial(check, i))
                 if not why[i]:
                     del why[i]
                     continue
-                rejected[i].append(Prompt(messages=turns[i]))
+                rejected[i].append(question)
                 again = {"role": "user", "content": AGAIN.format(why=why[i])}
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
         # What was no answer in the end is not kept as one: a judge that is mended is asked again.
-        self.model.forget([prompt for i in why for prompt in rejected[i]], how, seed)
+        self.model.forget([question for i in why for question in rejected[i]], how, seed)
         for i in range(len(asked)):
             self.gate.note(why.get(i, ""))
         return out

@@ -202,7 +202,8 @@ class ModelStageJudge:
             )
             for g in groups
         ]
-        found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7)
+        lengths = lambda i: {"criteria": (0, (last - 1) * FEW[1] + MANY[1])}
+        found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7, lengths=lengths)
         made = lambda p: Criterion(p.stage, f"{p.title}: {p.description}".removeprefix(": "), p.weight, p.negative)
         return [None if x is None else tuple(map(made, x.criteria)) for x in found]
 
@@ -219,7 +220,8 @@ class ModelStageJudge:
             )
             for x, c in zip(answers, criteria, strict=True)
         ]
-        found = self.judge.filled(asked, Marking, check, seed, temperature=0.0)
+        lengths = lambda i: {"marks": (len(criteria[i]), len(criteria[i]))}
+        found = self.judge.filled(asked, Marking, check, seed, temperature=0.0, lengths=lengths)
         return [None if x is None else tuple(m.mark for m in x.marks) for x in found]
 
     def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | None]:

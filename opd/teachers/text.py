@@ -5,14 +5,13 @@ and is counted; the others of its batch are kept, on disk too.  Where too many f
 """
 
 import importlib
-import os
+import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import prompts
+from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine
 from opd.representation import Lens
 from opd.teachers.answers import Answers, key
@@ -41,6 +41,7 @@ class Begun:
 
     prompt: Prompt
     text: str = ""
+    schema: str = ""  # json: the answer keeps to it
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,9 @@ class Endpoint:
     def _turns(self, begun: Begun) -> tuple[list[dict[str, str]], dict[str, object]]:
         """The conversation, and what is added to the request."""
         turns = [dict(turn) for turn in begun.prompt.messages]
+        if begun.schema:
+            form = {"name": "form", "schema": json.loads(begun.schema)}
+            return turns, {"response_format": {"type": "json_schema", "json_schema": form}}
         if not begun.text:
             return turns, {}
         if self.how.teacher_prefix == "ask":
@@ -207,7 +211,7 @@ class Endpoint:
         return [*turns, {"role": "assistant", "content": begun.text}], more
 
 
-@dataclass(frozen=True)
+@dataclass
 class Local:
     """A model in this process."""
 
@@ -217,13 +221,18 @@ class Local:
     context: int  # tokens
     arguments: Mapping[str, Any]  # of its chat template
 
+    @cached_property
+    def forms(self) -> Forms:
+        """What keeps answers to schemas."""
+        return Forms.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
+
     def reads(self, begun: Begun) -> object:
-        """Token ids, which its chat template and its arguments are in."""
-        return self._ids(begun)
+        """Token ids, which its chat template and its arguments are in; and a schema."""
+        return [self._ids(begun), begun.schema] if begun.schema else self._ids(begun)
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
         """All of them in batches; the i-th text of a question draws from a stream of its own."""
-        start, rows, index, places = time.perf_counter(), [], [], []
+        start, rows, index, places, forms = time.perf_counter(), [], [], [], []
         for i, (begun, seed) in enumerate(asked):
             ids = self._ids(begun)
             if len(ids) + how.max_tokens > self.context:
@@ -232,9 +241,10 @@ class Local:
                 continue
             rows += [ids] * how.n
             index += [seed * how.n + j for j in range(how.n)]
+            forms += [self.forms.form(json.loads(begun.schema)) for _ in range(how.n) if begun.schema]
             places.append(i)
         sampling = Sampling(temperature=how.temperature, max_new_tokens=how.max_tokens)
-        drawn = self.engine.generate(rows, sampling, seed=0, step=0, index=index)
+        drawn = self.engine.generate(rows, sampling, seed=0, step=0, index=index, forms=forms)
         account.add(
             seconds=time.perf_counter() - start,
             read_tokens=sum(map(len, rows)),
@@ -263,20 +273,20 @@ class TextTeacher(Teacher):
         self, prefixes: Sequence[Begun], n: int, max_tokens: int, seed: int, temperature: float = 1.0
     ) -> list[list[str]]:
         """`n` continuations of each begun answer, in tokens of the teacher's own; none of one that failed."""
-        return self._texts(prefixes, How(n, max_tokens, temperature, "--length"), seed)
+        return self.texts(prefixes, How(n, max_tokens, temperature, "--length"), seed)
 
     def chat(self, conversations: Sequence[Prompt], how: How, seed: int) -> list[list[str]]:
         """Answers to each conversation; none where it failed."""
-        return self._texts([Begun(x) for x in conversations], how, seed)
+        return self.texts([Begun(x) for x in conversations], how, seed)
 
-    def forget(self, conversations: Sequence[Prompt], how: How, seed: int) -> None:
-        """Drop the answers to some conversations from disk: they were of no use, and are asked for again."""
-        self.answers.drop([self._key(Begun(x), how, seed) for x in conversations])
+    def forget(self, asked: Sequence[Begun], how: How, seed: int) -> None:
+        """Drop some answers from disk: they were of no use, and are asked for again."""
+        self.answers.drop([self._key(x, how, seed) for x in asked])
 
     def _key(self, begun: Begun, how: How, seed: int) -> str:
         return key(self.writer.name, self.writer.reads(begun), how.n, how.max_tokens, how.temperature, seed)
 
-    def _texts(self, asked: Sequence[Begun], how: How, seed: int) -> list[list[str]]:
+    def texts(self, asked: Sequence[Begun], how: How, seed: int) -> list[list[str]]:
         """From disk, else from the model; equal questions are one."""
         keys, found = [self._key(x, how, seed) for x in asked], dict[str, list[str]]()
         wanted: dict[str, tuple[Begun, int]] = {}
