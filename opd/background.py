@@ -1,7 +1,7 @@
 """A worker process that writes rollouts while the student trains, as its trainer sees it.
 
-The trainer leaves snapshots of the trained weights in a folder and sends jobs down a pipe; finished draws come back up
-another, in their order, and none is dropped.  A draw is sent once weights young enough are there, so that no more than
+The trainer leaves snapshots of the trained weights in a folder and sends jobs down a pipe; finished draws come back, in
+their order, and none is dropped.  A draw is sent once weights young enough are there, so that no more than
 `staleness` + 1 of them are ever under way or waiting.  A worker that dies is started again and its draw written again,
 with the same weights; one that loses its trainer removes the snapshots and ends (`opd/worker.py`).
 """
@@ -10,15 +10,16 @@ import contextlib
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -26,73 +27,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd import models
-from opd.collect import Rendered
 from opd.config import Train
 from opd.draws import forget, outdate, share
+from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.method import Method
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened, prompts_of
 from opd.runs import disk
 from opd.session import Session
-from opd.types import Prompt, Refusal, Rollout
-from opd.vocabulary import Vocabulary
+from opd.types import Refusal, Rollout
 
 DEATHS = 3  # in a row, without a draw between them, that end a run
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all weights
-NEWEST = -1  # the version of a job that has not begun
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a worker is told first."""
-
-    config: Train
-    folder: Path  # of the snapshots
-    size: int  # ids that may be sampled
-    stop: tuple[int, ...]
-    vocabulary: Vocabulary
-    teachers: tuple[str, ...]  # the names that prompts are routed by
-    device: str
-    threads: int
-    verify: Callable[[str, Prompt], float]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A draw to write: this process's share of it."""
-
-    draw: int
-    prompts: list[Rendered]
-    who: Rollouts
-    first: int  # batch index of the first rollout
-    alone: bool  # also say what the writer thinks of each response without its prompt
-    version: int = NEWEST  # of the weights
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The worker's model is loaded."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A draw is written."""
-
-    draw: int
-    rollouts: list[Rollout]  # without their prompts
-    seconds: float  # that it took
-    computed: float  # seconds of the worker's processor in it
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The worker cannot go on."""
-
-    why: str
-
-
-def snapshot(folder: Path, version: int) -> Path:
-    """Where the weights of a version are."""
-    return folder / f"step-{version:06d}.safetensors"
+LOOK = 1.0  # seconds between looks for the worker, should a process of its own hold the pipe open
 
 
 class Background:
@@ -108,11 +54,13 @@ class Background:
         staleness: int,
         exact: bool,
         total: int,
+        threads: int,
         kept: dict[int, list[Rollout]],
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
         self.opening, self.who, self.weights, self.job = opening, who, weights, job
         self.staleness, self.total, self.kept, self.say = staleness, total, kept, say
+        self.threads = threads  # of this process without a worker
         self.pinned = exact or isinstance(who, Snapshot)  # a draw's weights are those it was allowed by
         self.changed = threading.Condition()
         self.waiting: deque[Job] = deque()
@@ -121,10 +69,11 @@ class Background:
         self.idle = self.closed = False
         self.newest, self.failure, self.deaths, self.restarts = NEWEST, "", 0, 0
         self.busy, self.computed, self.since, self.depth = 0.0, 0.0, time.perf_counter(), 0
-        shutil.rmtree(opening.folder, ignore_errors=True)  # of a run whose trainer and worker were killed together
+        for old in opening.folder.parent.glob(f"{opening.folder.name.rpartition('-')[0]}-*"):
+            shutil.rmtree(old, ignore_errors=True)  # of a trainer that was killed together with its worker
         opening.folder.mkdir(parents=True)
         self.process: subprocess.Popen | None = None
-        self.outbox: Connection | None = None
+        self.pipe: Connection | None = None  # once the worker can take jobs
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
@@ -198,9 +147,10 @@ class Background:
         with self.changed:
             self.closed = True
             if self.process is not None:
-                self.process.kill()
+                _kill(self.process)
         self.thread.join()
         shutil.rmtree(self.opening.folder, ignore_errors=True)
+        torch.set_num_threads(self.threads)
 
     def _wait(self, done: Callable[[], bool]) -> None:
         with self.changed:
@@ -235,55 +185,67 @@ class Background:
 
     def _send(self) -> None:
         """Give an idle worker the next draw."""
-        if not (self.idle and self.waiting and self.outbox is not None):
+        if not (self.idle and self.waiting and self.pipe is not None):
             return
         job = self.waiting.popleft()
         self.running = job if job.version != NEWEST else replace(job, version=self.newest)
         self.idle = False
         with contextlib.suppress(OSError):  # it died: whoever listens to it sees that
-            self.outbox.send(self.running)
+            self.pipe.send(self.running)
 
     def _serve(self) -> None:
-        """Keep a worker running and listen to it, in a thread of the trainer."""
-        while True:
+        """Keep a worker running, in a thread of the trainer; what goes wrong in here ends the run, not the thread."""
+        try:
+            while self._attend():
+                pass
+        except Exception as error:
             with self.changed:
-                if self.closed:
-                    return
-                process = self.process = _start()
-            assert process.stdin is not None and process.stdout is not None
-            inbox = Connection(os.dup(process.stdout.fileno()), writable=False)
-            outbox = Connection(os.dup(process.stdin.fileno()), readable=False)
-            with process.stdin, process.stdout, inbox, outbox:
-                with contextlib.suppress(EOFError, OSError):
-                    outbox.send(self.opening)
-                    while True:
-                        self._hear(inbox.recv(), outbox)
-                process.kill()
-            code = process.wait()
-            with self.changed:
-                self.idle, self.outbox = False, None
-                if self.running is not None and self.running is not self.useless:
-                    self.waiting.appendleft(self.running)
-                self.running = None
-                if self.closed or self.failure:
-                    return
-                self.deaths += 1
-                self.restarts += 1
-                if self.deaths == DEATHS:
-                    self.failure = (
-                        f"the worker process ended {DEATHS} times in a row before its draw was written (exit status "
-                        f"{code}; -9 may be the system, out of memory): lower --decode-rows, name another "
-                        "--worker-device, or take --staleness 0; what was saved is whole: --resume goes on from there"
-                    )
-                    self.changed.notify_all()
-                    return
-            self.say(f"the worker process ended (exit status {code}) and is started again; no rollout is lost")
+                self.failure = f"the worker process: {type(error).__name__}: {' '.join(str(error).split())}"
+                self.changed.notify_all()
 
-    def _hear(self, message: Ready | Done | Failed, outbox: Connection) -> None:
+    def _attend(self) -> bool:
+        """Start a worker and listen to it until it ends; whether another one is due."""
+        with self.changed:
+            if self.closed:
+                return False
+            process, pipe = _start()
+            self.process = process
+        try:
+            with pipe, contextlib.suppress(EOFError, OSError):
+                pipe.send(self.opening)
+                while True:
+                    if pipe.poll(LOOK):
+                        self._hear(pipe.recv(), pipe)
+                    elif process.poll() is not None:
+                        break
+        finally:
+            _kill(process)
+            code, self.process = process.wait(), None
+        with self.changed:
+            self.idle, self.pipe = False, None
+            if self.running is not None and self.running is not self.useless:
+                self.waiting.appendleft(self.running)
+            self.running = None
+            if self.closed or self.failure:
+                return False
+            self.deaths += 1
+            self.restarts += 1
+            if self.deaths == DEATHS:
+                self.failure = (
+                    f"the worker process ended {DEATHS} times in a row before its draw was written (exit status "
+                    f"{code}; -9 may be the system, out of memory): lower --decode-rows, name another "
+                    "--worker-device, or take --staleness 0; what was saved is whole: --resume goes on from there"
+                )
+                self.changed.notify_all()
+                return False
+        self.say(f"the worker process ended (exit status {code}) and is started again; no rollout is lost")
+        return True
+
+    def _hear(self, message: Ready | Done | Failed, pipe: Connection) -> None:
         with self.changed:
             match message:
                 case Ready():
-                    self.outbox = outbox
+                    self.pipe = pipe
                 case Done(draw, rollouts, seconds, computed):
                     self.busy, self.computed = self.busy + seconds, self.computed + computed
                     self.deaths, job = 0, self.running
@@ -326,11 +288,12 @@ def hired(
     device = str(accelerator.device)
     if config.worker_device != "same":
         device = str(models.device(config.worker_device, field="worker-device"))
+    threads = torch.get_num_threads()
     if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # each its own cores
+        torch.set_num_threads(max(1, threads // 2))  # each its own cores
     opening = Opening(
         config=replace(config, method=Method()),  # a method of the user's own need not be there
-        folder=config.out / f".worker-{accelerator.process_index}",
+        folder=config.out / f".worker-{accelerator.process_index}-{os.getpid()}",  # that of another trainer is its own
         size=engine.vocabulary,
         stop=engine.stop,
         vocabulary=session.collector.vocabulary,
@@ -356,11 +319,33 @@ def hired(
         staleness=config.staleness,
         exact=config.exact_staleness,
         total=config.steps,
+        threads=threads,
         kept=kept,
         say=say,
     )
 
 
-def _start() -> subprocess.Popen:
-    """A worker that was told nothing yet; what it prints goes where the trainer's errors go."""
-    return subprocess.Popen([sys.executable, "-m", "opd.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _start() -> tuple[subprocess.Popen, Connection]:
+    """A worker that was told nothing yet, and the pipe to it.
+
+    It finds modules where the trainer does, and prints where the trainer's errors go.  A terminal's signals are not for
+    it: it and what it starts are a group of their own.
+    """
+    ours, theirs = Pipe()
+    path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "opd.worker", str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            pass_fds=(theirs.fileno(),),
+            process_group=0,
+        )
+    return process, ours
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a worker with what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""The worker process, `python -m opd.worker`: a student of its own writes rollouts while another one trains.
+"""The worker process, `python -m opd.worker PIPE`: a student of its own writes rollouts while another one trains.
 
-Jobs come in on standard input and draws go out on standard output, as `opd/background.py` describes them; weights come
-through safetensors files alone.  Its trainer's end is its own: a thread sees the input close, removes the snapshots and
-leaves, whatever is being written.
+Jobs and draws go through a pipe, as `opd/jobs.py` has them; weights come through safetensors files alone.  The end of
+its trainer is its own: a thread sees the pipe close, removes the snapshots and leaves, whatever is being written.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from opd import models, opening
-from opd.background import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.collect import Collector
 from opd.draws import bare
 from opd.engines.hf import HFEngine
+from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.types import Refusal
 
 LOOK = 1.0  # seconds between looks for the parent, should another process hold the pipe open
@@ -89,40 +89,38 @@ def main() -> None:
     """Serve one trainer until it ends."""
     for name in (signal.SIGINT, signal.SIGTERM):  # they are for the trainer, and the worker ends with it
         signal.signal(name, signal.SIG_IGN)
-    inbox, outbox = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
-    os.dup2(2, 1)  # whatever prints must not reach the pipe
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    parent = os.getppid()
+    pipe, parent = Connection(int(sys.argv[1])), os.getppid()
     with contextlib.suppress(EOFError, OSError):
-        told: Opening = inbox.recv()
-        jobs: queue.Queue[Job] = queue.Queue()
-        threading.Thread(target=_listen, args=(inbox, jobs, told.folder, parent), daemon=True).start()
         try:
+            told: Opening = pipe.recv()
+            jobs: queue.Queue[Job] = queue.Queue()
+            threading.Thread(target=_listen, args=(pipe, jobs, told.folder, parent), daemon=True).start()
             writer = Writer.of(told)
-            outbox.send(Ready())
+            pipe.send(Ready())
             while True:
-                outbox.send(writer.write(jobs.get()))
+                pipe.send(writer.write(jobs.get()))
         except Refusal as error:
-            outbox.send(Failed(f"worker process: {error}"))
+            pipe.send(Failed(f"worker process: {error}"))
         except BrokenPipeError:
             raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where, said = f"{Path(last.filename).name}:{last.lineno}", " ".join(str(error).split())
-            outbox.send(Failed(f"the worker process failed: {type(error).__name__}: {said} ({where})"))
+            pipe.send(Failed(f"the worker process failed: {type(error).__name__}: {said} ({where})"))
 
 
-def _listen(inbox: Connection, jobs: "queue.Queue[Job]", folder: Path, parent: int) -> None:
-    """Pass on what comes; leave when nobody is there any more."""
+def _listen(pipe: Connection, jobs: "queue.Queue[Job]", folder: Path, parent: int) -> None:
+    """Pass on what comes; leave, with all that a verifier started, when nobody is there any more."""
     while True:
         try:
-            if inbox.poll(LOOK):
-                jobs.put(inbox.recv())
+            if pipe.poll(LOOK):
+                jobs.put(pipe.recv())
             elif os.getppid() != parent:
                 raise EOFError
         except (EOFError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
+            if os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)
             os._exit(0)
 
 

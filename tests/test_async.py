@@ -8,9 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import types
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -169,26 +172,83 @@ def test_a_killed_worker_changes_nothing(pair, tmp_path, two_behind):
 
 
 def test_repeated_deaths_end_in_one_line(pair, tmp_path, monkeypatch):
-    dying = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    monkeypatch.setattr(background, "_start", lambda: subprocess.Popen(dying, **pipes))
+    def dying():
+        ours, theirs = Pipe()
+        theirs.close()
+        return subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]), ours
+
+    monkeypatch.setattr(background, "_start", dying)
     with pytest.raises(Refusal, match=r"3 times in a row .*exit status -9.*--resume") as error:
         opd.train(config(pair, tmp_path / "run", staleness=1))
     assert "\n" not in str(error.value) and not list((tmp_path / "run").glob(".worker*"))
 
 
-def test_what_the_worker_raises_is_one_line(pair, tmp_path, monkeypatch):
-    (tmp_path / "grumpy.py").write_text("def score(response, answer):\n    raise KeyError('no such column')\n")
+def verified(pair, folder: Path, verifier: str):
+    """A run with a verifier of the user's own."""
     lines = [json.dumps({"question": f"1 + {i}", "answer": "2"}) for i in range(8)]
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    (folder / "p.jsonl").write_text("\n".join(lines))
+    told = config(pair, folder / "run", staleness=1, prompts=str(folder / "p.jsonl"))
+    return replace(told, data=replace(told.data, verifier=verifier, chat=False))
+
+
+def test_what_the_worker_raises_is_one_line(pair, tmp_path, monkeypatch):
+    """Its module lies where the trainer alone was told to look, and something prints before anything is imported."""
+    (tmp_path / "grumpy.py").write_text("def score(response, answer):\n    raise KeyError('no such column')\n")
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'welcome to this machine')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    told = config(pair, tmp_path / "run", staleness=1, prompts=str(tmp_path / "p.jsonl"))
-    told = replace(told, data=replace(told.data, verifier="grumpy:score", chat=False))
     with pytest.raises(Refusal) as error:
-        opd.train(told)
+        opd.train(verified(pair, tmp_path, "grumpy:score"))
     assert str(error.value) == "the worker process failed: KeyError: 'no such column' (grumpy.py:2)"
     assert not workers(os.getpid()) and not list((tmp_path / "run").glob(".worker*"))
+
+
+def test_a_verifier_that_the_worker_does_not_find_is_one_line(pair, tmp_path, monkeypatch):
+    ghost = types.ModuleType("ghost")
+    exec("def score(response, answer): return 1.0", vars(ghost))
+    monkeypatch.setitem(sys.modules, "ghost", ghost)
+    with pytest.raises(Refusal, match=r"^the worker process failed: ModuleNotFoundError: No module named 'ghost'"):
+        opd.train(verified(pair, tmp_path, "ghost:score"))
+
+
+def test_a_listener_that_fails_ends_the_run(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(background.Background, "_hear", lambda *_: [][1])
+    with pytest.raises(Refusal, match=r"^the worker process: IndexError: list index out of range$"):
+        opd.train(config(pair, tmp_path / "run", staleness=1))
+    assert not workers(os.getpid()) and not list((tmp_path / "run").glob(".worker*"))
+
+
+def test_processes_of_a_verifier_end_with_the_worker(pair, tmp_path, monkeypatch):
+    """A fork of the worker holds its pipe open: neither the worker's death nor the trainer's waits for that."""
+    pooled = """
+        from concurrent.futures import ProcessPoolExecutor
+        from functools import cache
+        from multiprocessing import get_context
+
+        pool = cache(lambda: ProcessPoolExecutor(1, get_context("fork")))
+
+        def score(response, answer):
+            return pool().submit(float, bool(response)).result()
+    """
+    (tmp_path / "pooled.py").write_text(textwrap.dedent(pooled))
+    verified(pair, tmp_path, "pooled:score")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, more = tmp_path / "run", ["--steps", "500", "--verifier", "pooled:score", "--no-chat"]
+    args = command(pair, out, *more)
+    args[args.index("--prompts") + 1] = str(tmp_path / "p.jsonl")
+    run = launch(args)
+    wait_for(out / "rollouts" / "step-000001.jsonl", run)
+    (worker,) = (p for p in workers(run.pid) if p.ppid() == run.pid)
+    family = [worker, *worker.children(recursive=True)]
+    assert len(family) > 1
+    worker.kill()
+    assert gone(family)
+    done = len(list((out / "rollouts").glob("step-*.jsonl")))
+    wait_for(out / "rollouts" / f"step-{done + 4:06d}.jsonl", run)
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) > 1
+    run.kill()
+    run.wait(30)
+    assert gone(family) and not list(out.glob(".worker*"))
 
 
 def command(pair, out: Path, *more: str) -> list[str]:
@@ -253,12 +313,23 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
         assert [t["answer"] for t in texts] == [p.prompt.answer for p in asked.batch(s, 8)]
 
 
-def test_the_queue_is_bounded(pair, tmp_path):
+@pytest.fixture
+def _threads(monkeypatch, _one_thread):
+    """Nobody is told how many, and they are as before in the end."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_queue_is_bounded(pair, tmp_path, _threads):
     told = config(pair, tmp_path / "run", staleness=2, steps=50)
     told = replace(told, data=replace(told.data, source=told.prompts))
     method, run = told.resolved(), Run(tmp_path / "run")
     run.start({}, "", 0)
+    (run.folder / ".worker-0-1").mkdir()  # of a trainer that was killed together with its worker
     with contextlib.closing(Loop(told, method, open_session(told, method, None), run)) as loop:
+        torch.set_num_threads(4)
         source = loop.open(0, NOTHING, None, print)
         source._wait(lambda: len(source.kept) == 3)
         time.sleep(0.3)
@@ -268,6 +339,9 @@ def test_the_queue_is_bounded(pair, tmp_path):
         time.sleep(0.3)
         assert versions(source.kept) == {2: {0}, 3: {0}, 4: {1}}
         assert [p.name for p in source.opening.folder.iterdir()] == ["step-000001.safetensors"]
+        assert [p.name for p in run.folder.glob(".worker*")] == [f".worker-0-{os.getpid()}"]
+        assert torch.get_num_threads() == source.opening.threads == 2
+    assert torch.get_num_threads() == 4
 
 
 def test_several_processes_have_a_worker_each(pair, tmp_path):

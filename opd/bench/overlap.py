@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from opd.bench.result import Result, in_turn, ratio, spread, versions
 from opd.bench.run import Trained, opened
 from opd.config import Train
@@ -52,6 +54,7 @@ class Arm:
     """A run that is taken up block after block."""
 
     loop: Loop
+    threads: int  # of this process while it trains
     step: int = 0
     computed: list[float] = field(default_factory=list)  # processor seconds a step of this process, block by block
     written: list[float] = field(default_factory=list)  # those of the worker
@@ -61,13 +64,17 @@ class Arm:
     def of(cls, asked: Overlap, staleness: int, folder: Path) -> "Arm":
         """The loss is `async-opd` in all, which in turns is `opd`."""
         config = asked.run(folder, "async-opd")
-        arm = cls(opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness)))
-        arm.loop.open(0, NOTHING, None, print)
+        loop = opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness))
+        before = torch.get_num_threads()
+        loop.open(0, NOTHING, None, print)
+        arm = cls(loop, torch.get_num_threads())
+        torch.set_num_threads(before)  # the next arm shares nothing with this one
         return arm
 
     def block(self, steps: int) -> None:
         """So many steps, and what the worker writes meanwhile."""
         assert self.loop.source is not None
+        torch.set_num_threads(self.threads)
         before = time.process_time()
         self.loop.source.numbers()
         written = 0.0
