@@ -39,6 +39,12 @@ def at_least(settings: object, **least: int) -> None:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {bound}")
 
 
+def one_line(said: object) -> str:
+    """What a server or an error says, in one line of a message."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One question: chat turns or plain text, the expected answer, and the other columns of its row."""

@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx
 import tyro
 
-from opd.types import Refusal
+from opd.types import Refusal, one_line
 
 AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # the server may answer later what it cannot now
 ANY: frozenset[int] = frozenset()
@@ -200,7 +200,7 @@ class Client:
             except httpx.TimeoutException:
                 failure = f"no answer within {self.how.teacher_timeout:g} s"
             except httpx.HTTPError as error:
-                failure = f"{type(error).__name__}: {_line(str(error))}"
+                failure = f"{type(error).__name__}: {one_line(error)}"
             except Malformed as error:
                 failure = f"a malformed answer ({error})"
         raise Refusal(
@@ -242,9 +242,9 @@ def payload(response: httpx.Response) -> dict:
     try:
         found = response.json()
     except ValueError as error:
-        raise Malformed(f"no json: {_line(response.text)!r}") from error
+        raise Malformed(f"no json: {one_line(response.text)!r}") from error
     if not isinstance(found, dict):
-        raise Malformed(f"not a json object: {_line(response.text)!r}")
+        raise Malformed(f"not a json object: {one_line(response.text)!r}")
     return found
 
 
@@ -259,11 +259,6 @@ def said(response: httpx.Response) -> str:
     """The server's own words, in one line."""
     try:
         error = response.json()["error"]
-        return _line(str(error["message"] if isinstance(error, dict) else error))
+        return one_line(str(error["message"] if isinstance(error, dict) else error))
     except (ValueError, KeyError, TypeError):
-        return _line(response.text) or response.reason_phrase
-
-
-def _line(text: str) -> str:
-    short = " ".join(text.split())
-    return short if len(short) <= 200 else short[:197] + "..."
+        return one_line(response.text) or response.reason_phrase

@@ -25,7 +25,7 @@ from opd.representation import Lens
 from opd.teachers.answers import Answers, key
 from opd.teachers.base import STUDENTS, Teacher
 from opd.teachers.client import Remote, secret
-from opd.types import Prompt, Refusal, Rollout, Sampling
+from opd.types import Prompt, Refusal, Rollout, Sampling, one_line
 
 T = TypeVar("T")
 LEAST, LAST = 10, 50  # questions before failures can stop a run, and those that are looked at
@@ -172,9 +172,9 @@ class Endpoint:
                 f"{self.how.keep(self.field)}"
             ) from error
         except openai.NotFoundError as error:
-            raise Refusal(f"--{self.field} {self.name}: {_line(error)}: name a model that the server has") from error
+            raise Refusal(f"--{self.field} {self.name}: {one_line(error)}: name a model that the server has") from error
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # the latter: malformed answers
-            return Failed(f"{type(error).__name__}: {_line(error)}")
+            return Failed(f"{type(error).__name__}: {one_line(error)}")
         finally:
             account.add(seconds=time.perf_counter() - start)
 
@@ -374,8 +374,3 @@ def needed(package: str, what: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise Refusal(f"{what}: needs {package}, which is not installed; pip install 'opd[text]'") from error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
