@@ -20,7 +20,7 @@ from opd.engines.hf import Sample
 from opd.engines.transfer import BACKEND, register, weights
 from opd.models import Source, head
 from opd.noise import uniform
-from opd.types import Refusal, Sampling
+from opd.types import Refusal, Sampling, positive
 
 SEEDS = -4  # a token number whose noise no token draws: where a step's seeds begin
 
@@ -52,9 +52,7 @@ class Speaker:
         """Refuse impossible settings."""
         if self.engine not in ("hf", "vllm") and not self.engine.startswith(("http://", "https://")):
             raise Refusal(f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server")
-        for name in ("engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch"):
-            if not getattr(self, name) > 0:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        positive(self, "engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch")
         if self.engine.startswith("http") and self.engine_transfer != "opd" and not torch.cuda.is_available():
             raise Refusal(
                 f"--engine-transfer {self.engine_transfer}: sends from a GPU, and none is visible here: start the "

@@ -12,7 +12,7 @@ from opd import models
 from opd.config import DTYPES, Precision, native
 from opd.serve.model import Served
 from opd.teachers.client import secret
-from opd.types import Refusal
+from opd.types import Refusal, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,7 @@ class Serve:
 
     def check(self) -> str:
         """Refuse impossible settings before anything loads; the token, empty where none is asked."""
-        for name in ("max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows"):
-            if not getattr(self, name) > 0:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        positive(self, "max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows")
         if not 0 <= self.port < 65536:
             raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
         token = secret(self.token_env)

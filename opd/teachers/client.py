@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx
 import tyro
 
-from opd.types import Refusal, one_line
+from opd.types import Refusal, one_line, positive
 
 AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # the server may answer later what it cannot now
 ANY: frozenset[int] = frozenset()
@@ -63,9 +63,7 @@ class Remote:
 
     def check(self) -> None:
         """Refuse impossible settings."""
-        for name in ("teacher_timeout", "teacher_concurrency", "judge_tokens"):
-            if not getattr(self, name) > 0:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        positive(self, "teacher_timeout", "teacher_concurrency", "judge_tokens")
         if self.teacher_retries < 0:
             raise Refusal(f"--teacher-retries {self.teacher_retries}: must be 0 or more")
         if not 0 <= self.judge_failures <= 1:
