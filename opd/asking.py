@@ -1,4 +1,4 @@
-"""A batch taken to those who write: `asked(question, batch, rollouts, ...) -> columns by name`."""
+"""A batch taken to those who write: `asked(question, batch, rollouts, panel) -> columns by name`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd import prompts, stages
 from opd.episode import Deferred, Episode
 from opd.questions import Continue, Grade, Question, Stages
-from opd.rubrics import Buffer, Criterion, Marks, added, kept, stage_scores
+from opd.rubrics import Buffer, Criterion, added, kept, stage_scores
 from opd.runs import digest
 from opd.tasks.answers import spoken
-from opd.teachers.text import Begun, How, TextTeacher, needed
+from opd.teachers.text import Begun, Failed, Gate, How, TextTeacher, needed
 from opd.types import Batch, Prompt, Refusal, Rollout, pad
 
 if TYPE_CHECKING:
@@ -24,32 +24,29 @@ if TYPE_CHECKING:
     from opd.teachers.stages import Staged, StageJudge
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Who is asked in a run, and how: the same in every step."""
+
+    teachers: Mapping[str, TextTeacher]  # by the names of --route; "" is --teacher
+    judge: "Judge | StageJudge | None"  # for the methods that ask one
+    gate: Gate  # of what a judge is asked for: groups, rollouts, reflections
+    tokenizer: Tokenizer  # the student's
+    most: int  # tokens of a teacher's longest answer
+    seed: int
+
+
 def asked(
-    question: Question,
-    batch: Batch,
-    rollouts: Sequence[Rollout],
-    teachers: Mapping[str, TextTeacher],
-    judge: "Judge | StageJudge | None",
-    tokenizer: Tokenizer,
-    episode: Episode,
-    *,
-    most: int,
-    seed: int,
+    question: Question, batch: Batch, rollouts: Sequence[Rollout], panel: Panel, episode: Episode
 ) -> tuple[dict[str, Any], Episode]:
-    """The columns that a question fills, and the episode after it; `most` tokens is a teacher's longest answer."""
+    """The columns that a question fills, and the episode after it."""
     match question:
         case Continue():
-            return continued(question, batch, rollouts, teachers, tokenizer, seed), episode
+            return continued(question, batch, rollouts, panel), episode
         case Grade():
-            from opd.teachers.judge import Judge
-
-            assert isinstance(judge, Judge), "a session opens a judge for a method that asks one"
-            return graded(question, batch, rollouts, teachers, judge, tokenizer, most=most, seed=seed), episode
+            return graded(question, batch, rollouts, panel), episode
         case Stages():
-            from opd.teachers.stages import StageJudge
-
-            assert isinstance(judge, StageJudge), "a session opens a judge for a method that asks one"
-            return staged(question, batch, rollouts, teachers, judge, tokenizer, episode, most=most, seed=seed)
+            return staged(question, batch, rollouts, panel, episode)
 
 
 @dataclass(frozen=True)
@@ -72,25 +69,18 @@ def places(chunk: Tensor) -> list[Place]:
     return out
 
 
-def continued(
-    question: Continue,
-    batch: Batch,
-    rollouts: Sequence[Rollout],
-    teachers: Mapping[str, TextTeacher],
-    tokenizer: Tokenizer,
-    seed: int,
-) -> dict[str, Tensor]:
+def continued(question: Continue, batch: Batch, rollouts: Sequence[Rollout], panel: Panel) -> dict[str, Tensor]:
     """How the teacher of each rollout would go on, against what the student said; chunks without an answer are none."""
     likeness = needed("rapidfuzz.distance", "omniopd").Levenshtein.normalized_similarity
     assert batch.student_entropy is not None, "a method that asks for continuations is measured before"
     chunk = question.chosen(batch.student_entropy, batch.mask)
     agreement = torch.zeros(chunk.shape)
-    for name, teacher in teachers.items():
+    for name, teacher in panel.teachers.items():
         here = [p for p in places(chunk) if rollouts[p.row].teacher == name]
-        begun = [Begun(rollouts[p.row].prompt, _text(tokenizer, rollouts[p.row], 0, p.start)) for p in here]
-        found = teacher.continue_(begun, question.texts, question.length, seed, question.temperature)
+        begun = [Begun(rollouts[p.row].prompt, _text(panel.tokenizer, rollouts[p.row], 0, p.start)) for p in here]
+        found = teacher.continue_(begun, question.texts, question.length, panel.seed, question.temperature)
         for p, texts in zip(here, found, strict=True):
-            own = _text(tokenizer, rollouts[p.row], p.start, p.end)
+            own = _text(panel.tokenizer, rollouts[p.row], p.start, p.end)
             at = (p.row, slice(p.start, p.end))
             if texts:
                 agreement[at] = sum(likeness(own, text) for text in texts)
@@ -99,85 +89,64 @@ def continued(
     return {"chunk": chunk, "agreement": agreement}
 
 
-def graded(
-    question: Grade,
-    batch: Batch,
-    rollouts: Sequence[Rollout],
-    teachers: Mapping[str, TextTeacher],
-    judge: "Judge",
-    tokenizer: Tokenizer,
-    *,
-    most: int,
-    seed: int,
-) -> dict[str, Any]:
+def graded(question: Grade, batch: Batch, rollouts: Sequence[Rollout], panel: Panel) -> dict[str, Any]:
     """The judge's score of each response; a group whose teacher or judge failed has none."""
-    from opd.teachers.judge import Group
+    from opd.teachers.judge import Group, Judge
 
+    judge, seed = panel.judge, panel.seed
+    assert isinstance(judge, Judge), "a session opens a judge for a method that asks one"
     rows: dict[int, list[int]] = {}
     for i, r in enumerate(rollouts):
         rows.setdefault(r.group, []).append(i)
     own = {key: rollouts[some[0]] for key, some in rows.items()}
-    references = _references(own, teachers, question.references, question.temperature, most=most, seed=seed)
+    references = _references(own, panel, question.references, question.temperature)
+    words = {key: tuple(filter(None, map(spoken, texts))) for key, texts in references.items()}
     groups = {
         key: Group(
             own[key].prompt,
-            tuple(map(spoken, references[key])),
-            tuple(spoken(_text(tokenizer, rollouts[i], 0, len(rollouts[i].ids))) for i in some),
+            words[key],
+            tuple(spoken(_text(panel.tokenizer, rollouts[i], 0, len(rollouts[i].ids))) for i in some),
         )
         for key, some in rows.items()
-        if references[key]
+        if words[key]
     }
-    rubrics = judge.rubrics(list(groups.values()), question.least, question.most, seed)
-    there = {key: rubric for key, rubric in zip(groups, rubrics, strict=True) if rubric is not None}
-    sheets = judge.grades([groups[key] for key in there], list(there.values()), seed)
+    rubrics = dict(zip(groups, judge.rubrics(list(groups.values()), question.least, question.most, seed), strict=True))
+    there = {key: rubric for key, rubric in rubrics.items() if not isinstance(rubric, Failed)}
+    sheets = dict(zip(there, judge.grades([groups[key] for key in there], list(there.values()), seed), strict=True))
     verdict, judged = torch.zeros(len(rollouts)), torch.zeros(len(rollouts), dtype=torch.bool)
     theirs = torch.full((len(rollouts),), torch.nan)
-    for (key, rubric), met in zip(there.items(), sheets, strict=True):
-        if met is None:
-            continue
-        scores, first = [rubric.score(x) for x in met], len(groups[key].references)
-        verdict[rows[key]], judged[rows[key]] = torch.tensor(scores[first:]), True
-        theirs[rows[key]] = min(scores[:first])
+    for key, some in rows.items():
+        met = sheets.get(key, rubrics.get(key, Failed("the teacher gave no answer to compare with")))
+        panel.gate.note(str(met) if isinstance(met, Failed) else "")
+        if isinstance(met, tuple):
+            scores, first = [there[key].score(x) for x in met], len(groups[key].references)
+            verdict[some], judged[some] = torch.tensor(scores[first:]), True
+            theirs[some] = min(scores[:first])
     return {"verdict": verdict, "judged": judged, "notes": {**batch.notes, "reference_verdict": theirs}}
 
 
-def _references(
-    own: Mapping[int, Rollout],
-    teachers: Mapping[str, TextTeacher],
-    count: int,
-    temperature: float,
-    *,
-    most: int,
-    seed: int,
-) -> dict[int, list[str]]:
+def _references(own: Mapping[int, Rollout], panel: Panel, count: int, temperature: float) -> dict[int, list[str]]:
     """The answers of the teacher of each group, by the group; none where it failed."""
     out: dict[int, list[str]] = {key: [] for key in own}
-    for name, teacher in teachers.items() if count else ():
+    how = How(count, panel.most, temperature, "--max-new-tokens")
+    for name, teacher in panel.teachers.items() if count else ():
         here = [key for key, r in own.items() if r.teacher == name]
-        asked = [own[key].prompt for key in here]
-        found = teacher.chat(asked, How(count, most, temperature, "--max-new-tokens"), seed)
+        found = teacher.chat([own[key].prompt for key in here], how, panel.seed)
         out |= dict(zip(here, found, strict=True))
     return out
 
 
 def staged(
-    question: Stages,
-    batch: Batch,
-    rollouts: Sequence[Rollout],
-    teachers: Mapping[str, TextTeacher],
-    judge: "StageJudge",
-    tokenizer: Tokenizer,
-    episode: Episode,
-    *,
-    most: int,
-    seed: int,
+    question: Stages, batch: Batch, rollouts: Sequence[Rollout], panel: Panel, episode: Episode
 ) -> tuple[dict[str, Any], Episode]:
     """The stages of each rollout and the judge's scores of them, by the criteria of its question.
 
     The last rows of a batch may be the reflections of the step before: all answer, and scored then.
     """
-    from opd.teachers.stages import Contrast, Staged
+    from opd.teachers.stages import Contrast, Staged, StageJudge
 
+    judge, tokenizer, seed = panel.judge, panel.tokenizer, panel.seed
+    assert isinstance(judge, StageJudge), "a session opens a judge for a method that asks one"
     tags, last = question.tags, len(question.tags)
     fresh = len(rollouts) - len(episode.deferred)
     number = [stages.numbered(tokenizer, r.ids, tags) for r in rollouts[:fresh]]
@@ -186,7 +155,7 @@ def staged(
     for i, r in enumerate(rollouts[:fresh]):
         rows.setdefault(r.group, []).append(i)
     own = {key: rollouts[some[0]] for key, some in rows.items()}
-    references = _references(own, teachers, question.references, 1.0, most=most, seed=seed)
+    references = _references(own, panel, question.references, 1.0)
     groups = {
         key: Contrast(
             own[key].prompt,
@@ -196,15 +165,20 @@ def staged(
         )
         for key, some in rows.items()
     }
-    new = judge.evolve(list(groups.values()), seed)
-    criteria = {key: added(g.kept, found or ()) for (key, g), found in zip(groups.items(), new, strict=True)}
+    new = dict(zip(groups, judge.evolve(list(groups.values()), seed), strict=True))
+    more = {key: () if isinstance(found, Failed) else found for key, found in new.items()}
+    criteria = {key: added(g.kept, more[key]) for key, g in groups.items()}
     marked = [i for key, some in rows.items() if criteria[key] for i in some]
     asked_by = [criteria[rollouts[i].group] for i in marked]
     sheets = dict(zip(marked, judge.marks([answers[i] for i in marked], asked_by, seed), strict=True))
+    paid = {i: sheet for i, sheet in sheets.items() if not isinstance(sheet, Failed)}
+    for i in range(fresh):
+        why = sheets.get(i, new[rollouts[i].group])  # without a criterion nothing is marked
+        panel.gate.note("" if i in paid else str(why) if isinstance(why, Failed) else "no criteria")
     scores = torch.full((len(rollouts), last), torch.nan)
     buffers: dict[str, Buffer] = {}
     for key, some in rows.items():
-        there: dict[int, Marks] = {i: sheet for i in some if (sheet := sheets.get(i)) is not None}
+        there = {i: paid[i] for i in some if i in paid}
         for i, sheet in there.items():
             found = stage_scores(criteria[key], sheet, last)
             scores[i] = torch.tensor(
@@ -212,7 +186,7 @@ def staged(
             )
         if there:
             buffers[digest(own[key].prompt)] = kept(criteria[key], list(there.values()), question.caps)
-    judged = torch.tensor([sheets.get(i) is not None for i in range(fresh)] + [True] * len(episode.deferred))
+    judged = torch.tensor([i in paid for i in range(fresh)] + [True] * len(episode.deferred))
     logp = batch.student_logp
     assert logp is not None, "a method that asks for scores of stages is measured before"
     logp = logp.clone()
@@ -258,9 +232,7 @@ def given(prompt: Prompt, column: str, last: int) -> Buffer:
 def reflections(
     written: Sequence[tuple[Rollout, Sequence[Rollout]]],
     logp: Tensor,
-    judge: "Judge | StageJudge | None",
-    tokenizer: Tokenizer,
-    seed: int,
+    panel: Panel,
 ) -> tuple[dict[str, str], list[Deferred]]:
     """The notes that reflections give, and the reflections to be trained on; each attempt stands before those on it.
 
@@ -268,15 +240,16 @@ def reflections(
     """
     from opd.teachers.stages import Reflected, StageJudge
 
-    assert isinstance(judge, StageJudge)
-    said = lambda r: spoken(_text(tokenizer, r, 0, len(r.ids)))
+    assert isinstance(panel.judge, StageJudge)
+    said = lambda r: spoken(_text(panel.tokenizer, r, 0, len(r.ids)))
     pairs = [(group, attempt, r) for group, (attempt, some) in enumerate(written) for r in some]
-    worth = judge.worth([Reflected(a.prompt, said(a), said(r)) for _, a, r in pairs], seed)
+    worth = panel.judge.worth([Reflected(a.prompt, said(a), said(r)) for _, a, r in pairs], panel.seed)
     notes: dict[str, str] = {}
     best: dict[int, float] = {}
     deferred = []
     for (group, attempt, r), row, value in zip(pairs, logp, worth, strict=True):
-        if value is None:
+        panel.gate.note(str(value) if isinstance(value, Failed) else "")
+        if isinstance(value, Failed):
             continue
         if value > best.get(group, -1.0):
             best[group], notes[digest(attempt.prompt)] = value, said(r)

@@ -1,5 +1,6 @@
 """The models of a run: where they come from, what is refused, and how each is loaded or shared."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models, prompts, remote
+from opd.asking import Panel
 from opd.collect import Engine
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
@@ -102,6 +105,18 @@ def text_teacher(model: str, config: Train, on: torch.device, *, field: str) -> 
     return TextTeacher(writer(model, config, on, field=field), answers, gate)
 
 
+def panel(
+    method: Method, config: Train, task: Task, teachers: Mapping[str, object], text: Tokenizer, on: torch.device
+) -> Panel | None:
+    """Who is asked for texts and judgements, for the methods that ask."""
+    if method.asks is None:
+        return None
+    who = {name: t for name, t in teachers.items() if isinstance(t, TextTeacher)}
+    gate = Gate(f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements")
+    most = config.sampling.max_new_tokens
+    return Panel(who, judge(method, config, task, teachers[""], on), gate, text, most, config.seed)
+
+
 def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.device) -> "Judge | StageJudge | None":
     """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
     if not isinstance(method.asks, Grade | Stages):
@@ -114,12 +129,10 @@ def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.
         if not task.scored:
             raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
         return VerifierStageJudge(task.verify) if isinstance(method.asks, Stages) else VerifierJudge(task.verify)
-    own = config.judge or config.routes()[""]
     model = text_teacher(config.judge, config, on, field="judge") if config.judge else teacher
     assert isinstance(model, TextTeacher)
-    gate = Gate(f"judge {own}", config.remote.judge_failures)
     how = config.remote
-    whole = ModelJudge(model, gate, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)
+    whole = ModelJudge(model, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)
     return ModelStageJudge(whole, method.asks.tags) if isinstance(method.asks, Stages) else whole
 
 

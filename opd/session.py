@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import PreTrainedModel
 
 from opd import bridge, models, opening, remote, tokens
+from opd.asking import Panel
 from opd.collect import Collector
 from opd.config import Train
 from opd.engines.hf import HFEngine
@@ -36,10 +37,6 @@ from opd.teachers.writer import ServerEngine
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from opd.teachers.judge import Judge
-    from opd.teachers.stages import StageJudge
-
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -52,7 +49,7 @@ class Session:
     student: torch.nn.Module  # Student, wrapped by Accelerate
     teachers: dict[str, AnyTeacher]  # by the names of --route; "" is --teacher
     reference: LocalTeacher | None  # for methods that read one
-    judge: "Judge | StageJudge | None"  # for methods that ask one
+    panel: Panel | None  # for methods that ask
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector
@@ -151,7 +148,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        judge=opening.judge(method, config, asked.task, teachers[""], on),
+        panel=opening.panel(method, config, asked.task, teachers, own.text, on),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(speaker, writers, own.text, vocabulary),

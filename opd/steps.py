@@ -30,7 +30,6 @@ from opd.session import Session
 from opd.student import micro_batches
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
-from opd.teachers.text import TextTeacher
 from opd.tokens import spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
 
@@ -204,7 +203,8 @@ class Loop:
         wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
         row |= self.source.numbers()
-        row |= {} if session.judge is None else session.judge.traffic()
+        judge = None if session.panel is None else session.panel.judge
+        row |= {} if judge is None else judge.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
@@ -226,13 +226,10 @@ class Loop:
         self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
     ) -> tuple[Batch, Episode]:
         """The columns that a question fills, and what is remembered of it; the main process asks."""
-        session = self.session
         told: list[tuple[dict[str, Tensor], Episode] | None] = [None]
-        if session.accelerator.is_main_process:
-            teachers = {name: t for name, t in session.teachers.items() if isinstance(t, TextTeacher)}
-            text, seed = session.collector.tokenizer, self.config.seed
-            most, judge = self.config.sampling.max_new_tokens, session.judge
-            told = [asking.asked(question, batch, rollouts, teachers, judge, text, before, most=most, seed=seed)]
+        if self.session.accelerator.is_main_process:
+            assert self.session.panel is not None
+            told = [asking.asked(question, batch, rollouts, self.session.panel, before)]
         ((columns, after),) = broadcast_object_list(told)
         return replace(batch, **columns), after
 
@@ -261,8 +258,8 @@ class Loop:
             if session.accelerator.is_main_process:
                 groups = [written[i * how.samples : (i + 1) * how.samples] for i in range(len(asked))]
                 pairs = [(a, some) for (a, _), some in zip(asked, groups, strict=True)]
-                assert logp is not None
-                told = [asking.reflections(pairs, logp, session.judge, session.collector.tokenizer, config.seed)]
+                assert logp is not None and session.panel is not None
+                told = [asking.reflections(pairs, logp, session.panel)]
             told = broadcast_object_list(told)
         assert told[0] is not None
         return before.reflecting(*told[0], most=asks.questions)

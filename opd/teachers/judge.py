@@ -1,7 +1,7 @@
 """Judges: a rubric for the answers to one question, and which criteria each answer meets.
 
-`rubrics(groups, ...) -> one each`, `grades(groups, rubrics) -> booleans of each answer`; None where a judge failed.  A
-model writes json, which is validated; the verifier's judge reads the answers by itself.
+`rubrics(groups, ...) -> one each`, `grades(groups, rubrics) -> booleans of each answer`; Failed, and why, where a judge
+did.  A model writes json, which is validated; the verifier's judge reads the answers by itself.
 """
 
 import hashlib
@@ -17,11 +17,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from opd.tasks.answers import marked, number, said, spoken
 from opd.teachers.schema import Lengths, schema
-from opd.teachers.text import Begun, Gate, How, TextTeacher
+from opd.teachers.text import Begun, Failed, How, TextTeacher
 from opd.types import RIGHT, Prompt
 
 Met = tuple[tuple[bool, ...], ...]  # of each answer, by criterion
 F = TypeVar("F", bound=BaseModel)
+_TAG = re.compile(
+    r"<(?=/|(reference|answer|stage)\s+number\b|(question|rubric|criteria|attempt|reflection)\b)", re.IGNORECASE
+)
 
 RUBRIC = """You design a rubric for grading answers to one question.
 
@@ -128,10 +131,10 @@ def question(prompt: Prompt) -> str:
 class Judge(Protocol):
     """Whoever writes rubrics, and keeps to them."""
 
-    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | None]:
+    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
         """One for each group."""
 
-    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | None]:
+    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
         """For each group what each of its answers meets, the teacher's first."""
 
     def traffic(self) -> dict[str, float]:
@@ -143,12 +146,11 @@ class ModelJudge:
     """A model that is asked in words; an answer that is no valid json is asked for once again, with the reason."""
 
     model: TextTeacher
-    gate: Gate
     max_tokens: int
     shared: bool  # whether the model is the teacher, whose account has its calls already
     schemas: bool = False  # whether who writes is asked to keep to the form's json schema
 
-    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | None]:
+    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
         """A little warm, as ROPD's rubricator is."""
 
         def check(i: int, rubric: Rubric) -> str:
@@ -158,10 +160,10 @@ class ModelJudge:
         asked = []
         for g in groups:
             given = {"references": shown("reference", g.references), "answers": shown("answer", g.answers)}
-            asked.append(RUBRIC.format(least=least, most=most, question=g.question(), **given))
+            asked.append(RUBRIC.format(least=least, most=most, question=safe(g.question()), **given))
         return self.filled(asked, Rubric, check, seed, temperature=0.7, lengths=lambda i: {"criteria": (least, most)})
 
-    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | None]:
+    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
         """Blind: shuffled, in one question a group."""
         orders = [g.shuffled() for g in groups]
 
@@ -174,20 +176,23 @@ class ModelJudge:
         asked = []
         for g, rubric, order in zip(groups, rubrics, orders, strict=True):
             every = (*g.references, *g.answers)
-            listed = "\n".join(f"{i}. ({c.points}) {c.criterion}" for i, c in enumerate(rubric.criteria, 1))
+            listed = "\n".join(f"{i}. ({c.points}) {line(c.criterion)}" for i, c in enumerate(rubric.criteria, 1))
             given = {"rubric": listed, "answers": shown("answer", [every[i] for i in order])}
             counts = {"count": len(every), "criteria": len(rubric.criteria)}
-            asked.append(GRADE.format(question=g.question(), **given, **counts))
+            asked.append(GRADE.format(question=safe(g.question()), **given, **counts))
 
         def lengths(i: int) -> Lengths:
             n, k = len(orders[i]), len(rubrics[i].criteria)
             return {"answers": (n, n), "met": (k, k)}
 
-        out: list[Met | None] = []
+        out: list[Met | Failed] = []
         found = self.filled(asked, Sheet, check, seed, temperature=0.0, lengths=lengths)
         for sheet, order in zip(found, orders, strict=True):
-            back = {i: sheet.answers[k].met for k, i in enumerate(order)} if sheet is not None else {}
-            out.append(tuple(back[i] for i in range(len(order))) if back else None)
+            if isinstance(sheet, Failed):
+                out.append(sheet)
+                continue
+            back = {i: sheet.answers[k].met for k, i in enumerate(order)}
+            out.append(tuple(back[i] for i in range(len(order))))
         return out
 
     def filled(
@@ -199,7 +204,7 @@ class ModelJudge:
         *,
         temperature: float,
         lengths: Callable[[int], Lengths] = lambda i: {},
-    ) -> list[F | None]:
+    ) -> list[F | Failed]:
         """The forms, filled in; those that are not right are asked for again once."""
         schemas = [schema(form, lengths(i)) if self.schemas else "" for i in range(len(asked))]
         how = How(1, self.max_tokens, temperature, "--judge-tokens")
@@ -223,9 +228,7 @@ class ModelJudge:
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
         # What was no answer in the end is not kept as one: a judge that is mended is asked again.
         self.model.forget([question for i in why for question in rejected[i]], how, seed)
-        for i in range(len(asked)):
-            self.gate.note(why.get(i, ""))
-        return out
+        return [Failed(why[i]) if x is None else x for i, x in enumerate(out)]
 
     def traffic(self) -> dict[str, float]:
         """By the names of a judge."""
@@ -253,9 +256,23 @@ def read(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None,
 
 
 def shown(name: str, texts: Sequence[str]) -> str:
-    """Texts between numbered tags, which none of them can close."""
-    safe = [text.replace("</", "< /") for text in texts]
-    return "\n".join(f'<{name} number="{i}">\n{text}\n</{name}>' for i, text in enumerate(safe, 1))
+    """Texts between numbered tags, which none of them can open or close."""
+    return tagged(name, [safe(text) for text in texts])
+
+
+def tagged(name: str, texts: Sequence[str]) -> str:
+    """Texts that are safe already between numbered tags."""
+    return "\n".join(f'<{name} number="{i}">\n{text}\n</{name}>' for i, text in enumerate(texts, 1))
+
+
+def line(text: str) -> str:
+    """A criterion as one of a list: what a judge wrote of an answer may hold what the answer would have it say."""
+    return " ".join(safe(text).splitlines())
+
+
+def safe(text: str) -> str:
+    """A text in which no tag closes, and none of those a judge is shown texts between opens."""
+    return _TAG.sub("< ", text)
 
 
 RIGHT_ANSWER = "The final answer is right."
@@ -276,11 +293,11 @@ class VerifierJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | None]:
+    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
         """From the answers' own lines."""
         return [self._rubric(g, least, most) for g in groups]
 
-    def _rubric(self, group: Group, least: int, most: int) -> Rubric | None:
+    def _rubric(self, group: Group, least: int, most: int) -> Rubric | Failed:
         base = [(RIGHT_ANSWER, 5), (CLOSES, 1), (NUMBERS, 1), (ONCE, 1)][:most]
         right = [x for x in group.references if self.verify(x, group.prompt) > RIGHT]
         right = right or [x for x in group.answers if self.verify(x, group.prompt) > RIGHT]
@@ -291,9 +308,9 @@ class VerifierJudge:
         steps = sorted(shared, key=apart)[: most - len(base)]  # stable: then in their order
         found = [*base, *((STATES + line, 2) for line in steps)]
         rubric = Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in found))
-        return rubric if len(found) >= least else None
+        return rubric if len(found) >= least else Failed(f"{len(found)} criteria, and --least is {least}")
 
-    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | None]:
+    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
         """By reading each answer."""
         return [
             tuple(tuple(self._meets(c.criterion, x, g.prompt) for c in r.criteria) for x in (*g.references, *g.answers))

@@ -1,7 +1,7 @@
 """Judges of stages: criteria drawn from the contrast of rollouts, marks of each rollout by them, worth of reflections.
 
 `evolve(groups) -> new criteria`, `marks(responses, criteria) -> 0 to 2 by criterion`, `worth(reflections) -> [0, 1]`;
-None where a judge failed.  RubricEM, arXiv:2605.10899.
+Failed, and why, where a judge did.  RubricEM, arXiv:2605.10899.
 """
 
 import re
@@ -13,7 +13,8 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, Field
 
 from opd.rubrics import MOST, Buffer, Criterion, Marks
-from opd.teachers.judge import RIGHT_ANSWER, STATES, ModelJudge, lines, question, shown
+from opd.teachers.judge import RIGHT_ANSWER, STATES, ModelJudge, line, lines, question, safe, shown, tagged
+from opd.teachers.text import Failed
 from opd.types import RIGHT, Prompt
 
 FEW, MANY = (1, 4), (2, 5)  # new criteria of a stage, and of the answer
@@ -159,13 +160,13 @@ class Reflected:
 class StageJudge(Protocol):
     """Whoever keeps rubrics of stages."""
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | None]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
         """New criteria of each question."""
 
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | None]:
+    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
         """Of each response by its criteria."""
 
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | None]:
+    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
         """Of each reflection, in [0, 1]."""
 
     def traffic(self) -> dict[str, float]:
@@ -179,7 +180,7 @@ class ModelStageJudge:
     judge: ModelJudge
     tags: tuple[str, ...]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | None]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
         """A little warm; too many criteria of a stage, or too few, are asked for again."""
         last = len(self.tags)
 
@@ -195,9 +196,9 @@ class ModelStageJudge:
         how = {"count": last, "names": names, "few": f"{FEW[0]} to {FEW[1]}", "many": f"{MANY[0]} to {MANY[1]}"}
         asked = [
             EVOLVE.format(
-                question=question(g.prompt),
+                question=safe(question(g.prompt)),
                 criteria=_listed(g.kept) or "none yet",
-                answers=shown("answer", [_by_stage(x) for x in (*g.references, *g.answers)]),
+                answers=tagged("answer", [_by_stage(x) for x in (*g.references, *g.answers)]),
                 **how,
             )
             for g in groups
@@ -205,9 +206,9 @@ class ModelStageJudge:
         lengths = lambda i: {"criteria": (0, (last - 1) * FEW[1] + MANY[1])}
         found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7, lengths=lengths)
         made = lambda p: Criterion(p.stage, f"{p.title}: {p.description}".removeprefix(": "), p.weight, p.negative)
-        return [None if x is None else tuple(map(made, x.criteria)) for x in found]
+        return [x if isinstance(x, Failed) else tuple(map(made, x.criteria)) for x in found]
 
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | None]:
+    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
         """Cold."""
 
         def check(i: int, found: Marking) -> str:
@@ -216,23 +217,25 @@ class ModelStageJudge:
 
         asked = [
             MARK.format(
-                question=question(x.prompt), answer=shown("answer", [_by_stage(x)]), criteria=_listed(c), count=len(c)
+                question=safe(question(x.prompt)),
+                answer=tagged("answer", [_by_stage(x)]),
+                criteria=_listed(c),
+                count=len(c),
             )
             for x, c in zip(answers, criteria, strict=True)
         ]
         lengths = lambda i: {"marks": (len(criteria[i]), len(criteria[i]))}
         found = self.judge.filled(asked, Marking, check, seed, temperature=0.0, lengths=lengths)
-        return [None if x is None else tuple(m.mark for m in x.marks) for x in found]
+        return [x if isinstance(x, Failed) else tuple(m.mark for m in x.marks) for x in found]
 
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | None]:
+    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
         """Cold."""
-        safe = lambda text: text.replace("</", "< /")
         asked = [
-            WEIGH.format(question=question(x.prompt), attempt=safe(x.attempt), reflection=safe(x.text))
+            WEIGH.format(question=safe(question(x.prompt)), attempt=safe(x.attempt), reflection=safe(x.text))
             for x in reflections
         ]
         found = self.judge.filled(asked, Weighed, lambda i, x: "", seed, temperature=0.0)
-        return [None if x is None else x.worth() for x in found]
+        return [x if isinstance(x, Failed) else x.worth() for x in found]
 
     def traffic(self) -> dict[str, float]:
         """By the names of a judge."""
@@ -240,13 +243,13 @@ class ModelStageJudge:
 
 
 def _by_stage(response: Staged) -> str:
-    """A response as a judge reads it."""
-    return "\n".join(f"[stage {k}] {text or '(missing)'}" for k, text in enumerate(response.stages, 1))
+    """A response as a judge reads it: no text of a stage can begin another."""
+    return shown("stage", [text or "(missing)" for text in response.stages])
 
 
 def _listed(criteria: Buffer) -> str:
     """Criteria as a judge reads them."""
-    said = lambda c: f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{c.text}"
+    said = lambda c: f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{line(c.text)}"
     return "\n".join(f"{i}. {said(c)}" for i, c in enumerate(criteria, 1))
 
 
@@ -267,7 +270,7 @@ class VerifierStageJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | None]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
         """From the responses' own lines."""
         return [self._evolved(g) for g in groups]
 
@@ -289,7 +292,7 @@ class VerifierStageJudge:
             out += apart[: (MANY if stage == last else FEW)[1]]
         return tuple(out)
 
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | None]:
+    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
         """By reading each response."""
         return [tuple(self._mark(c, x) for c in some) for x, some in zip(answers, criteria, strict=True)]
 
@@ -307,7 +310,7 @@ class VerifierStageJudge:
     def _right(self, response: Staged) -> bool:
         return self.verify(response.whole(), response.prompt) > RIGHT
 
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | None]:
+    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
         """By what each comes to."""
         return [self._weighed(x).worth() for x in reflections]
 

@@ -81,8 +81,8 @@ class Account:
 class Gate:
     """Stops a run in which too many questions fail: more than a share of the last ones, once there are some."""
 
-    def __init__(self, who: str, most: float) -> None:
-        self.who, self.most, self.lock = who, most, threading.Lock()
+    def __init__(self, who: str, most: float, of: str = "questions") -> None:
+        self.who, self.most, self.of, self.lock = who, most, of, threading.Lock()
         self.last: deque[bool] = deque(maxlen=LAST)
         self.why = ""
 
@@ -93,7 +93,7 @@ class Gate:
             self.why = why or self.why
             if len(self.last) >= LEAST and (share := sum(self.last) / len(self.last)) > self.most:
                 raise Refusal(
-                    f"--{self.who}: {share:.0%} of the last {len(self.last)} questions failed, and --judge-failures "
+                    f"--{self.who}: {share:.0%} of the last {len(self.last)} {self.of} failed, and --judge-failures "
                     f"allows {self.most:.0%}; the last: {self.why}: mend that, then run the same command with --resume"
                 )
 
