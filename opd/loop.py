@@ -1,9 +1,10 @@
 """Distil a student from a teacher on the student's own samples: `train(Train(...)) -> run folder`."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from accelerate.utils import gather_object
@@ -30,10 +31,15 @@ _GROUPS: list[object] = []
 LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
 
 
-def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row: None) -> Path:
+def train(
+    config: Train,
+    each: Callable[[dict[str, float]], object] = lambda row: None,
+    asked: Mapping[str, object] = MappingProxyType({}),
+) -> Path:
     """Run it all; returns the run folder.  Raises Refusal for what the user can mend.
 
-    `each` is called with every line of metrics.jsonl once it is written, by the main process.
+    `each` is called with every line of metrics.jsonl once it is written, by the main process; `asked`, how the run was
+    asked for, goes to environment.json.
     """
     config.check()
     method, run = config.resolved(), Run(Path(config.out))
@@ -55,7 +61,7 @@ def train(config: Train, each: Callable[[dict[str, float]], object] = lambda row
         said = str(bad[0]).removeprefix("error: ")
         raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
-        run.start(written, repr(method), start)
+        run.start(written, repr(method), start, asked)
     if config.trackers:
         accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """The run folder: configuration, metrics, sampled rollouts, checkpoints; what is on disk is always whole.
 
-config.json  method.txt  environment.json   what ran, where
+config.json  method.txt                     what ran
+environment.json                            where; its preset, and the flags that the user set
 metrics.jsonl                               reproducible numbers, one line a step
 perf.jsonl                                  seconds, tokens/s, bytes
 evals/step-N.jsonl                          outcome and reverse KL of each held-out prompt
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,13 +87,19 @@ class Run:
                     "repeat the run's own command, or start another --out"
                 )
 
-    def start(self, settings: Mapping[str, object], method: str, step: int) -> None:
-        """Write what runs, where; cut the logs back to `step`, the one that the run goes on from."""
+    def start(
+        self,
+        settings: Mapping[str, object],
+        method: str,
+        step: int,
+        asked: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """Write what runs, where, how it was `asked` for; cut the logs back to `step`, which the run goes on from."""
         with disk(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(settings, indent=2))
             self._write("method.txt", method + "\n")
-            self._write("environment.json", json.dumps(environment(), indent=2))
+            self._write("environment.json", json.dumps({**environment(), **asked}, indent=2))
             for name in ("metrics.jsonl", "perf.jsonl"):
                 path = self.folder / name
                 # A killed process may leave half a line; whole ones up to the checkpoint stay.

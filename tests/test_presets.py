@@ -1,9 +1,11 @@
 """Presets are settings of a run: known fields, accepted by the checks, the numbers of their publications."""
 
+import json
 from dataclasses import fields, replace
 
 import pytest
 
+from opd.cli import main
 from opd.cli.naming import method_of
 from opd.config import Train
 from opd.methods import METHODS
@@ -24,6 +26,16 @@ def test_preset_is_a_run(preset, name):
     chosen = settings(preset, name)
     assert chosen and chosen.keys() <= FIELDS
     replace(BASE, method=method_of(name, arguments(preset, name)), **chosen).check()
+
+
+def test_a_run_says_what_its_user_set(tmp_path, capsys):
+    typed = "--preset embedded --steps 1 --batch=2 --lr 0.001 --max-new-tokens 4 --no-doctor --quiet"
+    pair = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger-short"
+    assert main(["train", *pair.split(), *typed.split(), "--out", str(tmp_path / "run"), "opd-topk", "--k", "4"]) == 0
+    said = json.loads((tmp_path / "run/environment.json").read_text())
+    assert said["preset"] == "embedded" and "torch" in said
+    flags = [x.partition("=")[0] for x in f"{pair} {typed} --out --k".split() if x.startswith("--")]
+    assert said["set"] == sorted(flags)
 
 
 def test_every_paper_preset_is_of_a_method():

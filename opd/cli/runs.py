@@ -44,10 +44,11 @@ def train(args: list[str]) -> int:
     flags = _run(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
     from opd.loop import train  # after parsing: help and mistakes answer at once
 
+    asked = {"preset": flags.preset, "set": sorted({a.partition("=")[0] for a in args if a.startswith("--")})}
     if flags.json:
-        train(flags.run, lambda row: print(json.dumps(row), flush=True))
+        train(flags.run, lambda row: print(json.dumps(row), flush=True), asked)
     else:
-        folder = train(flags.run)
+        folder = train(flags.run, asked=asked)
         print(folder)
         if not flags.run.quiet and not int(os.environ.get("RANK", 0)):
             name = shlex.quote(str(folder))
