@@ -313,12 +313,18 @@ def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
 
 
 def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Batch:
-    """The batch with the flat columns of its trained tokens, measured for some rows at a time, put back in place."""
+    """The batch with the flat columns of its trained tokens, measured for some rows at a time, put back in place.
+
+    Rows that are in no part keep what they had.
+    """
+    before = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
     found: dict[str, Any] = {}
     for at, columns in parts:
         rows = torch.tensor(at, dtype=torch.long)
         for name, flat in columns.named():
-            whole = found.setdefault(name, torch.zeros(batch.mask.shape, dtype=flat.dtype))
+            had = before.get(name)
+            empty = torch.zeros(batch.mask.shape, dtype=flat.dtype)
+            whole = found.setdefault(name, empty if had is None else had.to(flat.dtype, copy=True))
             whole[rows] = torch.zeros_like(whole[rows]).masked_scatter(batch.mask[rows], flat)
     scores = tuple(found.pop(f"scores.{i}", None) for i in range(len(parts[0][1].scores)))
     return replace(batch, **found, scores=scores)

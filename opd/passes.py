@@ -31,21 +31,22 @@ class Passes:
     session: Session
     heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
 
-    def micro(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """This process's rows, every n-th one, in micro-batches."""
+    def micro(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """This process's rows, every n-th one, in micro-batches; those without a trained token are in none."""
         accelerator, micro = self.session.accelerator, []
-        mine = range(accelerator.process_index, len(rollouts), accelerator.num_processes)
+        trained = batch.mask.any(1).tolist()
+        mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
         for name in self.session.teachers:  # those of a micro-batch share their teacher
             widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
             micro += micro_batches(widths, self.config.micro_batch_tokens)
         # Every process runs as many, empty ones included: wrappers wait for each other in forward.
-        return micro + [[]] * (max(gather_object([len(micro)])) - len(micro))
+        return micro + [[]] * (max(1, *gather_object([len(micro)])) - len(micro))
 
     @torch.no_grad()
     def alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
         session, parts = self.session, []
-        for at in self.micro(rollouts):
+        for at in self.micro(batch, rollouts):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
             trained = masks(cut, rolls)
             inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
@@ -64,24 +65,25 @@ class Passes:
     def over(
         self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
     ) -> tuple[Batch, float]:
-        """All rows through student and teacher in micro-batches, backward where there are targets.
+        """The trained rows through student and teacher in micro-batches, backward where there are targets.
 
-        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.
+        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.  Where
+        all is measured, rows that weigh nothing are left out: a filter spares their training.
         """
         session, accelerator = self.session, self.session.accelerator
-        micro = self.micro(rollouts)
-        alone = self._advised(targets)
+        alone, weighed = self._advised(targets), self._weighed(targets)
+        micro = [(whole, [i for i in whole if weighed is None or weighed[i]]) for whole in self.micro(batch, rollouts)]
         parts: list[tuple[list[int], Columns, Tensor]] = []
-        for k, at in enumerate(micro):
+        for k, (whole, at) in enumerate(micro):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
             trained = masks(cut, rolls)
             inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
             flat = targets and tuple(
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
-            heard = Heard(None) if alone else self._heard(rolls, trained)
+            heard = Heard(None) if alone else self._heard_of(batch, rollouts, whole, at)
             if k + 1 < len(micro) and not alone:
-                self._ahead(batch, rollouts, micro[k + 1])
+                self._ahead(batch, rollouts, *micro[k + 1])
             last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
             with torch.set_grad_enabled(targets is not None), last:
                 loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
@@ -96,17 +98,35 @@ class Passes:
     def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
         """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
         known = targets is not None and all(t.advantage is not None for t in targets)
-        measured = not self.method.local() and self.method.rollouts.updates == 1
-        return self.method.advised() if known and measured else None
+        return self.method.advised() if known and self._measured() else None
 
-    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], at: Sequence[int]) -> None:
+    def _measured(self) -> bool:
+        """Whether the student that trains on a batch is the one it was measured with."""
+        return not self.method.local() and self.method.rollouts.updates == 1
+
+    def _weighed(self, targets: tuple[Target, ...] | None) -> list[bool] | None:
+        """The rows that train the student, where the others have nothing more to tell."""
+        if targets is None or not self._measured():
+            return None
+        return torch.stack([t.weight != 0 for t in targets]).any(0).any(1).tolist()
+
+    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> None:
         """Let a teacher behind a server begin on the next rows while the student works on these."""
         rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-        if not rolls or tuple(r.index for r in rolls) in self.heard:
+        if not rolls or tuple(rollouts[i].index for i in whole) in self.heard:
             return
         teacher = self.session.teachers[rolls[0].teacher]
         if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):  # the student names them
             teacher.ahead(rolls, masks(cut, rolls))
+
+    def _heard_of(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> Heard:
+        """The same of some rows of a micro-batch: of all of them it may be known."""
+        key = tuple(rollouts[i].index for i in whole)
+        if len(at) < len(whole) and key in self.heard:
+            mask, chosen = batch.mask[torch.tensor(whole)], set(at)
+            return self.heard[key][torch.tensor([i in chosen for i in whole])[:, None].expand_as(mask)[mask]]
+        rolls = [rollouts[i] for i in at]
+        return self._heard(rolls, masks(batch[torch.tensor(at, dtype=torch.long)], rolls))
 
     def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
         """The states of teacher and reference; a method that measures first asks twice, and they run once."""

@@ -44,6 +44,11 @@ class Hidden:
     head: Head
     views: tuple[Float[Tensor, "N D"], ...] = ()  # of the layers that a method matches, through the model's lens
 
+    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Hidden":
+        """Of some tokens."""
+        at = tokens.to(self.states.device)
+        return replace(self, states=self.states[at], views=tuple(x[at] for x in self.views))
+
 
 @dataclass(frozen=True)
 class Given:
@@ -56,6 +61,12 @@ class Given:
     ids: Int[Tensor, "N k"] | None = None
     others: Float[Tensor, "N k"] | None = None  # their log q
     top: int = 0  # so many of its own most probable tokens are among them
+
+    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Given":
+        """Of some tokens."""
+        at = tokens.to(self.logp.device)
+        ids, others = (None if x is None else x[at] for x in (self.ids, self.others))
+        return replace(self, logp=self.logp[at], ids=ids, others=others)
 
     def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
         """log q of some rows: nan wherever nothing is known, and no leaf may look there.
@@ -83,6 +94,11 @@ class Heard:
     teacher: Hidden | Given | None  # None: it writes, and scores nothing
     reference: Hidden | None = None  # where a term is against it
     lens: Lens | None = None  # through which the student's layers meet the teacher's views
+
+    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Heard":
+        """About some of them."""
+        teacher = None if self.teacher is None else self.teacher[tokens]
+        return Heard(teacher, None if self.reference is None else self.reference[tokens], self.lens)
 
     def nbytes(self) -> int:
         """Bytes of the states."""

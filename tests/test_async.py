@@ -29,11 +29,14 @@ from opd.exact import World, measure
 from opd.method import Positions
 from opd.methods import METHODS
 from opd.methods.npd import DeltaIFD
+from opd.passes import Passes
 from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, prompts_of
 from opd.runs import Run
 from opd.session import open_session
 from opd.steps import Loop
+from opd.student import Student
 from opd.surrogates import TruncatedRatio
+from opd.teachers.local import LocalTeacher
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.weights import TruncatedImportance
 from tests.models_for_tests import tiny
@@ -526,6 +529,66 @@ def test_delta_ifd_by_hand(float64):
     assert kept.tolist() == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
     edge = DeltaIFD(0.0, 0.5)(student, teacher, alone, alone, mask)
     assert edge.any(1).tolist() == [False, True, False, False]
+
+
+@dataclasses.dataclass(frozen=True)
+class OddGroups:
+    """A filter that drops every other prompt."""
+
+    def __call__(self, group, mask):
+        return mask & (group % 2 == 1)[:, None]
+
+
+@pytest.mark.parametrize("kept", [2 << 30, 0], ids=["teacher remembered", "asked again"])
+def test_what_a_filter_drops_is_measured_and_not_trained(pair, tmp_path, monkeypatch, kept):
+    """The same run as one that takes all rows to the student and its teacher again, at weight 0."""
+    monkeypatch.setattr("opd.passes.KEPT", kept)
+    method = replace(METHODS["npd"](pool=2, epochs=2, refresh=1, drift=9.0), filters=(OddGroups(),))
+    through, heard = {True: 0, False: 0}, 0
+    forward, hidden = Student.forward, LocalTeacher.hidden
+
+    def counted(self, at, frozen, method, targets, *rest, **more):
+        through[targets is not None] += int(at.trained.any(1).sum())
+        return forward(self, at, frozen, method, targets, *rest, **more)
+
+    def asked(self, rollouts, *rest):
+        nonlocal heard
+        heard += len(rollouts)
+        return hidden(self, rollouts, *rest)
+
+    monkeypatch.setattr(Student, "forward", counted)
+    monkeypatch.setattr(LocalTeacher, "hidden", asked)
+    some = opd.train(config(pair, tmp_path / "some", method=method, steps=3, micro_batch_tokens=100))
+    looks = 3 * 8 + 3 * 8  # measured, and shown with saved rollouts
+    assert (through[False], through[True]) == (looks, 3 * 4) and heard == (3 * 8 if kept else looks + 3 * 4)
+    monkeypatch.setattr(Passes, "_weighed", lambda self, targets: None)
+    every = opd.train(config(pair, tmp_path / "every", method=method, steps=3, micro_batch_tokens=100))
+    assert through[True] == 3 * 4 + 3 * 8
+    for one, other in zip(rows(some), rows(every), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-7, nan_ok=True)
+    for file in sorted((some / "rollouts").glob("*.safetensors")):
+        x, y = load_file(file), load_file(every / "rollouts" / file.name)
+        assert x.keys() == y.keys()
+        for name in x:
+            close(x[name], y[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_rows_without_a_trained_token_go_nowhere(pair, tmp_path, monkeypatch):
+    """Of responses that do not end nothing is trained; where none ends a step is one dummy row of no loss."""
+    through, forward = [], Student.forward
+
+    def counted(self, at, *rest, likeliest=0):
+        if not likeliest:
+            through.append(len(at.ids))
+        return forward(self, at, *rest, likeliest=likeliest)
+
+    monkeypatch.setattr(Student, "forward", counted)
+    run = opd.train(config(pair, tmp_path / "run", truncated="drop", sampling=Sampling(max_new_tokens=48), steps=4))
+    ended = [round(8 * row["stopped"]) for row in rows(run)]
+    assert 0 < sum(ended) < 4 * 8 and sum(through) == sum(max(1, n) for n in ended)
+    through.clear()
+    run = opd.train(config(pair, tmp_path / "none", truncated="drop", sampling=Sampling(max_new_tokens=1), steps=1))
+    assert through == [1] and rows(run)[0]["loss"] == 0 == rows(run)[0]["grad_norm"] == rows(run)[0]["stopped"]
 
 
 def test_a_student_that_drifts_is_asked_again(pair, tmp_path):
