@@ -26,7 +26,7 @@ from opd.teachers import wire
 from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.teachers.reach import Server
-from opd.teachers.text import Endpoint, Gate, Local, TextTeacher, needed
+from opd.teachers.text import Elsewhere, Endpoint, Gate, Local, TextTeacher, needed
 from opd.types import Refusal, Sampling
 
 if TYPE_CHECKING:
@@ -78,8 +78,11 @@ def asking() -> list[str]:
     return [name for name, factory in METHODS.items() if factory().asks is not None]
 
 
-def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoint | Local:
-    """A model that writes: behind an endpoint, or here, with its own tokenizer; refuses the student's own weights."""
+def writer(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> Endpoint | Local | Elsewhere:
+    """A model that writes: behind an endpoint, or in the main process, with its own tokenizer.
+
+    Refuses the student's own weights.
+    """
     config.remote.check()
     if model.startswith("openai:"):
         return Endpoint(model, config.remote.towards(field, model, config.routes()[""]), field=field)
@@ -87,6 +90,8 @@ def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoi
         way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")
     source = models.locate(model, field=field, trust_remote_code=config.trust_remote_code)
+    if not main:
+        return Elsewhere(model)
     text = models.tokenizer(source, field=field)
     weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on).requires_grad_(False)
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
@@ -98,15 +103,22 @@ def writer(model: str, config: Train, on: torch.device, *, field: str) -> Endpoi
     return Local(name, engine, text, context.max_position_embeddings, arguments)
 
 
-def text_teacher(model: str, config: Train, on: torch.device, *, field: str) -> TextTeacher:
+def text_teacher(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> TextTeacher:
     """A teacher that writes, and what it wrote before."""
     answers = Answers(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
     gate = Gate(f"{field} {model}", config.remote.judge_failures)
-    return TextTeacher(writer(model, config, on, field=field), answers, gate)
+    return TextTeacher(writer(model, config, on, field=field, main=main), answers, gate)
 
 
 def panel(
-    method: Method, config: Train, task: Task, teachers: Mapping[str, object], text: Tokenizer, on: torch.device
+    method: Method,
+    config: Train,
+    task: Task,
+    teachers: Mapping[str, object],
+    text: Tokenizer,
+    on: torch.device,
+    *,
+    main: bool,
 ) -> Panel | None:
     """Who is asked for texts and judgements, for the methods that ask."""
     if method.asks is None:
@@ -114,10 +126,12 @@ def panel(
     who = {name: t for name, t in teachers.items() if isinstance(t, TextTeacher)}
     gate = Gate(f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements")
     most = config.sampling.max_new_tokens
-    return Panel(who, judge(method, config, task, teachers[""], on), gate, text, most, config.seed)
+    return Panel(who, judge(method, config, task, teachers[""], on, main=main), gate, text, most, config.seed)
 
 
-def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.device) -> "Judge | StageJudge | None":
+def judge(
+    method: Method, config: Train, task: Task, teacher: object, on: torch.device, *, main: bool
+) -> "Judge | StageJudge | None":
     """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
     if not isinstance(method.asks, Grade | Stages):
         return None
@@ -129,7 +143,7 @@ def judge(method: Method, config: Train, task: Task, teacher: object, on: torch.
         if not task.scored:
             raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
         return VerifierStageJudge(task.verify) if isinstance(method.asks, Stages) else VerifierJudge(task.verify)
-    model = text_teacher(config.judge, config, on, field="judge") if config.judge else teacher
+    model = text_teacher(config.judge, config, on, field="judge", main=main) if config.judge else teacher
     assert isinstance(model, TextTeacher)
     how = config.remote
     whole = ModelJudge(model, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)

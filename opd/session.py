@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    LoggerType,
+    set_seed,
+)
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
@@ -38,6 +45,7 @@ from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
+ASKING = timedelta(days=1)  # others wait for the main process: hundreds of questions a step, each with its retries
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -123,7 +131,10 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     models.verify_head(student.model, field="student")
     differ = any(set(own.stop) != set(k.stop) for k in known.values())
     merged = stop if config.stop_token == "canonical" and differ else ()
-    teachers = _teachers(config, method, sources, student.model, asked, size=size, merged=merged, on=on, to=device)
+    main = accelerator.is_main_process
+    teachers = _teachers(
+        config, method, sources, student.model, asked, size=size, merged=merged, on=on, to=device, main=main
+    )
     local = {name: t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
     reference = opening.reference(method, config, source, student.model, size, on, device)
     frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
@@ -148,7 +159,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        panel=opening.panel(method, config, asked.task, teachers, own.text, on),
+        panel=opening.panel(method, config, asked.task, teachers, own.text, on, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(speaker, writers, own.text, vocabulary),
@@ -209,12 +220,15 @@ def _accelerator(config: Train, method: Method) -> Accelerator:
             raise Refusal(f"--trackers {name}: not installed; pip install {name}")
     set_seed(config.seed)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    # Without the heads, and the layers above those matched, some parameters have no gradient to wait for.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=method.headless())]
+    if method.asks is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=ASKING))
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
         project_dir=config.out,
-        # Without the heads, and the layers above those matched, some parameters have no gradient to wait for.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if method.headless() else None,
+        kwargs_handlers=handlers,
     )
     per_update = accelerator.num_processes * method.rollouts.per_prompt * method.rollouts.updates
     if config.batch % per_update:
@@ -237,13 +251,14 @@ def _teachers(
     merged: tuple[int, ...],
     on: torch.device,
     to: torch.device,
+    main: bool,
 ) -> dict[str, AnyTeacher]:
     """The teachers by name, their weights on one device and what they say on another."""
     out: dict[str, AnyTeacher] = {}
     for name, called in config.routes().items():
         at = sources[name]
         if at is None:
-            out[name] = opening.text_teacher(called, config, on, field=opening.flag(name))
+            out[name] = opening.text_teacher(called, config, on, field=opening.flag(name), main=main)
         elif isinstance(at, Server):
             out[name] = there = open_teacher(at, to=to, stop=merged, size=size, tops=method.supports())
             if config.remote.teacher_local and not name:

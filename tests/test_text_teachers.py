@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from opd import cli, prompts
+import opd
+from opd import cli, opening, prompts, session
 from opd.asking import Panel, continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
@@ -30,7 +31,7 @@ from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
-from opd.teachers.text import ON, Begun, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
+from opd.teachers.text import ON, Begun, Elsewhere, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
 from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
 from opd.weights import Audited, Posterior, Unaudited
@@ -477,6 +478,18 @@ def test_prompts_choose_among_text_teachers(method, judge, tmp_path, capsys):
     assert asked == {row["messages"][0]["content"] for row in rows if row["who"] == "far"}
     (row,), (perf,) = logged(tmp_path / "run"), logged(tmp_path / "run", "perf")
     assert row["grad_norm"] > 0 and perf["teacher_calls"] >= 8
+
+
+def test_the_main_process_alone_asks(tmp_path, monkeypatch):
+    """The others load no text teacher, and wait for its answers longer than for a step of their own."""
+    config = opd.Train(student="embedded:student", teacher="embedded:teacher", prompts="embedded:ledger", out=tmp_path)
+    monkeypatch.setattr(opening.models, "load", lambda *args, **more: pytest.fail("weights are loaded"))
+    other = opening.text_teacher("embedded:teacher", config, torch.device("cpu"), field="teacher", main=False)
+    assert not any(other.traffic().values()) and other.writer == Elsewhere("embedded:teacher")
+    with pytest.raises(Refusal, match="--judge embedded:nobody"):
+        opening.text_teacher("embedded:nobody", config, torch.device("cpu"), field="judge", main=False)
+    waits = [session._accelerator(config, METHODS[name]()).init_handler for name in ("omniopd", "vopd")]
+    assert waits[0].timeout.total_seconds() >= 86400 and waits[1] is None
 
 
 @pytest.fixture(scope="module")

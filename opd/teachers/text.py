@@ -260,6 +260,21 @@ class Local:
         return prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model in the main process, which alone asks: here it has a name and no weights."""
+
+    name: str
+
+    def reads(self, begun: Begun) -> object:
+        """Nothing here."""
+        raise AssertionError("the main process asks")
+
+    def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
+        """Nothing here."""
+        raise AssertionError("the main process asks")
+
+
 class TextTeacher(Teacher):
     """A model that answers in texts.  It scores nothing: for methods that ask for no log-prob of it."""
 
