@@ -30,7 +30,8 @@ from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.models import head
 from opd.remote import compare
-from opd.serve.app import Limits, build
+from opd.serve.app import build
+from opd.serve.gate import Limits
 from opd.serve.model import Served
 from opd.student import cross_entropies, final_states, rows, unprompted
 from opd.teachers.client import Client, Remote

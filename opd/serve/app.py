@@ -10,7 +10,6 @@ import secrets
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,75 +17,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from opd import prompts
 from opd.engines.hf import Sample
+from opd.serve import answers
+from opd.serve.gate import Gate, Limits, error
 from opd.serve.model import Asked, Served
 from opd.serve.protocol import Chat, Completion, Drawing, DrawingParameters, Generate, HiddenRows, NewWeights, Version
 from opd.teachers import wire
 from opd.types import Prompt, Refusal, Sampling
 from opd.vocabulary import Scores
-
-LIMIT = 9999.0  # vLLM writes -9999 for -inf, which json has no number for
-KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLarge"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request may ask for."""
-
-    body_bytes: int
-    sequences: int
-    logprobs: int
-
-
-def error(status: int, text: str) -> JSONResponse:
-    """A mistake in vLLM's shape."""
-    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
-    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
-
-
-class Gate:
-    """Checks the bearer token and the size of a body before anything reads it; /health is open."""
-
-    def __init__(self, app: ASGIApp, *, token: str, most: int) -> None:
-        self.app, self.token, self.most = app, token, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        known = not self.token or secrets.compare_digest(
-            headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
-        )
-        if not known and scope["path"] != "/health":
-            refusal = error(401, "this server wants the header `Authorization: Bearer` with its token")
-            return await refusal(scope, receive, send)
-        said = headers.get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > self.most:
-            return await self._too_large(scope, receive, send)
-        whole, more = bytearray(), scope["method"] == "POST"
-        while more:  # a body without a length is counted as it comes
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            whole += message.get("body", b"")
-            if len(whole) > self.most:
-                return await self._too_large(scope, receive, send)
-            more = message.get("more_body", False)
-        left: list[Message] = [{"type": "http.request", "body": bytes(whole), "more_body": False}]
-
-        async def replay() -> Message:
-            return left.pop() if left else await receive()
-
-        return await self.app(scope, replay, send)
-
-    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await error(413, f"the request is larger than {self.most >> 20} MB: send fewer sequences at once")(
-            scope, receive, send
-        )
 
 
 class Routes:
@@ -105,7 +46,7 @@ class Routes:
     def completions(self, asked: Completion) -> dict[str, object]:
         """POST /v1/completions."""
         self._check_model(asked.model)
-        rows = self._prompts(asked)
+        rows, text = self._prompts(asked), self.served.tokenizer
         most = 16 if asked.max_tokens is None else asked.max_tokens
         for row in rows:
             self._check_row(row, most)
@@ -116,15 +57,17 @@ class Routes:
         if asked.prompt_logprobs is not None:
             every = [Asked(row, tuple(range(1, len(row)))) for row in rows]
             found = self._scores(every, asked.prompt_logprobs)
-            told = [[None, *self._named(a, s)] for a, s in zip(every, found, strict=True)]
+            told = [answers.named(text, a, s) for a, s in zip(every, found, strict=True)]
         drawn = self._draw([row for row in rows for _ in range(asked.n)], asked, most)
-        choices = [self._choice(i, rows[i // asked.n], sample, asked) for i, sample in enumerate(drawn)]
+        choices = [answers.choice(text, x, asked, index=i, row=rows[i // asked.n]) for i, x in enumerate(drawn)]
         for i, choice in enumerate(choices):
             choice["prompt_logprobs"] = told[i // asked.n]
         if asked.logprobs is not None:
-            for i, logprobs in enumerate(self._drawn_logprobs(rows, drawn, asked)):
-                choices[i]["logprobs"] = logprobs
-        return self._answer("text_completion", "cmpl", choices, rows, drawn)
+            pairs = [(rows[i // asked.n], sample.ids) for i, sample in enumerate(drawn)]
+            own = [Asked(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
+            for choice, (_, ids), scores in zip(choices, pairs, self._scores(own, asked.logprobs), strict=True):
+                choice["logprobs"] = answers.drawn(text, ids, scores)
+        return self._answer(("text_completion", "cmpl"), choices, rows, drawn)
 
     def chat(self, asked: Chat) -> dict[str, object]:
         """POST /v1/chat/completions."""
@@ -139,9 +82,9 @@ class Routes:
         drawn = self._draw([row] * asked.n, asked, most, schema)
         choices = []
         for i, sample in enumerate(drawn):
-            choice = self._choice(i, row, sample, asked)
+            choice = answers.choice(self.served.tokenizer, sample, asked, index=i, row=row)
             choices.append(choice | {"message": {"role": "assistant", "content": choice.pop("text")}})
-        return self._answer("chat.completion", "chatcmpl", choices, [row], drawn)
+        return self._answer(("chat.completion", "chatcmpl"), choices, [row], drawn)
 
     def generate(self, asked: Generate) -> dict[str, object]:
         """POST /inference/v1/generate: log-probs of chosen ids at each row, as float32 .npy in base64; or rollouts."""
@@ -171,7 +114,7 @@ class Routes:
         file = io.BytesIO()
         np.save(file, found.logp.float().cpu().numpy())
         choice = {"index": 0, "token_ids": list(sample.ids), "finish_reason": "stop" if sample.stopped else "length"}
-        answer = self._answer("generate", "gen", [choice], [row], [sample])
+        answer = self._answer(("generate", "gen"), [choice], [row], [sample])
         return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
 
     def _rollouts(self, row: tuple[int, ...], how: DrawingParameters) -> dict[str, object]:
@@ -184,23 +127,8 @@ class Routes:
             temperature=how.temperature, top_p=how.top_p, top_k=max(0, how.top_k), max_new_tokens=how.max_tokens
         )
         drawn = self.served.draw(row, sampling, range(how.seed, how.seed + how.n), how.stop_token_ids)
-        choices: list[dict[str, object]] = []
-        for i, sample in enumerate(drawn):
-            told: list[dict[str, object]] = [
-                {"token_id": t, "logprob": max(x, -LIMIT), "rank": None, "top_logprobs": []}
-                for t, x in zip(sample.ids, sample.logp, strict=True)
-            ]
-            span = {"version": self.served.version, "start": 0, "end": len(sample.ids)}
-            choices.append(
-                {
-                    "index": i,
-                    "token_ids": list(sample.ids),
-                    "finish_reason": "stop" if sample.stopped else "length",
-                    "logprobs": {"content": told},
-                    "weight_versions": [span],
-                }
-            )
-        return self._answer("generate", "gen", choices, [row], drawn)
+        choices = [answers.rollout(x, index=i, version=self.served.version) for i, x in enumerate(drawn)]
+        return self._answer(("generate", "gen"), choices, [row], drawn)
 
     def world(self) -> dict[str, int]:
         """GET /get_world_size."""
@@ -284,86 +212,19 @@ class Routes:
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         return self.served.generate(rows, how, seed=seed, stop=asked.stop_token_ids or (), schema=schema)
 
-    def _choice(self, index: int, row: Sequence[int], sample: Sample, asked: Drawing) -> dict[str, object]:
-        ids = sample.ids[:-1] if sample.stopped else sample.ids
-        text = str(self.served.tokenizer.decode(list(ids), skip_special_tokens=asked.skip_special_tokens))
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        ends = {text.find(stop): stop for stop in stops if stop and stop in text}
-        if ends:
-            text = text[: min(ends)]
-        reason: int | str | None = ends[min(ends)] if ends else None
-        if sample.stopped and not ends and sample.ids[-1] in (asked.stop_token_ids or []):
-            reason = sample.ids[-1]
-        choice: dict[str, object] = {
-            "index": index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": "stop" if sample.stopped or ends else "length",
-            "stop_reason": reason,
-        }
-        if asked.return_token_ids:
-            choice |= {"token_ids": list(sample.ids), "prompt_token_ids": list(row)}
-        return choice
-
-    def _scores(self, asked: Sequence[Asked], top: int) -> list[Scores]:
-        own = [torch.tensor(a.ids)[list(a.at)][:, None] for a in asked]
-        return self.served.scores(asked, own, top)
-
-    def _named(self, asked: Asked, found: Scores) -> list[dict[str, object] | None]:
-        """Per token: itself and the most probable ones, by id."""
-        out: list[dict[str, object] | None] = []
-        columns = (found.logp[:, 0], found.rank, found.top_ids, found.top_logp)
-        for i, logp, rank, ids, best in zip(
-            (asked.ids[t] for t in asked.at), *(x.tolist() for x in columns), strict=True
-        ):
-            some = {j: (value, place) for place, (j, value) in enumerate(zip(ids, best, strict=True), 1)}
-            some.setdefault(i, (logp, rank))
-            ordered = {i: some.pop(i), **some}
-            out.append({str(j): self._logprob(j, *pair) for j, pair in ordered.items()})
-        return out
-
-    def _logprob(self, token: int, logp: float, rank: int) -> dict[str, object]:
-        decoded = self.served.tokenizer.decode([token])
-        return {"logprob": max(logp, -LIMIT), "rank": rank, "decoded_token": decoded}
-
-    def _drawn_logprobs(
-        self, rows: Sequence[Sequence[int]], drawn: Sequence[Sample], asked: Completion
-    ) -> list[dict[str, object]]:
-        """OpenAI's log-probs of what was drawn, before temperature and truncation: the model's own."""
-        assert asked.logprobs is not None
-        pairs = [(tuple(rows[i // asked.n]), sample.ids) for i, sample in enumerate(drawn)]
-        every = [Asked(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
-        out = []
-        for (_, ids), found in zip(pairs, self._scores(every, asked.logprobs), strict=True):
-            tokens = [self.served.tokenizer.decode([i]) for i in ids]
-            tops = [
-                {self.served.tokenizer.decode([j]): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
-                for js, xs in zip(found.top_ids.tolist(), found.top_logp.tolist(), strict=True)
-            ]
-            logps = [max(x, -LIMIT) for x in found.logp[:, 0].tolist()]
-            for token, logp, some in zip(tokens, logps, tops, strict=True):
-                some.setdefault(token, logp)
-            offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
-            out.append({"tokens": tokens, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets})
-        return out
-
     def _answer(
         self,
-        kind: str,
-        prefix: str,
-        choices: list[dict[str, object]],
+        kind: tuple[str, str],
+        choices: Sequence[Mapping[str, object]],
         rows: Sequence[Sequence[int]],
         drawn: Sequence[Sample],
     ) -> dict[str, object]:
         read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in drawn)
-        return {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.served.name,
-            "choices": choices,
-            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-        }
+        return answers.whole(kind, self.served.name, choices, read=read, written=written)
+
+    def _scores(self, asked: Sequence[Asked], top: int) -> list[Scores]:
+        own = [torch.tensor(a.ids)[list(a.at)][:, None] for a in asked]
+        return self.served.scores(asked, own, top)
 
 
 IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pause resume reset_prefix_cache"

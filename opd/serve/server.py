@@ -72,7 +72,8 @@ def serve(config: Serve) -> None:
     try:
         import uvicorn
 
-        from opd.serve.app import Limits, build
+        from opd.serve.app import build
+        from opd.serve.gate import Limits
     except ImportError as error:
         raise Refusal(f"opd serve: {error.name} is not installed; pip install 'opd[serve]'") from error
     with _listen(config.host, config.port) as listening:

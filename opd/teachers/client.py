@@ -144,6 +144,7 @@ class Client:
     def close(self) -> None:
         """Ask nothing again: a process cannot end before its threads do, and a silent server would hold them long."""
         self.closed.set()
+        self.http.close()
 
     def get(self, path: str, read: Callable[[httpx.Response], T]) -> T:
         """What `read` makes of GET path."""

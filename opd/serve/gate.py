@@ -1,0 +1,66 @@
+"""What a request must get past: the token, the size of its body, and the shape in which a mistake is told."""
+
+import secrets
+from dataclasses import dataclass
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLarge"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    body_bytes: int
+    sequences: int
+    logprobs: int
+
+
+def error(status: int, text: str) -> JSONResponse:
+    """A mistake in vLLM's shape."""
+    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
+
+
+class Gate:
+    """Checks the bearer token and the size of a body before anything reads it; /health is open."""
+
+    def __init__(self, app: ASGIApp, *, token: str, most: int) -> None:
+        self.app, self.token, self.most = app, token, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        known = not self.token or secrets.compare_digest(
+            headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
+        )
+        if not known and scope["path"] != "/health":
+            refusal = error(401, "this server wants the header `Authorization: Bearer` with its token")
+            return await refusal(scope, receive, send)
+        said = headers.get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > self.most:
+            return await self._too_large(scope, receive, send)
+        whole, more = bytearray(), scope["method"] == "POST"
+        while more:  # a body without a length is counted as it comes
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            whole += message.get("body", b"")
+            if len(whole) > self.most:
+                return await self._too_large(scope, receive, send)
+            more = message.get("more_body", False)
+        left: list[Message] = [{"type": "http.request", "body": bytes(whole), "more_body": False}]
+
+        async def replay() -> Message:
+            return left.pop() if left else await receive()
+
+        return await self.app(scope, replay, send)
+
+    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await error(413, f"the request is larger than {self.most >> 20} MB: send fewer sequences at once")(
+            scope, receive, send
+        )
