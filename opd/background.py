@@ -28,11 +28,11 @@ from torch import Tensor
 
 from opd import models
 from opd.config import Train
+from opd.disk import disk
 from opd.draws import forget, outdate, share
 from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.method import Method
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened, prompts_of
-from opd.runs import disk
 from opd.session import Session
 from opd.types import Refusal, Rollout
 

@@ -12,9 +12,10 @@ import torch
 
 from opd import models, prompts
 from opd.config import DTYPES, Evaluate
+from opd.disk import disk
 from opd.engines.hf import HFEngine
 from opd.progress import loading
-from opd.runs import digest, disk
+from opd.runs import digest
 from opd.tasks import sets
 from opd.tasks.answers import marked, plain, said, spoken
 from opd.tasks.load import load

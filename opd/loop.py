@@ -24,6 +24,8 @@ from opd.types import Refusal
 
 FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
+    | {f"speaker.{name}" for name in ("engine_transfer", "engine_sleep", "engine_concurrency", "engine_timeout")}
+    | {"speaker.engine_token_env", "speaker.max_mismatch"}
 )  # may change when a run resumes
 # Process groups outlive the wrapped student: its reducer, as the last owner, would wait with the interpreter's lock for
 # threads of the group that may want it.

@@ -11,7 +11,6 @@ checkpoints/step-N/                         a model folder, optimizer.safetensor
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd.disk import disk
 from opd.kernels.choice import sweeper
 from opd.method import Method, Target
 from opd.types import Batch, Prompt, Refusal, Rollout
@@ -48,19 +48,14 @@ def plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-@contextlib.contextmanager
-def disk(doing: str) -> Iterator[None]:
-    """Turn a full disk or a folder one may not write into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
-            raise
-        raise Refusal(f"{doing}: {error.strerror}; mend that, then run the same command with --resume") from error
-    except Exception as error:  # safetensors wraps the OS error in its own type, with the reason in its text
-        if not any(reason in str(error) for reason in ("No space left", "File too large", "Permission denied")):
-            raise
-        raise Refusal(f"{doing}: {error}; mend that, then run the same command with --resume") from error
+def flat(value: object, path: str = "") -> list[tuple[str, object]]:
+    """Nested settings as dotted names."""
+    if isinstance(value, Mapping) and value:
+        return [leaf for k, v in value.items() for leaf in flat(v, f"{path}.{k}" if path else str(k))]
+    return [(path, value)]
+
+
+LEFT = ("answers.sqlite*", "engine", ".worker-*")  # by a run that was refused, or killed, before its first step
 
 
 @dataclass(frozen=True)
@@ -74,16 +69,21 @@ class Run:
         return (self.folder / "config.json").is_file()
 
     def empty(self) -> bool:
-        """Whether a run may start here."""
-        return not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))
+        """Whether a run may start here: nothing is, or what one left that never did."""
+        if not self.folder.exists():
+            return True
+        return self.folder.is_dir() and all(any(map(p.match, LEFT)) for p in self.folder.iterdir())
 
     def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
         """Refuse to resume under other settings than the run's own, but for those in `free`."""
-        before = json.loads((self.folder / "config.json").read_text())
-        for name, value in json.loads(json.dumps(settings)).items():
-            if name not in free and before.get(name) != value:
+        before = dict(flat(json.loads((self.folder / "config.json").read_text())))
+        served = lambda x: str(x).startswith("http")
+        for name, value in flat(json.loads(json.dumps(settings))):
+            was = before.get(name)
+            moved = name == "speaker.engine" and served(was) and served(value)  # it is sent the weights anyway
+            if not ({name, name.partition(".")[0]} & free or was == value or moved):
                 raise Refusal(
-                    f"--resume: {name} was {before.get(name)!r} in {self.folder} and is {value!r} now; "
+                    f"--resume: {name} was {was!r} in {self.folder} and is {value!r} now; "
                     "repeat the run's own command, or start another --out"
                 )
 
@@ -160,9 +160,11 @@ class Run:
         ]
         with disk(f"writing {folder}"):
             folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / f"step-{step:06d}.safetensors")
             self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
             self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            path = folder / f"step-{step:06d}.safetensors"
+            save_file(tensors, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)  # last: where it is, the others are
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:

@@ -17,8 +17,8 @@ FLOORS = {  # a floor imports itself and those above it in this list
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": (
-        "prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect adapters "
-        "adapters.*"
+        "disk prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect "
+        "adapters adapters.*"
     ),
     "program": (
         "config presets reading remote opening asking episode session bridge runs progress draws jobs background "

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 import opd
 from opd.method import Method
 from opd.methods import METHODS
+from opd.runs import Run
 from opd.steps import Loop
 from opd.types import Refusal
 from opd.vocabulary import _Side
@@ -160,6 +161,48 @@ def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
     with pytest.raises(Refusal, match=r"lacks the state of 1 trained parameters, .*embed_tokens") as error:
         opd.train(config(pair, out, steps=2, resume=True))
     assert "\n" not in str(error.value)
+
+
+def test_what_may_change_when_a_run_resumes(tmp_path):
+    run, free = Run(tmp_path), opd.loop.FREE
+    written = lambda **changes: {
+        "lr": 1e-3,
+        "remote": {"teacher_timeout": 5},
+        "speaker": opd.runs.plain(replace(opd.config.Speaker(engine="http://here:1"), **changes)),
+    }
+    run.start(written(), "vopd", 0)
+    moved = {"engine": "http://there:2", "engine_timeout": 9.0, "engine_concurrency": 8, "max_mismatch": 0.5}
+    run.matches(written(**moved) | {"remote": {"teacher_timeout": 9}}, free)
+    with pytest.raises(Refusal, match=r"--resume: speaker\.engine was 'http://here:1' .* and is 'vllm' now"):
+        run.matches(written(engine="vllm"), free)
+    with pytest.raises(Refusal, match=r"--resume: speaker\.engine_kv_gb was 4\.0"):
+        run.matches(written(engine_kv_gb=2.0), free)
+    with pytest.raises(Refusal, match=r"--resume: lr was 0\.001"):
+        run.matches(written() | {"lr": 2e-3}, free)
+
+
+def test_a_folder_is_empty_that_holds_what_a_refused_run_left(tmp_path):
+    run = Run(tmp_path / "run")
+    assert run.empty()
+    for name in ("engine", ".worker-0-7"):
+        (run.folder / name).mkdir(parents=True)
+    for name in ("answers.sqlite", "answers.sqlite-wal"):
+        (run.folder / name).touch()
+    assert run.empty() and not run.exists()
+    (run.folder / "notes.txt").touch()
+    assert not run.empty()
+
+
+def test_saved_rollouts_appear_whole(pair, tmp_path, monkeypatch):
+    def killed(tensors, path):
+        save_file(dict(list(tensors.items())[:1]), path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opd.runs, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(config(pair, tmp_path / "run", doctor=False))
+    assert not list((tmp_path / "run" / "rollouts").glob("*.safetensors"))
+    assert (tmp_path / "run" / "rollouts" / "step-000001.jsonl").exists()
 
 
 def test_ctrl_c_in_an_evaluation_saves_that_step(pair, tmp_path, monkeypatch, capsys):

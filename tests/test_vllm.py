@@ -380,7 +380,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
         engine.follow()
         after = drawn()
         close(model, prompts, after)
-        assert after != first and not list((tmp_path / "engine").iterdir())
+        assert after != first and not (tmp_path / "engine").exists()
         cold = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=4), seed=1, step=2, index=range(4))
         assert len({x.ids for x in cold[:3]}) == 1 and engine.processed()
         # Somebody else's weights: noticed by their name, and replaced.
@@ -391,6 +391,52 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
         wrong = VLLMServer(small, 145, (2,), how, 0, folder=tmp_path, dtype=torch.float32)
         with pytest.raises(opd.Refusal, match="the weights of another model"):
             wrong.generate(prompts, FREE, seed=1, step=2, index=range(4))
+
+
+def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_again_is_met_anew(tmp_path):
+    """A server with vLLM's refusals: an update in an update, one that nobody began, and no words while it is paused."""
+    folder, prompts = tiny(tmp_path / "model", seed=0), [[5, 6, 7]] * 2
+    state = {"met": True, "updating": True, "paused": True}
+
+    def fault(path: str, n: int) -> str | None:
+        match path.partition("?")[0]:
+            case "/init_weight_transfer_engine":
+                state["met"] = True
+            case "/start_weight_update":
+                if state["updating"] or not state["met"]:
+                    return "500"
+                state["updating"] = True
+            case "/finish_weight_update":
+                if not state["updating"]:
+                    return "500"
+                state["updating"] = False
+            case "/pause" | "/resume":
+                state["paused"] = path.startswith("/pause")
+            case "/inference/v1/generate" if state["paused"]:
+                return "500"
+        return None
+
+    with serving(folder, "--takes-weights") as (url, _), Proxy(url, fault) as proxy:
+        model, engine = ready(folder, proxy.url)
+        assert engine.processed()
+        drawn = lambda: engine.generate(prompts, FREE, seed=1, step=2, index=range(2))
+        close(model, prompts, drawn())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        state |= {"met": False, "updating": False, "paused": False}
+        httpx.post(f"{url}/update_weight_version", json={"new_version": "default"}).raise_for_status()
+        engine.follow()
+        close(model, prompts, drawn())
+
+        def link() -> None:
+            raise RuntimeError("NCCL error:\nunhandled system error")
+
+        engine.link = link
+        engine.follow()
+        with pytest.raises(opd.Refusal, match="the weights did not get there: RuntimeError: NCCL error: unhandled"):
+            drawn()
+    assert not (tmp_path / "engine").exists()
 
 
 def run(root, url, out, sampling=FREE, **changes) -> list[dict]:

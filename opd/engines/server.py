@@ -1,5 +1,6 @@
 """Sampling with a vLLM server, given by its address; weights go over by its own routes."""
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from opd.disk import disk
 from opd.engines.hf import Sample
 from opd.engines.transfer import weights
 from opd.engines.vllm import Request, Sent, Speaker, parameters, requests, sample
@@ -55,6 +57,10 @@ class VLLMServer(Sent):
         cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
         self.name, self.version = self.client.model or cards[0], ""
         self.link: Callable[[], None] | None = None
+        # What a trainer that was killed while it sent has left: an update (none is refused, too), and a pause.
+        with contextlib.suppress(Refusal):
+            self._post("/finish_weight_update", {})
+        self._post("/resume", {})
 
     def processed(self) -> bool:
         """Whether its log-probs are of what it draws from: near-greedy, those of the tokens drawn are near 0."""
@@ -62,16 +68,27 @@ class VLLMServer(Sent):
         asked = requests([[1, 1]], [], hot, seed=0, step=0, index=[0])
         return all(sum(x.logp) > -0.5 for x in self._ask(asked[0], cold) or ())
 
+    def _ours(self) -> bool:
+        """Whether it still has the weights that it was sent last."""
+        asked = requests([[1, 1]], [], Sampling(max_new_tokens=1), seed=0, step=0, index=[0])
+        return self._ask(asked[0], Sampling(max_new_tokens=1)) is not None
+
     def _send(self) -> None:
         self.client.knows("/health")  # one that is starting is waited for
+        if self.link is not None and not self._ours():
+            self.link = None  # it was started again
         self.version = f"opd-{secrets.token_hex(8)}"
         if self.link is None:
             try:
                 self.link = self._opened()
-            except (Refusal, OSError) as error:
+            except (Refusal, OSError, RuntimeError) as error:
                 raise Refusal(f"{error}; does it take weights? Started as {self.start} it does") from error
         self._post("/pause?mode=wait", {})
-        self.link()
+        try:
+            self.link()
+        except (OSError, RuntimeError) as error:  # of vLLM's own client and its backends
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise Refusal(f"--engine {self.client.url}: the weights did not get there: {said}") from error
         self._post("/update_weight_version", {"new_version": self.version})
         self._post("/reset_prefix_cache", {})  # its keys are of other weights
         self._post("/resume", {})
@@ -96,13 +113,17 @@ class VLLMServer(Sent):
 
     def _by_file(self) -> None:
         path = (self.folder / "engine" / "weights.safetensors").absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: x.to("cpu", self.dtype).contiguous() for name, x in weights(self.model).items()}
-        save_file(whole, path)
-        self._post("/start_weight_update", {})
-        self._post("/update_weights", {"update_info": {"files": [str(path)]}})
-        self._post("/finish_weight_update", {})
-        path.unlink()
+        try:
+            with disk(f"writing {path}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(whole, path)
+            self._post("/start_weight_update", {})
+            self._post("/update_weights", {"update_info": {"files": [str(path)]}})
+            self._post("/finish_weight_update", {})
+        finally:
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
 
     def _post(self, path: str, body: object) -> None:
         """One of the calls about weights: never repeated, for none may run twice."""

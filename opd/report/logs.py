@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from opd.evaluation import interval
 from opd.methods import METHODS
+from opd.runs import flat
 from opd.types import Refusal
 
 INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # no other configuration
@@ -92,13 +93,6 @@ def lines(path: Path) -> list[Row]:
     """The whole lines of a log: the last one of a run at work may be half written."""
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def flat(value: object, path: str = "") -> list[tuple[str, object]]:
-    """Nested settings as dotted names."""
-    if isinstance(value, Mapping) and value:
-        return [leaf for k, v in value.items() for leaf in flat(v, f"{path}.{k}" if path else str(k))]
-    return [(path, value)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from opd.disk import disk
 from opd.report.figures import payload
 from opd.report.logs import grouped, read
-from opd.runs import disk
 from opd.types import Refusal
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import matplotlib
 
+from opd.disk import disk
 from opd.report.figures import CURVES, curve, phases, positions
 from opd.report.logs import Group
-from opd.runs import disk
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
