@@ -8,14 +8,16 @@ import sys
 import threading
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import opd
 from opd import cli, opening, prompts, session
@@ -30,7 +32,7 @@ from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
-from opd.teachers.judge import Group, ModelJudge, Rubric, VerifierJudge, read
+from opd.teachers.judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, VerifierJudge, read
 from opd.teachers.text import ON, Begun, Elsewhere, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
 from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
@@ -775,6 +777,84 @@ def test_groups_without_a_judgement_stop_the_run(tmp_path, capsys):
     where = ["--judge", "verifier", "--out", str(tmp_path / "y")]
     assert cli.main(["train", *told, *where, "ropd", "--least", "12"]) == 2
     assert re.search("--judge verifier: .* judgements failed.*criteria, and --least is 12", capsys.readouterr().err)
+
+
+POINTS = (5, 3, 2, 1)
+WRITTEN = json.dumps({"criteria": [{"criterion": f"Says {p}.", "points": p} for p in POINTS]})
+CHECKED = json.dumps({"answers": [{"index": i, "met": [i > k for k in range(1, 5)]} for i in range(1, 7)]})
+
+
+def scribe(folder, rubric, sheet, context=16384):
+    """A Llama in a folder that knows two sentences: each follows the end of one of a judge's questions, whole."""
+    ends = [form.format_map(defaultdict(str)).rstrip()[-20:] for form in (RUBRIC, GRADE)]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Raw(models.BPE(vocab={s: i for i, s in enumerate([*symbols, "<end>"])}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<end>")
+    text.add_tokens([*ends, rubric, sheet])
+    text.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    size = 264
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        tie_word_embeddings=False, max_position_embeddings=context, eos_token_id=256, pad_token_id=256,
+        bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    follows = torch.zeros(size, size)
+    one, other, first, second = text.convert_tokens_to_ids([*ends, rubric, sheet])
+    follows[first, one] = follows[second, other] = follows[256, first] = follows[256, second] = 100.0
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.copy_(follows)
+    model.save_pretrained(folder)
+    text.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_judge_in_this_process(tmp_path, capsys):
+    """A transformers model that judges a run: its json read, its marks given back to whose they are, all accounted."""
+    score = lambda i: sum(p for p, k in zip(POINTS, range(1, 5), strict=True) if i > k) / sum(POINTS)
+    assert [round(11 * score(i)) for i in range(1, 7)] == [0, 5, 8, 10, 11, 11]
+    told = [*ROPD, "--teacher", "embedded:teacher", "--rollouts-every", "1"]
+    small = ["ropd", "--references", "2", "--per-prompt", "4"]
+    judge = scribe(tmp_path / "judge", WRITTEN, CHECKED)
+    assert cli.main(["train", *told, "--judge", judge, "--out", str(tmp_path / "x"), *small]) == 0, capsys.readouterr()
+    for step, (row, perf) in enumerate(zip(logged(tmp_path / "x"), logged(tmp_path / "x", "perf"), strict=True), 1):
+        found = load_file(tmp_path / f"x/rollouts/step-00000{step}.safetensors")
+        verdict = found["verdict"].view(4, 4).sort().values
+        assert row["unjudged"] == 0 and row["grad_norm"] > 0
+        rest = 34 / 11 + 11 / 11 - verdict.sum(1)  # the two references have the others of the six scores
+        assert all(any(abs(v - score(i)) < 1e-6 for i in range(1, 7)) for v in verdict.flatten().tolist())
+        assert row["reference_verdict"] <= float(rest.mean()) / 2 + 1e-6
+        assert (perf["judge_calls"], perf["judge_failed"], perf["judge_written_tokens"]) == (8, 0, 16)
+    vague = scribe(tmp_path / "vague", WRITTEN, "Sure!")
+    more = ["--judge", vague, "--judge-failures", "1", "--steps", "1", "--out", str(tmp_path / "y")]
+    assert cli.main(["train", *told, *more, *small]) == 0, capsys.readouterr()
+    (row,), (perf,) = logged(tmp_path / "y"), logged(tmp_path / "y", "perf")
+    assert row["unjudged"] == 1 and row["loss"] == row["grad_norm"] == 0
+    assert (perf["judge_calls"], perf["judge_failed"]) == (4 + 2 * 4, 0)
+    short = scribe(tmp_path / "short", WRITTEN, CHECKED, context=5000)
+    more = ["--judge", short, "--batch", "48", "--steps", "1", "--out", str(tmp_path / "z")]
+    assert cli.main(["train", *told, *more, *small]) == 2
+    said = r"100% of the last 10 questions .* and 4096 new ones, in a context of 5000: lower --judge-tokens"
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_marks_go_back_to_whose_they_are(tmp_path):
+    group = groups()[1][0]
+    folder = scribe(tmp_path / "judge", WRITTEN, CHECKED)
+    text = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    local = Local("judge", HFEngine(model, len(text), (256,)), text, 16384, {})
+    judge = ModelJudge(TextTeacher(local, Answers(tmp_path / "a"), Gate("x", 0.4)), 64, shared=False)
+    (rubric,) = judge.rubrics([group], 4, 12, 0)
+    assert [c.points for c in rubric.criteria] == list(POINTS)
+    (met,) = judge.grades([group], [rubric], 0)
+    for place, i in enumerate(group.shuffled(), 1):
+        assert met[i] == tuple(place > k for k in range(1, 5))
 
 
 def test_a_judge_that_is_down(tmp_path, capsys):
