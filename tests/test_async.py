@@ -39,15 +39,9 @@ from opd.surrogates import TruncatedRatio
 from opd.teachers.local import LocalTeacher
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.weights import TruncatedImportance
-from tests.models_for_tests import tiny
+from tests.models_for_tests import logged, small
 
 close = torch.testing.assert_close
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
 
 
 @pytest.fixture(autouse=True)
@@ -57,23 +51,7 @@ def _one_thread(monkeypatch):
 
 
 def config(pair, out, **changes):
-    student, teacher = pair
-    whole = opd.Train(
-        student=str(student),
-        teacher=str(teacher),
-        prompts="embedded:ledger-short",
-        method=METHODS["vopd"](),
-        out=out,
-        steps=6,
-        batch=8,
-        sampling=Sampling(max_new_tokens=16),
-        lr=1e-2,
-        save_every=3,
-        rollouts_every=1,
-        quiet=True,
-        doctor=False,
-    )
-    return replace(whole, **changes)
+    return small(pair, out, **{"steps": 6, "save_every": 3, "rollouts_every": 1, "doctor": False, **changes})
 
 
 def prompts(pair):
@@ -81,10 +59,6 @@ def prompts(pair):
     told = config(pair, Path("unused"))
     told = replace(told, data=replace(told.data, source=told.prompts))
     return open_session(told, told.resolved(), None).prompts
-
-
-def rows(folder: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def alike(a: Path, b: Path) -> None:
@@ -119,7 +93,7 @@ def test_a_worker_without_staleness_is_bitwise_the_synchronous_run(pair, tmp_pat
     opd.train(config(pair, tmp_path / "apart", worker=True, **changes))
     alike(tmp_path / "here", tmp_path / "apart")
     assert not workers(os.getpid()) and not list((tmp_path / "apart").glob(".worker*"))
-    assert {"wait_s", "worker_busy", "queue_depth"} <= rows(tmp_path / "apart", "perf")[0].keys()
+    assert {"wait_s", "worker_busy", "queue_depth"} <= logged(tmp_path / "apart", "perf")[0].keys()
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +106,8 @@ def two_behind(pair, tmp_path_factory):
 
 
 def test_rollouts_are_of_the_weights_they_name(pair, two_behind):
-    assert [r["staleness"] for r in rows(two_behind)] == [0, 1, 2, 2, 2, 2]
-    assert rows(two_behind)[-1]["drift"] > rows(two_behind)[0]["drift"] == pytest.approx(0, abs=1e-9)
+    assert [r["staleness"] for r in logged(two_behind)] == [0, 1, 2, 2, 2, 2]
+    assert logged(two_behind)[-1]["drift"] > logged(two_behind)[0]["drift"] == pytest.approx(0, abs=1e-9)
 
     asked = prompts(pair)
 
@@ -170,7 +144,7 @@ def test_a_killed_worker_changes_nothing(pair, tmp_path, two_behind):
     murderer.start()
     opd.train(config(pair, out, staleness=2, exact_staleness=True, save_every=1, keep=9))
     murderer.join()
-    assert len(set(killed)) == 2 == rows(out, "perf")[-1]["worker_restarts"]
+    assert len(set(killed)) == 2 == logged(out, "perf")[-1]["worker_restarts"]
     alike(out, two_behind)
 
 
@@ -307,12 +281,12 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
     for draw, drawn in kept.items():
         columns = load_file(out / f"rollouts/step-{draw:06d}.safetensors")
         assert [columns["ids"][i, : len(r.ids)].tolist() for i, r in enumerate(drawn)] == [list(r.ids) for r in drawn]
-    seen = [r["step"] for r in rows(out)]
-    assert seen == list(range(1, step + 5)) and all(r["staleness_max"] <= 2 for r in rows(out))
+    seen = [r["step"] for r in logged(out)]
+    assert seen == list(range(1, step + 5)) and all(r["staleness_max"] <= 2 for r in logged(out))
     # Every step had its own prompts, in the order of a synchronous run.
     asked = prompts(pair)
     for s in seen:
-        texts = [json.loads(x) for x in (out / f"rollouts/step-{s:06d}.jsonl").read_text().splitlines()]
+        texts = logged(out / "rollouts", f"step-{s:06d}")
         assert [t["answer"] for t in texts] == [p.prompt.answer for p in asked.batch(s, 8)]
 
 
@@ -363,11 +337,11 @@ def test_several_processes_have_a_worker_each(pair, tmp_path):
     (second,) = (p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == "1")
     second.send_signal(signal.SIGINT)  # only one of them hears it, and both stop after the same step
     assert run.wait(120) == 0, run.stderr.read()[-2000:]
-    last = rows(out)[-1]["step"]
+    last = logged(out)[-1]["step"]
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
-    assert all(r["staleness_max"] <= 2 for r in rows(out))
+    assert all(r["staleness_max"] <= 2 for r in logged(out))
     for step in (1, 2, 3):
-        texts = [json.loads(x) for x in (out / f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
+        texts = logged(out / "rollouts", f"step-{step:06d}")
         assert [t["index"] for t in texts] == list(range(8))
     assert not list(out.glob(".worker*"))
 
@@ -494,8 +468,8 @@ NPD = METHODS["npd"](pool=2, epochs=2, refresh=1, tau=5.0)
 def test_a_pool_is_written_by_a_snapshot_and_survives_a_checkpoint(pair, tmp_path):
     """Two batches, an epoch each by two snapshots; in a worker, and resumed in the middle of an epoch, all the same."""
     here = opd.train(config(pair, tmp_path / "here", method=NPD, keep=9, steps=7))
-    assert [r["staleness"] for r in rows(here)] == [0, 1, 0, 1, 0, 1, 0]
-    assert all(0 < r["weighted_1"] <= 1 for r in rows(here))
+    assert [r["staleness"] for r in logged(here)] == [0, 1, 0, 1, 0, 1, 0]
+    assert all(0 < r["weighted_1"] <= 1 for r in logged(here))
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, worker=True))
     alike(here, tmp_path / "apart")
     for run in (here, tmp_path / "apart"):
@@ -564,7 +538,7 @@ def test_what_a_filter_drops_is_measured_and_not_trained(pair, tmp_path, monkeyp
     monkeypatch.setattr(Passes, "_weighed", lambda self, targets: None)
     every = opd.train(config(pair, tmp_path / "every", method=method, steps=3, micro_batch_tokens=100))
     assert through[True] == 3 * 4 + 3 * 8
-    for one, other in zip(rows(some), rows(every), strict=True):
+    for one, other in zip(logged(some), logged(every), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-7, nan_ok=True)
     for file in sorted((some / "rollouts").glob("*.safetensors")):
         x, y = load_file(file), load_file(every / "rollouts" / file.name)
@@ -584,21 +558,21 @@ def test_rows_without_a_trained_token_go_nowhere(pair, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Student, "forward", counted)
     run = opd.train(config(pair, tmp_path / "run", truncated="drop", sampling=Sampling(max_new_tokens=48), steps=4))
-    ended = [round(8 * row["stopped"]) for row in rows(run)]
+    ended = [round(8 * row["stopped"]) for row in logged(run)]
     assert 0 < sum(ended) < 4 * 8 and sum(through) == sum(max(1, n) for n in ended)
     through.clear()
     run = opd.train(config(pair, tmp_path / "none", truncated="drop", sampling=Sampling(max_new_tokens=1), steps=1))
-    assert through == [1] and rows(run)[0]["loss"] == 0 == rows(run)[0]["grad_norm"] == rows(run)[0]["stopped"]
+    assert through == [1] and logged(run)[0]["loss"] == 0 == logged(run)[0]["grad_norm"] == logged(run)[0]["stopped"]
 
 
 def test_a_student_that_drifts_is_asked_again(pair, tmp_path):
     """A bound so small that any drift breaks it, a step after it was made; step 4 has a snapshot anyway."""
     method = METHODS["npd"](pool=3, epochs=2, refresh=1, drift=1e-6, tau=5.0)
-    found = rows(opd.train(config(pair, tmp_path / "run", method=method, steps=5)))
+    found = logged(opd.train(config(pair, tmp_path / "run", method=method, steps=5)))
     assert [r["staleness"] for r in found] == [0, 1, 0, 0, 1]
     apart = opd.train(config(pair, tmp_path / "apart", method=method, steps=5, worker=True))
-    assert rows(apart) == found
-    loose = rows(
+    assert logged(apart) == found
+    loose = logged(
         opd.train(config(pair, tmp_path / "loose", method=replace(method, rollouts=Snapshot(3, 2, (1,), 9.0))))
     )
     assert [r["staleness"] for r in loose] == [0, 1, 2, 0, 1, 2]

@@ -42,7 +42,7 @@ from opd.teachers.writer import ServerEngine
 from opd.types import Rollout, Sampling
 from opd.vocabulary import Given, Heard, Hidden, Vocabulary, head_pass, measure
 from scripts.soak import Proxy, free_port, serving
-from tests.models_for_tests import started, tiny
+from tests.models_for_tests import logged, small, started, tiny
 
 CPU = torch.device("cpu")
 QUICK = Remote(teacher_retries=3, teacher_timeout=20.0, teacher_concurrency=3)
@@ -50,12 +50,6 @@ QUICK = Remote(teacher_retries=3, teacher_timeout=20.0, teacher_concurrency=3)
 
 PLAIN = ("/opd/",)
 OLD = ("/opd/", "/inference/")  # a server that scores no chosen tokens
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)
 
 
 @pytest.fixture(scope="module")
@@ -104,26 +98,8 @@ def rollouts(count: int = 7, ends: int = 2) -> tuple[list[Rollout], list[list[bo
 
 
 def config(pair, out, teacher=None, **changes):
-    whole = opd.Train(
-        student=str(pair[0]),
-        teacher=str(teacher or pair[1]),
-        prompts="embedded:ledger-short",
-        method=METHODS["vopd"](),
-        out=out,
-        steps=3,
-        batch=8,
-        sampling=Sampling(max_new_tokens=16),
-        lr=1e-2,
-        save_every=2,
-        quiet=True,
-        micro_batch_tokens=256,
-        remote=QUICK,
-    )
-    return replace(whole, **changes)
-
-
-def lines(folder: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    own = {"steps": 3, "save_every": 2, "micro_batch_tokens": 256, "remote": QUICK}
+    return small((pair[0], teacher or pair[1]), out, **{**own, **changes})
 
 
 WHOLE = ("reverse_kl", "reverse_kl_first", "reverse_kl_middle", "reverse_kl_last", "teacher_entropy", "entropy_gap")
@@ -132,7 +108,7 @@ WHOLE += ("top5_overlap", "top5_student_mass", "top5_teacher_mass")  # of the te
 
 def same(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
     """The same metrics up to rounding, except columns that one of them cannot have."""
-    for x, y in zip(lines(a), lines(b), strict=True):
+    for x, y in zip(logged(a), logged(b), strict=True):
         assert set(x) - set(but) == set(y) - set(but)
         for name in set(x) - set(but):
             assert x[name] == pytest.approx(y[name], rel=2e-3, abs=2e-5), name
@@ -329,7 +305,7 @@ def test_training_through_opd_serve_is_training_with_the_local_teacher(pair, ser
     there = opd.train(config(pair, tmp_path / "there", server, **changes))
     here = opd.train(config(pair, tmp_path / "here", **changes))
     same(there, here)
-    wire = [row for row in lines(there, "perf") if "teacher_received_mb" in row]
+    wire = [row for row in logged(there, "perf") if "teacher_received_mb" in row]
     assert len(wire) == 3 and all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in wire)
 
 
@@ -351,7 +327,7 @@ def test_training_on_the_top_k_of_a_plain_server_is_training_with_the_local_teac
         there = opd.train(config(pair, tmp_path / "there", proxy.url, **changes))
     here = opd.train(config(pair, tmp_path / "here", **changes))
     same(there, here, WHOLE)
-    assert all("reverse_kl" not in row and row["grad_norm"] > 1e-3 for row in lines(there))
+    assert all("reverse_kl" not in row and row["grad_norm"] > 1e-3 for row in logged(there))
 
 
 def test_the_top_k_of_the_student_with_a_merged_stop_class(pair, tmp_path):
@@ -373,8 +349,8 @@ def test_training_through_a_plain_server_is_training_with_the_local_teacher(pair
     here = opd.train(config(pair, tmp_path / "here", **changes))
     kl = ("eval_reverse_kl", "eval_reverse_kl_se", "eval_log_ratio", "eval_log_ratio_se")
     same(there, here, (*WHOLE, *kl))
-    assert all("reverse_kl" not in row for row in lines(there))
-    assert [row["step"] for row in lines(there) if "eval_log_ratio" in row] == [0, 3]
+    assert all("reverse_kl" not in row for row in logged(there))
+    assert [row["step"] for row in logged(there) if "eval_log_ratio" in row] == [0, 3]
 
 
 def test_a_teacher_that_writes_part_of_the_rollouts_writes_them_there(pair, server, tmp_path):
@@ -382,7 +358,7 @@ def test_a_teacher_that_writes_part_of_the_rollouts_writes_them_there(pair, serv
     run = opd.train(config(pair, tmp_path / "run", server, method=method, steps=6))
     again = opd.train(config(pair, tmp_path / "again", server, method=method, steps=6))
     assert (run / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()  # seeds, not luck
-    assert all(row["grad_norm"] > 0 for row in lines(run))
+    assert all(row["grad_norm"] > 0 for row in logged(run))
 
 
 def test_what_the_server_writes_is_sampled_from_its_model(server, teacher):
@@ -422,7 +398,7 @@ def test_faults_on_the_way_lose_nothing(pair, server, tmp_path, hide):
         asked = sum(n + 1 for path, n in proxy.asked.items() if path in ("/opd/hidden", "/v1/completions"))
     but = WHOLE if hide else ()
     same(there, here, but)
-    wire = lines(there, "perf")
+    wire = logged(there, "perf")
     assert sum(row["teacher_retries"] for row in wire) >= 5
     assert asked > sum(row["teacher_requests"] for row in wire) - 20  # what failed was asked again, alone
 
@@ -476,7 +452,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_comes_back(pair, tmp_path):
             there = opd.train(config(pair, tmp_path / "there", proxy.url, remote=patient))
         assert first.wait(10) == -signal.SIGKILL
     same(there, opd.train(config(pair, tmp_path / "here")))
-    assert sum(row["teacher_retries"] for row in lines(there, "perf")) > 0
+    assert sum(row["teacher_retries"] for row in logged(there, "perf")) > 0
 
 
 def test_after_the_last_retry_the_run_can_be_resumed(pair, server, tmp_path):
@@ -530,7 +506,7 @@ def test_a_run_does_not_go_on_with_other_weights(pair, server, tmp_path, hide):
                 opd.train(replace(cut, resume=True))
         proxy.target = server
         opd.train(replace(cut, resume=True))
-    assert lines(tmp_path / "run")[-1]["step"] == 3
+    assert logged(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_two_teachers_of_which_some_are_served(pair, server, tmp_path):
@@ -548,7 +524,7 @@ def test_two_teachers_of_which_some_are_served(pair, server, tmp_path):
     same(mixed, here)
     same(both, here)
     for run in (mixed, both):
-        assert all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in lines(run, "perf"))
+        assert all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in logged(run, "perf"))
     context = {"context": "answer", "teacher": "ema:0.1", "route": ("x=ema:0.9",)}
     saved = opd.train(config(pair, tmp_path / "averages", **context, **changes)) / "checkpoints" / "step-000002"
     slow, fast = (load_file(saved / place / "teacher.safetensors") for place in (".", "teacher-1"))
@@ -561,7 +537,7 @@ def test_the_traffic_of_every_process_is_counted(pair, server, tmp_path):
         models = ["--student", str(pair[0]), "--teacher", proxy.url, "--out", str(tmp_path / "run")]
         started(["train", *models, *flags, "--quiet", "vopd"], 2)
         asked = sum(n + 1 for n in proxy.asked.values())
-    assert sum(row["teacher_requests"] for row in lines(tmp_path / "run", "perf")) == asked
+    assert sum(row["teacher_requests"] for row in logged(tmp_path / "run", "perf")) == asked
 
 
 # Who is there
@@ -664,7 +640,7 @@ def test_a_server_is_compared_with_a_local_copy_on_request(pair, server, plain, 
         apart = compare(remote, teacher, texts)
         assert apart.shape == (6,) and apart.max() < 1e-4
     good = replace(QUICK, teacher_local=str(pair[1]))
-    assert lines(opd.train(config(pair, tmp_path / "good", server, remote=good, steps=1)))
+    assert logged(opd.train(config(pair, tmp_path / "good", server, remote=good, steps=1)))
     wrong = replace(QUICK, teacher_local=str(pair[0]))
     with pytest.raises(opd.Refusal, match="nats apart on average"):
         opd.train(config(pair, tmp_path / "wrong", server, remote=wrong))
