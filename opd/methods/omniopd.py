@@ -23,7 +23,8 @@ def omniopd(
     Chunks start where the student is least sure; likeness is 1 - edit distance / the longer length, in characters, so
     the teacher may have any tokenizer.  Outside them the student stays near the --reference (empty: itself as it was).
     Without that anchor, or with chunks of 25 tokens, the paper's student collapses.  Every chunk is raised, right ones
-    more: chunks should be so short that a wrong one is unlike the right one, or --centred takes the mean off.
+    more: chunks should be so short that a wrong one is unlike the right one, or --centred takes the mean off.  The same
+    beginning of the same prompt gets the same texts in every epoch, as they are kept; Algorithm 1 draws them anew.
 
     Args:
         chunks: chunks of a response that are audited, fewer where no more fit.

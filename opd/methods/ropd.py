@@ -21,7 +21,8 @@ def ropd(
 
     --judge writes one rubric for all answers to a prompt, then checks them blind; the teacher's own scores do not
     enter.  Where it fails the group has no advantage.  As in the released settings: the mean alone is subtracted, and
-    no KL to the reference is added (the paper's Eq. 6 also divides by the deviation: --norm-std).
+    no KL to the reference is added (the paper's Eq. 6 also divides by the deviation: --norm-std).  Their dual clip (c =
+    3 for negative advantages) is left out; the teacher answers at temperature 1, not 0, or all its answers were one.
 
     Args:
         references: answers of the teacher to each prompt.

@@ -49,8 +49,10 @@ def rubricem(
     --judge (empty: the teacher) contrasts a prompt's rollouts and writes criteria for each stage, beside those it kept;
     it marks every rollout by them, and those whose marks vary least go.  Of one rollout a prompt the student writes
     reflections: judged, trained on one step later, the best read again with the same question (by its exact text; the
-    paper also looks for like questions by embedding).  The KL is that of KL3's expected gradient, KL(reference ||
-    student), over the whole vocabulary instead of the sampled token.  The clip's width is not published.
+    paper also looks for like questions by embedding).  One verdict is a reflection's worth; the paper's Algorithm 1
+    takes the mean of two, within an episode and across episodes.  The KL is that of KL3's expected gradient,
+    KL(reference || student), over the whole vocabulary instead of the sampled token.  The clip's width is not
+    published.
 
     Args:
         per_prompt: rollouts of a prompt.

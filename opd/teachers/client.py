@@ -41,7 +41,8 @@ class Remote:
     teacher_timeout: float = 300.0
     """Seconds until a request to a server teacher counts as failed."""
     teacher_retries: int = 8
-    """Times a failed request is asked again, after 0.5, 1, 2, ... 30 s (with jitter)."""
+    """Times a failed request is asked again, after 0.5, 1, 2, ... 30 s (with jitter); by OpenAI's client, for text-only
+    teachers and judges, at most 8 s apart or when Retry-After says."""
     teacher_concurrency: int = 8
     """Requests to a server teacher in flight at once."""
     teacher_tokenizer: str = ""
@@ -59,7 +60,8 @@ class Remote:
     """Ask that a judge keeps to the JSON schema of what it fills in (vLLM, SGLang, OpenAI, `opd serve`, a model here);
     a model that thinks in its answer cannot think then."""
     judge_failures: float = 0.4
-    """Share of the last questions to a text-only teacher or judge that may fail; beyond it the run stops."""
+    """Share of the last questions to a text-only teacher or judge that may fail, and of the last groups or rollouts
+    that may go without a judgement; beyond it the run stops."""
 
     def check(self) -> None:
         """Refuse impossible settings."""
