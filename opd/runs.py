@@ -207,6 +207,11 @@ class Clock:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Count so many seconds of a phase as those of a part of it."""
+        self.seconds[phase] -= seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
     def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
         """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
         cuda = torch.cuda.is_available()

@@ -17,6 +17,7 @@ from opd.background import hired
 from opd.collect import Rendered, collate
 from opd.config import Train
 from opd.draws import Here, Source
+from opd.engines.vllm import Sent
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method
@@ -151,7 +152,8 @@ class Loop:
         """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
         config, session, who = self.config, self.session, self.method.rollouts
         clock = Clock({})
-        apart = bool(config.staleness or config.worker)
+        apart, writer = bool(config.staleness or config.worker), session.collector.student
+        sent = writer.seconds if isinstance(writer, Sent) else 0.0
         with clock("wait" if apart else "rollout"):
             rollouts = self._taken(step, memory)
             if config.told() == "peer":
@@ -162,6 +164,8 @@ class Loop:
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
+        if isinstance(writer, Sent):
+            clock.split("rollout", "weights", writer.seconds - sent)
         self.passes.heard.clear()
         if not self.method.local():
             with clock("measure"):

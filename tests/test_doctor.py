@@ -394,6 +394,20 @@ def test_teacher_behind_a_server(tmp_path):
     assert {f.check for f in errors(itself)} == {"distance"}
 
 
+def test_a_worker_needs_its_own_student_and_writes_while_this_one_trains(tmp_path):
+    config = healthy(prompts=rows(tmp_path, *[RIGHT] * 16), batch=16)
+    config = replace(config, data=replace(config.data, source=config.prompts))
+    session = open_session(config, config.method, None)
+    needs = lambda **changes: cost.parts(Probe(replace(config, **changes), config.method, session, 0))
+    alone, beside = ({p.name: p.bytes for p in needs(**x)} for x in ({}, {"staleness": 1}))
+    weights = sum(p.numel() * 4 for p in session.plain().model.parameters())
+    assert alone["worker's student"] == 0 and beside == alone | {"worker's student": weights}
+    assert cost.peak(needs(worker=True)) == cost.peak(needs(staleness=1, worker_device="cpu"))
+    trains = max(alone["teacher at work"], alone["activations"] + alone["logits"])
+    turns = cost.peak(needs()) - max(alone["KV cache"], trains)
+    assert cost.peak(needs(staleness=1)) == turns + weights + alone["KV cache"] + trains
+
+
 MEMORY = {"full": {}, "lora": {"lora_rank": 4}, "checkpointing": {"gradient_checkpointing": True}}
 
 

@@ -20,8 +20,8 @@ from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.report import alarms as rules
 from opd.report.compare import apart, between, gains, paired
-from opd.report.figures import payload, positions
-from opd.report.logs import grouped, read
+from opd.report.figures import payload, phases, positions
+from opd.report.logs import Group, Log, grouped, read
 from opd.report.page import Report, finite, report
 from opd.report.tokens import Inspect, inspect, rocks
 from opd.tokens import spelled
@@ -188,6 +188,13 @@ def made(**changes):
     rows = [{"step": s, "reverse_kl": 1 / s, **healthy} for s in range(1, 21)]
     rows = [{**row, **{name: value(row["step"]) for name, value in changes.items()}} for row in rows]
     return tuple(rows)
+
+
+def test_phases_are_what_a_step_waits_for():
+    """The worker's processor seconds pass beside them."""
+    perf = {"wait_s": 1.0, "update_s": 2.0, "worker_cpu_s": 4.0, "seconds": 3.0, "tokens_per_s": 9.0}
+    log = Log(Path("run"), {}, {}, ({"step": 1}, {"step": 2}), (), (perf, perf | {"save_s": 1.0}), {})
+    assert phases(Group("one", (log,))) == {"wait": 1.0, "update": 2.0, "save": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ CONTRACTS = json.loads((ROOT / "tests" / "vllm_contract.json").read_text())
 REAL = importlib.util.find_spec("vllm") is not None
 real = pytest.mark.skipif(not REAL, reason="vLLM is not installed")
 FREE = Sampling(max_new_tokens=12)
+PHASES = ("rollout", "weights", "measure", "look", "save", "update", "snapshot")
 
 
 def script():
@@ -471,6 +472,9 @@ def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
         calm = run(tmp_path, url, "calm")
         assert all(row["sampler_gap"] < 1e-3 and row["grad_norm"] > 0 for row in calm)
         assert calm[0]["loss"] != calm[-1]["loss"]
+        spent = [json.loads(line) for line in (tmp_path / "calm" / "perf.jsonl").read_text().splitlines()]
+        assert all(row["weights_s"] > 0 and row["rollout_s"] > 0 for row in spent)
+        assert all(row["seconds"] == pytest.approx(sum(row.get(f"{p}_s", 0) for p in PHASES)) for row in spent)
         with pytest.raises(opd.Refusal, match="--max-mismatch 1e-12") as caught:
             run(tmp_path, url, "strict", max_mismatch=1e-12)
         assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from opd import models
 from opd.config import DTYPES
 from opd.doctor.findings import Finding, Level, ok
 from opd.doctor.probe import Looked, Probe
@@ -93,7 +94,9 @@ def parts(probe: Probe) -> list[Part]:
     kept_states = tokens * widest * 4 if probe.method.local() else batch
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
     less = f"--micro-batch-tokens {max(row, tokens // 4)}"
+    worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(probe) else 0
     return [
+        Part("worker's student", worker, ("--worker-device for the worker",)),
         Part("gradients", 4 * trained, ("--lora-rank 32",)),
         Part("AdamW", 8 * trained, ("--lora-rank 32",)),
         Part("weights in the compute type", int(copies), ("--precision fp32",)),
@@ -106,10 +109,20 @@ def parts(probe: Probe) -> list[Part]:
 
 
 def peak(needs: Sequence[Part]) -> int:
-    """Of a run: sampling and training take turns, gradients and optimizer stay."""
+    """Of a run: gradients and optimizer stay; sampling and training take turns, but beside a worker."""
     size = {p.name: p.bytes for p in needs}
     stays = size["gradients"] + size["AdamW"] + size["weights in the compute type"] + size["teacher states"]
-    return stays + max(size["KV cache"], size["teacher at work"], size["activations"] + size["logits"])
+    trains = max(size["teacher at work"], size["activations"] + size["logits"])
+    if size["worker's student"]:
+        return stays + size["worker's student"] + size["KV cache"] + trains
+    return stays + max(size["KV cache"], trains)
+
+
+def _shared(probe: Probe) -> bool:
+    """Whether a worker's copy of the student lives on the student's device."""
+    config, device = probe.config, probe.session.accelerator.device
+    there = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
+    return bool(config.staleness or config.worker) and there.type == device.type and there.index in (None, device.index)
 
 
 def memory(probe: Probe) -> Iterator[Finding]:

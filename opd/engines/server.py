@@ -137,8 +137,8 @@ class VLLMServer(Sent):
                 if None not in found:
                     return [x for x in found if x is not None]
                 # It was started again, or somebody else sent it weights: it gets ours, and the whole batch is theirs.
-                self.link = None
-                self._send()
+                self.link, self.stale = None, True
+                self.sync()
         raise Refusal(
             f"--engine {self.client.url}: it has weights of somebody else, though it was just sent this student's: one "
             "run to a server"

@@ -7,6 +7,7 @@ with `engines/server.py`, which asks a vLLM server the same.
 """
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -143,7 +144,7 @@ class Sent:
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
         self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
-        self.stale = True
+        self.stale, self.seconds = True, 0.0  # that sending weights took so far
         self.allowed = range(vocabulary) if vocabulary < len(head(model).weight) else None
 
     def follow(self) -> None:
@@ -153,8 +154,9 @@ class Sent:
     def sync(self) -> None:
         """Send the weights, if they are others than the engine's."""
         if self.stale:
+            start = time.perf_counter()
             self._send()
-            self.stale = False
+            self.stale, self.seconds = False, self.seconds + time.perf_counter() - start
 
     def close(self) -> None:
         """Let go of what is held."""

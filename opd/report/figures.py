@@ -174,5 +174,5 @@ def phases(group: Group) -> dict[str, float]:
     """Mean seconds of a step by phase; evaluations and saves are spread over all steps."""
     rows = [r for run in group.runs for r in run.perf]
     steps = max(1, sum(len(run.steps) for run in group.runs))
-    names = dict.fromkeys(k for r in rows for k in r if k.endswith("_s") and k != "tokens_per_s")
+    names = dict.fromkeys(k for r in rows for k in r if k.endswith("_s") and k not in ("tokens_per_s", "worker_cpu_s"))
     return {n.removesuffix("_s"): sum(r.get(n, 0.0) for r in rows) / steps for n in names}
