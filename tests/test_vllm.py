@@ -411,6 +411,8 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
                 if not state["updating"]:
                     return "500"
                 state["updating"] = False
+            case "/resume" if n == 0:
+                return "drop"
             case "/pause" | "/resume":
                 state["paused"] = path.startswith("/pause")
             case "/inference/v1/generate" if state["paused"]:

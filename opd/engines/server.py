@@ -60,7 +60,7 @@ class VLLMServer(Sent):
         # What a trainer that was killed while it sent has left: an update (none is refused, too), and a pause.
         with contextlib.suppress(Refusal):
             self._post("/finish_weight_update", {})
-        self._post("/resume", {})
+        self._post("/resume", {}, tries=2)  # vLLM drops the connection behind such a refusal
 
     def processed(self) -> bool:
         """Whether its log-probs are of what it draws from: near-greedy, those of the tokens drawn are near 0."""
@@ -125,9 +125,9 @@ class VLLMServer(Sent):
             path.unlink(missing_ok=True)
             path.parent.rmdir()
 
-    def _post(self, path: str, body: object) -> None:
-        """One of the calls about weights: never repeated, for none may run twice."""
-        self.client.post(path, body, lambda response: None, tries=1)
+    def _post(self, path: str, body: object, tries: int = 1) -> None:
+        """One of the calls about weights: never repeated where it may not run twice."""
+        self.client.post(path, body, lambda response: None, tries=tries)
 
     def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         self.sync()
