@@ -101,7 +101,7 @@ class Parsed(Exception):
 def parse(words: list[str], monkeypatch) -> object:
     """What the command line of `opd` makes of some words, just before it acts."""
 
-    def stop(value, *more):
+    def stop(value, *more, **named):
         raise Parsed(value)
 
     for module, function in (
