@@ -44,9 +44,16 @@ def summary(batch: Batch) -> dict[str, float]:
     if batch.student_logp is not None and batch.teacher_logp is not None:
         accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
         out["rejected"] = float(1 - accepted.mean())  # by a teacher that speculates: on policy the total variation
-    for i, score in enumerate(batch.scores):
-        if score is not None:
-            suffix, said = f"_{i}" if len(batch.scores) > 1 else "", score[mask]
+    return out
+
+
+def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
+    """What each term multiplies the tokens' log-probs with: as the batch made it, else as the head pass scored it."""
+    out: dict[str, float] = {}
+    for i, (score, target) in enumerate(zip(batch.scores, targets, strict=True)):
+        known = score if target.advantage is None else target.advantage
+        if known is not None and batch.mask.any():
+            suffix, said = f"_{i}" if len(targets) > 1 else "", known[batch.mask]
             out[f"advantage{suffix}"] = float(said.mean())
             out[f"advantage_std{suffix}"] = float(said.std(correction=0))
             ordered = said.sort().values

@@ -21,7 +21,7 @@ from opd.engines.vllm import Sent
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method
-from opd.metrics import agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
+from opd.metrics import advantages, agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
 from opd.passes import Passes, width
 from opd.questions import Question, Reflect, Stages
 from opd.representation import Bridge
@@ -344,6 +344,7 @@ class Loop:
         fresh = sum(r.index < config.batch for r in rollouts)
         own, rest = batch[:fresh], batch[fresh:]  # what is said of rollouts is not said of reflections
         numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
+        numbers |= advantages(own, [target[:fresh] for target in targets])
         numbers |= asking.numbers(own, self.method.asks) | asking.reflected(rest)
         numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
         return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])

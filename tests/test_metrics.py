@@ -11,7 +11,7 @@ import torch
 import opd
 from opd.cli import main
 from opd.method import Target
-from opd.metrics import agreeing, by_task, by_third, effective, repetition, speaking, summary, weighting
+from opd.metrics import advantages, agreeing, by_task, by_third, effective, repetition, speaking, summary, weighting
 from opd.report.alarms import Alarm
 from opd.types import DATA, Batch, Prompt, Sampling
 
@@ -70,7 +70,8 @@ def test_what_others_wrote_has_no_ratio(other):
 
 def test_tails_of_the_advantage():
     score = torch.linspace(-3, 1, 14).view(2, 7)
-    found = summary(batch(scores=(score,)))
+    local = Target(torch.ones(2, 7), None, None)
+    found = advantages(batch(scores=(score,)), (local,))
     said = score[batch().mask]
     assert found["advantage_max"] == 3 and found["advantage_p1"] == pytest.approx(float(said.min()))
     assert found["advantage_p99"] == pytest.approx(float(said.max()))
@@ -85,8 +86,11 @@ def test_tails_of_the_advantage():
         sampler_logp=torch.zeros(1, count),
         scores=(torch.randperm(count)[None].float(),),
     )
-    found = summary(many)
+    found = advantages(many, (Target(torch.ones(1, count), None, None),))
     assert (found["advantage_p1"], found["advantage_p99"]) == (10.0, 990.0)
+    made = Target(torch.ones(2, 7), 5 * score, None)  # a group's, say: what the loss multiplies with
+    assert advantages(batch(scores=(torch.ones(2, 7),)), (made,))["advantage_max"] == 15
+    assert advantages(batch(scores=(None, None)), (local, local)) == {}
 
 
 def test_entropies_apart():
