@@ -18,7 +18,18 @@ from jaxtyping import Bool, Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd import against, divergences, estimators, method, representation, rewards, rollouts, surrogates, transforms
+from opd import (
+    against,
+    divergences,
+    estimators,
+    judged,
+    method,
+    representation,
+    rewards,
+    rollouts,
+    surrogates,
+    transforms,
+)
 from opd import weights as weighing
 from opd.against import Teacher
 from opd.estimators import Sampled, Value
@@ -30,7 +41,10 @@ from opd.rewards import LogRatio, One, ReverseKLPlus
 from opd.rollouts import OnPolicy
 from opd.types import Batch, Refusal
 
-LEAVES = (against, divergences, estimators, method, representation, rewards, rollouts, surrogates, transforms, weighing)
+LEAVES = (
+    *(against, divergences, estimators, judged, method, representation, rewards, rollouts, surrogates, transforms),
+    weighing,
+)
 SPACES = (*map(vars, LEAVES), *(vars(sys.modules[make.__module__]) for make in METHODS.values()))
 NAMES = {name: part for space in SPACES for name, part in space.items() if isinstance(part, type)}
 OWN, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"

@@ -3,6 +3,7 @@
 from opd.against import *  # noqa: F403
 from opd.divergences import *  # noqa: F403
 from opd.estimators import *  # noqa: F403
+from opd.judged import *  # noqa: F403
 from opd.method import *  # noqa: F403
 from opd.rewards import *  # noqa: F403
 from opd.rollouts import *  # noqa: F403

@@ -8,7 +8,7 @@ from math import log
 import pytest
 import torch
 
-from opd import divergences, estimators, rewards, surrogates, transforms, weights
+from opd import divergences, estimators, judged, rewards, surrogates, transforms, weights
 from opd.divergences import (
     JSD,
     BucketJSD,
@@ -21,30 +21,13 @@ from opd.divergences import (
     Support,
 )
 from opd.estimators import Full, Optimal, Sampled, Several, Stratified, TopKValue, Value
+from opd.judged import Audited, CentredPosterior, GroupAdvantage, Posterior, StageReturn, StageScore, Unaudited
 from opd.rewards import Clip, LogRatio, Power, Tanh
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
-from opd.transforms import (
-    CentredPosterior,
-    Discount,
-    DiscountExpected,
-    GroupAdvantage,
-    MeanFuture,
-    StageReturn,
-    StageScore,
-    Whiten,
-)
+from opd.transforms import Discount, DiscountExpected, MeanFuture, Whiten
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
-from opd.weights import (
-    Audited,
-    Constant,
-    LastTokens,
-    Posterior,
-    SequenceMean,
-    TokenMean,
-    TruncatedImportance,
-    Unaudited,
-)
+from opd.weights import Constant, LastTokens, SequenceMean, TokenMean, TruncatedImportance
 from tests import test_methods_rewards, test_methods_selection
 from tests.by_hand import INF, POISON, close, logp, tensor
 
@@ -197,12 +180,13 @@ def test_every_leaf_has_a_golden_value():
     more = (*test_methods_rewards.FORWARD, *test_methods_rewards.REWARDS)
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
     assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
-    assert leaves(estimators) == {Value, TopKValue, Optimal, Sampled, Several, Stratified, Full}  # Several: test_several
-    # GroupAdvantage, (Centred)Posterior, (Un)Audited: test_text_teachers; LastTokens: test_representation;
-    # StageScore, StageReturn: test_stages.
-    judged = {GroupAdvantage, CentredPosterior, StageScore, StageReturn}
-    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture} | judged
-    here = {TokenMean, SequenceMean, Constant, TruncatedImportance, Posterior, Audited, Unaudited, LastTokens}
+    several = {Sampled, Several, Stratified, Full}  # Several: test_several
+    assert leaves(estimators) == {Value, TopKValue, Optimal} | several
+    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture}
+    # (Centred)Posterior, (Un)Audited, GroupAdvantage: test_text_teachers; StageScore, StageReturn: test_stages.
+    texts = {Posterior, CentredPosterior, Audited, Unaudited}
+    assert leaves(judged) == texts | {GroupAdvantage, StageScore, StageReturn}
+    here = {TokenMean, SequenceMean, Constant, TruncatedImportance, LastTokens}  # LastTokens: test_representation
     assert leaves(weights) == here | test_methods_selection.WEIGHTS
     assert leaves(surrogates) == {Reinforce, ImportanceSampling, OffPolicy, TruncatedRatio, Clipped}
 

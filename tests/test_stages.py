@@ -15,6 +15,7 @@ from opd import cli, episode, prompts, rubrics, stages
 from opd.asking import given
 from opd.config import Train
 from opd.exact import World
+from opd.judged import LAMBDA, StageReturn, StageScore, stage_means
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.methods.rubricem import TAGS, JudgedRollouts
@@ -37,7 +38,6 @@ from opd.teachers.stages import (
     VerifierStageJudge,
 )
 from opd.teachers.text import Failed
-from opd.transforms import LAMBDA, StageReturn, StageScore, stage_means
 from opd.types import Batch, Prompt, Refusal
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, started

@@ -24,6 +24,7 @@ from opd import cli, opening, prompts, session
 from opd.asking import Panel, continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
+from opd.judged import Audited, CentredPosterior, GroupAdvantage, Posterior, Unaudited
 from opd.method import Positions
 from opd.methods import METHODS
 from opd.models import EMBEDDED
@@ -34,9 +35,7 @@ from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, VerifierJudge, read
 from opd.teachers.text import ON, Begun, Elsewhere, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
-from opd.transforms import CentredPosterior, GroupAdvantage
 from opd.types import Batch, Prompt, Refusal, Rollout
-from opd.weights import Audited, Posterior, Unaudited
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, tiny
 from tests.test_server import Proxy, serving

@@ -2,11 +2,10 @@
 
 from opd.against import Reference
 from opd.divergences import ForwardKL
+from opd.judged import Audited, CentredPosterior, Posterior, Unaudited
 from opd.method import Match, Method, PolicyGradient
 from opd.questions import Continue
 from opd.rewards import One
-from opd.transforms import CentredPosterior
-from opd.weights import Audited, Posterior, Unaudited
 
 
 def omniopd(

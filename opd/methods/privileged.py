@@ -46,10 +46,10 @@ def sdft() -> Method:
 def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
     """An average of the student, shown a right answer of the same group, teaches.  SDPO, arXiv:2601.20802.
 
-    As the released configuration has it: an average of rate 0.05, the answer without its thinking.  The authors' runs on
-    code are --k 20 --beta 1 --teacher ema:0.01 and add the verifier's words on the attempt itself, which nobody gives
-    here: --context COLUMN is the row's, the same for all attempts at it.  The released clip of p / p_old is 1 with one
-    update a batch, and is not there.  A rollout whose group has no other right one is not trained.
+    As the released configuration has it: an average of rate 0.05, the answer without its thinking.  The authors' runs
+    on code are --k 20 --beta 1 --teacher ema:0.01 and add the verifier's words on the attempt itself, which nobody
+    gives here: --context COLUMN is the row's, the same for all attempts at it.  The released clip of p / p_old is 1
+    with one update a batch, and is not there.  A rollout whose group has no other right one is not trained.
 
     Args:
         k: the student's most probable tokens on which the divergence is taken; the rest is one bucket.

@@ -1,11 +1,11 @@
 """ROPD: a judge's rubric, drawn from the teacher's answers and the student's, pays each response.  arXiv:2605.07396."""
 
+from opd.judged import GroupAdvantage
 from opd.method import Method, PolicyGradient
 from opd.questions import Grade
 from opd.rewards import One
 from opd.rollouts import OnPolicy
 from opd.surrogates import Clipped
-from opd.transforms import GroupAdvantage
 
 
 def ropd(

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from opd.against import Reference
 from opd.divergences import ForwardKL
+from opd.judged import LAMBDA, StageReturn, StageScore
 from opd.method import Match, Method, PolicyGradient
 from opd.questions import REFLECT, REMEMBER, Reflect, Stages
 from opd.rewards import One
 from opd.rollouts import OnPolicy
 from opd.surrogates import Clipped
-from opd.transforms import LAMBDA, StageReturn, StageScore
 
 TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_plan>", "<answer>")
 
