@@ -174,7 +174,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 _TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "async-opd": {"staleness": 4},
+    "async-opd": {"staleness": 4, "lr": 3e-4},  # 1e-3 undoes the student (docs/LOG.md)
     "omniopd": {"lr": 5e-4},
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,
