@@ -69,12 +69,12 @@ def train(
     accelerator.wait_for_everyone()
 
     progress = Progress(config.steps, start, quiet=config.quiet or not main)
-    with progress, contextlib.closing(loop):
+    with progress, contextlib.closing(loop.writing):
         for line in dict.fromkeys(map(str, alarming(found))):
             progress.say(line)
         if (term := method.hidden()) is not None and term.bridge is not None:
             loop.cross(term.bridge, checkpoint)
-        loop.open(start, memory, checkpoint, progress.say)
+        loop.writing.open(start, memory, checkpoint, progress.say)
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
         for step in range(start + 1, config.steps + 1):

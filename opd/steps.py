@@ -5,27 +5,24 @@ micro-batches through student and head pass, step.  Methods whose leaves are all
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from opd import asking, bridge, draws, episode
-from opd.background import hired
+from opd import asking, bridge, episode
 from opd.collect import Rendered, collate
 from opd.config import Train
-from opd.draws import Here, Source
 from opd.engines.vllm import Sent
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method
 from opd.metrics import advantages, agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
 from opd.passes import Passes, width
-from opd.questions import Question, Reflect, Stages
+from opd.questions import Question, Stages
 from opd.representation import Bridge
-from opd.rollouts import NOTHING, Memory, OnPolicy, Rollouts, Snapshot, StopOnAgreement, draw_of, prompts_of
+from opd.rollouts import Memory, OnPolicy, Snapshot, StopOnAgreement
 from opd.runs import Clock, Run, save_memory
 from opd.session import Session
 from opd.student import micro_batches
@@ -33,6 +30,7 @@ from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.tokens import spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.writing import Writing
 
 LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
 REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
@@ -59,71 +57,18 @@ class Loop:
     each: Callable[[dict[str, float]], object] = lambda row: None
     refused: int = 0  # steps in a row whose gradients were not finite
     passes: Passes = field(init=False)
-    source: Source | None = None  # of rollouts to train on
+    writing: Writing = field(init=False)
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.config, self.method, self.session)
-
-    def open(self, step: int, memory: Memory, checkpoint: Path | None, say: Callable[[str], object]) -> Source:
-        """Begin to draw rollouts for the steps after `step`: here, or in a worker process where one is asked for."""
-        config, session, who = self.config, self.session, self.method.rollouts
-        kept = self._restored(checkpoint) if checkpoint is not None else {}
-        if config.staleness or config.worker:
-            self.source = hired(config, session, who, kept, say, alone="student_alone" in self.method.reads())
-        else:
-
-            def write(draw: int, memory: Memory) -> list[Rollout]:
-                prompts = self._prompts(prompts_of(who, draw), memory)
-                return self._mine(prompts, who, config.sampling, draw, session.prompts.task, memory)
-
-            self.source = Here(who, write, config.steps, kept)
-        self.source.advance(step, memory)
-        return self.source
-
-    def close(self) -> None:
-        """End what draws rollouts."""
-        if self.source is not None:
-            self.source.close()
-            self.source = None
-        self.session.collector.student.close()
-        for teacher in self.session.teachers.values():
-            teacher.close()
+        self.writing = Writing(self.config, self.method, self.session)
 
     def save(self, memory: Memory, folder: Path) -> None:
         """What a run that resumes takes up; all processes call it, the main one writes."""
         self.session.save(folder)
-        kept: list[dict[int, list[Rollout]]] = [{}]
-        if self.source is not None:
-            self.source.settle()
-            kept = gather_object([dict(self.source.kept)])
+        self.writing.save(folder)
         if self.session.accelerator.is_main_process:
             save_memory(memory, folder)
-            draws.save({d: [r for part in kept for r in part.get(d, ())] for d in {*chain(*kept)}}, folder)
-
-    def _restored(self, checkpoint: Path) -> dict[int, list[Rollout]]:
-        """This process's share of the draws of a checkpoint; what it lacks is drawn again."""
-        accelerator, who = self.session.accelerator, self.method.rollouts
-        per_prompt = who.per_prompt
-        mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
-        wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
-        for draw, drawn in draws.load(checkpoint).items():
-            own = [r for r in drawn if r.index in wanted]
-            if len(own) == len(wanted):
-                out[draw] = own
-        return out
-
-    def _taken(self, step: int, memory: Memory) -> list[Rollout]:
-        """The rollouts that `step` trains on, of all processes, in order."""
-        who = self.method.rollouts
-        source = self.source or self.open(step - 1, memory, None, print)
-        drawn, draw = source.take(step, memory), draw_of(who, step, memory)
-        prompts = self._prompts(prompts_of(who, draw), memory)
-        if "teacher_alone" in self.method.reads():
-            drawn = self.passes.alone(drawn, draws.dressed(drawn, prompts, who.per_prompt))
-            if draw in source.kept:
-                source.kept[draw] = drawn
-        mine = draws.behind(drawn, step) if self.config.staleness or isinstance(who, Snapshot) else drawn
-        return draws.dressed(gather_object(mine), prompts, who.per_prompt)
 
     def cross(self, built: Bridge, checkpoint: Path | None) -> None:
         """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
@@ -134,7 +79,8 @@ class Loop:
             lenses = bridge.load(session.lenses, checkpoint)
         else:
             prompts = session.prompts.batch(1, built.rollouts)
-            rollouts = self._collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)  # steps are from 1
+            # Number 0: steps are from 1.
+            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
             )
@@ -147,6 +93,7 @@ class Loop:
             (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
         self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
         self.passes = replace(self.passes, session=self.session)
+        self.writing.session = self.session
 
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
         """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
@@ -155,7 +102,7 @@ class Loop:
         apart, writer = bool(config.staleness or config.worker), session.collector.student
         sent = writer.seconds if isinstance(writer, Sent) else 0.0
         with clock("wait" if apart else "rollout"):
-            rollouts = self._taken(step, memory)
+            rollouts = self.writing.taken(step, memory, self.passes)
             if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
@@ -200,13 +147,14 @@ class Loop:
         if others:
             ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
             numbers |= agreeing(ids, own, other, batch.mask[shown])
-        assert self.source is not None
+        source = self.writing.source
+        assert source is not None
         with clock("snapshot") if apart else contextlib.nullcontext():
-            self.source.advance(step, memory)
+            source.advance(step, memory)
         self._log("metrics", step, numbers)
         wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
-        row |= self.source.numbers()
+        row |= source.numbers()
         judge = None if session.panel is None else session.panel.judge
         row |= {} if judge is None else judge.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
@@ -217,14 +165,6 @@ class Loop:
             targets = self.method.prepare(batch[part])
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
         return numbers, memory
-
-    def _prompts(self, number: int, memory: Memory) -> list[Rendered]:
-        """The prompts of a step, with the notes of earlier attempts at the same questions where there are any."""
-        session, reflect, count = self.session, self._reflect(), self.config.batch // self.method.rollouts.per_prompt
-        if reflect is None:
-            return session.prompts.batch(number, count)
-        found = session.prompts.batch(reflect.batch(number), count)
-        return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
 
     def _asked(
         self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
@@ -237,17 +177,13 @@ class Loop:
         ((columns, after),) = broadcast_object_list(told)
         return replace(batch, **columns), after
 
-    def _reflect(self) -> Reflect | None:
-        """Whether the student reflects on its rollouts, and how."""
-        asks = self.method.asks
-        return asks.reflect if isinstance(asks, Stages) else None
-
     def _reflected(self, batch: Batch, rollouts: Sequence[Rollout], step: int, before: Episode) -> Episode:
         """The episode with the student's reflections on one judged rollout of each prompt."""
-        config, session, how, asks = self.config, self.session, self._reflect(), self.method.asks
-        if how is None:
+        config, session, asks = self.config, self.session, self.method.asks
+        assert isinstance(asks, Stages)
+        if (how := asks.reflect) is None:
             return before
-        assert isinstance(asks, Stages) and batch.judged is not None
+        assert batch.judged is not None
         judged = [r for r, yes in zip(rollouts, batch.judged.tolist(), strict=False) if yes]
         chosen = episode.attempts(judged, seed=config.seed, step=step)
         text = session.collector.text
@@ -255,7 +191,7 @@ class Loop:
         asked = [(a, question) for a, question in found if question is not None]
         sampling, task = replace(config.sampling, temperature=how.temperature), session.prompts.task
         who, first = OnPolicy(how.samples), len(batch.ids)
-        written = self._collect([question for _, question in asked], who, sampling, step, task, first=first)
+        written = self.writing.collect([question for _, question in asked], who, sampling, step, task, first=first)
         told: list[tuple[dict[str, str], list[Deferred]] | None] = [({}, [])]
         if written:
             logp = self.measure(written, step).student_logp
@@ -267,46 +203,6 @@ class Loop:
             told = broadcast_object_list(told)
         assert told[0] is not None
         return before.reflecting(*told[0], most=asks.questions)
-
-    def _collect(
-        self,
-        prompts: Sequence[Rendered],
-        who: Rollouts,
-        sampling: Sampling,
-        step: int,
-        task: Task,
-        memory: Memory = NOTHING,
-        first: int = 0,
-    ) -> list[Rollout]:
-        """This process's share of the prompts, sampled and verified; then everyone's, in order, from number `first`."""
-        return gather_object(self._mine(prompts, who, sampling, step, task, memory, first))
-
-    def _mine(
-        self,
-        prompts: Sequence[Rendered],
-        who: Rollouts,
-        sampling: Sampling,
-        step: int,
-        task: Task,
-        memory: Memory,
-        first: int = 0,
-    ) -> list[Rollout]:
-        """This process's share alone."""
-        accelerator = self.session.accelerator
-        mine = draws.share(len(prompts), accelerator.process_index, accelerator.num_processes)
-        with accelerator.autocast():
-            return self.session.collector.collect(
-                prompts[mine],
-                who,
-                sampling,
-                task.verify,
-                seed=self.config.seed,
-                step=step,
-                first=first + mine.start * who.per_prompt,
-                total=self.config.steps,
-                memory=memory,
-                alone="student_alone" in self.method.reads(),
-            )
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """One optimizer step; refused, and said so, where a gradient is not finite."""
@@ -412,7 +308,7 @@ class Loop:
         self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
     ) -> tuple[list[Rollout], Batch]:
         """The student's rollouts with every column of them; nothing is trained."""
-        rollouts = self._collect(prompts, OnPolicy(), sampling, step, task)
+        rollouts = self.writing.collect(prompts, OnPolicy(), sampling, step, task)
         return rollouts, self.measure(rollouts, step)
 
     def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
@@ -424,7 +320,7 @@ class Loop:
         """A step that changes nothing, and its seconds."""
         config, clock = self.config, Clock({})
         with clock("rollout"):
-            rollouts = self._collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
+            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
         with clock("measure"):
             batch = self.measure(rollouts, REHEARSED)
         with clock("update"):

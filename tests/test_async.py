@@ -305,9 +305,10 @@ def test_the_queue_is_bounded(pair, tmp_path, _threads):
     method, run = told.resolved(), Run(tmp_path / "run")
     run.start({}, "", 0)
     (run.folder / ".worker-0-1").mkdir()  # of a trainer that was killed together with its worker
-    with contextlib.closing(Loop(told, method, open_session(told, method, None), run)) as loop:
+    loop = Loop(told, method, open_session(told, method, None), run)
+    with contextlib.closing(loop.writing):
         torch.set_num_threads(4)
-        source = loop.open(0, NOTHING, None, print)
+        source = loop.writing.open(0, NOTHING, None, print)
         source._wait(lambda: len(source.kept) == 3)
         time.sleep(0.3)
         assert sorted(source.kept) == [1, 2, 3] and not source.waiting and source.running is None

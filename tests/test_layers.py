@@ -22,8 +22,9 @@ FLOORS = {  # a floor imports itself and those above it in this list
     ),
     "program": (
         "config presets reading remote opening asking episode session bridge runs progress draws jobs background "
-        "worker passes steps loop doctor doctor.* evaluation rescore variance prune rock report report.* inspect bench "
-        "bench.* serve serve.* cli cli.* demo __main__ opd"  # opd: the package's front door, which opens on all floors
+        "worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock report report.* "
+        "inspect bench bench.* serve serve.* cli cli.* demo __main__ "
+        "opd"  # opd: the package's front door, which opens on all floors
     ),
 }
 ORDER = tuple(FLOORS)

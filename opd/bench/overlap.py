@@ -66,25 +66,25 @@ class Arm:
         config = asked.run(folder, "async-opd")
         loop = opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness))
         before = torch.get_num_threads()
-        loop.open(0, NOTHING, None, print)
+        loop.writing.open(0, NOTHING, None, print)
         arm = cls(loop, torch.get_num_threads())
         torch.set_num_threads(before)  # the next arm shares nothing with this one
         return arm
 
     def block(self, steps: int) -> None:
         """So many steps, and what the worker writes meanwhile."""
-        assert self.loop.source is not None
+        assert self.loop.writing.source is not None
         torch.set_num_threads(self.threads)
         before = time.process_time()
-        self.loop.source.numbers()
+        self.loop.writing.source.numbers()
         written = 0.0
         for _ in range(steps):
             self.step += 1
             _, self.memory = self.loop.step(self.step, self.memory)
             written += self.last("worker_cpu_s")
-        self.loop.source.rest()
+        self.loop.writing.source.rest()
         self.computed.append((time.process_time() - before) / steps)
-        self.written.append((written + self.loop.source.numbers().get("worker_cpu_s", 0.0)) / steps)
+        self.written.append((written + self.loop.writing.source.numbers().get("worker_cpu_s", 0.0)) / steps)
 
     def last(self, name: str) -> float:
         """Of the newest line of perf.jsonl."""
@@ -111,8 +111,8 @@ def speed(asked: Overlap) -> Result:
         arms = {n: Arm.of(asked, n, Path(folder) / str(n)) for n in (0, *asked.staleness)}
         try:
             for arm in arms.values():
-                assert arm.loop.source is not None
-                arm.loop.source.rest()
+                assert arm.loop.writing.source is not None
+                arm.loop.writing.source.rest()
             blocks: dict[str, Callable[[], object]] = {
                 str(n): partial(arm.block, asked.block) for n, arm in arms.items()
             }
@@ -125,7 +125,7 @@ def speed(asked: Overlap) -> Result:
             costs = {n: arm.perf("snapshot_s") for n, arm in arms.items()}
         finally:
             for arm in arms.values():
-                arm.loop.close()
+                arm.loop.writing.close()
     each = {n: [s / asked.block for s in seconds[str(n)]] for n in arms}
     busiest = {n: [max(x) for x in zip(arm.computed[1:], arm.written[1:], strict=True)] for n, arm in arms.items()}
     rows = [("in turns", spread(each[0], 3), "", spread(busiest[0], 3), "", "", "")]
