@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
 from opd.models import head
 from opd.noise import uniform
-from opd.rollouts import NOTHING, Blend, Memory, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix
+from opd.rollouts import NOTHING, Blend, Memory, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, source_of
 from opd.student import cross_entropies, final_states, rows, unprompted
 from opd.types import (
     ALONE,
@@ -149,7 +149,7 @@ class Collector:
         """
         wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(who.per_prompt)]
         index = list(range(first, first + len(wanted)))
-        source = [who.source(step, i, seed) for i in index]
+        source = [source_of(who, step, i, seed) for i in index]
         room, does = sampling.max_new_tokens, self._does(who, step, memory)
         limit = who.limit(step, total, room) if isinstance(who, TeacherPrefix) else 0
         prefixes = self._prefixes([p for p, _ in wanted], sampling, limit, seed)

@@ -1,6 +1,6 @@
 """Who speaks: a method's rollout policy, as a value.
 
-`source(step, rollout, seed)` says who writes a rollout; `per_prompt` rollouts are drawn of each prompt and `updates`
+`source_of` says who writes a rollout; `per_prompt` rollouts are drawn of each prompt and `updates`
 optimizer steps taken on each batch of them.  What changes over a run is a function of the step, counted from 1, and of
 the `Memory` that the run carries from step to step; no value here has a state.
 """
@@ -37,10 +37,6 @@ class OnPolicy:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: at least the response's own token is drawn at each position")
 
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout."""
-        return STUDENT
-
 
 @dataclass(frozen=True)
 class Mixture:
@@ -61,11 +57,6 @@ class Mixture:
         if self.other not in (TEACHER, DATA):
             raise ValueError(f"other={self.other}: the rest comes from TEACHER ({TEACHER}) or DATA ({DATA})")
 
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout."""
-        coin = uniform(seed, step, rollout, -1)  # token -1: a draw that no token uses
-        return STUDENT if coin < self.share else self.other
-
 
 @dataclass(frozen=True)
 class Blend:
@@ -85,10 +76,6 @@ class Blend:
             raise ValueError(f"eps0={self.eps0}: the radius of a trust region is 0 (the student alone) or more nats")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: the trust region closes over steps >= 1")
-
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout: the student, as far as anyone does."""
-        return STUDENT
 
     def radius(self, step: int) -> float:
         """eps_k = eps0 (1 - k/K), k steps having been made, in nats."""
@@ -135,10 +122,6 @@ class TeacherPrefix:
         _counts(self)
         if self.length < 0:
             raise ValueError(f"length={self.length}: a teacher's prefix has length >= 1 token (0: --max-new-tokens)")
-
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout: the student, but for its prefix."""
-        return STUDENT
 
     def limit(self, step: int, total: int, longest: int) -> int:
         """Tokens that the teacher may write of a response that may have `longest`."""
@@ -189,10 +172,6 @@ class StopOnAgreement:
             raise ValueError(
                 f"ready={self.ready}: above buffer={self.buffer}, the rollouts remembered: it would never stop"
             )
-
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout."""
-        return STUDENT
 
     def threshold(self, step: int, memory: Memory) -> float:
         """Of the mean KL over a window, in nats; -inf while there is none."""
@@ -276,10 +255,6 @@ class Snapshot:
         if not self.drift > 0:
             raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
 
-    def source(self, step: int, rollout: int, seed: int) -> int:
-        """Who writes this rollout: the student, as it was."""
-        return STUDENT
-
     def scheduled(self, step: int) -> list[int]:
         """The steps of the cycle of `step` before which a snapshot is taken, and the first of the next cycle."""
         cycle = self.pool * self.epochs
@@ -305,6 +280,14 @@ class Snapshot:
 
 
 Rollouts = OnPolicy | Mixture | Blend | TeacherPrefix | StopOnAgreement | Snapshot
+
+
+def source_of(who: Rollouts, step: int, rollout: int, seed: int) -> int:
+    """Who writes a rollout: the student, as far as anyone does, but for the rest of a mixture."""
+    if not isinstance(who, Mixture):
+        return STUDENT
+    coin = uniform(seed, step, rollout, -1)  # token -1: a draw that no token uses
+    return STUDENT if coin < who.share else who.other
 
 
 def draw_of(who: Rollouts, step: int, memory: Memory) -> int:

@@ -23,7 +23,7 @@ from opd.divergences import (
 from opd.estimators import Full, Optimal, Sampled, Several, Stratified, TopKValue, Value
 from opd.judged import Audited, CentredPosterior, GroupAdvantage, Posterior, StageReturn, StageScore, Unaudited
 from opd.rewards import Clip, LogRatio, Power, Tanh
-from opd.rollouts import Mixture, OnPolicy
+from opd.rollouts import Mixture, OnPolicy, source_of
 from opd.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
 from opd.transforms import Discount, DiscountExpected, MeanFuture, Whiten
 from opd.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
@@ -393,18 +393,18 @@ def test_on_policy_a_ratio_has_the_gradient_of_reinforce(surrogate):
 
 
 def test_student_speaks_on_policy():
-    assert {OnPolicy().source(step, rollout, 0) for step in range(9) for rollout in range(9)} == {STUDENT}
+    assert {source_of(OnPolicy(), step, rollout, 0) for step in range(9) for rollout in range(9)} == {STUDENT}
 
 
 @pytest.mark.parametrize("other", [TEACHER, DATA])
 def test_mixture_gives_the_student_its_share(other):
-    spoken = [Mixture(0.25, other).source(step, rollout, 1) for step in range(40) for rollout in range(100)]
+    spoken = [source_of(Mixture(0.25, other), step, rollout, 1) for step in range(40) for rollout in range(100)]
     assert set(spoken) == {STUDENT, other}
     assert abs(spoken.count(STUDENT) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     for step in (0, 39):  # a step draws a coin for each rollout
         assert len(set(spoken[100 * step : 100 * step + 100])) == 2
-    assert {Mixture(1.0, other).source(0, rollout, 1) for rollout in range(100)} == {STUDENT}
-    assert {Mixture(0.0, other).source(0, rollout, 1) for rollout in range(100)} == {other}
+    assert {source_of(Mixture(1.0, other), 0, rollout, 1) for rollout in range(100)} == {STUDENT}
+    assert {source_of(Mixture(0.0, other), 0, rollout, 1) for rollout in range(100)} == {other}
 
 
 # nouns
