@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models, prompts, remote
-from opd.asking import Panel
 from opd.collect import Engine
 from opd.config import DTYPES, Train
 from opd.engines.hf import HFEngine
@@ -19,6 +18,7 @@ from opd.engines.server import VLLMServer
 from opd.engines.vllm import VLLMEngine
 from opd.method import Method
 from opd.methods import METHODS
+from opd.panel import Panel
 from opd.questions import Grade, Stages
 from opd.rollouts import OnPolicy
 from opd.tasks.task import Task
@@ -136,8 +136,9 @@ def judge(
     if not isinstance(method.asks, Grade | Stages):
         return None
     needed("pydantic", f"{method.asks}")
-    from opd.teachers.judge import ModelJudge, VerifierJudge
-    from opd.teachers.stages import ModelStageJudge, VerifierStageJudge
+    from opd.teachers.judge import ModelJudge
+    from opd.teachers.stages import ModelStageJudge
+    from opd.teachers.verifier import VerifierJudge, VerifierStageJudge
 
     if config.judge == "verifier":
         if not task.scored:

@@ -1,6 +1,6 @@
 """What a text-only teacher or a judge is asked about a batch: values, and the columns that the answers fill.
 
-A run asks (`asking.py`); here is what needs no teacher: which parts of a response a question is about.
+A run asks (`asking.py`, `staging.py`); here is what needs no teacher: which parts of a response a question is about.
 """
 
 from dataclasses import dataclass

@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import PreTrainedModel
 
 from opd import bridge, models, opening, remote, tokens
-from opd.asking import Panel
 from opd.collect import Collector
 from opd.config import Train
 from opd.engines.hf import HFEngine
 from opd.method import Method
+from opd.panel import Panel
 from opd.reading import Prompts
 from opd.representation import Lenses
 from opd.runs import load_optimizer, save_optimizer

@@ -11,14 +11,25 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from opd import asking, bridge, episode
+from opd import asking, bridge, episode, staging
 from opd.collect import Rendered, collate
 from opd.config import Train
 from opd.engines.vllm import Sent
 from opd.episode import Deferred, Episode
 from opd.evaluation import interval
 from opd.method import Method
-from opd.metrics import advantages, agreeing, by_task, by_teacher, speaking, standard_error, summary, weighting
+from opd.metrics import (
+    advantages,
+    agreeing,
+    answered,
+    by_task,
+    by_teacher,
+    reflected,
+    speaking,
+    standard_error,
+    summary,
+    weighting,
+)
 from opd.passes import Passes, width
 from opd.questions import Question, Stages
 from opd.representation import Bridge
@@ -199,7 +210,7 @@ class Loop:
                 groups = [written[i * how.samples : (i + 1) * how.samples] for i in range(len(asked))]
                 pairs = [(a, some) for (a, _), some in zip(asked, groups, strict=True)]
                 assert logp is not None and session.panel is not None
-                told = [asking.reflections(pairs, logp, session.panel)]
+                told = [staging.reflections(pairs, logp, session.panel)]
             told = broadcast_object_list(told)
         assert told[0] is not None
         return before.reflecting(*told[0], most=asks.questions)
@@ -241,7 +252,7 @@ class Loop:
         own, rest = batch[:fresh], batch[fresh:]  # what is said of rollouts is not said of reflections
         numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
         numbers |= advantages(own, [target[:fresh] for target in targets])
-        numbers |= asking.numbers(own, self.method.asks) | asking.reflected(rest)
+        numbers |= answered(own, self.method.asks) | reflected(rest)
         numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
         return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])
 

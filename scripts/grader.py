@@ -11,7 +11,8 @@ from typing import Any
 
 from opd.tasks.load import load
 from opd.tasks.task import Data
-from opd.teachers.judge import Group, Rubric, VerifierJudge
+from opd.teachers.judge import Group, Rubric
+from opd.teachers.verifier import VerifierJudge
 from opd.types import Prompt
 
 Request = Mapping[str, Any]

@@ -21,9 +21,9 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "adapters adapters.*"
     ),
     "program": (
-        "config presets reading remote opening asking episode session bridge runs progress draws jobs background "
-        "worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock report report.* "
-        "inspect bench bench.* serve serve.* cli cli.* demo __main__ "
+        "config presets reading remote opening panel asking staging episode session bridge runs progress draws jobs "
+        "background worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock report "
+        "report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
         "opd"  # opd: the package's front door, which opens on all floors
     ),
 }

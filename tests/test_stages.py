@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd import cli, episode, prompts, rubrics, stages
-from opd.asking import given
 from opd.config import Train
 from opd.exact import World
 from opd.judged import LAMBDA, StageReturn, StageScore, stage_means
@@ -25,19 +24,13 @@ from opd.reading import Prompts
 from opd.rewards import LogRatio, One
 from opd.rubrics import Criterion
 from opd.runs import digest, load_memory
+from opd.staging import given
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.judge import ModelJudge
-from opd.teachers.stages import (
-    ROUND,
-    SUMS,
-    Contrast,
-    ModelStageJudge,
-    Reflected,
-    Staged,
-    VerifierStageJudge,
-)
+from opd.teachers.stages import Contrast, ModelStageJudge, Reflected, Staged
 from opd.teachers.text import Failed
+from opd.teachers.verifier import ROUND, SUMS, VerifierStageJudge
 from opd.types import Batch, Prompt, Refusal
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, started

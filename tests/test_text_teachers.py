@@ -21,20 +21,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import opd
 from opd import cli, opening, prompts, session
-from opd.asking import Panel, continued
+from opd.asking import continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
 from opd.judged import Audited, CentredPosterior, GroupAdvantage, Posterior, Unaudited
 from opd.method import Positions
 from opd.methods import METHODS
 from opd.models import EMBEDDED
+from opd.panel import Panel
 from opd.questions import Continue
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
-from opd.teachers.judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, VerifierJudge, read
+from opd.teachers.judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, read
 from opd.teachers.text import ON, Begun, Elsewhere, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
+from opd.teachers.verifier import VerifierJudge
 from opd.types import Batch, Prompt, Refusal, Rollout
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, tiny

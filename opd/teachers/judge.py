@@ -1,24 +1,23 @@
 """Judges: a rubric for the answers to one question, and which criteria each answer meets.
 
 `rubrics(groups, ...) -> one each`, `grades(groups, rubrics) -> booleans of each answer`; Failed, and why, where a judge
-did.  A model writes json, which is validated; the verifier's judge reads the answers by itself.
+did.  A model writes json, which is validated; `verifier.py` has the judge that reads the answers by itself.
 """
 
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, Field, ValidationError
 
-from opd.tasks.answers import marked, number, said, spoken
+from opd.tasks.answers import spoken
 from opd.teachers.schema import Lengths, schema
 from opd.teachers.text import Begun, Failed, How, TextTeacher
-from opd.types import RIGHT, Prompt
+from opd.types import Prompt
 
 Met = tuple[tuple[bool, ...], ...]  # of each answer, by criterion
 F = TypeVar("F", bound=BaseModel)
@@ -273,67 +272,3 @@ def line(text: str) -> str:
 def safe(text: str) -> str:
     """A text in which no tag closes, and none of those a judge is shown texts between opens."""
     return _TAG.sub("< ", text)
-
-
-RIGHT_ANSWER = "The final answer is right."
-CLOSES = "It closes with an answer."
-NUMBERS = "Every number of the question occurs in it."
-ONCE = "No line stands in it three times."
-STATES = "It states: "
-
-
-@dataclass(frozen=True)
-class VerifierJudge:
-    """The task's verifier, and the steps that right answers share: deterministic, here, for nothing.
-
-    Its rubric: is the final answer right; is there one; are the question's numbers used; does it go round in circles;
-    and the lines that most right references have (right answers of the student, where no reference is right), those
-    that set the student's answers apart first.
-    """
-
-    verify: Callable[[str, Prompt], float]
-
-    def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
-        """From the answers' own lines."""
-        return [self._rubric(g, least, most) for g in groups]
-
-    def _rubric(self, group: Group, least: int, most: int) -> Rubric | Failed:
-        base = [(RIGHT_ANSWER, 5), (CLOSES, 1), (NUMBERS, 1), (ONCE, 1)][:most]
-        right = [x for x in group.references if self.verify(x, group.prompt) > RIGHT]
-        right = right or [x for x in group.answers if self.verify(x, group.prompt) > RIGHT]
-        counts = Counter(line for text in right for line in dict.fromkeys(lines(text)))
-        shared = [line for line, n in counts.items() if 2 * n > len(right)]
-        of = [set(lines(text)) for text in group.answers]
-        apart = lambda line: abs(sum(line in said for said in of) / max(1, len(of)) - 0.5)
-        steps = sorted(shared, key=apart)[: most - len(base)]  # stable: then in their order
-        found = [*base, *((STATES + line, 2) for line in steps)]
-        rubric = Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in found))
-        return rubric if len(found) >= least else Failed(f"{len(found)} criteria, and --least is {least}")
-
-    def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
-        """By reading each answer."""
-        return [
-            tuple(tuple(self._meets(c.criterion, x, g.prompt) for c in r.criteria) for x in (*g.references, *g.answers))
-            for g, r in zip(groups, rubrics, strict=True)
-        ]
-
-    def _meets(self, criterion: str, text: str, prompt: Prompt) -> bool:
-        if criterion.startswith(STATES):
-            return criterion.removeprefix(STATES) in lines(text)
-        question = prompt.text + " ".join(turn["content"] for turn in prompt.messages)
-        rules: Mapping[str, Callable[[], bool]] = {
-            RIGHT_ANSWER: lambda: self.verify(text, prompt) > RIGHT,
-            CLOSES: lambda: bool(marked(text) or said(text)) or number(text.rpartition("\n")[2]) is not None,
-            NUMBERS: lambda: set(re.findall(r"\d+", question)) <= set(re.findall(r"\d+", text)),
-            ONCE: lambda: max(Counter(lines(text)).values(), default=0) < 3,
-        }
-        return rules[criterion]()
-
-    def traffic(self) -> dict[str, float]:
-        """Nothing went anywhere."""
-        return {}
-
-
-def lines(text: str) -> list[str]:
-    """Lines, or the sentences of one; without the space around them."""
-    return [part.strip() for part in re.split(r"\n+|(?<=[.!?])\s+", text) if part.strip()]

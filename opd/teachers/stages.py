@@ -4,18 +4,16 @@
 Failed, and why, where a judge did.  RubricEM, arXiv:2605.10899.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, Field
 
 from opd.rubrics import MOST, Buffer, Criterion, Marks
-from opd.teachers.judge import RIGHT_ANSWER, STATES, ModelJudge, line, lines, question, safe, shown, tagged
+from opd.teachers.judge import ModelJudge, line, question, safe, shown, tagged
 from opd.teachers.text import Failed
-from opd.types import RIGHT, Prompt
+from opd.types import Prompt
 
 FEW, MANY = (1, 4), (2, 5)  # new criteria of a stage, and of the answer
 WORTH = {"accuracy": 0.4, "specificity": 0.3, "scope": 0.3}
@@ -251,94 +249,3 @@ def _listed(criteria: Buffer) -> str:
     """Criteria as a judge reads them."""
     said = lambda c: f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{line(c.text)}"
     return "\n".join(f"{i}. {said(c)}" for i, c in enumerate(criteria, 1))
-
-
-SUMS = "Every sum in it is right."
-ROUND = "A line stands in it three times."
-_SUM = re.compile(r"(?<![\w.^])(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)(?![\w.])")
-
-
-@dataclass(frozen=True)
-class VerifierStageJudge:
-    """The task's verifier, sums that are worked out, and the lines that right answers share: here, for nothing.
-
-    Its criteria: the final answer is right; the sums of a stage are; the stage does not go round in circles; and the
-    lines of a stage that most right references have (right answers of the student, where no reference is right), those
-    that set the student's answers apart first.  A reflection is worth what it comes to: the right answer, the
-    question's numbers, and no copy of a wrong attempt.
-    """
-
-    verify: Callable[[str, Prompt], float]
-
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
-        """From the responses' own lines."""
-        return [self._evolved(g) for g in groups]
-
-    def _evolved(self, group: Contrast) -> Buffer:
-        right = [x for x in group.references if self._right(x)] or [x for x in group.answers if self._right(x)]
-        known, out, last = {(c.stage, c.text) for c in group.kept}, [], len(group.answers[0].stages)
-        for stage in range(1, last + 1):
-            of = lambda some, k=stage - 1: [x.stages[k] for x in some]
-            counts = Counter(line for text in of(right) for line in dict.fromkeys(lines(text)))
-            shared = [line for line, n in counts.items() if 2 * n > len(right)]
-            found = [Criterion(stage, RIGHT_ANSWER, 3)] if stage == last else []
-            if right and all(_sums(text) == 1.0 for text in of(right)):
-                found.append(Criterion(stage, SUMS, 2))
-            found.append(Criterion(stage, ROUND, 1, negative=True))
-            found += [Criterion(stage, STATES + line, 2) for line in shared]
-            new = [c for c in found if (c.stage, c.text) not in known]
-            marks = lambda c: [self._mark(c, x) for x in group.answers]
-            apart = sorted(new, key=lambda c: -_spread(marks(c)))  # stable: then in their order
-            out += apart[: (MANY if stage == last else FEW)[1]]
-        return tuple(out)
-
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
-        """By reading each response."""
-        return [tuple(self._mark(c, x) for c in some) for x, some in zip(answers, criteria, strict=True)]
-
-    def _mark(self, criterion: Criterion, response: Staged) -> int:
-        text = response.stages[criterion.stage - 1]
-        if criterion.text.startswith(STATES):
-            return MOST * (criterion.text.removeprefix(STATES) in lines(text))
-        if criterion.text == RIGHT_ANSWER:
-            return MOST * self._right(response)
-        if criterion.text == ROUND:
-            return MOST * (max(Counter(lines(text)).values(), default=0) >= 3)
-        share = _sums(text) if criterion.text == SUMS else 0.0  # a criterion of another's making is not met
-        return MOST if share == 1 else int(share >= 0.5)
-
-    def _right(self, response: Staged) -> bool:
-        return self.verify(response.whole(), response.prompt) > RIGHT
-
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
-        """By what each comes to."""
-        return [self._weighed(x).worth() for x in reflections]
-
-    def _weighed(self, x: Reflected) -> Weighed:
-        right = [self.verify(text, x.prompt) > RIGHT for text in (x.text, x.attempt)]
-        wanted = set(re.findall(r"\d+", question(x.prompt)))
-        share = len(wanted & set(re.findall(r"\d+", x.text))) / max(1, len(wanted))
-        copied = x.text.strip() == x.attempt.strip()
-        rounds = max(Counter(lines(x.text)).values(), default=0) >= 3
-        found = {
-            "accuracy": MOST * right[0],
-            "specificity": MOST if share == 1 else int(share >= 0.5),
-            "scope": 0 if rounds or (copied and not right[1]) else MOST,
-        }
-        return Weighed.model_validate({"reason": "by what it comes to", **found})
-
-    def traffic(self) -> dict[str, float]:
-        """Nothing went anywhere."""
-        return {}
-
-
-def _sums(text: str) -> float:
-    """The share of the sums of a text that are right; 0 where there are none."""
-    does = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-    right = [does[sign](int(a), int(b)) == int(c) for a, sign, b, c in _SUM.findall(text)]
-    return sum(right) / len(right) if right else 0.0
-
-
-def _spread(marks: Sequence[int]) -> float:
-    mean = sum(marks) / max(1, len(marks))
-    return sum((mark - mean) ** 2 for mark in marks)
