@@ -301,12 +301,13 @@ class Train:
         teachers, told, who = self.routes(), self.told(), self.resolved().rollouts
         if not teachers[""]:
             raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
+        addresses = ("http://", "https://", "openai:")
         for pair in self.remote.route_token_env:
             name, _, variable = pair.partition("=")
-            if not variable or name not in {*teachers} - {""}:
-                raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route")
-        if self.remote.judge_token_env and not self.judge:
-            raise Refusal(f"--judge-token-env {self.remote.judge_token_env}: there is no --judge; leave it out")
+            if not (name and variable and teachers.get(name, "").startswith(addresses)):
+                raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route to a server")
+        if (key := self.remote.judge_token_env) and not self.judge.startswith(addresses):
+            raise Refusal(f"--judge-token-env {key}: no --judge is behind a server; leave it out")
         local = self.remote.teacher_local
         if local and not teachers[""].startswith(("http://", "https://")):
             raise Refusal(

@@ -354,7 +354,8 @@ def test_a_route_that_wants_a_key_says_which_flag():
         ({"route_token_env": ("x",)}, "--route-token-env x: write NAME=VARIABLE"),
         ({"route_token_env": ("a",), "route": ("a=m",)}, "--route-token-env a: write NAME=VARIABLE"),
         ({"route_token_env": ("b=K",), "route": ("a=m",)}, "--route-token-env b=K: write NAME=VARIABLE"),
-        ({"judge_token_env": "K"}, "--judge-token-env K: there is no --judge"),
+        ({"route_token_env": ("a=K",), "route": ("a=m",)}, "--route-token-env a=K: write NAME=VARIABLE"),
+        ({"judge_token_env": "K"}, "--judge-token-env K: no --judge is behind a server"),
         ({"teacher_local": "m"}, "--teacher-local m: is compared with --teacher, and that is no server"),
     ],
 )
