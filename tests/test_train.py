@@ -103,7 +103,7 @@ BATCH = {
 @pytest.mark.parametrize("method", [*BATCH.values(), KAT], ids=[*BATCH, "kat"])
 def test_micro_batches_do_not_change_the_run(pair, tmp_path, method):
     runs = [opd.train(config(pair, tmp_path / str(n), method=method, micro_batch_tokens=n)) for n in (100, 100_000)]
-    for a, b in zip(*map(metrics, runs), strict=True):
+    for a, b in zip(*map(logged, runs), strict=True):
         assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
@@ -236,7 +236,7 @@ def test_compiled_layers_train_alike(pair, tmp_path):
         opd.train(config(pair, tmp_path / str(x), steps=2, compile=x, lr=1e-3, doctor=False)) for x in (False, True)
     ]
     assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]  # of student and teacher, each whole
-    for plain, compiled in zip(*map(metrics, runs), strict=True):
+    for plain, compiled in zip(*map(logged, runs), strict=True):
         for name in ("tokens", "loss", "grad_norm", "reverse_kl", "teacher_logp"):
             assert compiled[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name
     for name, plain in weights(runs[0]).items():
