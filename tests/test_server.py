@@ -455,8 +455,10 @@ def test_a_server_killed_in_the_middle_of_a_batch_comes_back(pair, tmp_path):
     assert sum(row["teacher_retries"] for row in logged(there, "perf")) > 0
 
 
-def test_after_the_last_retry_the_run_can_be_resumed(pair, server, tmp_path):
-    """One line that names server, status and the way on; what was trained before is kept."""
+def test_after_the_last_retry_the_run_can_be_resumed(pair, server, tmp_path, monkeypatch):
+    """One line that names server, status and the way on; what was trained before is kept; nobody asks any more."""
+    ended, close = [], Client.close
+    monkeypatch.setattr(Client, "close", lambda self: ended.append(self.url) or close(self))
     whole = opd.train(config(pair, tmp_path / "whole", server, steps=4))
     down = threading.Event()
 
@@ -473,6 +475,7 @@ def test_after_the_last_retry_the_run_can_be_resumed(pair, server, tmp_path):
             opd.train(cut)
         told = str(caught.value)
         assert proxy.url in told and "HTTP 500" in told and "--resume" in told and "\n" not in told
+        assert ended == [server, proxy.url]
         down.set()
         opd.train(replace(cut, resume=True, remote=QUICK))
     same(tmp_path / "cut", whole)
