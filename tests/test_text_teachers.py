@@ -858,6 +858,15 @@ def test_marks_go_back_to_whose_they_are(tmp_path):
         assert met[i] == tuple(place > k for k in range(1, 5))
 
 
+def test_a_teacher_without_words_is_nothing_to_compare_with(tmp_path, capsys):
+    """An answer that is all thinking has no words for a judge; references of "" were a reason for a rubric once."""
+    with Scripted(lambda request: "<think>Well.</think>") as thinker:
+        told = [*ROPD, "--steps", "1", "--batch", "96", "--max-new-tokens", "16", "--judge", "verifier"]
+        told += ["--teacher", f"openai:x@{thinker.url}/v1", "--out", str(tmp_path / "x"), "ropd", "--references", "1"]
+        assert cli.main(["train", *told]) == 2
+    assert re.search("100% of the last 10 judgements failed.*no answer to compare with", capsys.readouterr().err)
+
+
 def test_a_judge_that_is_down(tmp_path, capsys):
     where = ["--judge", "openai:grader@http://127.0.0.1:9/v1", "--teacher-retries", "0", "--batch", "96"]
     told = [*ROPD, "--teacher", "embedded:teacher", *where]
