@@ -13,7 +13,7 @@ ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
         "types noise questions rubrics rewards against estimators divergences transforms weights judged surrogates "
-        "rollouts representation method methods methods.* metrics exact occurrences"
+        "rollouts representation terms method methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary kernels kernels.*",
     "edges": (
