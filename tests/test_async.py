@@ -77,10 +77,12 @@ def versions(kept: dict[int, list[Rollout]]) -> dict[int, set[int]]:
 
 
 def workers(parent: int) -> list[psutil.Process]:
+    found = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(parent).children(recursive=True)
-        return [p for p in children if "opd.worker" in p.cmdline()]
-    return []
+        for process in psutil.Process(parent).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                found += [process] if "opd.worker" in process.cmdline() else []
+    return found
 
 
 def gone(processes, seconds: float = 10) -> bool:
