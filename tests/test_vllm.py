@@ -527,8 +527,8 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
                 logp = model(input_ids=torch.tensor([[*prompt, *one.ids]])).logits[0].log_softmax(-1)
             at = logp[len(prompt) - 1 : -1]
             wanted = at.gather(-1, torch.tensor(one.ids)[:, None])[:, 0]
-            if one.stopped:
-                wanted[-1] = at[-1, [2, 9]].logsumexp(-1)
+            if one.stopped and engine.merged is None:
+                wanted[-1] = at[-1, engine.stop].logsumexp(-1)
             torch.testing.assert_close(torch.tensor(one.logp), wanted, rtol=1e-4, atol=1e-4)
 
     try:
@@ -548,5 +548,13 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         assert len({x.ids for x in cold[:4]}) == 1 and set(cold[0].logp) == {0.0}
         prefixed = engine.generate(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10])
         assert len(prefixed[0].ids) <= 2
+        engine.stop = tuple({x.ids[1] for x in after})  # a class of several, all drawn at the second token
+        ended = drawn()
+        assert all(x.stopped and len(x.ids) <= 2 for x in ended) and len({x.ids[-1] for x in ended}) > 1
+        close(ended)
+        engine.merged = ()  # a loss that has each by itself
+        apart = drawn()
+        close(apart)
+        assert [x.ids for x in apart] == [x.ids for x in ended] and apart != ended
     finally:
         engine.close()
