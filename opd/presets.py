@@ -172,7 +172,9 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "rubricem": {"tags": ("<plan>", "<work>", "<check>", "<answer>"), "references": 2, "reflections": 0},
     },
 }
-_TOLD = {"context_template": "{context} {prompt}"}  # in the alphabet of the embedded tokenizer
+# In the alphabet of the embedded tokenizer.  Its models cannot read a solution: these runs show what happens in a step,
+# and undo the student (docs/LOG.md).
+_TOLD = {"context_template": "{context} {prompt}"}
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "async-opd": {"staleness": 4, "lr": 3e-4},  # 1e-3 undoes the student (docs/LOG.md)
     "omniopd": {"lr": 5e-4},
