@@ -548,6 +548,8 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         assert len({x.ids for x in cold[:4]}) == 1 and set(cold[0].logp) == {0.0}
         prefixed = engine.generate(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10])
         assert len(prefixed[0].ids) <= 2
+        many = torch.randint(10, 140, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
+        assert len(engine.generate(many, FREE, seed=1, step=2, index=range(60))) == 60  # more than it reads at once
         engine.stop = tuple({x.ids[1] for x in after})  # a class of several, all drawn at the second token
         ended = drawn()
         assert all(x.stopped and len(x.ids) <= 2 for x in ended) and len({x.ids[-1] for x in ended}) > 1

@@ -227,6 +227,8 @@ class VLLMEngine(Sent):
                 enable_prefix_caching=True,
                 enable_sleep_mode=how.engine_sleep,
                 enforce_eager=not torch.cuda.is_available(),
+                # On a CPU it dies of a seeded request whose prompt it would read in parts.
+                enable_chunked_prefill=None if torch.cuda.is_available() else False,
                 weight_transfer_config={"backend": BACKEND},
             )
         except (ValueError, RuntimeError, OSError) as error:  # no such architecture, no memory
