@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
+from opd.heard import Columns, Hidden
 from opd.models import head
 from opd.noise import uniform
 from opd.rollouts import NOTHING, Blend, Memory, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, source_of
@@ -32,7 +33,7 @@ from opd.types import (
     Truncated,
     pad,
 )
-from opd.vocabulary import Columns, Hidden, Vocabulary
+from opd.vocabulary import Vocabulary
 
 KEPT = 1 << 24  # tokens of teachers' responses kept for their prefixes, 4 bytes each
 

@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from opd import prompts
 from opd.kernels.linear import Linear, quicken
+from opd.kernels.logits import Head
 from opd.types import Refusal
-from opd.vocabulary import Head
 
 disable_progress_bar()  # loading bars drown the lines that matter
 EMBEDDED = Path(__file__).parent / "embedded"

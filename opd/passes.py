@@ -11,12 +11,12 @@ from torch import Tensor
 
 from opd.collect import assemble, masks
 from opd.config import Train
+from opd.heard import Alternatives, Columns, Given, Heard, Hidden
 from opd.method import Method, Target
 from opd.session import Session
 from opd.student import cross_entropies, micro_batches, rows, unprompted
 from opd.teachers.server import LogpTeacher
 from opd.types import Batch, Rollout
-from opd.vocabulary import Alternatives, Columns, Given, Heard, Hidden
 
 KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
 LIKELIEST = 5  # tokens of each model that are kept with saved rollouts

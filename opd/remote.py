@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models
 from opd.config import DTYPES, Train
+from opd.heard import Given, Hidden
 from opd.methods import METHODS
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reach import WHOLE, Server, reach
 from opd.teachers.server import HiddenTeacher, LogpTeacher
 from opd.types import Refusal, Rollout
-from opd.vocabulary import Given, Hidden, Vocabulary, scores
+from opd.vocabulary import Vocabulary, scores
 
 APART = 0.05  # nats: mean difference between a server and a local copy of its model beyond which they are not the same
 

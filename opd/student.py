@@ -17,23 +17,12 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opd.heard import Alternatives, Columns, Given, Heard, Hidden
 from opd.method import Method, Target
 from opd.models import base, head
 from opd.representation import Lens
 from opd.types import Rollout, pad
-from opd.vocabulary import (
-    Alternatives,
-    Columns,
-    Given,
-    Heard,
-    Hidden,
-    Vocabulary,
-    alternatives,
-    head_pass,
-    measure,
-    predictors,
-    scores,
-)
+from opd.vocabulary import Vocabulary, alternatives, head_pass, measure, predictors, scores
 
 Body = Callable[..., Any]  # what the layers of a model are called with, and give
 

@@ -36,6 +36,8 @@ from opd.config import Train
 from opd.divergences import kl
 from opd.evaluation import CONFIDENCE, Estimate
 from opd.exact import alone, slopes
+from opd.heard import Hidden
+from opd.kernels.logits import Head
 from opd.method import Method, Positions
 from opd.methods import METHODS
 from opd.models import head
@@ -44,7 +46,7 @@ from opd.session import open_session
 from opd.student import Rows, Student, final_states, rows
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling, at_least
-from opd.vocabulary import Head, Hidden, Vocabulary, blocks
+from opd.vocabulary import Vocabulary, blocks
 
 ROUNDING = 1e-4  # of a gradient in the logits: nearer means are one and the same
 

@@ -15,7 +15,7 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "types noise questions rubrics rewards against estimators divergences transforms weights judged surrogates "
         "rollouts representation terms method methods methods.* metrics exact occurrences"
     ),
-    "vocabulary": "vocabulary kernels kernels.*",
+    "vocabulary": "vocabulary heard kernels kernels.*",
     "edges": (
         "disk prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect "
         "adapters adapters.*"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import opd
+from opd.heard import Given, Hidden
 from opd.kernels.logits import Head, Vocabulary
 from opd.methods import METHODS
 from opd.models import EMBEDDED
@@ -26,7 +27,7 @@ from opd.report.page import Report, finite, report
 from opd.report.tokens import Inspect, inspect, rocks
 from opd.tokens import spelled
 from opd.types import Refusal, Sampling
-from opd.vocabulary import Given, Hidden, alternatives
+from opd.vocabulary import alternatives
 from tests.models_for_tests import tiny
 
 

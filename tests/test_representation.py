@@ -15,13 +15,14 @@ import opd
 from opd.bridge import some
 from opd.cli import main
 from opd.cli.naming import plus
+from opd.heard import Heard
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target
 from opd.methods import METHODS, oprd
 from opd.representation import Bridge, Lens, Lenses, Projection, distance, fit, layer_map, pca
 from opd.student import Student, rows
 from opd.surrogates import Clipped
 from opd.teachers.local import LocalTeacher
-from opd.vocabulary import Heard, Vocabulary
+from opd.vocabulary import Vocabulary
 from opd.weights import LastTokens
 from tests.models_for_tests import MASKS, ROLLOUTS, logged, started, tiny
 from tests.test_train import command, config, launch, wait_for

@@ -26,6 +26,8 @@ from opd.cli import main
 from opd.divergences import BucketForwardKL, BucketJSD, BucketKL, GeneralisedKL, RenormalisedKL, Support
 from opd.engines.hf import HFEngine
 from opd.estimators import Stratified, TopKValue
+from opd.heard import Given, Heard, Hidden
+from opd.kernels.logits import Head
 from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.models import head
@@ -40,7 +42,7 @@ from opd.teachers.reach import reach
 from opd.teachers.server import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.writer import ServerEngine
 from opd.types import Rollout, Sampling
-from opd.vocabulary import Given, Heard, Hidden, Vocabulary, head_pass, measure
+from opd.vocabulary import Vocabulary, head_pass, measure
 from scripts.soak import Proxy, free_port, serving
 from tests.models_for_tests import logged, small, started, tiny
 
@@ -227,9 +229,9 @@ def test_the_head_pass_over_some_log_probs_is_that_over_the_teachers_states(name
     ((who, k),) = method.supports().items()
     draw = torch.Generator().manual_seed(0)
     made = lambda *shape: torch.randn(*shape, generator=draw)
-    weight, teacher = made(31, 6), Hidden(made(23, 5), opd.vocabulary.Head(made(31, 5)))
+    weight, teacher = made(31, 6), Hidden(made(23, 5), Head(made(31, 5)))
     ids, vocabulary, states = torch.randint(0, 29, (23,), generator=draw), Vocabulary(29, chunk_bytes=2000), made(23, 6)
-    head_ = lambda w: opd.vocabulary.Head(w, softcap=softcap)
+    head_ = lambda w: Head(w, softcap=softcap)
     q = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
     p = vocabulary.logp((states @ weight.T)[:, :29], head_(weight))
     named = torch.cat(((p if who == "student" else q).topk(k + 1, -1).indices.flip(-1), ids[:, None]), -1)
@@ -273,7 +275,7 @@ def test_the_head_pass_over_given_logp_is_that_over_the_teachers_states(name, so
     method = METHODS[name]()
     draw = torch.Generator().manual_seed(0)
     made = lambda *shape: torch.randn(*shape, generator=draw)
-    weight, teacher = made(31, 6), Hidden(made(23, 5), opd.vocabulary.Head(made(31, 5)))
+    weight, teacher = made(31, 6), Hidden(made(23, 5), Head(made(31, 5)))
     ids, vocabulary = torch.randint(0, 31, (23,), generator=draw), Vocabulary(29, chunk_bytes=2000)
     ids = ids.clamp(max=28)
     states = made(23, 6)
@@ -288,7 +290,7 @@ def test_the_head_pass_over_given_logp_is_that_over_the_teachers_states(name, so
         pytest.skip("scored on the whole batch: see the training test")
     for heard in (teacher, given):
         s, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
-        student = Hidden(s, opd.vocabulary.Head(w, softcap=softcap))
+        student = Hidden(s, Head(w, softcap=softcap))
         loss, seen = head_pass(method, student, Heard(heard), ids, targets, vocabulary)
         loss.backward()
         results.append((loss.detach(), s.grad, w.grad, seen.student_logp, seen.teacher_logp, seen.student_entropy))

@@ -13,12 +13,14 @@ from opd import draws
 from opd.engines.hf import HFEngine
 from opd.estimators import Several, TopKValue, Value
 from opd.exact import alone, measure
+from opd.heard import Given, Heard, Hidden
+from opd.kernels.logits import Head
 from opd.method import Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rollouts import Mixture, OnPolicy
 from opd.surrogates import Clipped, OffPolicy
 from opd.types import Others, Rollout, Sampling
-from opd.vocabulary import Given, Head, Heard, Hidden, Vocabulary, head_pass
+from opd.vocabulary import Vocabulary, head_pass
 from tests.models_for_tests import interrupted_at
 from tests.test_async import alike, config
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from opd.cli import main
 from opd.estimators import Optimal, TopKValue, Value
 from opd.exact import alone, moments, slopes, speakers, to_logits, token_gradients
+from opd.heard import Hidden
 from opd.kernels.logits import Vocabulary
 from opd.method import Match, Method, PolicyGradient, Positions
 from opd.methods import METHODS, gkd, opd, opd_full, opd_optimal, opd_stratified, poweropd, vopd, vopd_topk
@@ -18,7 +19,6 @@ from opd.rewards import Power
 from opd.student import Rows, Student, final_states
 from opd.surrogates import Clipped, ImportanceSampling
 from opd.variance import Means, Variance, directions, look, quantile, ratio, variance
-from opd.vocabulary import Hidden
 from tests.models_for_tests import tiny
 
 close = torch.testing.assert_close

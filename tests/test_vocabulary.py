@@ -12,14 +12,16 @@ import opd.vocabulary
 from opd.against import Reference
 from opd.divergences import BucketForwardKL, BucketJSD, BucketKL, ForwardKL, GeneralisedKL, RenormalisedKL, Support
 from opd.estimators import Optimal, TopKValue, Value
+from opd.heard import Columns, Heard, Hidden
 from opd.kernels import native
+from opd.kernels.logits import Head
 from opd.kernels.rows import Sums, ThroughKL, ThroughLogp, ThroughSome, closed_form
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rewards import Clip, Power
 from opd.surrogates import Clipped, ImportanceSampling
 from opd.types import reads
-from opd.vocabulary import Columns, Head, Heard, Hidden, Vocabulary, head_pass, measure, predictors
+from opd.vocabulary import Vocabulary, head_pass, measure, predictors
 
 N, V, HS, HT = 37, 53, 12, 20
 HEADS = {
@@ -446,7 +448,9 @@ import sys, torch
 from pathlib import Path
 from opd.method import Target
 from opd.methods import METHODS
-from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
+from opd.heard import Heard, Hidden
+from opd.kernels.logits import Head
+from opd.vocabulary import Vocabulary, head_pass
 def peak():  # of this process alone: ru_maxrss starts from the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -477,7 +481,9 @@ import resource, sys, torch
 from pathlib import Path
 from opd.method import Target
 from opd.methods import METHODS
-from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass, measure
+from opd.heard import Heard, Hidden
+from opd.kernels.logits import Head
+from opd.vocabulary import Vocabulary, head_pass, measure
 torch.set_num_threads(1)
 n, v = 16384, 16384  # [N, V] is 1 GB for one model
 states, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)

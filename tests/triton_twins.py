@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import opd.vocabulary
+from opd.heard import Given, Heard, Hidden
 from opd.kernels import fused, native
 from opd.kernels.choice import fuses, sweeper
 from opd.kernels.logits import Head, Vocabulary
@@ -13,7 +14,7 @@ from opd.kernels.rows import Form, Sums, ThroughKL, ThroughLogp
 from opd.method import Method, PolicyGradient
 from opd.methods import METHODS
 from opd.rewards import LogRatio, One
-from opd.vocabulary import Given, Heard, Hidden, head_pass, measure
+from opd.vocabulary import head_pass, measure
 from tests import test_vocabulary as plain
 from tests.test_vocabulary import CLOSED, FORMS, V, case, distances, naive, passed, targets
 

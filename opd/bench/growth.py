@@ -10,12 +10,14 @@ from opd.bench.case import Case, Shape
 from opd.bench.head import fresh_peak
 from opd.bench.peers import naive, ours
 from opd.bench.result import Result, Timed, in_turn, spread, versions
+from opd.heard import Heard, Hidden
+from opd.kernels.logits import Head
 from opd.method import Target
 from opd.methods import METHODS
 from opd.student import Student, micro_batches, rows
 from opd.teachers.local import LocalTeacher
 from opd.types import Rollout
-from opd.vocabulary import Head, Heard, Hidden, Vocabulary, head_pass
+from opd.vocabulary import Vocabulary, head_pass
 
 PROMPT = 40  # tokens before each response
 ARM = {"N, head pass": "ours", "N, naive": "naive"}  # of which memory is measured, too

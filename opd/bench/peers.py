@@ -9,9 +9,11 @@ from torch import Tensor
 
 from opd.bench.case import Case, Objective, Shape
 from opd.estimators import Value
+from opd.heard import Heard, Hidden
+from opd.kernels.logits import Head
 from opd.kernels.matmul import addmm, mm, wide
 from opd.method import Match, Method, PolicyGradient, Target
-from opd.vocabulary import FROZEN, Head, Heard, Hidden, Vocabulary, head_pass
+from opd.vocabulary import FROZEN, Vocabulary, head_pass
 
 METHODS = {"vopd": Method((PolicyGradient(baseline=Value()),)), "reverse-kl": Method((Match(),))}
 Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over tokens; returns the loss

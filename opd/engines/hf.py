@@ -14,10 +14,11 @@ from opd.divergences import kl
 from opd.engines.forms import Form, within
 from opd.engines.stream import Stream
 from opd.kernels.draw import quantile
+from opd.kernels.logits import Head
 from opd.noise import uniform
 from opd.rollouts import StopOnAgreement, blend
 from opd.types import Others, Sampling
-from opd.vocabulary import Head, Vocabulary
+from opd.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd.heard import Hidden
+from opd.kernels.logits import Head
 from opd.models import head
 from opd.representation import Lens
 from opd.student import Body, rows, states
 from opd.teachers.base import Teacher
 from opd.types import MEASURED, Refusal, Rollout
-from opd.vocabulary import Head, Hidden
 
 
 class LocalTeacher(Teacher):

@@ -18,13 +18,14 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from opd.heard import Given, Hidden
+from opd.kernels.logits import Head
 from opd.representation import Lens
 from opd.teachers import wire
 from opd.teachers.base import Teacher
 from opd.teachers.client import Malformed, Traffic, read_json
 from opd.teachers.reach import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
 from opd.types import Refusal, Rollout
-from opd.vocabulary import Given, Head, Hidden
 
 TIES = 2  # tokens beside the student's k most probable: a tie may round otherwise in its next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
