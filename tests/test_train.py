@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import opd
+from opd.loop import FREE
 from opd.method import Method
 from opd.methods import METHODS
 from opd.runs import Run
@@ -164,7 +165,7 @@ def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
 
 
 def test_what_may_change_when_a_run_resumes(tmp_path):
-    run, free = Run(tmp_path), opd.loop.FREE
+    run, free = Run(tmp_path), FREE
     written = lambda **changes: {
         "lr": 1e-3,
         "remote": {"teacher_timeout": 5},
