@@ -11,13 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import opd
+from opd import rubrics
 from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Criterion, Group, ModelJudge, Rubric
-from opd.teachers.schema import schema
-from opd.teachers.stages import Marking
+from opd.teachers.schema import Listed, schema
+from opd.teachers.stages import Contrast, Evolved, Marking, ModelStageJudge, Proposed
 from opd.teachers.text import Endpoint, Failed, Gate, Local, TextTeacher
 from opd.types import Prompt, Sampling
 from scripts.soak import serving
@@ -158,12 +159,43 @@ def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
 
 
 def test_the_schema_of_a_form():
-    told = json.loads(schema(Marking, {"marks": (2, 2)}))
+    told = json.loads(schema(Marking, {"marks": Listed(2, 2, "index", (1, 2))}))
     assert told["properties"]["marks"]["minItems"] == told["properties"]["marks"]["maxItems"] == 2
     assert [x["properties"]["index"] for x in told["properties"]["marks"]["prefixItems"]] == [
         {"const": 1},
         {"const": 2},
     ]
     assert not told["additionalProperties"] and not told["$defs"]["Marked"]["additionalProperties"]
-    told = json.loads(schema(Rubric, {"criteria": (4, 12)}))
+    told = json.loads(schema(Rubric, {"criteria": Listed(4, 12)}))
     assert "prefixItems" not in told["properties"]["criteria"] and told["properties"]["criteria"]["maxItems"] == 12
+
+
+def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkeypatch):
+    """Of each stage as many as are due, at the fewest and the most; of a stage with criteria there may be none."""
+    asked = []
+
+    def filled(self, questions, form, check, seed, *, temperature, lists):
+        asked.append((check, [lists(i) for i in range(len(questions))]))
+        return [Failed("nobody was asked")] * len(questions)
+
+    monkeypatch.setattr(ModelJudge, "filled", filled)
+    text = pair[1]
+    writer = Local("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
+    model = TextTeacher(writer, Answers(tmp_path / "answers.sqlite"), Gate("judge x", 1.0))
+    judge = ModelStageJudge(ModelJudge(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
+    kept = (rubrics.Criterion(2, "old", 1, False),)
+    judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
+    ((check, lists),) = asked
+    assert [told["criteria"].values for told in lists] == [(1, 2, 3, 4, 4), (1, 3, 4, 4)]
+    forms = Forms.of(text, len(text), (256,))
+    for i, told in enumerate(lists):
+        most = told["criteria"]
+        assert most.most - most.least == 3
+        for extra in [(), *((stage,) * 3 for stage in (1, 2, 3, 4))]:
+            new = [Proposed(stage=stage, description="x", weight=1) for stage in (*most.values, *extra)]
+            assert not check(i, Evolved(criteria=tuple(new)))
+            form = forms.form(json.loads(schema(Evolved, told)))
+            assert form.matcher.consume_tokens(text(Evolved(criteria=tuple(new)).model_dump_json())["input_ids"])
+        bad = Evolved(criteria=tuple(Proposed(stage=5, description="x", weight=1) for _ in most.values))
+        form = forms.form(json.loads(schema(Evolved, told)))
+        assert not form.matcher.consume_tokens(text(bad.model_dump_json())["input_ids"])

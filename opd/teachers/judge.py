@@ -15,7 +15,7 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, Field, ValidationError
 
 from opd.tasks.answers import spoken
-from opd.teachers.schema import Lengths, schema
+from opd.teachers.schema import Listed, Lists, schema
 from opd.teachers.text import Begun, Failed, How, TextTeacher
 from opd.types import Prompt
 
@@ -160,7 +160,9 @@ class ModelJudge:
         for g in groups:
             given = {"references": shown("reference", g.references), "answers": shown("answer", g.answers)}
             asked.append(RUBRIC.format(least=least, most=most, question=safe(g.question()), **given))
-        return self.filled(asked, Rubric, check, seed, temperature=0.7, lengths=lambda i: {"criteria": (least, most)})
+        return self.filled(
+            asked, Rubric, check, seed, temperature=0.7, lists=lambda i: {"criteria": Listed(least, most)}
+        )
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
         """Blind: shuffled, in one question a group."""
@@ -180,12 +182,12 @@ class ModelJudge:
             counts = {"count": len(every), "criteria": len(rubric.criteria)}
             asked.append(GRADE.format(question=safe(g.question()), **given, **counts))
 
-        def lengths(i: int) -> Lengths:
+        def lists(i: int) -> Lists:
             n, k = len(orders[i]), len(rubrics[i].criteria)
-            return {"answers": (n, n), "met": (k, k)}
+            return {"answers": Listed(n, n, "index", tuple(range(1, n + 1))), "met": Listed(k, k)}
 
         out: list[Met | Failed] = []
-        found = self.filled(asked, Sheet, check, seed, temperature=0.0, lengths=lengths)
+        found = self.filled(asked, Sheet, check, seed, temperature=0.0, lists=lists)
         for sheet, order in zip(found, orders, strict=True):
             if isinstance(sheet, Failed):
                 out.append(sheet)
@@ -202,10 +204,10 @@ class ModelJudge:
         seed: int,
         *,
         temperature: float,
-        lengths: Callable[[int], Lengths] = lambda i: {},
+        lists: Callable[[int], Lists] = lambda i: {},
     ) -> list[F | Failed]:
         """The forms, filled in; those that are not right are asked for again once."""
-        schemas = [schema(form, lengths(i)) if self.schemas else "" for i in range(len(asked))]
+        schemas = [schema(form, lists(i)) if self.schemas else "" for i in range(len(asked))]
         how = How(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in asked]
         rejected: list[list[Begun]] = [[] for _ in asked]

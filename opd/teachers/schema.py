@@ -2,14 +2,27 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-Lengths = Mapping[str, tuple[int, int]]  # of lists, by the name of their field: least and most
+
+@dataclass(frozen=True)
+class Listed:
+    """What a list must hold: so many items, the first of which have given values of a field, the others one of some."""
+
+    least: int
+    most: int
+    field: str = ""
+    values: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
 
 
-def schema(form: type[BaseModel], lengths: Lengths) -> str:
-    """Closed, with lists of such lengths; where the length is known, items with an index have theirs."""
+Lists = Mapping[str, Listed]  # by the name of their field
+
+
+def schema(form: type[BaseModel], lists: Lists) -> str:
+    """Closed, with such lists."""
     whole = form.model_json_schema()
     parts = whole.get("$defs", {})
     every = (*parts.values(), whole)
@@ -17,11 +30,16 @@ def schema(form: type[BaseModel], lengths: Lengths) -> str:
         part["additionalProperties"] = False
     for part in every:
         for name, field in part["properties"].items():
-            if name in lengths:
-                least, most = lengths[name]
-                field |= {"minItems": least, "maxItems": most}
-                item = parts.get(field["items"].get("$ref", "").rpartition("/")[2], {})
-                if least == most and "index" in item.get("properties", {}):
-                    own = lambda i, item=item: {**item, "properties": {**item["properties"], "index": {"const": i}}}
-                    field["prefixItems"] = [own(i) for i in range(1, most + 1)]
+            if name in lists:
+                told = lists[name]
+                field |= {"minItems": told.least, "maxItems": told.most}
+                if told.field:
+                    item = parts[field["items"]["$ref"].rpartition("/")[2]]
+                    field["prefixItems"] = [_having(item, told.field, {"const": value}) for value in told.values]
+                    if told.others:
+                        field["items"] = _having(item, told.field, {"enum": list(told.others)})
     return json.dumps(whole)
+
+
+def _having(item: dict, name: str, value: object) -> dict:
+    return {**item, "properties": {**item["properties"], name: value}}

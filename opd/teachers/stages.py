@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from opd.rubrics import MOST, Buffer, Criterion, Marks
 from opd.teachers.judge import ModelJudge, line, question, safe, shown, tagged
+from opd.teachers.schema import Listed, Lists
 from opd.teachers.text import Failed
 from opd.types import Prompt
 
@@ -182,13 +183,24 @@ class ModelStageJudge:
         """A little warm; too many criteria of a stage, or too few, are asked for again."""
         last = len(self.tags)
 
+        def bounds(i: int, stage: int) -> tuple[int, int]:
+            least, most = MANY if stage == last else FEW
+            known = any(c.stage == stage for c in groups[i].kept)  # then there may be nothing new to say
+            return 0 if known else least, most
+
         def check(i: int, found: Evolved) -> str:
             for stage in range(1, last + 1):
-                n, (least, most) = sum(c.stage == stage for c in found.criteria), MANY if stage == last else FEW
-                known = any(c.stage == stage for c in groups[i].kept)  # then there may be nothing new to say
-                if not (0 if known else least) <= n <= most:
+                n, (least, most) = sum(c.stage == stage for c in found.criteria), bounds(i, stage)
+                if not least <= n <= most:
                     return f"{n} criteria of stage {stage}, not {least} to {most}"
             return "" if all(c.stage <= last for c in found.criteria) else f"there are {last} stages"
+
+        def lists(i: int) -> Lists:
+            """The fewest of each stage, then as many of any as none has too many by."""
+            stages = tuple(range(1, last + 1))
+            first = tuple(stage for stage in stages for _ in range(bounds(i, stage)[0]))
+            more = min(most - least for least, most in (bounds(i, stage) for stage in stages))
+            return {"criteria": Listed(len(first), len(first) + more, "stage", first, stages)}
 
         names = ", ".join(f"{k} ({tag.replace('|', ' or ')})" for k, tag in enumerate(self.tags, 1))
         how = {"count": last, "names": names, "few": f"{FEW[0]} to {FEW[1]}", "many": f"{MANY[0]} to {MANY[1]}"}
@@ -201,8 +213,7 @@ class ModelStageJudge:
             )
             for g in groups
         ]
-        lengths = lambda i: {"criteria": (0, (last - 1) * FEW[1] + MANY[1])}
-        found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7, lengths=lengths)
+        found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7, lists=lists)
         made = lambda p: Criterion(p.stage, f"{p.title}: {p.description}".removeprefix(": "), p.weight, p.negative)
         return [x if isinstance(x, Failed) else tuple(map(made, x.criteria)) for x in found]
 
@@ -222,8 +233,9 @@ class ModelStageJudge:
             )
             for x, c in zip(answers, criteria, strict=True)
         ]
-        lengths = lambda i: {"marks": (len(criteria[i]), len(criteria[i]))}
-        found = self.judge.filled(asked, Marking, check, seed, temperature=0.0, lengths=lengths)
+        indices = [tuple(range(1, len(c) + 1)) for c in criteria]
+        lists = lambda i: {"marks": Listed(len(indices[i]), len(indices[i]), "index", indices[i])}
+        found = self.judge.filled(asked, Marking, check, seed, temperature=0.0, lists=lists)
         return [x if isinstance(x, Failed) else tuple(m.mark for m in x.marks) for x in found]
 
     def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
