@@ -123,7 +123,8 @@ class VLLMServer(Sent):
             self._post("/finish_weight_update", {})
         finally:
             path.unlink(missing_ok=True)
-            path.parent.rmdir()
+            with contextlib.suppress(OSError):  # it was never made
+                path.parent.rmdir()
 
     def _post(self, path: str, body: object, tries: int = 1) -> None:
         """One of the calls about weights: never repeated where it may not run twice."""
