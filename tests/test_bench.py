@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd import cli
-from opd.bench import command, growth, head, rollouts, step
+from opd.bench import command, growth, head, packing, rollouts, step
 from opd.bench.case import Shape
 from opd.bench.growth import Growth
 from opd.bench.peers import ARMS
@@ -95,3 +95,15 @@ def test_parts_by_name(capsys):
     assert all(f"  {part}" in shown for part in command.PARTS)
     assert cli.main(["bench", "hed"]) == 2
     assert "hed: no part of the benchmark (did you mean head?)" in capsys.readouterr().err
+
+
+def test_packed_rows_beside_rows_of_like_length():
+    """Every way has the states that each sequence has alone, which the part checks before it times."""
+    found = packing.measured(packing.Packing(pool=6, max_new_tokens=40, lengths=(256,), rows=2, rounds=1))
+    assert [row[0] for row in found.rows][1:] == ["rows of like length", "packed to 256, block mask"]
+    whole = found.numbers["tokens"]
+    assert int(found.rows[2][1]) == whole <= int(found.rows[1][1]) <= int(found.rows[0][1])
+
+
+def test_first_fit_decreasing():
+    assert packing.packed({0: 3, 1: 7, 2: 5, 3: 4, 4: 30}, 10) == [[4], [1, 0], [2, 3]]

@@ -11,10 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from opd.bench import growth, head, overlap, rollouts, step
+from opd.bench import growth, head, overlap, packing, rollouts, step
 from opd.bench.case import Shape
 from opd.bench.growth import Growth
 from opd.bench.overlap import Overlap
+from opd.bench.packing import Packing
 from opd.bench.result import Clock, Result
 from opd.bench.rollouts import Ragged
 from opd.bench.step import Step
@@ -41,12 +42,13 @@ PARTS: dict[str, tuple[type, str]] = {
     "step": (Step, "A training step, rollouts included, beside TRL's."),
     "rollouts": (Ragged, "Ragged rollouts beside model.generate."),
     "async": (Overlap, "Rollouts in a worker process beside rollouts in turns: speed, and what is learnt."),
+    "packing": (Packing, "Rows of like length beside packed ones, over a pool of rollouts."),
     "growth": (Growth, "Time and memory against N, V, k, batch, length."),
     "all": (All, "Every part; its tables, numbers and plot in a folder."),
 }
 
 
-def bench(asked: Shape | Step | Ragged | Overlap | Growth | All) -> None:
+def bench(asked: Shape | Step | Ragged | Overlap | Packing | Growth | All) -> None:
     """Run the part whose settings these are, and show its table."""
     match asked:
         case Shape():
@@ -58,6 +60,8 @@ def bench(asked: Shape | Step | Ragged | Overlap | Growth | All) -> None:
         case Overlap():
             for result in overlap.measured(asked):
                 result.show()
+        case Packing():
+            packing.measured(asked).show()
         case Growth():
             growth.measured(asked).show()
         case All():

@@ -23,7 +23,7 @@ USAGE = """usage: opd COMMAND ...
   opd rescore RUN --method NAME [--method NAME ...] [--step N] [--json]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
-  opd bench head|step|rollouts|async|growth|all [flags]
+  opd bench head|step|rollouts|async|packing|growth|all [flags]
   opd demo
   opd --version
 
