@@ -285,7 +285,10 @@ class Train:
         if engine == "hf":
             return
         if isinstance(who, OnPolicy) and who.samples > 1:
-            raise Refusal(f"--engine {engine}: {who} draws more tokens at each position, which hf alone does")
+            raise Refusal(
+                f"--engine {engine}: {who} draws more tokens at each position, which hf alone does: take --engine hf, "
+                "or leave --samples out"
+            )
         if listens(who):
             raise Refusal(f"--engine {engine}: {who} lets the teacher read along token by token, which hf alone does")
         if "student_alone" in self.method.reads():

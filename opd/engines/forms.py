@@ -32,9 +32,13 @@ class Forms:
         try:
             import llguidance.hf
         except ImportError as error:
-            raise Refusal("response_format: needs llguidance; pip install 'opd[text]', or llguidance alone") from error
+            raise Refusal(
+                "response_format (--judge-schema): needs llguidance; pip install 'opd[text]', or llguidance"
+            ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise Refusal(f"response_format: {type(tokenizer).__name__} is no fast tokenizer, which json schemas need")
+            raise Refusal(
+                f"response_format (--judge-schema): {type(tokenizer).__name__} is no fast tokenizer; schemas need one"
+            )
         return cls(llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(stop)))
 
     def form(self, schema: Mapping[str, object]) -> "Form":
