@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -18,6 +18,7 @@ from opd.method import Method
 from opd.representation import Bridge, Lens, Lenses, Projection, fit, layer_map
 from opd.student import Student, rows, states
 from opd.teachers.local import LocalTeacher
+from opd.tensors import save_tensors
 from opd.types import Batch, Refusal, Rollout
 
 
@@ -106,13 +107,13 @@ def fitted(
 def save(lenses: Lenses, folder: Path) -> None:
     """Add the projections to a checkpoint; nothing where there are none."""
     named = {
-        f"{side}.{i}.{name}": x.contiguous().cpu()
+        f"{side}.{i}.{name}": x
         for side, lens in (("student", lenses.student), ("teacher", lenses.teacher))
         for i, p in enumerate(lens.projections)
         for name, x in (("matrix", p.matrix), ("mean", p.mean))
     }
     if named:
-        save_file(named, folder / "bridge.safetensors")
+        save_tensors(named, folder / "bridge.safetensors")
 
 
 def load(lenses: Lenses, folder: Path) -> Lenses:

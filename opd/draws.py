@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.collect import Rendered
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened
+from opd.tensors import save_tensors
 from opd.types import Others, Rollout
 
 SCALARS = {
@@ -156,7 +157,7 @@ def save(draws: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
             values = [r.notes[name] for r in rolls]
             whole = values if kind == "note" else [x for v in values for x in v]  # type: ignore[union-attr]
             tensors[f"{draw}.{kind}.{name}"] = torch.tensor(whole, dtype=torch.float64)
-    save_file(tensors, folder / "draws.safetensors")
+    save_tensors(tensors, folder / "draws.safetensors")
 
 
 def load(folder: Path) -> dict[int, list[Rollout]]:

@@ -17,7 +17,7 @@ from opd.progress import Progress, loading
 from opd.report.alarms import alarms
 from opd.report.logs import read
 from opd.rollouts import NOTHING
-from opd.runs import Run, load_memory, plain
+from opd.runs import Run, load_memory, plain, training_state
 from opd.session import open_session
 from opd.steps import Loop
 from opd.types import Refusal
@@ -54,16 +54,17 @@ def train(
     checkpoint = newest_checkpoint(run.folder)
     with loading(config.student, *config.routes().values(), quiet=config.quiet):
         session = open_session(config, method, checkpoint)
-    start = 0 if checkpoint is None else session.restore(checkpoint, partial=method.headless())
+    state = None if checkpoint is None else training_state(checkpoint)
+    start = 0 if state is None else session.restore(state, partial=method.headless())
     accelerator, main = session.accelerator, session.accelerator.is_main_process
-    loop, memory = Loop(config, method, session, run, each), NOTHING if checkpoint is None else load_memory(checkpoint)
+    loop, memory = Loop(config, method, session, run, each), NOTHING if state is None else load_memory(state)
     found = examined(loop) if config.doctor and checkpoint is None else noted(loop)
     if bad := errors(found):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         said = str(bad[0]).removeprefix("error: ")
         raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
-        run.start(written, repr(method), start, asked)
+        run.start(written, repr(method), start, {"processes": accelerator.num_processes, **asked})
     if config.trackers:
         accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()
@@ -73,8 +74,8 @@ def train(
         for line in dict.fromkeys(map(str, alarming(found))):
             progress.say(line)
         if (term := method.hidden()) is not None and term.bridge is not None:
-            loop.cross(term.bridge, checkpoint)
-        loop.writing.open(start, memory, checkpoint, progress.say)
+            loop.cross(term.bridge, state)
+        loop.writing.open(start, memory, state, progress.say)
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
         for step in range(start + 1, config.steps + 1):

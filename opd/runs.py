@@ -7,7 +7,8 @@ perf.jsonl                                  seconds, tokens/s, bytes
 evals/step-N.jsonl                          outcome and reverse KL of each held-out prompt
 rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches, with what both models preferred
 rollouts/step-N.tokens.json                 the texts of the ids in there
-checkpoints/step-N/                         a model folder, optimizer.safetensors, state.json
+checkpoints/step-N/                         a model folder for transformers, peft and vLLM: nothing else lies in it
+checkpoints/step-N/training_state/          what only a resumed run reads: optimizer.safetensors, state.json, ...
 """
 
 import contextlib
@@ -26,12 +27,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.disk import disk
+from opd.disk import disk, follow_umask
 from opd.kernels.choice import sweeper
 from opd.method import Method, Target
+from opd.tensors import save_tensors
 from opd.types import Batch, Prompt, Refusal, Rollout
 
 
@@ -55,7 +57,13 @@ def flat(value: object, path: str = "") -> list[tuple[str, object]]:
     return [(path, value)]
 
 
+STATE = "training_state"  # a subfolder, because servers load every *.safetensors file beside the model's as weights
 LEFT = ("answers.sqlite*", "engine", ".worker-*")  # by a run that was refused, or killed, before its first step
+
+
+def training_state(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint's training state; older checkpoints have it beside the model's files."""
+    return checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class Run:
         for i, (target, score) in enumerate(zip(targets, batch.scores or [None] * len(targets), strict=True)):
             columns[f"weight.{i}"] = target.weight
             columns[f"advantage.{i}"] = score if target.advantage is None else target.advantage
-        tensors = {k: v.contiguous().cpu() for k, v in columns.items() if isinstance(v, Tensor)}
+        tensors = {k: v for k, v in columns.items() if isinstance(v, Tensor)}
         rows = [
             {
                 "index": r.index,
@@ -162,9 +170,7 @@ class Run:
             folder.mkdir(exist_ok=True)
             self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
             self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            path = folder / f"step-{step:06d}.safetensors"
-            save_file(tensors, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)  # last: where it is, the others are
+            save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: where it is, the others are
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
@@ -178,8 +184,10 @@ class Run:
             with disk(f"checkpoint {final}"):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
+                (part / STATE).mkdir()
                 yield part
-                (part / "state.json").write_text(json.dumps({"step": step}))
+                (part / STATE / "state.json").write_text(json.dumps({"step": step}))
+                follow_umask(part)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(part, final)
         finally:
@@ -225,7 +233,7 @@ class Clock:
 
 def save_optimizer(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
     """Optimizer state by parameter name, as safetensors."""
-    save_file({f"{name}/{key}": x.contiguous().cpu() for name, row in state.items() for key, x in row.items()}, path)
+    save_tensors({f"{name}/{key}": x for name, row in state.items() for key, x in row.items()}, path)
 
 
 def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -246,7 +254,7 @@ def digest(prompt: Prompt) -> str:
 def save_memory(memory: Mapping[str, Tensor], folder: Path) -> None:
     """What the run remembers between steps, where it remembers anything."""
     if memory:
-        save_file({name: x.contiguous() for name, x in memory.items()}, folder / "memory.safetensors")
+        save_tensors(memory, folder / "memory.safetensors")
 
 
 def load_memory(folder: Path) -> dict[str, Tensor]:

@@ -29,11 +29,12 @@ from opd import bridge, models, opening, remote, tokens
 from opd.collect import Collector
 from opd.config import Train
 from opd.engines.hf import HFEngine
+from opd.launch import check_connected, check_launch, needs_cpu_backend
 from opd.method import Method
 from opd.panel import Panel
 from opd.reading import Prompts
 from opd.representation import Lenses
-from opd.runs import load_optimizer, save_optimizer
+from opd.runs import STATE, load_optimizer, save_optimizer
 from opd.student import Student, compiled
 from opd.tasks.load import load
 from opd.teachers.local import LocalTeacher
@@ -46,7 +47,8 @@ from opd.vocabulary import Vocabulary
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 ASKING = timedelta(days=1)  # others wait for the main process: hundreds of questions a step, each with its retries
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SAVED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
+RESTORED = StateDictOptions(full_state_dict=True)  # the whole state, on every process
 
 
 @dataclass(frozen=True)
@@ -75,40 +77,46 @@ class Session:
         return all(isinstance(t, LocalTeacher | HiddenTeacher) for t in self.teachers.values())
 
     def save(self, folder: Path) -> None:
-        """Model, tokenizer and optimizer state; all processes call it, the main one writes."""
+        """Write the model folder of a checkpoint and, in its subfolder, the state of optimizer and teachers.
+
+        Every process calls it, because sharded values are gathered; the main process writes.
+        """
         weights = self.accelerator.get_state_dict(self.student)
-        whole: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=WHOLE)
+        whole: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=SAVED)
         if self.accelerator.is_main_process:
             named = {name.removeprefix("model."): x for name, x in weights.items()}
             self.plain().model.save_pretrained(str(folder), state_dict=named)
             self.collector.tokenizer.save_pretrained(folder)
-            save_optimizer(whole["state"], folder / "optimizer.safetensors")
+            state = folder / STATE
+            save_optimizer(whole["state"], state / "optimizer.safetensors")
             for k, teacher in enumerate(self.teachers.values()):
-                place = _place(folder, k)
+                place = _place(state, k)
                 place.mkdir(exist_ok=True)
                 teacher.save(place)
             if self.lenses is not None:
-                bridge.save(self.lenses, folder)
+                bridge.save(self.lenses, state)
 
-    def restore(self, folder: Path, *, partial: bool) -> int:
-        """Take up the optimizer state of a checkpoint (its weights were loaded with the model); the step it was at.
+    def restore(self, state: Path, *, partial: bool) -> int:
+        """Load the optimizer and teacher state of a checkpoint and return its step; the model has its weights already.
 
-        `partial`: some parameters never have a gradient, and so no state there; else a missing one is refused.
+        Args:
+            state: the checkpoint's folder of training state.
+            partial: accept parameters without optimizer state, because some of them never have a gradient.
         """
         optimizer = self.optimizer.optimizer
-        whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=WHOLE)
-        kept = load_optimizer(folder / "optimizer.safetensors")
+        whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=RESTORED)
+        kept = load_optimizer(state / "optimizer.safetensors")
         missing = sorted(whole["state"].keys() - kept.keys())
         if missing and not partial:
             raise Refusal(
-                f"--resume: {folder / 'optimizer.safetensors'} lacks the state of {len(missing)} trained parameters, "
+                f"--resume: {state / 'optimizer.safetensors'} lacks the state of {len(missing)} trained parameters, "
                 f"{missing[0]} for one; remove this checkpoint to go on from the one before"
             )
         whole["state"] |= kept
-        set_optimizer_state_dict(self.student, optimizer, whole, options=WHOLE)
+        set_optimizer_state_dict(self.student, optimizer, whole, options=RESTORED)
         for k, teacher in enumerate(self.teachers.values()):
-            teacher.restore(_place(folder, k))
-        return json.loads((folder / "state.json").read_text())["step"]
+            teacher.restore(_place(state, k))
+        return json.loads((state / "state.json").read_text())["step"]
 
 
 def open_session(config: Train, method: Method, checkpoint: Path | None) -> Session:
@@ -224,12 +232,15 @@ def _accelerator(config: Train, method: Method) -> Accelerator:
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=method.headless())]
     if method.asks is not None:
         handlers.append(InitProcessGroupKwargs(timeout=ASKING))
+    check_launch()
     accelerator = Accelerator(
+        cpu=needs_cpu_backend(),
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
         project_dir=config.out,
         kwargs_handlers=handlers,
     )
+    check_connected(accelerator)
     per_update = accelerator.num_processes * method.rollouts.per_prompt * method.rollouts.updates
     if config.batch % per_update:
         raise Refusal(
@@ -290,6 +301,6 @@ def _writers(
     return {name: writer(teacher) for name, teacher in teachers.items()}
 
 
-def _place(checkpoint: Path, teacher: int) -> Path:
-    """Where in a checkpoint a teacher's state is: --teacher's beside the model, that of each --route in a folder."""
-    return checkpoint / f"teacher-{teacher}" if teacher else checkpoint
+def _place(state: Path, teacher: int) -> Path:
+    """Return the folder of a teacher's state: that of --teacher is the training state's own, each --route has one."""
+    return state / f"teacher-{teacher}" if teacher else state

@@ -34,7 +34,7 @@ from opd.passes import Passes, width
 from opd.questions import Question, Stages
 from opd.representation import Bridge
 from opd.rollouts import Memory, OnPolicy, Snapshot, StopOnAgreement
-from opd.runs import Clock, Run, save_memory
+from opd.runs import STATE, Clock, Run, save_memory
 from opd.session import Session
 from opd.student import micro_batches
 from opd.tasks.task import Task
@@ -75,19 +75,19 @@ class Loop:
         self.writing = Writing(self.config, self.method, self.session)
 
     def save(self, memory: Memory, folder: Path) -> None:
-        """What a run that resumes takes up; all processes call it, the main one writes."""
+        """Fill a checkpoint with all that a resumed run reads; every process calls it, the main one writes."""
         self.session.save(folder)
-        self.writing.save(folder)
+        self.writing.save(folder / STATE)
         if self.session.accelerator.is_main_process:
-            save_memory(memory, folder)
+            save_memory(memory, folder / STATE)
 
-    def cross(self, built: Bridge, checkpoint: Path | None) -> None:
-        """Compare hidden states through a bridge: that of a checkpoint, else one fitted on the student as it starts."""
+    def cross(self, built: Bridge, state: Path | None) -> None:
+        """Compare hidden states through a bridge: that of a checkpoint's training state, else one fitted now."""
         config, session = self.config, self.session
         teacher, device = session.teachers[""], session.accelerator.device
         assert session.lenses is not None and isinstance(teacher, LocalTeacher)
-        if checkpoint is not None:
-            lenses = bridge.load(session.lenses, checkpoint)
+        if state is not None:
+            lenses = bridge.load(session.lenses, state)
         else:
             prompts = session.prompts.batch(1, built.rollouts)
             # Number 0: steps are from 1.

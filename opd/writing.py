@@ -30,10 +30,10 @@ class Writing:
     session: Session
     source: Source | None = None  # of rollouts to train on
 
-    def open(self, step: int, memory: Memory, checkpoint: Path | None, say: Callable[[str], object]) -> Source:
+    def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> Source:
         """Begin to draw rollouts for the steps after `step`: here, or in a worker process where one is asked for."""
         config, session, who = self.config, self.session, self.method.rollouts
-        kept = self._restored(checkpoint) if checkpoint is not None else {}
+        kept = self._restored(state) if state is not None else {}
         if config.staleness or config.worker:
             self.source = hired(config, session, who, kept, say, alone="student_alone" in self.method.reads())
         else:
@@ -126,13 +126,13 @@ class Writing:
         found = session.prompts.batch(reflect.batch(number), count)
         return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
 
-    def _restored(self, checkpoint: Path) -> dict[int, list[Rollout]]:
-        """This process's share of the draws of a checkpoint; what it lacks is drawn again."""
+    def _restored(self, state: Path) -> dict[int, list[Rollout]]:
+        """Load this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""
         accelerator, who = self.session.accelerator, self.method.rollouts
         per_prompt = who.per_prompt
         mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
-        for draw, drawn in draws.load(checkpoint).items():
+        for draw, drawn in draws.load(state).items():
             own = [r for r in drawn if r.index in wanted]
             if len(own) == len(wanted):
                 out[draw] = own

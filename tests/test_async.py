@@ -258,7 +258,7 @@ def test_killed_and_resumed_is_bitwise_where_staleness_is_exact(pair, tmp_path, 
     cut.send_signal(signal.SIGKILL)
     cut.wait(30)
     assert gone(children) and not list(out.glob(".worker*"))  # an orphan sees its pipe close, and cleans up
-    kept = draws.load(out / "checkpoints" / "step-000003")
+    kept = draws.load(out / "checkpoints/step-000003/training_state")
     assert versions(kept) == {4: {1}, 5: {2}, 6: {3}}
     again = launch(command(pair, out, *same, "--resume"))
     assert again.wait(120) == 0, again.stderr.read()
@@ -275,7 +275,7 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
     assert run.wait(120) == 0 and gone(children) and not list(out.glob(".worker*"))
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name[-6:])
-    kept = draws.load(saved)
+    kept = draws.load(saved / "training_state")
     assert set(kept) <= {step + 1, step + 2, step + 3}
     (out / "config.json").write_text((out / "config.json").read_text().replace('"steps": 500', f'"steps": {step + 4}'))
     again = launch(command(pair, out, "--steps", str(step + 4), "--save-every", "400", "--resume"))
@@ -476,7 +476,7 @@ def test_a_pool_is_written_by_a_snapshot_and_survives_a_checkpoint(pair, tmp_pat
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, worker=True))
     alike(here, tmp_path / "apart")
     for run in (here, tmp_path / "apart"):
-        assert versions(draws.load(run / "checkpoints/step-000003")) == {3: {2}, 4: {2}}
+        assert versions(draws.load(run / "checkpoints/step-000003/training_state")) == {3: {2}, 4: {2}}
     for step in (6, 7):
         shutil.rmtree(tmp_path / f"apart/checkpoints/step-{step:06d}")
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, resume=True))  # without a worker now

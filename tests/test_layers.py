@@ -17,13 +17,13 @@ FLOORS = {  # a floor imports itself and those above it in this list
     ),
     "vocabulary": "vocabulary heard kernels kernels.*",
     "edges": (
-        "disk prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect "
+        "disk tensors prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect "
         "adapters adapters.*"
     ),
     "program": (
-        "config presets reading remote opening panel asking staging episode session bridge runs progress draws jobs "
-        "background worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock report "
-        "report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
+        "config presets launch reading remote opening panel asking staging episode session bridge runs progress draws "
+        "jobs background worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock "
+        "report report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
         "opd"  # opd: the package's front door, which opens on all floors
     ),
 }

@@ -448,7 +448,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(folders, tmp_path, 
     again = launch(command(pair, tmp_path / "cut", "--resume", *method))
     assert again.wait(300) == 0, again.stderr.read()
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-    for file in ("model.safetensors", "optimizer.safetensors", "bridge.safetensors"):
+    for file in ("model.safetensors", "training_state/optimizer.safetensors", "training_state/bridge.safetensors"):
         a, b = (load_file(tmp_path / n / "checkpoints" / "step-000008" / file) for n in ("whole", "cut"))
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 

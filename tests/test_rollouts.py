@@ -453,7 +453,7 @@ def test_kat_cuts_once_it_knows_what_agreement_is(whole, name):
     assert all(row["cut"] == 0 and "threshold" not in row for row in rows[:2])
     assert all(row["threshold"] > 0 for row in rows[2:])
     assert all(0 < row["cut"] <= 1 and 0 < row["cut_tokens"] < 1 for row in rows[2:])
-    memory = load_file(sorted((whole[name] / "checkpoints").glob("step-*"))[-1] / "memory.safetensors")
+    memory = load_file(sorted((whole[name] / "checkpoints").glob("step-*"))[-1] / "training_state/memory.safetensors")
     assert memory["least"].shape == (20,)
 
 
@@ -464,7 +464,10 @@ def test_online_cuts_train_fewer_sampled_tokens_and_remember_the_same(whole):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["tokens"] == b["tokens"] and a["cut"] == b["cut"]
     assert online[2]["cut_tokens"] < late[2]["cut_tokens"]
-    first = [load_file(whole[n] / "checkpoints/step-000002/memory.safetensors") for n in ("kat", "kat --no-online")]
+    first = [
+        load_file(whole[n] / "checkpoints/step-000002/training_state/memory.safetensors")
+        for n in ("kat", "kat --no-online")
+    ]
     close(first[0]["least"], first[1]["least"], atol=1e-5, rtol=1e-4)
 
 
@@ -505,7 +508,7 @@ def test_resumed_is_bitwise_the_uninterrupted_run(folders, whole, tmp_path, name
         shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:06d}")
     cut = opd.train(config(folders, tmp_path / "cut", method=method, resume=True, **changes))
     assert (cut / "metrics.jsonl").read_bytes() == (whole[name] / "metrics.jsonl").read_bytes()
-    for file in ("model.safetensors", "optimizer.safetensors", "memory.safetensors"):
+    for file in ("model.safetensors", "training_state/optimizer.safetensors", "training_state/memory.safetensors"):
         paths = [f / "checkpoints" / "step-000006" / file for f in (whole[name], cut)]
         assert paths[0].exists() == paths[1].exists()
         if paths[0].exists():

@@ -532,7 +532,7 @@ def test_two_teachers_of_which_some_are_served(pair, server, tmp_path):
         assert all(row["teacher_received_mb"] > 0 < row["teacher_requests"] for row in logged(run, "perf"))
     context = {"context": "answer", "teacher": "ema:0.1", "route": ("x=ema:0.9",)}
     saved = opd.train(config(pair, tmp_path / "averages", **context, **changes)) / "checkpoints" / "step-000002"
-    slow, fast = (load_file(saved / place / "teacher.safetensors") for place in (".", "teacher-1"))
+    slow, fast = (load_file(saved / "training_state" / place / "teacher.safetensors") for place in (".", "teacher-1"))
     assert slow.keys() == fast.keys() and any(not slow[name].equal(fast[name]) for name in slow)
 
 

@@ -165,7 +165,9 @@ def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
     opd.train(config(pair, tmp_path / "whole", **late))
     with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "cut", **late))
-    assert any(drawn[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002").values())
+    assert any(
+        drawn[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002/training_state").values()
+    )
     opd.train(config(pair, tmp_path / "cut", resume=True, **late))
     alike(tmp_path / "whole", tmp_path / "cut")
 

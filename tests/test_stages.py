@@ -590,7 +590,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
     rows = logged(whole)
     assert "reflections" not in rows[0] and [row["reflections"] for row in rows[1:]] == [6, 6]
     assert all(row["grad_norm"] > 0 and row["reflection_tokens"] > 0 and 0 < row["reflection"] <= 1 for row in rows[1:])
-    kept = [episode.of(load_memory(whole / f"checkpoints/step-00000{step}")) for step in (1, 2, 3)]
+    kept = [episode.of(load_memory(whole / f"checkpoints/step-00000{step}/training_state")) for step in (1, 2, 3)]
     assert [len(e.rubrics) for e in kept] == [2, 2, 4]  # step 2 sees the questions of step 1 again
     assert [len(e.notes) for e in kept] == [2, 2, 4] and [len(e.deferred) for e in kept] == [6, 6, 6]
     for buffer in kept[1].rubrics.values():
@@ -599,7 +599,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
         assert cli.main(["train", *told, "--out", str(part), "rubricem", *AGAIN]) == 130
     assert cli.main(["train", *told, "--out", str(part), "--resume", "rubricem", *AGAIN]) == 0, capsys.readouterr()
     assert logged(whole) == logged(part)
-    files = [(x / "checkpoints/step-000003/memory.safetensors").read_bytes() for x in (whole, part)]
+    files = [(x / "checkpoints/step-000003/training_state/memory.safetensors").read_bytes() for x in (whole, part)]
     assert files[0] == files[1]
 
 
@@ -610,7 +610,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
         started(["train", *flags, "--out", str(tmp_path / str(processes)), "rubricem", *AGAIN], processes)
     for one, two in zip(*(logged(tmp_path / n) for n in ("1", "2")), strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
-    kept = [episode.of(load_memory(tmp_path / f"{n}/checkpoints/step-000003")) for n in (1, 2)]
+    kept = [episode.of(load_memory(tmp_path / f"{n}/checkpoints/step-000003/training_state")) for n in (1, 2)]
     assert kept[0].rubrics == kept[1].rubrics and kept[0].notes == kept[1].notes
     assert [d.ids for d in kept[0].deferred] == [d.ids for d in kept[1].deferred]
 
@@ -628,7 +628,7 @@ def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Method, "prepare", prepare)
     told = [*PAIR, *SMALL, *SIZE, "--steps", "2", "--lr", "1e-3", "--rollouts-every", "9"]
     assert cli.main(["train", *told, "--out", str(tmp_path / "x"), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    before = episode.of(load_memory(tmp_path / "x/checkpoints/step-000001"))
+    before = episode.of(load_memory(tmp_path / "x/checkpoints/step-000001/training_state"))
     batch, (paid, _) = next((b, t) for b, t in seen if len(b.ids) == 8 + 6)
     own = batch[8:]
     worth = torch.tensor([d.worth for d in before.deferred])

@@ -144,9 +144,11 @@ def test_the_average_follows_and_is_resumed_bitwise(folders, prompts, tmp_path):
     (cut / "config.json").write_text((cut / "config.json").read_text().replace('"steps": 2', '"steps": 4'))
     opd.train(of("cut", resume=True))
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    checkpoints = [load_file(whole / "checkpoints" / f"step-00000{i}" / "teacher.safetensors") for i in (2, 4)]
+    checkpoints = [
+        load_file(whole / "checkpoints" / f"step-00000{i}" / "training_state/teacher.safetensors") for i in (2, 4)
+    ]
     assert any(not torch.equal(checkpoints[0][k], checkpoints[1][k]) for k in checkpoints[0])
-    again = load_file(cut / "checkpoints" / "step-000004" / "teacher.safetensors")
+    again = load_file(cut / "checkpoints" / "step-000004" / "training_state/teacher.safetensors")
     assert all(torch.equal(again[k], checkpoints[1][k]) for k in again)
 
 

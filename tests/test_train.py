@@ -23,7 +23,7 @@ from opd.runs import Run
 from opd.steps import Loop
 from opd.types import Refusal
 from opd.vocabulary import _Side
-from tests.models_for_tests import logged, small
+from tests.models_for_tests import interrupted_at, logged, small
 
 
 def config(pair, out, **changes):
@@ -146,7 +146,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, met
     assert again.wait(300) == 0, again.stderr.read()
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     final = [sorted((tmp_path / n / "checkpoints").glob("step-*"))[-1] for n in ("whole", "cut")]
-    for file in ("model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
+    for file in ("model.safetensors", "adapter_model.safetensors", "training_state/optimizer.safetensors"):
         files = [folder / file for folder in final if (folder / file).exists()]
         assert len(files) != 1
         if files:
@@ -154,9 +154,49 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(pair, tmp_path, met
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# What transformers, its tokenizers and peft write and read; a server takes any other *.safetensors file for weights.
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES |= {"chat_template.jinja", "special_tokens_map.json"}
+ADAPTER_FILES = MODEL_FILES - {"config.json", "generation_config.json", "model.safetensors"}
+ADAPTER_FILES |= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize(("rank", "files"), [(0, MODEL_FILES), (4, ADAPTER_FILES)], ids=["full", "LoRA"])
+def test_a_checkpoint_holds_beside_its_training_state_only_what_a_model_folder_does(pair, tmp_path, rank, files):
+    umask = os.umask(0o027)
+    try:
+        changes = {"steps": 2, "lora_rank": rank, "teacher": "ema:0.1", "context": "answer", "worker": True}
+        run = opd.train(config(pair, tmp_path / "run", **changes))
+    finally:
+        os.umask(umask)
+    checkpoint = run / "checkpoints" / "step-000002"
+    found = {path.name for path in checkpoint.iterdir()}
+    assert found <= files | {"training_state"} and {"training_state", "tokenizer.json"} < found
+    assert {"optimizer.safetensors", "teacher.safetensors", "state.json"} <= set(
+        os.listdir(checkpoint / "training_state")
+    )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_a_checkpoint_of_an_older_version_resumes(pair, tmp_path):
+    """Training state lay beside the model's files; the numbers after resuming are those of the uninterrupted run."""
+    method = METHODS["gkd"](share=0.5)
+    whole = opd.train(config(pair, tmp_path / "whole", method=method))
+    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
+        opd.train(config(pair, tmp_path / "cut", method=method))
+    old = tmp_path / "cut" / "checkpoints" / "step-000002"
+    for file in (old / "training_state").iterdir():
+        file.rename(old / file.name)
+    (old / "training_state").rmdir()
+    opd.train(config(pair, tmp_path / "cut", method=method, resume=True))
+    assert logged(tmp_path / "cut") == logged(whole)
+    assert all(x.equal(weights(whole)[name]) for name, x in weights(tmp_path / "cut").items())
+
+
 def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
     out = opd.train(config(pair, tmp_path / "run", steps=2))
-    file = out / "checkpoints" / "step-000002" / "optimizer.safetensors"
+    file = out / "checkpoints" / "step-000002" / "training_state/optimizer.safetensors"
     state = load_file(file)
     save_file({k: x for k, x in state.items() if "embed_tokens" not in k}, file)
     with pytest.raises(Refusal, match=r"lacks the state of 1 trained parameters, .*embed_tokens") as error:
@@ -199,7 +239,7 @@ def test_saved_rollouts_appear_whole(pair, tmp_path, monkeypatch):
         save_file(dict(list(tensors.items())[:1]), path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opd.runs, "save_file", killed)
+    monkeypatch.setattr("opd.tensors.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "run", doctor=False))
     assert not list((tmp_path / "run" / "rollouts").glob("*.safetensors"))
@@ -228,7 +268,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):
     assert run.wait(120) == 0
     assert "--resume" in run.stderr.read()
     step = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-    assert json.loads((step / "state.json").read_text())["step"] == logged(tmp_path / "run")[-1]["step"]
+    assert json.loads((step / "training_state/state.json").read_text())["step"] == logged(tmp_path / "run")[-1]["step"]
 
 
 def test_compiled_layers_train_alike(pair, tmp_path):
@@ -283,7 +323,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(pair, t
 def test_bf16_compute_keeps_fp32_weights_and_state(pair, tmp_path):
     run = opd.train(config(pair, tmp_path / "run", precision="bf16", teacher_precision="bf16", steps=8, lr=1e-4))
     assert all(x.dtype == torch.float32 for x in weights(run).values())
-    state = load_file(run / "checkpoints" / "step-000008" / "optimizer.safetensors")
+    state = load_file(run / "checkpoints" / "step-000008" / "training_state/optimizer.safetensors")
     assert all(x.dtype == torch.float32 for x in state.values())
     start = load_file(Path(pair[0]) / "model.safetensors")
     # In pure bf16 an update of 1e-4 would be lost on nearly all weights.

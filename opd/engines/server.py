@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from opd.disk import disk
@@ -18,6 +17,7 @@ from opd.engines.hf import Sample
 from opd.engines.transfer import weights
 from opd.engines.vllm import Request, Sent, Speaker, parameters, requests, sample
 from opd.teachers.client import Client, Malformed, Remote, read_json
+from opd.tensors import save_tensors
 from opd.types import Refusal, Sampling
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
@@ -113,11 +113,12 @@ class VLLMServer(Sent):
 
     def _by_file(self) -> None:
         path = (self.folder / "engine" / "weights.safetensors").absolute()
-        whole = {name: x.to("cpu", self.dtype).contiguous() for name, x in weights(self.model).items()}
+        whole = {name: x.to(self.dtype) for name, x in weights(self.model).items()}
+        # The server may run as another user: the file has the mode that the umask asks for.
         try:
             with disk(f"writing {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(whole, path)
+                save_tensors(whole, path)
             self._post("/start_weight_update", {})
             self._post("/update_weights", {"update_info": {"files": [str(path)]}})
             self._post("/finish_weight_update", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from opd.models import head
 from opd.representation import Lens
 from opd.student import Body, rows, states
 from opd.teachers.base import Teacher
+from opd.tensors import save_tensors
 from opd.types import MEASURED, Refusal, Rollout
 
 
@@ -85,7 +86,7 @@ class Average(LocalTeacher):
 
     def save(self, folder: Path) -> None:
         """The averages."""
-        save_file({name: pair[0].contiguous() for name, pair in self._pairs().items()}, folder / "teacher.safetensors")
+        save_tensors({name: pair[0] for name, pair in self._pairs().items()}, folder / "teacher.safetensors")
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
