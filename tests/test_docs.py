@@ -146,7 +146,7 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
     program, *words = shlex.split(line)
     if "=" in program:  # a variable of its environment
         program, *words = words
-    if program == "accelerate":
+    if program in ("accelerate", "torchrun"):
         assert words[words.index("-m") + 1] == "opd", line
         program, words = "opd", words[words.index("-m") + 2 :]
     match Path(program).name:
