@@ -23,10 +23,11 @@ from multiprocessing.connection import Connection
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd import models
+from opd import adapters, models
 from opd.config import Train
 from opd.disk import disk
 from opd.draws import forget, outdate, share
@@ -291,8 +292,11 @@ def hired(
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads // 2))  # each its own cores
+    model = session.plain().model
+    # The base that the checkpoints name: --student may be a run folder that has moved on since.
+    student = adapters.base_name(model) if isinstance(model, PeftModel) else config.student
     opening = Opening(
-        config=replace(config, method=Method()),  # a method of the user's own need not be there
+        config=replace(config, method=Method(), student=student),  # a method of the user's own need not be there
         folder=config.out / f".worker-{accelerator.process_index}-{os.getpid()}",  # that of another trainer is its own
         size=engine.vocabulary,
         stop=engine.stop,

@@ -48,7 +48,8 @@ class Train:
     """A run."""
 
     student: str
-    """The model to train: hub id, local folder, .gguf file, run folder, or embedded:NAME."""
+    """The model to train: hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder,
+    LoRA adapter, or embedded:NAME."""
     teacher: str = ""
     """The model to learn from, with the same vocabulary; same kinds of name.  Or the student's own weights: self (as
     they are), base (as they were), ema:RATE (their moving average); then --context is what it knows better.  Empty is
@@ -381,7 +382,8 @@ class Evaluate:
     """What is evaluated, on what, and how."""
 
     model: str
-    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
+    adapter, or embedded:NAME."""
     prompts: str
     """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
     set: str = ""

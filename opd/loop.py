@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from accelerate.utils import gather_object
 
+from opd import opening
 from opd.config import Train
 from opd.doctor.examine import examined, noted
 from opd.doctor.findings import alarming, errors
@@ -65,6 +66,8 @@ def train(
         raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
         run.start(written, repr(method), start, {"processes": accelerator.num_processes, **asked})
+    if checkpoint is None:
+        opening.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:
         accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()

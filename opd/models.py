@@ -3,22 +3,33 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import struct
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from opd import prompts
+from opd import adapters, hub, prompts
+from opd.adapters import BASE, SETTINGS
+from opd.hub import Missing
 from opd.kernels.linear import Linear, quicken
 from opd.kernels.logits import Head
 from opd.types import Refusal
@@ -29,40 +40,95 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are."""
+    """Where a model's files are: a local folder, which may be the cache of a hub id; of an adapter, its base too."""
 
-    folder: str  # local folder, or a hub id
-    hub: bool = False  # looked up on the hub, with network
+    folder: str
     trust_remote_code: bool = False
+    repository: hub.Repository | None = None  # the hub id that the folder is a snapshot of, at its commit
+    base: "Source | None" = None  # the model that an adapter adapts
+    name: str = field(default="", compare=False)  # how the user called it, for messages
 
     def options(self) -> dict[str, bool]:
-        """Arguments of every from_pretrained."""
-        return {"local_files_only": not self.hub, "trust_remote_code": self.trust_remote_code}
+        """Return the arguments of every from_pretrained; only the code of a hub model may be in another repository."""
+        code_elsewhere = self.repository is not None and self.trust_remote_code
+        return {"local_files_only": not code_elsewhere, "trust_remote_code": self.trust_remote_code}
+
+    def whole(self) -> "Source":
+        """Return the model itself, or the one at the bottom of an adapter: where configuration and layers are."""
+        return self if self.base is None else self.base.whole()
+
+    def __str__(self) -> str:
+        return self.name or self.folder
 
 
 def locate(name: str, *, field: str, trust_remote_code: bool = False) -> Source:
     """Find the files of a model; `field` is the flag that named it, for the error."""
+    try:
+        return _located(name, trust_remote_code)
+    except Missing as error:
+        raise Refusal(f"--{field} {name}: {error}") from error
+
+
+def _located(name: str, trust_remote_code: bool) -> Source:
+    """Find the files of a model, and of the model under it where it is an adapter; raises Missing."""
     if name.startswith("embedded:"):
         folder = EMBEDDED / name.removeprefix("embedded:")
         if not (folder / "config.json").is_file():
             known = ", ".join(f"embedded:{p.parent.name}" for p in sorted(EMBEDDED.glob("*/config.json")))
-            raise Refusal(f"--{field} {name}: no such embedded model; there are {known}")
-        return Source(str(folder))
+            raise Missing(f"no such embedded model; there are {known}")
+        return Source(str(folder), name=name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Source(str(_dequantised(path)))
+        return Source(str(_dequantised(path)), name=name)
+    if path.is_file():
+        raise Missing("is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             path = newest_checkpoint(path) or path
-        if not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
-            raise Refusal(f"--{field} {name}: the folder holds no config.json; name the folder of a saved model")
-        return Source(str(path), trust_remote_code=trust_remote_code)
-    local = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or path.suffix
-    if local or name.count("/") != 1 or any(path.parent.glob("*/method.txt")):  # a folder of runs is no owner's name
+        return _in_folder(Source(str(path.resolve()), trust_remote_code, name=name))
+    repository = hub.parse(name)
+    if repository is None:
         from opd.tasks.tables import nearest  # datasets takes a second
 
-        raise Refusal(f"--{field} {name}: no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
-    return Source(name, hub=True, trust_remote_code=trust_remote_code)
+        raise Missing(f"no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
+    try:
+        folder, commit = hub.snapshot(repository)
+    except Missing as error:
+        raise Missing(f"{hub.no_path(path)}{error}") from error
+    return _in_folder(Source(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
+
+
+def _in_folder(source: Source) -> Source:
+    """Look at what a folder holds: a model, or an adapter, whose base is found; raises Missing."""
+    folder = Path(source.folder)
+    if (folder / SETTINGS).is_file():
+        return replace(source, base=_base_of(folder, source.trust_remote_code))
+    if (folder / "method.txt").is_file():
+        raise Missing("this run has no checkpoint yet; name one that has, or the folder of a saved model")
+    if not (folder / "config.json").is_file():
+        raise Missing("the folder holds no config.json; name the folder of a saved model")
+    return source
+
+
+def _base_of(folder: Path, trust_remote_code: bool) -> Source:
+    """Find the model that an adapter was trained on; raises Missing."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        raise Missing(f"its {SETTINGS} cannot be read: {_first_line(error)}") from error
+    if not name:
+        raise Missing(f"its {SETTINGS} names no base model: write base_model_name_or_path into it")
+    beside = folder.parent.parent / BASE  # the run folder may have been moved since
+    if Path(name).name == BASE and not Path(name).exists() and (beside / "config.json").is_file():
+        name = str(beside)
+    try:
+        return _located(f"{name}@{revision}" if revision and not Path(name).exists() else name, trust_remote_code)
+    except Missing as error:
+        raise Missing(
+            f"the base model of this adapter, {name}, is missing: {error}; restore it, or correct "
+            f"base_model_name_or_path in {folder / SETTINGS}"
+        ) from error
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -72,40 +138,84 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def tokenizer(source: Source, *, field: str) -> Tokenizer:
-    """The model's tokenizer."""
+    """Load the model's tokenizer; that of an adapter without one is its base's."""
+    own = any((Path(source.folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if source.base is not None and not own:
+        return tokenizer(source.base, field=field)
     try:
         return AutoTokenizer.from_pretrained(source.folder, **source.options())
     except (OSError, ValueError) as error:
-        raise Refusal(f"--{field} {source.folder}: its tokenizer does not load: {_first_line(error)}") from error
+        raise Refusal(f"--{field} {source}: its tokenizer does not load: {_first_line(error)}") from error
+
+
+def config(source: Source, *, field: str) -> PretrainedConfig:
+    """Load the model's configuration; that of an adapter is its base's."""
+    whole = source.whole()
+    try:
+        return AutoConfig.from_pretrained(whole.folder, **whole.options())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--{field} {source}: its config.json does not load: {_first_line(error)}") from error
 
 
 def stop_ids(source: Source, text: Tokenizer) -> tuple[int, ...]:
     """The ids at which the model stops, `text` its tokenizer; nothing else of its generation config is inherited."""
     try:
-        config = GenerationConfig.from_pretrained(source.folder, local_files_only=not source.hub)
+        config = GenerationConfig.from_pretrained(source.whole().folder, local_files_only=True)
     except OSError:
         config = GenerationConfig()
     return prompts.stop_ids(config, text)
 
 
-def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
-    """The weights, in eval mode (dropout is off in every pass)."""
-    adapter = Path(source.folder) / "adapter_config.json"
+def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the weights, an adapter merged into those of its base, in eval mode (dropout is off in every pass)."""
     try:
-        if adapter.is_file():
-            from peft import AutoPeftModelForCausalLM
+        model = _weights(source, dtype)
+    except (Missing, OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
+    quicken(model)
+    return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]  # transformers' stub of `to`
 
-            model = AutoPeftModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype, is_trainable=True, local_files_only=not source.hub
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype, use_safetensors=True, **source.options()
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise Refusal(f"--{field} {source.folder}: its weights do not load: {_first_line(error)}") from error
+
+def load_adapter(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PeftModel:
+    """Load a base and the adapter of a checkpoint above it, to train the adapter further."""
+    try:
+        model = _adapted(source, dtype, trainable=True)
+    except (Missing, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
     quicken(model)
     return model.to(device).eval()
+
+
+def _weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a whole model; raises Missing, and what transformers and peft raise."""
+    if source.base is not None:
+        return adapters.merge(_adapted(source, dtype, trainable=False))
+    _require_safetensors(source)
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, **source.options())
+
+
+def _adapted(source: Source, dtype: torch.dtype, *, trainable: bool) -> PeftModel:
+    """Load an adapter over its base; raises Missing, and what transformers and peft raise."""
+    assert source.base is not None
+    _require_safetensors(source)
+    return adapters.apply(Path(source.folder), _weights(source.base, dtype), trainable=trainable)
+
+
+def _require_safetensors(source: Source) -> None:
+    """Have all files of a model's weights in its folder; raises Missing where they are not safetensors."""
+    folder = Path(source.folder)
+    stem = "model" if source.base is None else "adapter_model"
+    index = folder / f"{stem}.safetensors.index.json"
+    files = {f"{stem}.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    absent = sorted(name for name in files if not (folder / name).is_file())
+    there = [path.name for path in folder.iterdir()]
+    pickled = any(name.endswith(hub.PICKLES) for name in there)
+    if absent and source.repository is not None and not pickled:
+        hub.fetch(source.repository, absent)
+    elif absent:
+        raise Missing(hub.no_safetensors(absent[0], there))
 
 
 def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

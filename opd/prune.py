@@ -8,9 +8,8 @@ from typing import Annotated
 
 import torch
 import tyro
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from opd import models
 from opd.types import Refusal
@@ -41,7 +40,8 @@ class Prune:
     """Which model, which of its layers, and where the smaller model goes."""
 
     model: str
-    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
+    adapter, or embedded:NAME."""
     keep: Annotated[tuple[int, ...], LAYERS]
     """Decoder layers to keep, in their order, counted from 0: numbers and ranges, such as 0-21,28,29."""
     out: Path
@@ -61,10 +61,9 @@ def prune(config: Prune) -> Path:
         raise Refusal(f"--out {out}: exists already; name a new folder")
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     text = models.tokenizer(source, field="model")
-    stored = AutoConfig.from_pretrained(source.folder, **source.options()).dtype or torch.float32
-    model = models.load(source, field="model", dtype=stored, device=torch.device("cpu"))
-    if isinstance(model, PeftModel):
-        raise Refusal(f"--model {config.model}: a LoRA adapter has no layers of its own; prune the model it adapts")
+    stored = models.config(source, field="model").dtype
+    assert not isinstance(stored, str), "transformers reads the name of a dtype as the dtype"
+    model = models.load(source, field="model", dtype=stored or torch.float32, device=torch.device("cpu"))
     select(model, config.keep)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -120,6 +119,6 @@ def container(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
-def _logits(model: PreTrainedModel | PeftModel) -> Tensor:
+def _logits(model: PreTrainedModel) -> Tensor:
     ids = torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size
     return model(input_ids=ids, use_cache=False).logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd import models
@@ -36,7 +36,7 @@ class Known:
 def known(source: models.Source, *, field: str) -> Known:
     """Of a model whose files are here."""
     text = models.tokenizer(source, field=field)
-    shape = AutoConfig.from_pretrained(source.folder, **source.options()).get_text_config()
+    shape = models.config(source, field=field).get_text_config()
     return Known(text, shape, models.stop_ids(source, text))
 
 

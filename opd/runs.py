@@ -9,6 +9,7 @@ rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches
 rollouts/step-N.tokens.json                 the texts of the ids in there
 checkpoints/step-N/                         a model folder for transformers, peft and vLLM: nothing else lies in it
 checkpoints/step-N/training_state/          what only a resumed run reads: optimizer.safetensors, state.json, ...
+base/                                       the model under the adapters of a LoRA run whose student is an adapter
 """
 
 import contextlib

@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
 
-from opd import bridge, models, opening, remote, tokens
+from opd import adapters, bridge, models, opening, remote, tokens
 from opd.collect import Collector
 from opd.config import Train
 from opd.engines.hf import HFEngine
@@ -85,7 +85,7 @@ class Session:
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=SAVED)
         if self.accelerator.is_main_process:
             named = {name.removeprefix("model."): x for name, x in weights.items()}
-            self.plain().model.save_pretrained(str(folder), state_dict=named)
+            adapters.save(self.plain().model, folder, named)
             self.collector.tokenizer.save_pretrained(folder)
             state = folder / STATE
             save_optimizer(whole["state"], state / "optimizer.safetensors")

@@ -17,8 +17,8 @@ FLOORS = {  # a floor imports itself and those above it in this list
     ),
     "vocabulary": "vocabulary heard kernels kernels.*",
     "edges": (
-        "disk tensors prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models collect "
-        "adapters adapters.*"
+        "disk tensors hub prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models "
+        "collect adapters adapters.*"
     ),
     "program": (
         "config presets launch reading remote opening panel asking staging episode session bridge runs progress draws "

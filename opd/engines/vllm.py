@@ -216,7 +216,7 @@ class VLLMEngine(Sent):
         self.parameters, self.sleeps = SamplingParams, how.engine_sleep
         try:
             self.llm = LLM(
-                source.folder,
+                source.whole().folder,  # the weights are sent before it samples
                 trust_remote_code=source.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=-1,  # as long as the memory allows
@@ -232,7 +232,7 @@ class VLLMEngine(Sent):
                 weight_transfer_config={"backend": BACKEND},
             )
         except (ValueError, RuntimeError, OSError) as error:  # no such architecture, no memory
-            raise Refusal(f"--engine vllm: it does not open {source.folder}: {_line(error)}") from error
+            raise Refusal(f"--engine vllm: it does not open {source}: {_line(error)}") from error
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def _send(self) -> None:

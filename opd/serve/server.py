@@ -20,7 +20,8 @@ class Serve:
     """Which model, where, for whom."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Hub id, local folder, .gguf file, run folder (its last checkpoint), or embedded:NAME."""
+    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
+    adapter, or embedded:NAME."""
     host: str = "127.0.0.1"
     """Address to listen on; any but this machine's own (127.0.0.1, ::1, localhost) needs --token-env."""
     port: int = 8001

@@ -46,7 +46,7 @@ def table(data: Data, given: "Dataset | None" = None) -> Task:
                 f" {data.source}; choose another verifier or answer_column"
             )
     path = Path(data.source).expanduser()
-    name = path.stem if path.exists() else data.source
+    name = path.stem if path.is_file() else path.name if path.is_dir() else data.source
     scored = data.verifier != "none"
     return Task(name=name, prompts=prompts, verify=partial(_by_answer, score), scored=scored, by_answer=scored)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 
+from opd import hub
 from opd.tasks.task import Data
 from opd.types import Refusal
 
@@ -29,9 +30,10 @@ def read(data: Data) -> datasets.Dataset:
         reason = " ".join(f"{error.__cause__ or error}".split()) or "the file is empty"
         if path.exists():
             raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
+        reason = hub.reason(error, hub.Repository(*_id(data.source)), dataset=True).rstrip(".")
         raise Refusal(
-            f"--prompts {data.source} is no file or folder here{nearest(path)}, and the hub did not give it: {reason};"
-            " correct the path, the dataset id, subset or split"
+            f"--prompts {data.source}, --split {data.split}: {hub.no_path(path, 'file or folder')}{reason}; correct the path, the "
+            "dataset id, --subset or --split"
         ) from error
     if len(rows) == 0:
         raise Refusal(f"--prompts {data.source}, --split {data.split} has no rows: give one with at least one prompt")
@@ -40,7 +42,8 @@ def read(data: Data) -> datasets.Dataset:
 
 def _is_path(source: str) -> bool:
     """Return whether a name can only be meant as a path: hub ids are NAME or OWNER/NAME."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in KINDS
+    dataset_id, _ = _id(source)  # a revision may hold slashes
+    return source.startswith((".", "/", "~")) or dataset_id.count("/") > 1 or Path(source).suffix in KINDS
 
 
 def _file(path: Path) -> datasets.Dataset:
@@ -69,7 +72,14 @@ def _folder(path: Path, data: Data) -> datasets.Dataset:
 
 def _hub(data: Data) -> datasets.Dataset:
     """Fetch one split from the hub, or from the cache of an earlier run if there is no network."""
-    return datasets.load_dataset(data.source, *_subset(data), split=data.split)
+    dataset_id, revision = _id(data.source)
+    return datasets.load_dataset(dataset_id, *_subset(data), split=data.split, revision=revision or None)
+
+
+def _id(source: str) -> tuple[str, str]:
+    """Split NAME@REVISION of the hub into its two parts; the second is empty for the default branch."""
+    dataset_id, _, revision = source.partition("@")
+    return dataset_id, revision
 
 
 def _subset(data: Data) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ What comes back malformed is asked again like what does not come back: `read` tu
 
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,10 +89,20 @@ class Remote:
 
 def host(model: str) -> str:
     """Scheme, name and port of the server in a teacher's name."""
-    kind, _, rest = model.partition(":")
-    parts = _split((rest.partition("@")[2] or "https://api.openai.com") if kind == "openai" else model)
+    kind = model.partition(":")[0]
+    parts = _split((endpoint(model)[1] or "https://api.openai.com") if kind == "openai" else model)
     usual = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
     return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
+
+
+def endpoint(name: str) -> tuple[str, str]:
+    """Split openai:MODEL@URL into model and address; an @ may stand in the model too, as in claude-sonnet@20250219."""
+    told = name.removeprefix("openai:")
+    address = re.search(r"@(?=https?://)", told, re.IGNORECASE)
+    if address is None:
+        model, _, url = told.partition("@")
+        return model, url
+    return told[: address.start()], told[address.end() :]
 
 
 def secret(variable: str) -> str:

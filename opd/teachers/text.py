@@ -24,7 +24,7 @@ from opd.engines.hf import HFEngine
 from opd.representation import Lens
 from opd.teachers.answers import Answers, key
 from opd.teachers.base import STUDENTS, Teacher
-from opd.teachers.client import Remote, secret
+from opd.teachers.client import Remote, endpoint, secret
 from opd.types import Prompt, Refusal, Rollout, Sampling, one_line
 
 T = TypeVar("T")
@@ -125,10 +125,10 @@ class Endpoint:
     """An OpenAI-compatible server."""
 
     def __init__(self, name: str, how: Remote, *, field: str) -> None:
-        self.model, at, self.url = name.removeprefix("openai:").partition("@")
+        self.model, self.url = endpoint(name)
         self.name, self.how, self.field = f"openai:{self.model}", how, field
         parts = urlsplit(self.url)
-        if not self.model or (at and (parts.scheme not in ("http", "https") or not parts.hostname)):
+        if not self.model or ("@" in name and (parts.scheme not in ("http", "https") or not parts.hostname)):
             raise Refusal(f"--{field} {name}: write openai:MODEL@http://host:port/v1, or openai:MODEL for OpenAI's own")
         if parts.username or parts.password:
             raise Refusal(
