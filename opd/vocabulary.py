@@ -384,8 +384,8 @@ class _HeadPass(torch.autograd.Function):
                     add = addmm if rows.start else mm
                     add(g.T, (states[rows] * factor).to(low), d_weight[:size])
                 if d_bias is not None:
-                    for block in blocks(len(g), _rows(CACHE, sweep.scratch)):
-                        d_bias[:size].addmv_(g[block].to(loss.dtype).T, factor[block, 0])
+                    for ids in blocks(size, _rows(CACHE, loss.new_empty(0, len(g)))):
+                        d_bias[ids] += (g[:, ids] * factor).sum(0)  # a product would add token after token
                 loss += part
         out.append(sweep.columns)
         ctx.gradients = d_states, d_weight, d_bias

@@ -55,11 +55,11 @@ def _sums(
     teacher, teacher_bias, teacher_inner, teacher_outer, teacher_stride,
     ids, out, n, width, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """e, eu, ev, f, fv, u, v of a row, and both largest logits: nine rows of `out`."""
+    """e, eu, e (u - v), f, fv, u, v of a row, and both largest logits: nine rows of `out`."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     most = tl.full((LANES,), NOTHING, tl.float32)
-    e, eu, ev = tl.zeros_like(most), tl.zeros_like(most), tl.zeros_like(most)
+    e, eu, euv = tl.zeros_like(most), tl.zeros_like(most), tl.zeros_like(most)
     top, f, fv = most, tl.zeros_like(most), tl.zeros_like(most)
     if teacher is not None:
         teacher += row * teacher_stride
@@ -77,7 +77,7 @@ def _sums(
             hold, lift = _exp(top - crest), crest - top
             v = t - crest[None, :]
             q = _exp(v)
-            ev = _times(keep, ev - lift * e) + tl.sum(_times(p, v), 0)
+            euv = _times(keep, euv - (rise - lift) * e) + tl.sum(_times(p, u - v), 0)
             fv = hold * (fv - lift * f) + tl.sum(q * tl.maximum(v, NOTHING), 0)
             f = hold * f + tl.sum(q, 0)
             top = crest
@@ -93,7 +93,7 @@ def _sums(
     tl.store(out + 5 * n, _logits(student, student_bias, student_inner, student_outer, y, width) - peak)
     tl.store(out + 7 * n, peak)
     if teacher is not None:
-        tl.store(out + 2 * n, tl.sum(_times(keep, ev - lift * e), 0))
+        tl.store(out + 2 * n, tl.sum(_times(keep, euv - (rise - lift) * e), 0))
         tl.store(out + 3 * n, tl.sum(hold * f, 0))
         tl.store(out + 4 * n, tl.sum(hold * (fv - lift * f), 0))
         tl.store(out + 6 * n, _logits(teacher, teacher_bias, teacher_inner, teacher_outer, y, width) - crest)
@@ -113,7 +113,7 @@ def _gradient(
     """
     row = tl.program_id(0).to(tl.int64)
     student, out, sums = student + row * student_stride, out + row * out_stride, sums + row
-    e, eu, ev = tl.load(sums), tl.load(sums + n), tl.load(sums + 2 * n)
+    e, euv = tl.load(sums), tl.load(sums + 2 * n)
     most, top, y = tl.load(sums + 7 * n), tl.load(sums + 8 * n), tl.load(ids + row)
     if teacher is not None:
         teacher += row * teacher_stride
@@ -126,7 +126,7 @@ def _gradient(
             g = p - tl.where(at == y, 1.0, 0.0)
         else:
             v = _logits(teacher, teacher_bias, teacher_inner, teacher_outer, at, width) - top
-            g = _times(p, u - v - (eu - ev) / e)
+            g = _times(p, u - v - euv / e)
         if student_outer is not None:
             g *= 1 - (z / student_outer) * (z / student_outer)
         tl.debug_barrier()  # every thread has read before any writes
@@ -158,7 +158,7 @@ def sweep_(
         stop = _Stop.of(student, teacher, ids, sums, heads, v) if len(v.stop) > 1 else None
         if stop is not None:
             stop.merge_(sums)
-        for whole, row in zip((out.e, out.eu, out.ev, out.f, out.fv, out.u, out.v), sums, strict=False):
+        for whole, row in zip((out.e, out.eu, out.euv, out.f, out.fv, out.u, out.v), sums, strict=False):
             whole.copy_(row)
         if form is not None:
             seen = right if form.shifted else _side(None, None, v)
@@ -207,15 +207,17 @@ class _Stop:
     def merge_(self, sums: Float[Tensor, "9 n"]) -> None:
         """Put the class in the place of its members."""
         whole = lambda x: x.logsumexp(-1)
-        for row, p, x in ((1, self.u, self.u), (2, self.u, self.v), (4, self.v, self.v)):
-            sums[row] += _mass(whole(p), whole(x)) - _mass(p, x).sum(-1)
-        for row, x in ((5, self.u), (6, self.v)):
-            sums[row] = whole(x).where(self.drawn, sums[row])
+        u, v = whole(self.u), whole(self.v)
+        sums[1] += _mass(u, u) - _mass(self.u, self.u).sum(-1)
+        sums[2] += _mass(u, u - v) - _mass(self.u, self.u - self.v).sum(-1)
+        sums[4] += _mass(v, v) - _mass(self.v, self.v).sum(-1)
+        for row, x in ((5, u), (6, v)):
+            sums[row] = x.where(self.drawn, sums[row])
 
     def gradient(self, sums: Float[Tensor, "9 n"], form: Form) -> Float[Tensor, "n m"]:
         """Of each member: its share of the class's."""
-        e, eu, ev, u, v = *sums[:3], self.u.logsumexp(-1), self.v.logsumexp(-1)
-        g = _mass(u, u - v - (eu - ev) / e) / e if form.shifted else u.exp() / e - self.drawn.float()
+        e, euv, u, v = sums[0], sums[2], self.u.logsumexp(-1), self.v.logsumexp(-1)
+        g = _mass(u, u - v - euv / e) / e if form.shifted else u.exp() / e - self.drawn.float()
         return g[:, None] * self.u.softmax(-1) * self.slope
 
 

@@ -89,5 +89,5 @@ def sweep_(student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], ids: In
         sweep(*at, sums[:, first:].data_ptr(), last - first, width, n)
 
     over_threads(n, part)
-    for whole, row in zip((out.e, out.eu, out.ev, out.f, out.fv, out.u, out.v), sums, strict=True):
+    for whole, row in zip((out.e, out.eu, out.euv, out.f, out.fv, out.u, out.v), sums, strict=True):
         whole.copy_(row)

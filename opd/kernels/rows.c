@@ -3,11 +3,16 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, BLOCK = 1024 };  // partial maxima side by side; columns summed in fp32 before the double takes over
+// A row has LANES partial sums and maxima side by side, however wide the processor's vectors are: its digits do not depend
+// on the compiler.  They are fp32 for BLOCK columns at a time; doubles sum the rest.
+enum { LANES = 16, BLOCK = 1024 };
+enum { E, EU, EUV, F, FV, SUMS };
+
+static const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in vectors on any processor
 
 // exp for x <= 0 to 2 units in the last place (Cephes); 0 below the normal numbers, nan for nan.
 static inline float exp_(float x) {
-    float n = rintf(x * 1.44269504f);
+    float n = (x * 1.44269504f + ROUND) - ROUND;
     n = n < -126.0f ? -126.0f : n;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -34,7 +39,19 @@ static float largest(const float *z, int64_t width) {
     return all;
 }
 
-// sums: e, eu, ev, f, fv, u, v of each row, seven rows of `stride`.
+// Replace one logit of the student by e, and add its terms to the partial sums of a lane.
+static inline void add(float part[SUMS][LANES], int lane, float *s, float t, float most, float top) {
+    const float u = *s - most, v = t - top;
+    const float e = exp_(u), f = exp_(v);
+    part[E][lane] += e;
+    part[EU][lane] += e * u;
+    part[EUV][lane] += e * (u - v);
+    part[F][lane] += f;
+    part[FV][lane] += f * v;
+    *s = e;
+}
+
+// sums: e, e u, e (u - v), f, f v, u, v of each row, seven rows of `stride`.
 void sweep(float *restrict student, const float *restrict teacher, const int64_t *ids, float *sums, int64_t rows, int64_t width,
            int64_t stride) {
     for (int64_t i = 0; i < rows; i++) {
@@ -42,25 +59,19 @@ void sweep(float *restrict student, const float *restrict teacher, const int64_t
         const float *restrict t = teacher + i * width;
         const float most = largest(s, width), top = largest(t, width);
         const float u_drawn = s[ids[i]] - most, v_drawn = t[ids[i]] - top;
-        double whole[5] = {0};
+        double whole[SUMS] = {0};
         for (int64_t start = 0; start < width; start += BLOCK) {
             const int64_t end = start + BLOCK < width ? start + BLOCK : width;
-            float e = 0, eu = 0, ev = 0, f = 0, fv = 0;
-#pragma omp simd reduction(+ : e, eu, ev, f, fv)
-            for (int64_t j = start; j < end; j++) {
-                const float u = s[j] - most, v = t[j] - top;
-                const float a = exp_(u), b = exp_(v);
-                e += a;
-                eu += a * u;
-                ev += a * v;
-                f += b;
-                fv += b * v;
-                s[j] = a;
-            }
-            const float part[5] = {e, eu, ev, f, fv};
-            for (int k = 0; k < 5; k++) whole[k] += part[k];
+            float part[SUMS][LANES] = {{0}};
+            int64_t j = start;
+            for (; j + LANES <= end; j += LANES)
+#pragma omp simd
+                for (int k = 0; k < LANES; k++) add(part, k, s + j + k, t[j + k], most, top);
+            for (int k = 0; j + k < end; k++) add(part, k, s + j + k, t[j + k], most, top);
+            for (int x = 0; x < SUMS; x++)
+                for (int k = 0; k < LANES; k++) whole[x] += part[x][k];
         }
-        for (int k = 0; k < 5; k++) sums[k * stride + i] = (float)whole[k];
+        for (int x = 0; x < SUMS; x++) sums[x * stride + i] = (float)whole[x];
         sums[5 * stride + i] = u_drawn;
         sums[6 * stride + i] = v_drawn;
     }
