@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from opd.engines.vllm import Speaker
+from opd.engines.speaker import Speaker
 from opd.method import Method, PolicyGradient, Term
 from opd.methods import METHODS
 from opd.questions import Grade, Stages
@@ -406,6 +406,8 @@ class Evaluate:
     """Responses decoded at once."""
     out: str = ""
     """A .jsonl file for what became of each problem: answers, outcomes, lengths, responses."""
+    overwrite: bool = False
+    """Replace a file that another command, or you, wrote; what is read is never replaced."""
     seed: int = 0
     """Seed of the samples, of the rows that --limit keeps, and of shuffled options."""
     trust_remote_code: bool = False

@@ -5,7 +5,7 @@ The control trains the same student for as many steps, on as many sequences, by 
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,10 +15,12 @@ from rich.table import Table
 
 from opd import models, prompts
 from opd.config import Evaluate, Train
+from opd.disk import AGAIN, OutputFolder, disk
 from opd.evaluation import Estimate, evaluate, interval
 from opd.loop import train
 from opd.methods import METHODS
 from opd.presets import settings
+from opd.settings import Demo
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.types import Refusal, Sampling
@@ -30,30 +32,11 @@ PROMPTS = "embedded:ledger"
 HELD_OUT = 128  # problems of the evaluations within a run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """What the demo runs."""
-
-    out: Path = Path("outputs/demo")
-    """Folder for the runs and the picture."""
-    method: str = "vopd"
-    """Any listed method."""
-    student: str = "embedded:student"
-    """embedded:student has the teacher's shape, embedded:small is narrower and shallower."""
-    seeds: int = 1
-    """Runs, with seeds 0, 1, ..."""
-    steps: int = 45
-    """Training steps of each."""
-    problems: int = 500
-    """Held-out problems of the final table."""
-
-
 def demo(config: Demo) -> Path:
     """Train, evaluate, compare; returns the picture's path."""
     if config.method not in METHODS:
         raise Refusal(f"--method {config.method}: unknown; there are {', '.join(METHODS)}")
-    if config.out.exists() and any(config.out.iterdir()):
-        raise Refusal(f"--out {config.out}: the folder is not empty; remove it, or name another")
+    OutputFolder(path=config.out).check()
     console, rows = Console(), Table("", "held-out accuracy", "95 % interval", box=None, pad_edge=False)
 
     def row(name: str, e: Estimate) -> None:
@@ -72,7 +55,8 @@ def demo(config: Demo) -> Path:
     row("teacher", accuracy("embedded:teacher", config.problems))
     console.print(rows)
     picture = config.out / "curve.png"
-    draw(runs, picture, config.method)
+    with disk(f"--out {picture}", AGAIN):
+        draw(runs, picture, config.method)
     console.print(
         f"Accuracy of greedy answers to {config.problems} problems that no one trained on; along the way it was of "
         f"{HELD_OUT}. The student saw no gold answer, the control nothing else: where there are gold answers, "

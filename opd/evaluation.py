@@ -12,7 +12,7 @@ import torch
 
 from opd import models, prompts
 from opd.config import DTYPES, Evaluate
-from opd.disk import disk
+from opd.disk import OutputFile
 from opd.engines.hf import HFEngine
 from opd.progress import loading
 from opd.runs import digest
@@ -200,12 +200,23 @@ def evaluate(config: Evaluate) -> Scores:
     )
 
 
-def save(path: str, scores: Mapping[str, Scores]) -> None:
-    """What became of each problem under each model, a line each."""
+def output(config: Evaluate) -> OutputFile:
+    """Return the file that --out names."""
+    inputs = tuple(filter(None, (config.prompts, config.model, config.against)))
+    return OutputFile(path=Path(config.out), ours=_is_saved, overwrite=config.overwrite, inputs=inputs)
+
+
+def save(file: OutputFile, scores: Mapping[str, Scores]) -> None:
+    """Write what became of each problem under each model, a line each."""
     rows = [{"model": name, **row} for name, score in scores.items() for row in score.problems()]
-    with disk(f"--out {path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a file is one that `save` wrote, by its first line."""
+    with path.open() as lines:
+        first = json.loads(next(lines, ""))
+    return isinstance(first, dict) and {"model", "prompt", "outcomes", "responses"} <= first.keys()
 
 
 def elected(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:

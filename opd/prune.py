@@ -1,53 +1,16 @@
 """Depth pruning: a student made of some of a model's layers, `prune(Prune(...)) -> folder`."""
 
-import shutil
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd import models
+from opd.disk import OutputFolder
+from opd.settings import Prune
 from opd.types import Refusal
-
-
-def layers(text: str) -> tuple[int, ...]:
-    """Layer numbers written as numbers and ranges: "0-2,5" is (0, 1, 2, 5)."""
-    out: list[int] = []
-    for part in filter(None, text.replace(" ", "").split(",")):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and ("-" in part) == bool(last)):
-            raise Refusal(f"--keep {text}: {part!r} is not a layer; write numbers and ranges, such as 0-21,28,29")
-        out += range(int(first), int(last or first) + 1)
-    return tuple(out)
-
-
-LAYERS = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="LAYERS",
-    instance_from_str=lambda words: layers(words[0]),
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [",".join(map(str, value))],
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prune:
-    """Which model, which of its layers, and where the smaller model goes."""
-
-    model: str
-    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
-    adapter, or embedded:NAME."""
-    keep: Annotated[tuple[int, ...], LAYERS]
-    """Decoder layers to keep, in their order, counted from 0: numbers and ranges, such as 0-21,28,29."""
-    out: Path
-    """Folder of the smaller model; must not exist."""
-    trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
 
 
 @torch.no_grad()
@@ -56,29 +19,25 @@ def prune(config: Prune) -> Path:
 
     Embeddings, final norm and head stay as they are; the weights keep their type.  ShortGPT, arXiv:2403.03853.
     """
-    out = config.out.expanduser()
-    if out.exists():
-        raise Refusal(f"--out {out}: exists already; name a new folder")
+    out = OutputFolder(path=config.out)
+    out.check()
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     text = models.tokenizer(source, field="model")
     stored = models.config(source, field="model").dtype
     assert not isinstance(stored, str), "transformers reads the name of a dtype as the dtype"
     model = models.load(source, field="model", dtype=stored or torch.float32, device=torch.device("cpu"))
     select(model, config.keep)
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    text.save_pretrained(part)
-    saved = models.Source(str(part), trust_remote_code=config.trust_remote_code)
-    again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
-    if not torch.equal(_logits(model.float()), _logits(again)):
-        shutil.rmtree(part)
-        raise Refusal(
-            f"--model {config.model}: a layer of {type(model).__name__} computes something else under another number, "
-            "in a way opd does not know; please report the architecture"
-        )
-    part.replace(out)
-    return out
+    with out.fill() as part:
+        model.save_pretrained(part)
+        text.save_pretrained(part)
+        saved = models.Source(str(part), trust_remote_code=config.trust_remote_code)
+        again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
+        if not torch.equal(_logits(model.float()), _logits(again)):
+            raise Refusal(
+                f"--model {config.model}: a layer of {type(model).__name__} computes something else under another "
+                "number, in a way opd does not know; please report the architecture"
+            )
+    return config.out.expanduser()
 
 
 def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:

@@ -9,11 +9,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Bool, Float
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,6 +37,7 @@ from opd.metrics import weighting
 from opd.report.logs import lines, saved_at
 from opd.rewards import LogRatio, One, ReverseKLPlus
 from opd.rollouts import OnPolicy
+from opd.settings import Rescore
 from opd.types import Batch, Refusal
 
 LEAVES = (
@@ -50,18 +49,6 @@ NAMES = {name: part for space in SPACES for name, part in space.items() if isins
 OWN, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
 BEFORE, AFTER = 12, 4  # tokens of context
 EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards whose mean is -KL and a constant
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rescore:
-    """Which rollouts, and how much of them is shown."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder."""
-    step: int = 0
-    """A step that saved its rollouts; 0 is the newest of them."""
-    tokens: int = 5
-    """Tokens shown on which a method disagrees most with the run's own."""
 
 
 @dataclass(frozen=True)

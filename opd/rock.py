@@ -7,7 +7,7 @@ with a control of as many occurrences.  arXiv:2605.09253.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,107 +20,18 @@ from torch import Tensor
 
 from opd import models
 from opd.collect import collate, masks
-from opd.config import DTYPES, Precision, Train, native
+from opd.config import DTYPES
 from opd.method import Method
 from opd.occurrences import Corpus, above, consistency, matched, rank, stability
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
+from opd.settings import Rock
 from opd.steps import Loop
 from opd.student import Student, final_states, micro_batches, rows
-from opd.tasks.task import Data
-from opd.types import Batch, Refusal, Rollout, Sampling, at_least
+from opd.types import Batch, Refusal, Rollout
 
 SHOWN = 20  # types on the terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """The paper's context filter, which its code does not have.  The paper gives no values: these are ours."""
-
-    context_filter: bool = False
-    """Rank by KL x the share of occurrences whose KL persists in contexts that recur (CCR)."""
-    before: str = ""
-    """The student before its distillation: KL that persists is high under both; empty: under --student alone."""
-    high: float = 0.95
-    """Quantile of a model's token KL at which it is high."""
-    width: int = 5
-    """Tokens to either side in a context, the mean of the student's final states there."""
-    similar: float = 0.8
-    """Cosine from which two contexts are similar."""
-    recurs: float = 0.1
-    """Share of a type's persistent occurrences that are similar to one that recurs."""
-
-    def check(self) -> None:
-        """Refuse impossible settings."""
-        for name in ("high", "recurs"):
-            if not 0 <= getattr(self, name) < 1:
-                raise Refusal(f"--{name} {getattr(self, name)}: must lie in [0, 1)")
-        if not -1 <= self.similar <= 1:
-            raise Refusal(f"--similar {self.similar}: a cosine lies in [-1, 1]")
-        if self.width < 0:
-            raise Refusal(f"--width {self.width}: must be 0 or more")
-        if self.before and not self.context_filter:
-            raise Refusal(f"--before {self.before}: is read by the context filter alone; add --context-filter")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rock:
-    """Whose rollouts are looked at, and what makes a token a rock."""
-
-    student: str
-    """The model that speaks, best after a plain OPD run: hub id, folder, .gguf file, run folder, or embedded:NAME."""
-    teacher: str
-    """The model it is compared with, with the same vocabulary; same kinds of name."""
-    prompts: str
-    """Prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
-    out: Path = Path("rocks.json")
-    """The list; the control with as many occurrences goes beside it, as rocks-control.json."""
-    overwrite: bool = False
-    """Replace the two files."""
-    rollouts: int = 500
-    """Student rollouts that are measured."""
-    top: int = 100
-    """Longest list, in types."""
-    min_count: int = 2
-    """Types that occur less often are left out."""
-    consistency: Context = Context()
-    data: Data = Data()
-    sampling: Sampling = Sampling()
-    precision: Precision = field(default_factory=native)
-    """Compute type of the student."""
-    teacher_precision: Precision = field(default_factory=native)
-    """Type of the teacher's weights."""
-    micro_batch_tokens: int = 8192
-    """Padded tokens that go through a model at once; lower it when memory runs out."""
-    decode_rows: int = 64
-    """Responses decoded at once."""
-    seed: int = 0
-    """Seed of prompts and samples."""
-    trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
-    quiet: bool = False
-    """No progress output."""
-
-    def files(self) -> tuple[Path, Path]:
-        """The list, and its control."""
-        return self.out, self.out.with_stem(f"{self.out.stem}-control")
-
-    def check(self) -> None:
-        """Refuse what cannot work before anything loads."""
-        at_least(self, rollouts=1, top=1, min_count=1, micro_batch_tokens=1, decode_rows=1)
-        self.sampling.check()
-        self.consistency.check()
-        for path in self.files():
-            if path.is_dir() or (path.exists() and not self.overwrite):
-                raise Refusal(f"--out {path}: exists already; add --overwrite to replace a file, or name another")
-
-    def run(self) -> Train:
-        """As a run: its measuring pass is that of training."""
-        same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
-        more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
-        data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
-        return Train(**{name: getattr(self, name) for name in (*same, *more)}, data=data)
 
 
 def rock(config: Rock) -> Path:
@@ -152,9 +63,8 @@ def rock(config: Rock) -> Path:
     found = {**table(rocks), "stability": {str(share): value for share, value in steady.items()}, "corpus": about}
     control = {**table(matched(counts, rocks)), "corpus": about}
     if session.accelerator.is_main_process:
-        for path, content in zip(config.files(), (found, control), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        for file, content in zip(config.files(), (found, control), strict=True):
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         _show(found, control)
     return config.out
 

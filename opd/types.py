@@ -17,32 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.errors import Refusal as Refusal
+from opd.errors import at_least as at_least
+from opd.errors import one_line as one_line
+from opd.errors import positive as positive
+
 STUDENT, TEACHER, DATA = 0, 1, 2  # who spoke: values of the `source` column
 RIGHT = 0.5  # outcomes above it are right
-
-
-class Refusal(ValueError):
-    """What the user asked cannot be done: one line naming the field, the value, why, and what to do."""
-
-
-def positive(settings: object, *names: str) -> None:
-    """Refuse those of some settings that are not above 0."""
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")
-
-
-def at_least(settings: object, **least: int) -> None:
-    """Refuse settings below the least that each may be."""
-    for name, bound in least.items():
-        if not getattr(settings, name) >= bound:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {bound}")
-
-
-def one_line(said: object) -> str:
-    """What a server or an error says, in one line of a message."""
-    text = " ".join(str(said).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,53 +43,12 @@ from opd.methods import METHODS
 from opd.models import head
 from opd.rollouts import OnPolicy
 from opd.session import open_session
+from opd.settings import Variance
 from opd.student import Rows, Student, final_states, rows
-from opd.tasks.task import Data
-from opd.types import Refusal, Sampling, at_least
+from opd.types import Refusal
 from opd.vocabulary import Vocabulary, blocks
 
 ROUNDING = 1e-4  # of a gradient in the logits: nearer means are one and the same
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variance:
-    """Two models, the prompts they are compared on, and how long to look."""
-
-    student: str
-    """The model whose gradients are looked at: hub id, local folder, .gguf file, run folder, or embedded:NAME."""
-    teacher: str
-    """The model to learn from, with the same vocabulary; same kinds of name."""
-    prompts: str
-    """Prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
-    data: Data = Data()
-    sampling: Sampling = Sampling(max_new_tokens=64)
-    rollouts: int = 32
-    """Answers sampled, one to a prompt; each of their tokens is a context."""
-    directions: int = 1
-    """Random directions of a rollout; more rollouts narrow the intervals faster."""
-    parameters: str = ""
-    """Regular expression that the names of the parameters looked at contain; empty: all."""
-    chunk_mb: int = 256
-    """Memory for logits, MB."""
-    seed: int = 0
-    """Seed of prompts, tokens and directions."""
-    trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
-
-    def check(self) -> None:
-        """Refuse impossible settings before anything loads."""
-        at_least(self, rollouts=6, directions=1, chunk_mb=1)
-        s = self.sampling
-        s.check()
-        if (s.temperature, s.top_p, s.top_k) != (1, 1, 0):
-            raise Refusal(
-                f"--temperature {s.temperature} --top-p {s.top_p} --top-k {s.top_k}: contexts are drawn from the "
-                "student itself; leave the three at 1, 1 and 0"
-            )
-        try:
-            re.compile(self.parameters)
-        except re.error as error:
-            raise Refusal(f"--parameters {self.parameters}: not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True)

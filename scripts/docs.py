@@ -18,27 +18,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from opd.cli import main as opd
+from opd.cli.flags import TRL_FLAGS
 from opd.cli.tables import helps as arguments
 from opd.config import Evaluate, Train
-from opd.demo import Demo
-from opd.engines.vllm import Speaker
+from opd.engines.speaker import Speaker
 from opd.estimators import Full, Sampled, Stratified
 from opd.exact import Size
 from opd.method import Match, MatchHidden, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.presets import arguments as method_flags
 from opd.presets import spelled
-from opd.prune import Prune
-from opd.report.page import Report
-from opd.report.tokens import Inspect
-from opd.rescore import Rescore
-from opd.rock import Context, Rock
-from opd.serve.server import Serve
+from opd.settings import Context, Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Variance
 from opd.tasks.sets import SETS
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import Sampling
-from opd.variance import Variance
 
 ROOT = Path(__file__).resolve().parents[1]
 ARXIV = re.compile(r"(?<!\[)arXiv:(\d{4}\.\d{5})")
@@ -204,7 +198,7 @@ flags stand after its name, and in [methods](methods.md).
         ("opd inspect", Inspect, '"Looking at runs" in [running](running.md) shows the page.'),
         ("opd rescore", Rescore, "`--method NAME:flag=value` repeats, none is all; `--json`: numbers for machines."),
         ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
-        ("context filter of opd rock", Context, "Fields of `opd.rock.Context`; the paper gives no values."),
+        ("context filter of opd rock", Context, "Fields of `opd.settings.Context`; the paper gives no values."),
         ("opd prune", Prune, "Makes a smaller student of a model's own layers."),
         ("opd demo", Demo, "What `make demo` runs."),
         ("prompts (all commands)", Data, "Fields of `opd.Data`."),
@@ -225,6 +219,9 @@ flags stand after its name, and in [methods](methods.md).
     for name, x in SETS.items():
         columns = listed(filter(None, (*list(x.columns.values())[:3], *x.gathered[1:])))
         out.append(f"| `{name}` | {cell(x.what)} | {columns} | `{x.verifier}` | {x.samples} |")
+    out += ["", "## coming from TRL\n", "An unknown flag of this table is answered with its name here.\n"]
+    out += ["| flag of TRL or transformers | flag of opd |", "|---|---|"]
+    out += [f"| `--{name}` | {', '.join(f'`{flag}`' for flag in ours)} |" for name, ours in TRL_FLAGS.items()]
     return "\n".join([*out, ""])
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd import background, draws
-from opd.engines.vllm import Speaker
+from opd.engines.speaker import Speaker
 from opd.exact import World, measure
 from opd.method import Positions
 from opd.methods import METHODS

@@ -70,7 +70,7 @@ def test_growth_and_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "measured", lambda asked: ran)
     monkeypatch.setattr(growth, "measured", lambda asked: grown)
     assert cli.main(["bench", "all", "--out", str(tmp_path / "b")]) == 0
-    assert set(json.loads((tmp_path / "b" / "bench.json").read_text())) == {ran.title, "growth"}
+    assert set(json.loads((tmp_path / "b" / "bench.json").read_text())) == {"generator", ran.title, "growth"}
     assert (tmp_path / "b" / "bench.png").stat().st_size > 10_000
     assert "| floor | 1.00 |" in (tmp_path / "b" / "bench.md").read_text()
 

@@ -79,7 +79,7 @@ def test_differing_vocabularies(capsys, tmp_path):
 
 def test_unknown_method(capsys, tmp_path):
     assert "did you mean vopd-topk?" in train(capsys, tmp_path, method=("vopd-tokp",))
-    assert "METHOD is missing" in train(capsys, tmp_path, method=())
+    assert "METHOD (`opd methods` lists them) must be given" in train(capsys, tmp_path, method=())
     assert "no_such_module" in train(capsys, tmp_path, method=("no_such_module:f",))
     assert "has no nothing" in train(capsys, tmp_path, method=("opd.methods:nothing",))
     assert "return an opd.Method" in train(capsys, tmp_path, method=("opd.rewards:LogRatio",))
@@ -214,7 +214,7 @@ def test_version_usage_and_unknown_commands(capsys):
         ),
         (["eval", "--model", "x", "--prompts", "y", "z"], "z: belongs to no flag; `opd eval --help`"),
         (["train", *MODELS, *LEDGER, "vopd", "--k", "3"], "--k: unknown flag; `opd train vopd --help`"),
-        (["eval"], "--model, --prompts must be given"),
+        (["eval"], "--model and --prompts must be given; for example: opd eval --model "),
     ],
 )
 def test_a_flag_that_is_not_there(capsys, args, said):

@@ -14,15 +14,13 @@ import pytest
 import opd
 from opd import cli
 from opd.config import Evaluate, Train
-from opd.engines.vllm import Speaker
+from opd.engines.speaker import Speaker
 from opd.exact import Size
 from opd.methods import METHODS
-from opd.rock import Context, Rock
-from opd.serve.server import Serve
+from opd.settings import Context, Rock, Serve, Variance
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
 from opd.types import Sampling
-from opd.variance import Variance
 from tests import test_laws
 from tests.test_laws import given, ids, world  # noqa: F401
 

@@ -12,8 +12,8 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "types noise questions rubrics rewards against estimators divergences transforms weights judged surrogates "
-        "rollouts representation terms method methods methods.* metrics exact occurrences"
+        "errors types noise questions rubrics rewards against estimators divergences transforms weights judged "
+        "surrogates rollouts representation terms method methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary heard kernels kernels.*",
     "edges": (
@@ -21,9 +21,9 @@ FLOORS = {  # a floor imports itself and those above it in this list
         "collect adapters adapters.*"
     ),
     "program": (
-        "config presets launch reading remote opening panel asking staging episode session bridge runs progress draws "
-        "jobs background worker passes writing steps loop doctor doctor.* evaluation rescore variance prune rock "
-        "report report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
+        "config settings presets launch reading remote opening panel asking staging episode session bridge runs "
+        "progress draws jobs background worker passes writing steps loop doctor doctor.* evaluation rescore variance "
+        "prune rock report report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
         "opd"  # opd: the package's front door, which opens on all floors
     ),
 }

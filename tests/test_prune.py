@@ -6,7 +6,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3C
 
 from opd import models
 from opd.engines.hf import HFEngine
-from opd.prune import Prune, container, layers, prune, select
+from opd.prune import container, prune, select
+from opd.settings import Prune, layers
 from opd.types import Refusal, Sampling
 from tests.models_for_tests import tiny
 
@@ -132,8 +133,10 @@ def test_impossible_layers_are_refused(whole, tmp_path, keep, reason):
 
 def test_an_existing_folder_is_refused(whole, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("precious")
     with pytest.raises(Refusal, match="exists already"):
         prune(Prune(model=str(whole), keep=(0,), out=tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
 def test_an_unclear_container_is_refused():

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.config import Train
 from opd.engines.server import VLLMServer
+from opd.engines.speaker import Speaker
 from opd.engines.transfer import Update, weights
-from opd.engines.vllm import Speaker, VLLMEngine, parameters, requests, sample
+from opd.engines.vllm import VLLMEngine, parameters, requests, sample
 from opd.estimators import Full, Stratified
 from opd.exact import measure
 from opd.method import PolicyGradient, Positions

@@ -3,22 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
-from opd.bench import growth, head, overlap, packing, rollouts, step
-from opd.bench.case import Shape
-from opd.bench.growth import Growth
-from opd.bench.overlap import Overlap
-from opd.bench.packing import Packing
 from opd.bench.result import Clock, Result
-from opd.bench.rollouts import Ragged
-from opd.bench.step import Step
+from opd.disk import OutputFile, has_mark
+
+MARK = "opd bench"  # stands in every file of the folder
+FILES = ("bench.md", "bench.json", "bench.png")
 
 
 @dataclass(frozen=True)
@@ -27,6 +20,8 @@ class All:
 
     out: Path = Path("outputs/bench")
     """Folder of bench.md, bench.json and bench.png."""
+    overwrite: bool = False
+    """Replace files of these names that an earlier benchmark did not write."""
     clock: Clock = "wall"
     """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
     head_rounds: int = 15
@@ -37,32 +32,51 @@ class All:
     """Alternating rounds of rollouts."""
 
 
-PARTS: dict[str, tuple[type, str]] = {
-    "head": (Shape, "The head pass beside naive torch and the peers."),
-    "step": (Step, "A training step, rollouts included, beside TRL's."),
-    "rollouts": (Ragged, "Ragged rollouts beside model.generate."),
-    "async": (Overlap, "Rollouts in a worker process beside rollouts in turns: speed, and what is learnt."),
-    "packing": (Packing, "Rows of like length beside packed ones, over a pool of rollouts."),
-    "growth": (Growth, "Time and memory against N, V, k, batch, length."),
-    "all": (All, "Every part; its tables, numbers and plot in a folder."),
+@dataclass(frozen=True)
+class Part:
+    """One part of the benchmark; its module is imported when it is used, because it brings what it is compared with."""
+
+    module: str
+    kind: str  # its settings, a class of the module
+    about: str
+
+    def settings(self) -> Any:
+        """Return the class of its settings."""
+        return vars(import_module(self.module))[self.kind]
+
+
+PARTS: dict[str, Part] = {
+    "head": Part("opd.bench.head", "Shape", "The head pass beside naive torch and the peers."),
+    "step": Part("opd.bench.step", "Step", "A training step, rollouts included, beside TRL's."),
+    "rollouts": Part("opd.bench.rollouts", "Ragged", "Ragged rollouts beside model.generate."),
+    "async": Part(
+        "opd.bench.overlap",
+        "Overlap",
+        "Rollouts in a worker process beside rollouts in turns: speed, and what is learnt.",
+    ),
+    "packing": Part("opd.bench.packing", "Packing", "Rows of like length beside packed ones, over a pool of rollouts."),
+    "growth": Part("opd.bench.growth", "Growth", "Time and memory against N, V, k, batch, length."),
+    "all": Part("opd.bench.command", "All", "Every part; its tables, numbers and plot in a folder."),
 }
 
 
-def bench(asked: Shape | Step | Ragged | Overlap | Packing | Growth | All) -> None:
+def bench(asked: object) -> None:
     """Run the part whose settings these are, and show its table."""
+    from opd.bench import growth, head, overlap, packing, rollouts, step
+
     match asked:
-        case Shape():
+        case head.Shape():
             head.main(asked)
-        case Step():
+        case step.Step():
             step.measured(asked).show()
-        case Ragged():
+        case rollouts.Ragged():
             rollouts.measured(asked).show()
-        case Overlap():
+        case overlap.Overlap():
             for result in overlap.measured(asked):
                 result.show()
-        case Packing():
+        case packing.Packing():
             packing.measured(asked).show()
-        case Growth():
+        case growth.Growth():
             growth.measured(asked).show()
         case All():
             everything(asked)
@@ -70,7 +84,12 @@ def bench(asked: Shape | Step | Ragged | Overlap | Packing | Growth | All) -> No
 
 def everything(asked: All) -> None:
     """Run the parts, show each table as it is there, write the folder."""
-    asked.out.mkdir(parents=True, exist_ok=True)
+    from opd.bench import growth, head, rollouts, step
+    from opd.bench.case import Shape
+
+    files = {name: OutputFile(path=asked.out / name, ours=has_mark(MARK), overwrite=asked.overwrite) for name in FILES}
+    for file in files.values():
+        file.check()
     some, rounds = ("floor", "ours", "naive"), asked.head_rounds
     shapes = [
         Shape(rounds=rounds, clock=asked.clock),
@@ -82,23 +101,29 @@ def everything(asked: All) -> None:
     ]
     parts: list[Callable[[], Result]] = [lambda shape=shape: head.measured(shape) for shape in shapes]  # type: ignore[misc]
     parts += [
-        lambda: step.measured(Step(rounds=asked.step_rounds, clock=asked.clock)),
-        lambda: rollouts.measured(Ragged(rounds=asked.rollout_rounds, clock=asked.clock)),
-        lambda: growth.measured(Growth(clock=asked.clock)),
+        lambda: step.measured(step.Step(rounds=asked.step_rounds, clock=asked.clock)),
+        lambda: rollouts.measured(rollouts.Ragged(rounds=asked.rollout_rounds, clock=asked.clock)),
+        lambda: growth.measured(growth.Growth(clock=asked.clock)),
     ]
     found: list[Result] = []
     for part in parts:
         found.append(part())
         found[-1].show()
-        (asked.out / "bench.md").write_text("\n".join(result.markdown() for result in found))
-        numbers = {result.title: result.numbers for result in found}
-        (asked.out / "bench.json").write_text(json.dumps(numbers, indent=1, default=str))
-    plot(found[0], found[-1], asked.out / "bench.png")
+        files["bench.md"].write("\n".join([f"<!-- {MARK} -->", *(result.markdown() for result in found)]))
+        numbers = {"generator": MARK, **{result.title: result.numbers for result in found}}
+        files["bench.json"].write(json.dumps(numbers, indent=1, default=str))
+    with files["bench.png"].open() as picture:
+        plot(found[0], found[-1], picture)
     print(asked.out)
 
 
-def plot(arms: Result, grown: Result, file: Path) -> None:
-    """The head pass of every arm beside the floor, and the curves."""
+def plot(arms: Result, grown: Result, file: BinaryIO) -> None:
+    """Draw the head pass of every arm beside the floor, and the curves, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     rows = arms.numbers["rows"]
     median = lambda values: sorted(values)[len(values) // 2]
@@ -109,7 +134,7 @@ def plot(arms: Result, grown: Result, file: Path) -> None:
     axes[0, 0].set(title=f"head pass, N={arms.numbers['shape']['tokens']}", xlabel="time over the matmuls alone")
     points = grown.numbers["points"]
 
-    def curve(axis: Axes, names: Sequence[str], key: Callable[[dict], float], label: str) -> None:
+    def curve(axis: Any, names: Sequence[str], key: Callable[[dict], float], label: str) -> None:
         for name in names:
             some = [p for p in points if p["curve"] == name]
             axis.plot([p["x"] for p in some], [key(p) for p in some], "o-", label=name)
@@ -125,5 +150,5 @@ def plot(arms: Result, grown: Result, file: Path) -> None:
     curve(axes[1, 1], ("k, vopd-topk",), seconds, "seconds")
     curve(axes[1, 2], ("batch, update", "length, update"), seconds, "seconds")
     axes[1, 2].set(xlabel="responses, or tokens of each")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": MARK})
     plt.close(figure)

@@ -3,11 +3,10 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 
-from opd.cli import commands, runs, tables
-from opd.cli.flags import near
-from opd.types import Refusal
+from opd.errors import Refusal
 
 USAGE = """usage: opd COMMAND ...
 
@@ -25,45 +24,52 @@ USAGE = """usage: opd COMMAND ...
   opd serve MODEL [flags]
   opd bench head|step|rollouts|async|packing|growth|all [flags]
   opd demo
+  opd help [COMMAND]
   opd --version
 
 `opd COMMAND --help` explains the flags; `opd train METHOD --help` those of a method."""
+COMMANDS = {  # command -> its module and function; imported when used, because torch alone takes seconds
+    "train": ("opd.cli.runs", "train"),
+    "doctor": ("opd.cli.runs", "doctor"),
+    "eval": ("opd.cli.tables", "eval_"),
+    "methods": ("opd.cli.methods", "methods"),
+    "exact": ("opd.cli.tables", "exact"),
+    "variance": ("opd.cli.tables", "variance"),
+    "rock": ("opd.cli.commands", "rock"),
+    "report": ("opd.cli.commands", "report"),
+    "inspect": ("opd.cli.commands", "inspect"),
+    "rescore": ("opd.cli.tables", "rescore"),
+    "prune": ("opd.cli.commands", "prune"),
+    "serve": ("opd.cli.commands", "serve"),
+    "bench": ("opd.cli.commands", "bench"),
+    "demo": ("opd.cli.commands", "demo"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    known: dict[str, Callable[[list[str]], int]] = {
-        "train": runs.train,
-        "doctor": runs.doctor,
-        "eval": tables.eval_,
-        "methods": tables.methods,
-        "exact": tables.exact,
-        "variance": tables.variance,
-        "rock": commands.rock,
-        "report": commands.report,
-        "inspect": commands.inspect,
-        "rescore": tables.rescore,
-        "prune": commands.prune,
-        "serve": commands.serve,
-        "bench": commands.bench,
-        "demo": commands.demo,
-    }
     try:
         match args:
-            case [] | ["-h" | "--help"]:
+            case [] | ["-h" | "--help"] | ["help"]:
                 print(USAGE)
                 return 0
             case ["--version"]:
                 print(f"opd {version('opd')}")
                 return 0
-            case [name, *rest] if name in known:
+            case ["help", *rest]:
+                return main([*rest, "--help"])
+            case [name, *rest] if name in COMMANDS:
+                module, function = COMMANDS[name]
+                command: Callable[[list[str]], int] = vars(import_module(module))[function]
                 try:
-                    return known[name](rest)
+                    return command(rest)
                 finally:
                     sys.stdout.flush()  # here, where a reader that is gone can still be told from a fault
             case [name, *_]:
-                raise Refusal(f"{name}: unknown command{near(name, list(known))}; there are {', '.join(known)}")
+                from opd.cli.flags import near
+
+                raise Refusal(f"{name}: unknown command{near(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2

@@ -1,78 +1,121 @@
-"""Commands that make something: rock, report, inspect, prune, serve, bench, demo."""
+"""Commands that make something: rock, report, inspect, prune, serve, bench, demo.
 
-from opd.cli.flags import near, parsed
-from opd.types import Refusal
+Each imports what it runs after its flags are read, so that help and mistakes are answered at once.
+"""
+
+from opd.cli.flags import asks_for_help, near, parsed
+from opd.errors import Refusal
 
 
 def rock(args: list[str]) -> int:
-    """The list of rock tokens."""
-    from opd.rock import Rock, rock
+    """Write the list of rock tokens."""
+    from opd.settings import Rock
 
     config = parsed(
         Rock,
         args,
         prog="opd rock",
         description="The frequent tokens whose KL stays large, and a control list, for `opd train ... rock-freeze`.",
+        example="opd rock --student embedded:student --teacher embedded:teacher --prompts embedded:ledger",
     )
+    from opd.rock import rock
+
     print(rock(config))
     return 0
 
 
 def report(args: list[str]) -> int:
-    """Runs as one page."""
-    from opd.report.page import Report, report
+    """Write runs as one page."""
+    from opd.settings import Report
 
-    about = "Runs as one page: curves with bands over seeds, intervals, paired comparisons, alarms, configurations."
-    print(report(parsed(Report, args, prog="opd report", description=about)))
+    config = parsed(
+        Report,
+        args,
+        prog="opd report",
+        description="Runs as one page: curves with bands over seeds, intervals, paired comparisons, alarms, "
+        "configurations.",
+        example="opd report outputs/opd",
+    )
+    from opd.report.page import report
+
+    print(report(config))
     return 0
 
 
 def inspect(args: list[str]) -> int:
-    """Saved rollouts as one page."""
-    from opd.report.tokens import Inspect
-    from opd.report.tokens import inspect as shown
+    """Write saved rollouts as one page."""
+    from opd.settings import Inspect
 
-    about = "Saved rollouts as one page: every token with its numbers, and what both models would rather have said."
-    print(shown(parsed(Inspect, args, prog="opd inspect", description=about)))
+    config = parsed(
+        Inspect,
+        args,
+        prog="opd inspect",
+        description="Saved rollouts as one page: every token with its numbers, and what both models would rather have "
+        "said.",
+        example="opd inspect outputs/opd",
+    )
+    from opd.report.tokens import inspect
+
+    print(inspect(config))
     return 0
 
 
 def prune(args: list[str]) -> int:
-    """A smaller model."""
-    from opd.prune import Prune, prune
+    """Write a smaller model."""
+    from opd.settings import Prune
 
-    print(prune(parsed(Prune, args, prog="opd prune", description="A smaller model made of some layers of a model.")))
+    config = parsed(
+        Prune,
+        args,
+        prog="opd prune",
+        description="A smaller model made of some layers of a model.",
+        example="opd prune --model embedded:teacher --keep 0,2 --out outputs/pruned",
+    )
+    from opd.prune import prune
+
+    print(prune(config))
     return 0
 
 
 def serve(args: list[str]) -> int:
-    """A model behind HTTP, until it is stopped."""
-    from opd.serve.server import Serve, serve
+    """Serve a model over HTTP until the process is stopped."""
+    from opd.settings import Serve
 
-    about = "A model behind HTTP: a teacher or judge for other machines, OpenAI-compatible."
-    serve(parsed(Serve, args, prog="opd serve", description=about))
+    config = parsed(
+        Serve,
+        args,
+        prog="opd serve",
+        description="A model behind HTTP: a teacher or judge for other machines, OpenAI-compatible.",
+        example="opd serve embedded:teacher",
+    )
+    from opd.serve.server import serve
+
+    serve(config)
     return 0
 
 
 def bench(args: list[str]) -> int:
-    """One part of the benchmark."""
+    """Run one part of the benchmark."""
     from opd.bench.command import PARTS, bench
 
     name, *rest = args or ["--help"]
-    if name in ("-h", "--help"):
+    if asks_for_help([name]):
         print("usage: opd bench PART [flags]\n")
-        print("\n".join(f"  {part:9} {about}" for part, (_, about) in PARTS.items()))
+        print("\n".join(f"  {name:9} {part.about}" for name, part in PARTS.items()))
         return 0
     if name not in PARTS:
-        raise Refusal(f"{name}: no part of the benchmark{near(name, list(PARTS))}; there are {', '.join(PARTS)}")
-    kind, about = PARTS[name]
-    bench(parsed(kind, rest, prog=f"opd bench {name}", description=about))
+        raise Refusal(f"{name}: no part of the benchmark{near(name, PARTS)}; there are {', '.join(PARTS)}")
+    part = PARTS[name]
+    bench(parsed(part.settings(), rest, prog=f"opd bench {name}", description=part.about))
     return 0
 
 
 def demo(args: list[str]) -> int:
-    """The embedded student learns."""
-    from opd.demo import Demo, demo
+    """Train the embedded student."""
+    from opd.settings import Demo
 
-    demo(parsed(Demo, args, prog="opd demo", description="Watch the embedded student learn from its teacher."))
+    config = parsed(Demo, args, prog="opd demo", description="Watch the embedded student learn from its teacher.")
+    from opd.demo import demo
+
+    demo(config)
     return 0

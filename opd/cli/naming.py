@@ -3,24 +3,28 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from opd.cli.flags import near, parsed
-from opd.config import Train
 from opd.method import Method
 from opd.methods import METHODS
 from opd.rollouts import OnPolicy
-from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
+from opd.types import Refusal
+
+SECOND = {name: f"a run has one METHOD; add its terms by --also {name}:WEIGHT" for name in METHODS}
 
 
-def method_of(name: str, flags: list[str]) -> Method:
-    """The method of that name with its flags."""
-    factory = METHODS[name] if name in METHODS else _imported(name)
-    documented = inspect.getdoc(factory) or ""
+def method_of(name: str, flags: list[str], run_flags: Iterable[str] = ()) -> Method:
+    """Return the method of that name with its flags; `run_flags` are suggested, too, for misspelt ones."""
+    factory = factory_of(name)
+    documented = (inspect.getdoc(factory) or "").split("\n\nArgs:")[0]
     try:
-        method = parsed(factory, flags, prog=f"opd train {name}", description=documented.split("\n\nArgs:")[0])
+        method = parsed(
+            factory, flags, prog=f"opd train {name}", description=documented, others=run_flags, strays=SECOND
+        )
+    except Refusal:
+        raise
     except ValueError as error:
         raise Refusal(f"METHOD {name}: {error}") from error
     if not isinstance(method, Method):
@@ -28,11 +32,11 @@ def method_of(name: str, flags: list[str]) -> Method:
     return method
 
 
-def _imported(name: str) -> Callable[..., Method]:
+def factory_of(name: str) -> Callable[..., Method]:
+    """Return the factory of a listed method, or import that of a name written as module:factory."""
+    if name in METHODS:
+        return METHODS[name]
     module, colon, attribute = name.partition(":")
-    if name.startswith("-"):
-        flags = [f"--{f.name.replace('_', '-')}" for kind in (Train, Data, Sampling) for f in fields(kind)]
-        raise Refusal(f"{name}: unknown flag{near(name.partition('=')[0], flags)}; `opd train --help` lists them")
     if not colon:
         raise Refusal(f"{name}: unknown method{near(name, list(METHODS))}; `opd methods` lists them")
     sys.path.insert(0, "")  # a factory in the folder one works in

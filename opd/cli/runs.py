@@ -10,12 +10,14 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from opd.cli.flags import parsed
-from opd.cli.naming import method_of, plus
+from opd.cli.flags import asks_for_help, built, refuse_missing, scanned, unknown_flag
+from opd.cli.naming import factory_of, method_of, plus
 from opd.config import Train
 from opd.methods import METHODS
 from opd.presets import arguments, settings
 from opd.types import Refusal
+
+EXAMPLE = "{} --student embedded:student --teacher embedded:teacher --prompts embedded:ledger --preset embedded vopd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +76,34 @@ def doctor(args: list[str]) -> int:
 def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
     """The flags of a run and its METHOD, read as `kind`."""
     asked = next((a for a in args if a in METHODS), None)
-    if asked and {"-h", "--help"} & set(args[args.index(asked) :]):
+    if asked and asks_for_help(args[args.index(asked) :]):
         method_of(asked, ["--help"])
-    parse = lambda **default: parsed(
-        kind,
-        args,
-        prog=prog,
-        description=f"{about}\n"
-        f"{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
+    description = (
+        f"{about}\n{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
         f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
-        "`opd methods` explains them, `opd train METHOD --help` lists a method's flags.",
-        return_unknown_args=True,
-        **default,
+        "`opd methods` explains them, `opd train METHOD --help` lists a method's flags."
     )
-    flags, left = parse()
-    if not left:
-        raise Refusal(f"METHOD is missing: name one of {', '.join(METHODS)}, or module:factory")
-    name, *rest = left
-    method = method_of(name, [*arguments(flags.preset, name), *rest])
+    if asks_for_help(args):
+        return built(kind, ["--help"], prog=prog, description=description)
+    words = scanned(kind, args)
+    name, *rest = words.rest or ("",)
+    if name.startswith("-"):
+        raise unknown_flag(name, words.names(), prog=prog)
+    if name not in METHODS and (later := next((word for word in rest if word in METHODS), None)):
+        raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
+    teaches_itself = name not in METHODS or METHODS[name]().teacher is not None
+    absent = words.missing()
+    absent += [] if teaches_itself or "--teacher" in words.given else ["--teacher"]
+    absent += [] if name else ["METHOD (`opd methods` lists them)"]
+    refuse_missing(absent, EXAMPLE.format(prog))
+    factory_of(name)  # a misspelt METHOD before its flags
+    flags = built(kind, words.known, prog=prog, description=description)
+    method = method_of(name, [*arguments(flags.preset, name), *rest], words.names())
     for other in flags.also:
         method = plus(method, other)
     if flags.preset != "none":
         # A second reading: what the user set wins.  It appends to what may be repeated, so there that starts empty.
         run = replace(flags.run, **settings(flags.preset, name), route=(), trackers=())
-        flags, _ = parse(default=replace(flags, run=run, also=()))
+        default = replace(flags, run=run, also=())
+        flags = built(kind, words.known, prog=prog, description=description, default=default)
     return replace(flags, run=replace(flags.run, method=method))

@@ -1,10 +1,10 @@
-"""Commands that print a table: methods, exact, variance, eval, rescore."""
+"""Commands that print a table: exact, variance, eval, rescore, and `opd methods NAME`."""
 
 import inspect
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from json import dumps
 from typing import Any
 
 import tyro
@@ -13,50 +13,33 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from opd.cli.flags import near, parsed
-from opd.cli.naming import method_of, several
+from opd.cli.flags import asks_for_help, built, parsed, scanned, unknown_flag
+from opd.cli.methods import summary
+from opd.cli.naming import factory_of, method_of, several
 from opd.config import Evaluate
 from opd.exact import Size
-from opd.method import Method
 from opd.methods import METHODS
 from opd.presets import arguments, settings, spelled
 from opd.types import Refusal
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MethodsFlags:
-    name: tyro.conf.Positional[str] = ""
-    """One method, explained."""
-    json: bool = False
-    """Print as json."""
-
-
-def methods(args: list[str]) -> int:
-    """All methods, or one explained."""
-    flags = parsed(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
-    if flags.name and flags.name not in METHODS:
-        raise Refusal(f"{flags.name}: unknown method{near(flags.name, list(METHODS))}; there are {', '.join(METHODS)}")
-    rows = [_explained(name) for name in METHODS if flags.name in ("", name)]
-    if flags.json:
-        print(json.dumps(rows if not flags.name else rows[0], indent=2))
+def explain_methods(names: list[str], *, json: bool) -> int:
+    """Print what there is to know of some methods: as json, or of one as a page."""
+    rows = [_explained(name) for name in names]
+    if json:
+        print(dumps(rows[0] if len(names) == 1 else rows, indent=2))
         return 0
     console = Console()
-    if flags.name:
-        for head, lines in _page(rows[0]):
-            console.print(f"[bold]{head}[/bold]", highlight=False)
-            for line in lines:
-                console.print(Padding(Text(line), (0, 0, 0, 2)))
-        return 0
-    table = Table("method", "what", "source", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(Text(str(row["name"]), "bold"), Text(str(row["what"])), Text(str(row["source"])))
-    console.print(table)
+    for head, lines in _page(rows[0]):
+        console.print(f"[bold]{head}[/bold]", highlight=False)
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
     return 0
 
 
 def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """What a person reads of one method: (head, lines)."""
-    name, told = row["name"], helps(inspect.getdoc(METHODS[row["name"]]) or "")
+    name, told = row["name"], helps(inspect.getdoc(factory_of(row["name"])) or "")
     yield name, [row["what"], *filter(None, [row["source"]])]
     if told:
         default = lambda flag: row["defaults"][flag] if row["defaults"][flag] not in ("", ()) else "none"
@@ -70,7 +53,8 @@ def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     )
     yield "reads", [f"{', '.join(row['reads'])}; {local}"]
     yield "as code", [row["value"]]
-    yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
+    if name in METHODS:
+        yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
 
 
 def helps(text: str) -> dict[str, str]:
@@ -85,8 +69,8 @@ def helps(text: str) -> dict[str, str]:
 
 
 def _explained(name: str) -> dict[str, object]:
-    factory = METHODS[name]
-    method = factory()
+    factory = factory_of(name)
+    method = method_of(name, [])
     document = inspect.getdoc(factory) or ""
     presets = {
         p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
@@ -95,8 +79,8 @@ def _explained(name: str) -> dict[str, object]:
     }
     return {
         "name": name,
-        "what": _summary(factory)[0],
-        "source": _summary(factory)[1],
+        "what": summary(document)[0],
+        "source": summary(document)[1],
         "value": repr(method),
         "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
         "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
@@ -104,12 +88,6 @@ def _explained(name: str) -> dict[str, object]:
         "reads": sorted(method.reads()),
         "presets": presets,
     }
-
-
-def _summary(factory: Callable[..., Method]) -> tuple[str, str]:
-    """The first sentence of a docstring, and what follows it in its first paragraph: the source."""
-    what, _, where = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ").partition(".  ")
-    return what + ".", where
 
 
 def _has(preset: str, name: str) -> bool:
@@ -131,25 +109,29 @@ class _ExactFlags:
 
 def exact(args: list[str]) -> int:
     """Methods in the enumerable world."""
-    flags, left = parsed(
-        _ExactFlags,
-        args,
-        prog="opd exact",
-        description="Every method in a world of enumerable sequences: its mean gradient against that of the sequence "
-        "KL, and its noise.\nopd exact [flags] METHOD [method flags], or --methods, or all.",
-        return_unknown_args=True,
+    prog = "opd exact"
+    about = (
+        "Every method in a world of enumerable sequences: its mean gradient against that of the sequence KL, and its "
+        "noise.\nopd exact [flags] METHOD [method flags], or --methods, or all."
     )
-    if left and flags.methods:
-        raise Refusal(f"--methods {flags.methods} beside METHOD {left[0]}: give one of the two")
+    if asks_for_help(args):
+        built(_ExactFlags, ["--help"], prog=prog, description=about)
+    words = scanned(_ExactFlags, args)
+    name, *rest = words.rest or ("",)
+    if name.startswith("-"):
+        raise unknown_flag(name, words.names(), prog=prog)
+    flags = built(_ExactFlags, words.known, prog=prog, description=about)
+    if name and flags.methods:
+        raise Refusal(f"--methods {flags.methods} beside METHOD {name}: give one of the two")
     world = flags.what.world()
-    listed = {left[0]: method_of(left[0], left[1:])} if left else {name: make() for name, make in METHODS.items()}
+    listed = {name: method_of(name, rest, words.names())} if name else {name: make() for name, make in METHODS.items()}
     rows = []
     for name, method in (several(flags.methods) if flags.methods else listed).items():
         why = world.outside(method)
         note = {"note": world.note(method)} if world.note(method) else {}
         rows.append({"method": name, **({"why": why} if why else {**asdict(world.row(method)), **note})})
     if flags.json:
-        print(json.dumps(rows, indent=2))
+        print(dumps(rows, indent=2))
         return 0
     shown = Table("method", "cosine", "bias", "noise", box=None, pad_edge=False)
     for row in rows:
@@ -166,7 +148,7 @@ def exact(args: list[str]) -> int:
 
 def variance(args: list[str]) -> int:
     """Methods on two real models."""
-    from opd.variance import Variance, variance
+    from opd.settings import Variance
 
     @dataclass(frozen=True, kw_only=True)
     class Flags:
@@ -181,10 +163,13 @@ def variance(args: list[str]) -> int:
         args,
         prog="opd variance",
         description="How noisy the gradient of each method is on two models, at fixed contexts of the student's own.",
+        example="opd variance --student embedded:student --teacher embedded:teacher --prompts embedded:ledger",
     )
+    from opd.variance import variance
+
     found = variance(flags.what, several(flags.methods))
     if flags.json:
-        print(json.dumps(asdict(found), indent=2))
+        print(dumps(asdict(found), indent=2))
         return 0
     heads = ("variance", "of opd's", "in logits", "raised", "noise", "cosine")
     shown = Table(Column("method", overflow="fold"), *heads, box=None, pad_edge=False)
@@ -217,23 +202,35 @@ def eval_(args: list[str]) -> int:
         prog="opd eval",
         description="Accuracy of a model on problems with a verifier: avg@k, pass@k, maj@k, with 95 % intervals over "
         "prompts; or of two models, and their difference paired by prompt.",
+        example="opd eval --model embedded:teacher --prompts embedded:ledger",
     )
-    from opd.evaluation import evaluate, save
-    from opd.report.compare import versus
+    from opd.evaluation import evaluate, output, save
 
     what = flags.what
     asked = {name: replace(what, model=name) for name in (what.model, what.against) if name}
     if what.against == what.model:
         raise Refusal(f"--against {what.against}: is --model itself; name another one")
-    scores = {name: evaluate(config) for name, config in asked.items()}
     if what.out:
-        save(what.out, scores)
+        output(what).check()
+    scores = {name: evaluate(config) for name, config in asked.items()}
+    try:
+        if what.out:
+            save(output(what), scores)
+    finally:  # a disk that is full does not lose the numbers
+        _show_scores(what, scores, json=flags.json)
+    return 0
+
+
+def _show_scores(what: Evaluate, scores: Mapping[str, Any], *, json: bool) -> None:
+    """Print the measures of a model, or of two beside their difference."""
+    from opd.report.compare import versus
+
     task = {"task": what.prompts, **({"set": what.set} if what.set else {})}
     tables = [{"model": name, **task, **score.table(what.interval)} for name, score in scores.items()]
     paired = {name: asdict(p) for name, p in versus(*scores.items()).items()} if what.against else {}
-    if flags.json:
-        print(json.dumps(tables[0] if not paired else {"models": tables, "paired": paired}, indent=2))
-        return 0
+    if json:
+        print(dumps(tables[0] if not paired else {"models": tables, "paired": paired}, indent=2))
+        return
     shares = lambda x: f"{100 * x['value']:.1f} % [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
     told = lambda x: shares(x) if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else str(x)
     heads = ("", *(["value"] * len(tables)), *(["difference", "better / worse"] if paired else []))
@@ -244,12 +241,11 @@ def eval_(args: list[str]) -> int:
         shown.add_row(name, *(told(table[name]) for table in tables), *apart)
     Console().print(shown, markup=False, highlight=False)
     print("[ ] are 95 % intervals over prompts" + (", of the difference by a paired bootstrap" if paired else ""))
-    return 0
 
 
 def rescore(args: list[str]) -> int:
     """Methods on the saved rollouts of a run."""
-    from opd.rescore import Rescore, rescore
+    from opd.settings import Rescore
 
     @dataclass(frozen=True, kw_only=True)
     class Flags:
@@ -264,11 +260,14 @@ def rescore(args: list[str]) -> int:
         args,
         prog="opd rescore",
         description="What other methods would have said about the saved rollouts of a run.",
+        example="opd rescore outputs/opd --method vopd-topk",
     )
+    from opd.rescore import rescore
+
     asked = several(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}
     found = rescore(flags.what, asked)
     if flags.json:
-        print(json.dumps(asdict(found), indent=2))
+        print(dumps(asdict(found), indent=2))
         return 0
     heads = ("mean A", "std A", "used", "eff.", "kept", "r", "rank r", "cosine", "opposed")
     shown = Table(*(Column(head, no_wrap=True) for head in ("method", *heads)), box=None, pad_edge=False)

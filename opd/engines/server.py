@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from opd.disk import disk
 from opd.engines.hf import Sample
+from opd.engines.speaker import Speaker
 from opd.engines.transfer import weights
-from opd.engines.vllm import Request, Sent, Speaker, parameters, requests, sample
+from opd.engines.vllm import Request, Sent, parameters, requests, sample
 from opd.teachers.client import Client, Malformed, Remote, read_json
 from opd.tensors import save_tensors
 from opd.types import Refusal, Sampling

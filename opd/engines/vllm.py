@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,49 +18,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from opd.engines.hf import Sample
+from opd.engines.speaker import Speaker
 from opd.engines.transfer import BACKEND, register, weights
 from opd.models import Source, head
 from opd.noise import uniform
-from opd.types import Refusal, Sampling, positive
+from opd.types import Refusal, Sampling
 
 SEEDS = -4  # a token number whose noise no token draws: where a step's seeds begin
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speaker:
-    """Who writes the student's rollouts."""
-
-    engine: str = "hf"
-    """Who samples from the student: hf, transformers on the very weights that are trained; vllm, vLLM in this process;
-    or the http://host:port of a vLLM server that takes weights."""
-    engine_transfer: Literal["nccl", "ipc", "opd"] = "nccl"
-    """How weights reach a vLLM server: the backend it was started with; nccl, ipc (on the same GPU), or opd (by files
-    in the run folder; it needs opd installed beside it)."""
-    engine_kv_gb: float = 4.0
-    """Memory of --engine vllm for keys and values, GB."""
-    engine_sleep: bool = False
-    """Free the GPU memory of --engine vllm while the student trains."""
-    engine_concurrency: int = 256
-    """Requests to a vLLM server in flight at once; a request is a prompt with its rollouts."""
-    engine_timeout: float = 3600.0
-    """Seconds until a request to a vLLM server counts as failed; --teacher-retries says how often it is repeated."""
-    engine_token_env: str = "OPD_ENGINE_TOKEN"
-    """Name of the environment variable with a vLLM server's API key; unset: none is sent."""
-    max_mismatch: float = 0.2
-    """Mean |log p trainer - log p engine| of a batch, in nats, above which the run stops."""
-
-    def check(self) -> None:
-        """Refuse impossible settings."""
-        if self.engine not in ("hf", "vllm") and not self.engine.startswith(("http://", "https://")):
-            raise Refusal(f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server")
-        positive(self, "engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch")
-        if self.engine.startswith("http") and self.engine_transfer != "opd" and not torch.cuda.is_available():
-            raise Refusal(
-                f"--engine-transfer {self.engine_transfer}: sends from a GPU, and none is visible here: start the "
-                "server with the backend opd and take --engine-transfer opd"
-            )
-        if self.engine_sleep and (self.engine != "vllm" or not torch.cuda.is_available()):
-            raise Refusal("--engine-sleep: frees the memory of a GPU that --engine vllm shares with the student")
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,17 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from opd.disk import disk
+from opd.disk import OutputFile, has_mark
 from opd.report.figures import payload
 from opd.report.logs import grouped, read
+from opd.settings import Inspect, Report
 from opd.types import Refusal
 
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What is shown, and where."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders; those that differ by their seed alone are drawn as one line with a band."""
-    out: Path = Path("report.html")
-    """The page."""
-    static: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Also write the pictures there, as PNG and SVG."""
+PICTURE_MARK = "opd report"  # in the metadata of each picture
 
 
 def report(config: Report) -> Path:
@@ -35,17 +23,46 @@ def report(config: Report) -> Path:
     twice = {str(r) for r in config.runs if [x.resolve() for x in config.runs].count(r.resolve()) > 1}
     if twice:
         raise Refusal(f"RUN {min(twice)}: named twice; name each run folder once")
+    file = page_file("report", config, config.runs)
+    file.check()
+    pictures = picture_files(config)
+    for picture in pictures.values():
+        picture.check()
     groups = grouped([read(run) for run in config.runs])
-    write(config.out, "report", payload(groups))
-    if config.static is not None:
+    write(file, "report", payload(groups))
+    if pictures:
         from opd.report.static import draw  # pyplot takes a second
 
-        draw(groups, config.static)
+        draw(groups, pictures)
     return config.out
 
 
-def write(path: Path, name: str, data: Mapping[str, object]) -> None:
-    """A page of ours with its style, its program and its data inside."""
+def page_file(name: str, config: Report | Inspect, runs: tuple[Path, ...]) -> OutputFile:
+    """Return the file of a page: it may replace a page of the same kind."""
+    mark = f'<meta name="generator" content="opd {name}">'
+    return OutputFile(path=config.out, ours=has_mark(mark), overwrite=config.overwrite, inputs=runs)
+
+
+def picture_files(config: Report) -> dict[str, OutputFile]:
+    """Return the files of --static by their names; none without that flag."""
+    if config.static is None:
+        return {}
+    folder = config.static
+    names = [f"{name}.{kind}" for name in ("curves", "positions", "phases") for kind in ("png", "svg")]
+    return {
+        name: OutputFile(
+            path=folder / name,
+            flag="--static",
+            ours=has_mark(PICTURE_MARK),
+            overwrite=config.overwrite,
+            inputs=config.runs,
+        )
+        for name in names
+    }
+
+
+def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:
+    """Write a page of ours with its style, its program and its data inside."""
     pages = files("opd.report") / "pages"
     text = (pages / f"{name}.html").read_text()
     # The data may hold any text: no tag of it may end the script element that carries it.
@@ -58,9 +75,7 @@ def write(path: Path, name: str, data: Mapping[str, object]) -> None:
         before, mark, after = text.partition(f"/*{part}*/")
         assert mark, f"{name}.html has no place for its {part}"
         text = before + content + after
-    with disk(f"--out {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    file.write(text)
 
 
 def finite(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """The report's pictures as files: `draw(groups, folder)` writes PNG and SVG with matplotlib."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
-from opd.disk import disk
+from opd.disk import OutputFile
 from opd.report.figures import CURVES, curve, phases, positions
 from opd.report.logs import Group
+from opd.report.page import PICTURE_MARK
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -19,15 +19,14 @@ STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
 
 
-def draw(groups: Sequence[Group], folder: Path) -> None:
-    """curves, positions, phases, as .png and .svg."""
+def draw(groups: Sequence[Group], files: Mapping[str, OutputFile]) -> None:
+    """Write the curves, positions and phases to the files of these names, as .png and .svg."""
     for name, figure in (("curves", curves(groups)), ("positions", by_position(groups)), ("phases", bars(groups))):
         if figure is None:
             continue
-        with disk(f"--static {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            for kind in ("png", "svg"):
-                figure.savefig(folder / f"{name}.{kind}", dpi=150)
+        for kind, key in (("png", "Software"), ("svg", "Creator")):
+            with files[f"{name}.{kind}"].open() as file:
+                figure.savefig(file, format=kind, dpi=150, metadata={key: PICTURE_MARK})
         plt.close(figure)
 
 

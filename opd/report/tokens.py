@@ -4,19 +4,17 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.occurrences import Corpus
 from opd.report.logs import lines, saved_at
-from opd.report.page import write
+from opd.report.page import page_file, write
+from opd.settings import Inspect
 from opd.types import Refusal
 
 PLAIN: Mapping[str, str] = {  # columns that a page colours by -> what they are called
@@ -29,26 +27,16 @@ PLAIN: Mapping[str, str] = {  # columns that a page colours by -> what they are 
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """What is shown, and where."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder."""
-    step: int = 0
-    """A step that saved its rollouts; 0 is the newest of them."""
-    out: Path = Path("inspect.html")
-    """The page."""
-
-
 def inspect(config: Inspect) -> Path:
     """Read the rollouts, write the page; returns its path."""
+    file = page_file("inspect", config, (config.run,))
+    file.check()
     step, path = saved_at(config.run, config.step)
     rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
     texts = path.with_suffix(".tokens.json")
     if not texts.is_file():
         raise Refusal(f"RUN {config.run}: {texts.name} is not there; the run was written by another version of opd")
-    write(config.out, "inspect", payload(config.run, step, rows, columns, json.loads(texts.read_text())))
+    write(file, "inspect", payload(config.run, step, rows, columns, json.loads(texts.read_text())))
     return config.out
 
 

@@ -1,70 +1,12 @@
 """`opd serve MODEL`: load it, open a port, answer until stopped."""
 
-import ipaddress
 import socket
-from dataclasses import dataclass, field
-from typing import Annotated
-
-import torch
-import tyro
 
 from opd import models
-from opd.config import DTYPES, Precision, native
+from opd.config import DTYPES
 from opd.serve.model import Served
-from opd.teachers.client import secret
-from opd.types import Refusal, positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serve:
-    """Which model, where, for whom."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
-    adapter, or embedded:NAME."""
-    host: str = "127.0.0.1"
-    """Address to listen on; any but this machine's own (127.0.0.1, ::1, localhost) needs --token-env."""
-    port: int = 8001
-    """Port to listen on; 0 takes a free one and prints it."""
-    token_env: str = ""
-    """Name of an environment variable with the token that clients must send; empty: no token asked."""
-    name: str = ""
-    """Name under which clients ask for the model; empty: the name it was given by."""
-    precision: Precision = field(default_factory=native)
-    """Type of the weights."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """Where the model runs: cpu, cuda, cuda:1, ..."""
-    max_batch_tokens: int = 16384
-    """Padded tokens that go through the model at once."""
-    max_request_mb: int = 64
-    """Largest request, MB."""
-    max_sequences: int = 1024
-    """Most sequences in one request."""
-    max_logprobs: int = 20
-    """Most log-probs per token that a request may ask for."""
-    decode_rows: int = 64
-    """Responses decoded at once."""
-    takes_weights: bool = False
-    """Let clients replace the weights by safetensors files that this machine can read: for `opd train --engine`."""
-    trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
-
-    def check(self) -> str:
-        """Refuse impossible settings before anything loads; the token, empty where none is asked."""
-        positive(self, "max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows")
-        if not 0 <= self.port < 65536:
-            raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
-        token = secret(self.token_env)
-        if self.token_env and not token:
-            raise Refusal(
-                f"--token-env {self.token_env}: the variable is not set; export {self.token_env}=... to any secret"
-            )
-        if not token and not _loopback(self.host):
-            raise Refusal(
-                f"--host {self.host}: reachable from other machines, and no token is asked; put a secret into a "
-                "variable and name it by --token-env, or listen on 127.0.0.1"
-            )
-        return token
+from opd.settings import Serve
+from opd.types import Refusal
 
 
 def serve(config: Serve) -> None:
@@ -111,13 +53,6 @@ def _open(config: Serve) -> Served:
         max_batch_tokens=config.max_batch_tokens,
         decode_rows=config.decode_rows,
     )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: who knows where it leads
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
