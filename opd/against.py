@@ -1,5 +1,7 @@
-"""What the student is compared with: pointwise leaves `(teacher_logp, reference_logp) -> log-probs`, which name the
-models they read."""
+"""The distribution with which a term compares the student: `(teacher_logp, reference_logp) -> log-probs`, pointwise.
+
+A leaf names the models that it reads as its parameters.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher itself."""
+    """The teacher's distribution."""
 
     def __call__(self, teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
         return teacher_logp
@@ -19,7 +21,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Reference:
-    """A frozen third model: the student as it was, or the teacher before its own training."""
+    """The distribution of a frozen third model: the initial student, or the teacher before its training."""
 
     def __call__(self, reference_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
         return reference_logp
@@ -29,7 +31,7 @@ class Reference:
 class Extrapolated:
     """strength log q + (1 - strength) log b, not normalised: beyond the teacher, away from the reference b.
 
-    Its log ratio is the reward of G-OPD, arXiv:2602.12125: strength (log q - log b) - (log p - log b).
+    Its log ratio to the student is the reward of G-OPD, arXiv:2602.12125: strength (log q - log b) - (log p - log b).
     """
 
     strength: float = 1.25
@@ -44,5 +46,5 @@ Against = Callable[..., Tensor]
 
 
 def models(against: Against) -> frozenset[str]:
-    """The distributions it reads, by their name in `Positions`."""
+    """Return the names, in `Positions`, of the distributions that `against` reads."""
     return frozenset(signature(against).parameters)

@@ -1,7 +1,7 @@
 """Divergences between next-token distributions: `(student_logp [*N V], teacher_logp [*N V]) -> [*N]`, in nats.
 
-Pointwise over tokens, so a caller may evaluate them chunk by chunk; differentiable in both arguments.
-Arguments are normalised log-probs.
+They are pointwise over tokens, so a caller may evaluate them chunk by chunk.  They are differentiable in both
+arguments, which are normalised log-probs.
 """
 
 import math
@@ -19,8 +19,8 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def kl(p: Float[Tensor, "*N V"], q: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-    """KL(p || q) of two log-prob vectors; tokens of probability 0 count nothing."""
-    some = p > -math.inf  # inputs are masked, not products: 0 * inf is nan, also in the gradient
+    """Return KL(p || q) from log-probs.  Tokens of probability 0 contribute 0."""
+    some = p > -math.inf  # mask the inputs, not the products: 0 * inf is nan, also in the gradient
     p, q = p.where(some, 0), q.where(some, 0)
     return (p.exp() * (p - q)).where(some, 0).sum(-1)
 
@@ -45,7 +45,7 @@ class ForwardKL:
 class JSD:
     """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.  GKD, arXiv:2306.13649, Eq. 1.
 
-    0 < beta < 1: the ends are 0, not a KL.
+    Requires 0 < beta < 1: at the ends the JSD is 0, not a KL.
     """
 
     beta: float = 0.5
@@ -58,7 +58,7 @@ class JSD:
             )
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-        some = (student_logp > -math.inf) | (teacher_logp > -math.inf)  # logaddexp(-inf, -inf) has gradient nan
+        some = (student_logp > -math.inf) | (teacher_logp > -math.inf)  # the gradient of logaddexp(-inf, -inf) is nan
         s, t = student_logp.where(some, 0), teacher_logp.where(some, 0)
         m = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
         return self.beta * kl(teacher_logp, m) + (1 - self.beta) * kl(student_logp, m)
@@ -66,7 +66,7 @@ class JSD:
 
 @dataclass(frozen=True)
 class Support:
-    """The k tokens on which a truncated divergence looks: the student's or the teacher's most probable."""
+    """The k tokens on which a truncated divergence is computed: the most probable tokens of student or teacher."""
 
     k: int = 16
     of: Literal["student", "teacher"] = "student"
@@ -80,22 +80,25 @@ class Support:
 
 
 def outside(logp: Float[Tensor, "*N V"], ids: Int[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-    """log of the mass that a support leaves out, summed rather than subtracted from 1; -inf where it leaves none."""
+    """Return the log of the probability mass outside a support, or -inf if none is left.
+
+    The mass is summed, not computed as 1 minus the support's mass, which would cancel.
+    """
     rest = logp.scatter(-1, ids, -math.inf)
     some = (rest > -math.inf).any(-1)
     return rest.where(some[..., None], 0).logsumexp(-1).where(some, -math.inf)
 
 
 def _bucketed(ids: Int[Tensor, "*N k"], *logp: Float[Tensor, "*N V"]) -> tuple[Float[Tensor, "*N j"], ...]:
-    """Log-probs on a support and, last, of the rest."""
+    """Return log-probs on a support and, as the last entry, of the rest."""
     return tuple(torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in logp)
 
 
 @dataclass(frozen=True)
 class BucketKL:
-    """Reverse KL over the support and one bucket for the rest: a true KL of k + 1 classes, a lower bound of the full.
+    """Reverse KL over the support plus one bucket for the rest: a true KL of k + 1 classes, at most the full KL.
 
-    arXiv:2606.09471 and verl issue 7856 name it the tail bucket.
+    arXiv:2606.09471 and verl issue 7856 call it the tail bucket.
     """
 
     support: Support = Support()
@@ -105,15 +108,15 @@ class BucketKL:
         return self.on(*_bucketed(ids, student_logp, teacher_logp))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-        """From log-probs on the support and, last, of the rest."""
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
         return kl(p, q)
 
 
 @dataclass(frozen=True)
 class BucketForwardKL:
-    """KL(teacher || student) over the support and one bucket for the rest: a true KL of k + 1 classes.
+    """KL(teacher || student) over the support plus one bucket for the rest: a true KL of k + 1 classes.
 
-    verl issue 7856.
+    Source: verl issue 7856.
     """
 
     support: Support = Support(16, "teacher")
@@ -123,32 +126,32 @@ class BucketForwardKL:
         return self.on(*_bucketed(ids, student_logp, teacher_logp))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-        """From log-probs on the support and, last, of the rest."""
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
         return kl(q, p)
 
 
 @dataclass(frozen=True)
 class BucketJSD:
-    """`JSD` over the support and one bucket for the rest.  SDPO, arXiv:2601.20802, released code."""
+    """`JSD` over the support plus one bucket for the rest.  SDPO, arXiv:2601.20802, released code."""
 
     support: Support = Support()
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        JSD(self.beta)  # what it refuses
+        JSD(self.beta)  # raises ValueError for an invalid beta
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
         ids = self.support(student_logp, teacher_logp)
         return self.on(*_bucketed(ids, student_logp, teacher_logp))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-        """From log-probs on the support and, last, of the rest."""
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
         return JSD(self.beta)(p, q)
 
 
 @dataclass(frozen=True)
 class RenormalisedKL:
-    """Reverse KL of both models renormalised on the support: blind to the mass outside."""
+    """Reverse KL of both models renormalised on the support; it ignores the mass outside."""
 
     support: Support = Support()
 
@@ -161,7 +164,7 @@ class RenormalisedKL:
         return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-        """From log-probs on the support."""
+        """Return the divergence [*N], from log-probs on the support."""
         return kl(p.log_softmax(-1), q.log_softmax(-1))
 
 
@@ -176,19 +179,20 @@ class GeneralisedKL:
         return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
-        """From log-probs on the support."""
+        """Return the divergence [*N], from log-probs on the support."""
         return kl(p, q) + (q.exp() - p.exp()).sum(-1)
 
 
-Bucketed = BucketKL | BucketForwardKL | BucketJSD  # they see the mass outside of their support
+Bucketed = BucketKL | BucketForwardKL | BucketJSD  # these include the mass outside their support
 OnSupport = Bucketed | RenormalisedKL | GeneralisedKL
 
 
 @dataclass(frozen=True)
 class DensityPower:
-    """alpha / (1 + alpha) times d_alpha: what `Power` descends in expectation.  Basu et al. 1998.
+    """alpha / (1 + alpha) times d_alpha: the divergence that `Power` descends in expectation.  Basu et al. 1998.
 
-    d = sum q^(1+a) - (1 + 1/a) p q^a + p^(1+a) / a, p the student; a = 1 is half the squared distance after scaling.
+    d = sum q^(1+a) - (1 + 1/a) p q^a + p^(1+a) / a, p the student.  At a = 1, after scaling, it is half the squared
+    distance.
     """
 
     alpha: float = 5.0

@@ -1,8 +1,8 @@
-"""How a reward becomes a gradient: what is subtracted (baselines), and what is summed instead of sampled (estimators).
+"""Baselines, which are subtracted from a reward, and estimators, which sum some tokens exactly instead of sampling.
 
 A baseline is `(reward, student_logp [*N V], teacher_logp [*N V], exact [*N V]) -> [*N]`, where `exact` marks the tokens
-that the estimator sums exactly; it never sees the sampled token, so it is unbiased.
-An estimator says which tokens are summed exactly.
+that the estimator sums exactly.  It never sees the sampled token, so it is unbiased.  An estimator defines which tokens
+are summed exactly.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from opd.rewards import Reward
 
 
 def top(k: int, logp: Float[Tensor, "*N V"]) -> Int[Tensor, "*N k"]:
-    """The k most probable tokens; all of them where k exceeds the vocabulary."""
+    """Return the ids of the k most probable tokens, or of all tokens if k exceeds the vocabulary."""
     return logp.topk(min(k, logp.shape[-1]), -1, sorted=False).indices
 
 
 def mean(p: Float[Tensor, "*N V"], f: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-    """sum_v p_v f_v, where an infinite f on a token of probability 0 counts nothing."""
+    """Return sum_v p_v f_v.  An infinite f on a token of probability 0 contributes 0."""
     return (p * f.where(p > 0, 0)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Value:
-    """E_p[f], for the log ratio -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
+    """The mean reward E_p[f]; for the log ratio it is -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class Value:
 class TopKValue:
     """`Value` on the student's top k, both models renormalised on it, no tail.  arXiv:2605.07865, Eq. 14-15.
 
-    The sampled token is never added to the set: that would make the baseline depend on it.
+    The sampled token is never added to the set, because the baseline would then depend on it.
     """
 
     k: int = 20
@@ -68,9 +68,9 @@ class TopKValue:
 class Optimal:
     """The baseline of least variance in logit space, for any reward.
 
-    b = (sum p f s - G_f . G_1) / (sum p s - |G_1|^2) over the sampled tokens, where s_v = |1_v - p|^2 and
-    G_x = sum p x (1_v - p); with nothing summed exactly, G_1 = 0 and b = E[f s] / E[s].
-    Where the denominator underflows (p a point mass) the score vanishes and E_p[f] stands in.
+    b = (sum p f s - G_f . G_1) / (sum p s - |G_1|^2) over the sampled tokens, where s_v = |1_v - p|^2 and G_x = sum p x
+    (1_v - p).  If nothing is summed exactly, G_1 = 0 and b = E[f s] / E[s].  If the denominator underflows (p is a
+    point mass), the score vanishes and E_p[f] is returned instead.
     """
 
     def __call__(
@@ -82,7 +82,7 @@ class Optimal:
     ) -> Float[Tensor, "*N"]:
         p = student_logp.exp()
         f = reward(student_logp, teacher_logp).where(p > 0, 0)
-        # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the others instead.
+        # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the other tokens instead.
         largest, at = p.max(-1, keepdim=True)
         others = p.scatter(-1, at, 0)
         rest, rest2 = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
@@ -104,16 +104,16 @@ Baseline = Callable[[Reward, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Sampled:
-    """-A(y) log p(y): only the sampled token.  REINFORCE."""
+    """The REINFORCE estimator -A(y) log p(y), which uses only the sampled token."""
 
     def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
-        """The tokens summed exactly: none."""
+        """Return None: no token is summed exactly."""
         return None
 
 
 @dataclass(frozen=True)
 class Stratified:
-    """Exact on the student's k most probable tokens, sampled elsewhere; same expectation for every k.
+    """An estimator that is exact on the student's top k and sampled elsewhere; its expectation is the same for every k.
 
     k = 0 is `Sampled`, k = V is `Full`.
     """
@@ -125,29 +125,29 @@ class Stratified:
             raise ValueError(f"k={self.k}: the stratified estimator needs k >= 0 (0 is `opd`)")
 
     def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
-        """The tokens summed exactly: the student's top k."""
+        """Return the mask [*N V] of the tokens summed exactly: the student's top k."""
         none = torch.zeros_like(student_logp, dtype=torch.bool)
         return none.scatter(-1, top(self.k, student_logp), True) if self.k else none
 
 
 @dataclass(frozen=True)
 class Full:
-    """-sum_v p_v A_v log p_v, the p_v A_v detached: the whole vocabulary, nothing sampled."""
+    """The exact estimator -sum_v p_v A_v log p_v over the whole vocabulary, with p_v A_v detached."""
 
     def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
-        """The tokens summed exactly: all."""
+        """Return the mask [*N V] of the tokens summed exactly: all."""
         return torch.ones_like(student_logp, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class Several:
-    """-mean_i A(a_i) log p(a_i) over all tokens drawn at a position: `Sampled` with 1/m of the variance at a context.
+    """-mean_i A(a_i) log p(a_i) over m tokens sampled at each position.  AsyncOPD, arXiv:2606.24143.
 
-    m is `OnPolicy.samples`; the response goes on with a_1.  AsyncOPD, arXiv:2606.24143.
+    It is `Sampled` with 1/m of the variance at a context.  m is `OnPolicy.samples`; the response continues with a_1.
     """
 
     def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
-        """The tokens summed exactly: none."""
+        """Return None: no token is summed exactly."""
         return None
 
 

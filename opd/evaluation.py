@@ -1,4 +1,4 @@
-"""How good a model is: avg@k, pass@k, maj@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
+"""Evaluation of a model: avg@k, pass@k, maj@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
 
 import json
 import math
@@ -22,13 +22,13 @@ from opd.tasks.load import load
 from opd.tasks.task import Task
 from opd.types import Prompt, Refusal, at_least
 
-DRAWS = 4000  # of a bootstrap
-CONFIDENCE = 0.95  # of every interval
+DRAWS = 4000  # bootstrap resamples
+CONFIDENCE = 0.95  # confidence level of all intervals
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share, and its confidence interval."""
+    """A share with its confidence interval."""
 
     value: float
     low: float
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def interval(values: Sequence[float]) -> Estimate:
-    """Mean of per-prompt shares with Wilson's interval at the effective number of prompts.
+    """Return the mean of per-prompt shares with Wilson's interval at the effective number of prompts.
 
     The interval is over prompts, not samples: samples of one prompt are not independent.  Unlike the bootstrap it
     does not collapse when every share is 0 or 1.  Wilson, JASA 1927.
@@ -48,7 +48,7 @@ def interval(values: Sequence[float]) -> Estimate:
     n: float = len(x)
     m = float(x.mean())
     spread = float(x.var(correction=1)) if n > 1 else 0.0
-    # Shares inside (0, 1) vary less than coins of the same mean: that is worth more prompts.
+    # Shares inside (0, 1) vary less than 0/1 outcomes of the same mean, which counts as more prompts.
     n = max(n, m * (1 - m) / spread * n) if spread > 0 else n
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     centre, half = m + z * z / (2 * n), z * math.sqrt(m * (1 - m) / n + z * z / (4 * n * n))
@@ -59,9 +59,10 @@ def interval(values: Sequence[float]) -> Estimate:
 
 
 def bootstrapped(values: Sequence[float]) -> Estimate:
-    """Mean of per-prompt shares with the percentile bootstrap over prompts, for comparison with who reports that.
+    """Return the mean of per-prompt shares with the percentile bootstrap over prompts.
 
-    Its 95 % cover less where shares are near 0 or 1: docs/LOG.md.
+    Use it to compare with papers that report this interval.  Its coverage is below 95 % if shares are near 0 or 1:
+    docs/LOG.md.
     """
     x, tail = np.array(values, dtype=np.float64), (1 - CONFIDENCE) / 2
     drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x)
@@ -72,16 +73,21 @@ INTERVALS: dict[str, Callable[[Sequence[float]], Estimate]] = {"wilson": interva
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased chance that one of k draws is right, from `samples` draws.  Chen et al., arXiv:2107.03374, Eq. 1."""
+    """Return the unbiased pass@k estimate: the probability that at least 1 of k samples is correct.
+
+    `correct` counts the correct responses among `samples`.  Raises ValueError if k > samples.  Chen et al.,
+    arXiv:2107.03374, Eq. 1.
+    """
     if k > samples:
         raise ValueError(f"k={k}: pass@k needs at least k samples per prompt, and there are {samples}")
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority(said: Sequence[str], outcomes: Sequence[float], same: Callable[[int, int], bool]) -> float:
-    """maj@k: the outcome of the answer that most samples give; the mean over the answers where several lead.
+    """Return maj@k: the outcome of the most frequent answer, or the mean outcome of several answers in a tie.
 
-    `same(i, j)` tells whether sample j gives the answer of sample i; one that says nothing has no vote.
+    `said` are the answers of the samples.  `same(i, j)` returns True if samples i and j give the same answer.  An empty
+    answer has no vote.
     """
     classes: list[list[int]] = []
     for j, answer in enumerate(said):
@@ -96,32 +102,32 @@ def majority(said: Sequence[str], outcomes: Sequence[float], same: Callable[[int
 
 
 def final(response: str) -> str:
-    """The answer of a response as text: marked, said, or its last line."""
+    """Return the answer of a response as text: the marked answer, else the stated answer, else the last line."""
     text = spoken(response)
     return plain(marked(text) or said(text) or text.rpartition("\n")[2])
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Outcomes of k samples for each prompt, and what they came with."""
+    """Outcomes, lengths and texts of k samples for each prompt."""
 
     outcomes: tuple[tuple[float, ...], ...]  # [prompts][k]
-    lengths: tuple[int, ...]  # tokens, of every response
+    lengths: tuple[int, ...]  # tokens of each response
     stopped: tuple[bool, ...]
     majorities: tuple[float, ...]  # maj@k of each prompt
     prompts: tuple[Prompt, ...]
-    responses: tuple[str, ...]  # of every prompt's samples, in order
+    responses: tuple[str, ...]  # texts, k for each prompt in order
 
     def each(self) -> dict[str, list[float]]:
-        """Every measure by prompt."""
+        """Return each measure (avg@k, pass@j, maj@k) as a list over prompts."""
         k = len(self.outcomes[0])
-        right = [sum(x >= 1 for x in row) for row in self.outcomes]  # pass@k counts a response as right from 1 on
+        right = [sum(x >= 1 for x in row) for row in self.outcomes]  # pass@k counts outcomes of 1 or more as correct
         measures = {f"avg@{k}": [sum(row) / k for row in self.outcomes]}
         measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in _powers(k) if k > 1}
         return measures | ({f"maj@{k}": list(self.majorities)} if k > 1 else {})
 
     def problems(self) -> list[dict[str, object]]:
-        """What became of each problem."""
+        """Return a json row for each problem: question, answer, outcomes, lengths and responses."""
         k = len(self.outcomes[0])
         return [
             {
@@ -138,7 +144,7 @@ class Scores:
         ]
 
     def table(self, interval: str = "wilson") -> dict[str, object]:
-        """All numbers, for json; `interval` is one of INTERVALS."""
+        """Return all numbers for json; `interval` is a key of INTERVALS."""
         k = len(self.outcomes[0])
         rows = {name: INTERVALS[interval](values) for name, values in self.each().items()}
         return {
@@ -155,7 +161,7 @@ def _powers(k: int) -> list[int]:
 
 
 def evaluate(config: Evaluate) -> Scores:
-    """Sample, verify, count.  Raises Refusal for what the user can mend."""
+    """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix."""
     at_least(config, samples=0, decode_rows=1)
     config.sampling.check()
     own = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
@@ -220,7 +226,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def elected(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:
-    """maj@k of one prompt: answers are the same where the task's verifier says so, or their texts are."""
+    """Return maj@k of a prompt; two answers are the same if their texts are equal or the task's verifier accepts it."""
     answers = [final(response) for response in responses]
 
     def same(i: int, j: int) -> bool:

@@ -1,7 +1,7 @@
-"""A world small enough to enumerate: student and teacher are tables, in float64.
+"""Exact gradients in a world small enough to enumerate: student and teacher are tables of logits, in float64.
 
-Every expectation over rollouts is a finite sum, so the bias and the noise of a method are measured, not argued.
-At one context the vocabulary alone is enumerated, which is cheap on real models too: `slopes`.
+Every expectation over rollouts is a finite sum, so the bias and the noise of a method are computed exactly.
+At a single context, only the vocabulary is enumerated, which is cheap on real models too: `slopes`.
 """
 
 import itertools
@@ -25,9 +25,10 @@ from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch, Refusal, at_least
 
 @torch.no_grad()
 def measure(method: Method, at: Positions, **given: Tensor) -> Batch:
-    """Every column that can be measured of the positions [B, T], the score of each term included.
+    """Return a batch with every column that can be computed at the positions [B, T], including each term's score.
 
-    `given` are columns to take instead of the defaults: all tokens trained, one group per row, the student's own.
+    `given` are columns that replace the defaults.  By default all tokens are trained, each row is a separate group, and
+    the student generated every row.
     """
     student, teacher, rows = at.sampled(at.student_logp), at.sampled(at.teacher_logp), len(at.ids)
     columns: dict[str, Any] = {
@@ -55,7 +56,7 @@ def measure(method: Method, at: Positions, **given: Tensor) -> Batch:
 def moments(
     probability: Float[Tensor, "*N Y"], gradients: Float[Tensor, "*N Y D"]
 ) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N"]]:
-    """Mean and total variance (the trace of the covariance) over the outcomes Y."""
+    """Return the mean and the total variance (trace of the covariance) of `gradients` over the outcomes Y."""
     first = (probability[..., None] * gradients).sum(-2)
     return first, (probability * (gradients - first[..., None, :]).square().sum(-1)).sum(-1)
 
@@ -63,9 +64,9 @@ def moments(
 def token_gradients(
     method: Method, student: Float[Tensor, "N V"], *frozen: Float[Tensor, "N V"]
 ) -> Float[Tensor, "N V V"]:
-    """At N fixed contexts given as logits: row y is the gradient in the student's logits when y is the token drawn.
+    """Return the gradients [N, V, V] in the student's logits at N contexts: row y is the gradient if y is sampled.
 
-    `frozen` are the teacher's logits and, where the method reads them, the reference's.
+    `frozen` are the teacher's logits and, if the method reads them, the reference's.
     """
     contexts, vocab = student.shape
     logits = student.detach().double().repeat_interleave(vocab, 0)[:, None].requires_grad_()
@@ -78,37 +79,43 @@ def token_gradients(
 
 @dataclass(frozen=True)
 class Slopes:
-    """The token loss in the student's log-probs, for every y that could be drawn: always_v + [v = y] drawn_y."""
+    """The gradient of the token loss in the student's log-probs, for every token y that may be sampled.
+
+    Component v of the gradient is always_v + [v = y] drawn_y.
+    """
 
     always: Float[Tensor, "N V"]
     drawn: Float[Tensor, "N V"]
 
     def double(self) -> "Slopes":
-        """The same in float64."""
+        """Return a copy in float64."""
         return Slopes(self.always.double(), self.drawn.double())
 
     def mean(self, p: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """In the logits, over y ~ p."""
+        """Return the mean over y ~ p of the gradient in the logits."""
         return to_logits(self.always + p * self.drawn, p)
 
     def spread(self, p: Float[Tensor, "N V"], tangent: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """Variance over y ~ p of the gradient's component along a direction in which log p moves by `tangent`."""
+        """Return the variance over y ~ p of the gradient's component along a direction.
+
+        `tangent` is the derivative of log p along this direction.
+        """
         along = (self.drawn * tangent).where(p > 0, 0)
         return (p * (along - (p * along).sum(-1, keepdim=True)).square()).sum(-1)
 
     def variance(self, p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """Total variance over y ~ p of the gradient in the logits."""
-        norm2 = (1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()  # of 1_y - p
+        """Return the total variance over y ~ p of the gradient in the logits."""
+        norm2 = (1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()  # |1_y - p|^2
         return (p * self.drawn.square() * norm2).sum(-1) - to_logits(p * self.drawn, p).square().sum(-1)
 
 
 def to_logits(slope: Float[Tensor, "*N V"], p: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
-    """A gradient in log-probs as one in logits."""
+    """Convert a gradient in the log-probs to a gradient in the logits."""
     return slope - p * slope.sum(-1, keepdim=True)
 
 
 def alone(method: Method) -> str:
-    """Why the loss of one token is not a function of its own position; empty where it is."""
+    """Return the reason why a token's loss depends on more than its position, or "" if it does not."""
     if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
         return f"{', '.join(strange)} is not a function of next-token distributions"
     leaves = [*method.filters, *(x for t in method.terms for x in t.weights)]
@@ -121,9 +128,9 @@ def alone(method: Method) -> str:
 
 
 def slopes(method: Method, at: Positions) -> Slopes:
-    """The gradient of each position's token loss (weight 1) for every token at once; `at.ids` are not looked at.
+    """Return the gradient of each position's token loss (weight 1) for every sampled token at once.
 
-    Raises Refusal for a method that is not `alone`.
+    `at.ids` are ignored.  Raises Refusal if `alone(method)` gives a reason against it.
     """
     if why := alone(method):
         raise Refusal(f"{why}, and one position alone has none")
@@ -144,7 +151,7 @@ def slopes(method: Method, at: Positions) -> Slopes:
             f = f - term.baseline(term.reward, logp, other, exact)[..., None]
         f = f.where(p > 0, 0)
         with torch.enable_grad():
-            loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # every token as the sampled one
+            loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # each token in turn is the sampled token
         slope = term.coef * torch.autograd.grad(loss, live)[0].where(p > 0, 0)
         if exact is not None:
             always, slope = always - term.coef * (p * f).where(exact, 0), slope.where(~exact, 0)
@@ -153,7 +160,10 @@ def slopes(method: Method, at: Positions) -> Slopes:
 
 
 def speakers(method: Method) -> Mapping[int, float]:
-    """Who writes a rollout of the method, and with which chance; empty where the data does."""
+    """Return the probability with which each source (student, teacher) generates a rollout of the method.
+
+    The mapping is empty if some rollouts come from the data.
+    """
     match method.rollouts:
         case Mixture(share, other):
             return {} if other == DATA else {STUDENT: share, other: 1 - share}
@@ -162,21 +172,24 @@ def speakers(method: Method) -> Mapping[int, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A method against the gradient of the sequence KL, one sequence per optimizer step."""
+    """A method's gradient compared with the gradient of the sequence KL, for steps on one sequence."""
 
-    cosine: float  # between the expected gradient and that of the sequence KL
-    bias: float  # distance of the two, over the norm of the latter
-    noise: float  # total variance of the gradient, over the squared norm of its mean
+    cosine: float  # between the expected gradient and the gradient of the sequence KL
+    bias: float  # norm of their difference / norm of the gradient of the sequence KL
+    noise: float  # total variance of the gradient / squared norm of its mean
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Next-token logits of a student and a teacher, one row per prefix: "", then those of 1 token, of 2, ..."""
+    """Tables of next-token logits of a student and a teacher.
+
+    Each prefix has a row: first the empty prefix, then all prefixes of 1 token, of 2 tokens, and so on.
+    """
 
     student: Float[Tensor, "S V"]
     teacher: Float[Tensor, "S V"]
     steps: int  # tokens of the longest sequence
-    stop: int = -1  # the token that ends a sequence; -1: all have `steps` tokens
+    stop: int = -1  # the token that ends a sequence; -1: all sequences have `steps` tokens
     reference: Float[Tensor, "S V"] | None = None
 
     def __post_init__(self) -> None:
@@ -185,18 +198,18 @@ class World:
 
     @classmethod
     def random(cls, vocab: int = 3, steps: int = 3, *, mismatch: float = 1.0, seed: int = 0, stop: int = -1) -> "World":
-        """Logits of teacher and reference are normal; those of the student add a normal `mismatch` to the teacher's."""
+        """Draw normal logits for teacher and reference; the student's are the teacher's + `mismatch` * noise."""
         shape = (sum(vocab**t for t in range(steps)), vocab)
         draws = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         teacher, gap, reference = draws
         return cls((teacher + mismatch * gap).requires_grad_(), teacher, steps, stop, reference)
 
     def sequences(self) -> Int[Tensor, "B T"]:
-        """Every sequence; after a stop token, with every continuation."""
+        """Return all sequences of `steps` tokens, including every continuation after a stop token."""
         return torch.tensor(list(itertools.product(range(self.student.shape[1]), repeat=self.steps)))
 
     def prefixes(self, ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """The row of the tables that predicts each token: base-V numerals, so no two prefixes share one."""
+        """Return the row of the tables that predicts each token; rows are base-V numbers, unique for each prefix."""
         state, out = torch.zeros_like(ids[:, 0]), []
         for token in ids.unbind(1):
             out.append(state)
@@ -204,34 +217,37 @@ class World:
         return torch.stack(out, 1)
 
     def trained(self, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """The tokens up to the first stop token, itself included."""
+        """Return the mask of the tokens up to and including the first stop token."""
         stops = ids == self.stop
         return stops.cumsum(1) - stops.long() == 0
 
     def positions(self, ids: Int[Tensor, "B T"]) -> Positions:
-        """The next-token distributions along some sequences; the student's are live."""
+        """Return the next-token distributions along the sequences; the student's carry gradients."""
         at = self.prefixes(ids)
         tables = [self.student, self.teacher.detach()] + ([] if self.reference is None else [self.reference.detach()])
         return Positions(ids, *(x.double()[at].log_softmax(-1) for x in tables))
 
     def measure(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Batch:
-        """Measure some sequences; `given` are columns to take instead of the defaults."""
+        """Return the batch of the sequences with all columns; `given` are columns that replace the defaults."""
         mask = self.trained(ids)
         columns = {"mask": mask, "stopped": (mask & (ids == self.stop)).any(1)}
         return measure(method, self.positions(ids), **columns | given)
 
     def probability(self, ids: Int[Tensor, "B T"], speaker: int = STUDENT) -> Float[Tensor, " B"]:
-        """Of each sequence under the one that writes it."""
+        """Return the probability [B] of each sequence under the model that generates it (`speaker`)."""
         at = self.positions(ids)
         return at.sampled(at.student_logp if speaker == STUDENT else at.teacher_logp).sum(1).exp()
 
     def gradient(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Float[Tensor, "S V"]:
-        """Of the loss of one optimizer step on these sequences."""
+        """Return the gradient of the loss of one optimizer step on these sequences."""
         loss = method.loss(self.positions(ids), method.prepare(self.measure(method, ids, **given)))
         return torch.autograd.grad(loss.sum(), self.student)[0]
 
     def moments(self, method: Method) -> tuple[Float[Tensor, "S V"], Float[Tensor, ""]]:
-        """Mean and total variance of the gradient of a step on one sequence, times T: per sequence, not per token."""
+        """Return the mean and the total variance of the gradient of a step on one sequence.
+
+        The gradient is multiplied by T, so it is per sequence, not per token.
+        """
         ids, chances, each = self.sequences(), [], []
         for speaker, share in speakers(method).items():
             chances.append(share * self.probability(ids, speaker).detach())
@@ -241,7 +257,7 @@ class World:
         return first.view_as(self.student), variance
 
     def outside(self, method: Method) -> str:
-        """Why the method has no row, or one that would mislead; empty where it has."""
+        """Return the reason why the method has no valid row in this world, or "" if it has."""
         if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
             return f"{', '.join(strange)} is not a function of next-token distributions, and a table has nothing else"
         if not speakers(method):
@@ -259,20 +275,20 @@ class World:
         return next((why for c, why in (missing | reasons).items() if c in method.reads()), "")
 
     def note(self, method: Method) -> str:
-        """What was assumed of a method that changes over a run; empty where nothing was."""
+        """Return what is assumed about a method whose rollouts change over a run, or "" if nothing is."""
         if isinstance(method.rollouts, OnPolicy | Mixture):
             return ""
         return f"{type(method.rollouts).__name__} as where its schedule has ended and nothing is remembered: OnPolicy()"
 
     def sequence_kl(self) -> Float[Tensor, ""]:
-        """KL(student || teacher) of whole sequences, differentiable in the student's table."""
+        """Return KL(student || teacher) of whole sequences in nats, differentiable in the student's table."""
         ids = self.sequences()
         at, mask = self.positions(ids), self.trained(ids)
         ratio = (at.sampled(at.student_logp) - at.sampled(at.teacher_logp)).where(mask, 0).sum(1)
         return (self.probability(ids) * ratio).sum()
 
     def row(self, method: Method) -> Row:
-        """What a method does to the sequence KL: direction, bias and noise."""
+        """Compare a method's gradient with that of the sequence KL: direction, bias and noise."""
         first, variance = self.moments(method)
         (true,) = torch.autograd.grad(self.sequence_kl(), self.student)
         cosine = torch.nn.functional.cosine_similarity(first.flatten(), true.flatten(), dim=0)
@@ -282,19 +298,19 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Which world: a draw of `World.random`."""
+    """Size and seed of a random world (`World.random`)."""
 
     vocab: int = 3
-    """Tokens there are."""
+    """Number of tokens in the vocabulary.  2 or more; vocab^length may be at most 4096."""
     length: int = 3
-    """Tokens of a sequence."""
+    """Number of tokens in a sequence.  1 or more."""
     mismatch: float = 1.0
-    """Standard deviation of the student's logits around the teacher's."""
+    """Standard deviation of the student's logits around the teacher's.  Above 0."""
     seed: int = 0
-    """Seed of both models."""
+    """Seed of both models' logits."""
 
     def world(self) -> World:
-        """The world itself; raises Refusal for one that cannot be enumerated."""
+        """Build the world.  Raises Refusal if it is too large to enumerate."""
         at_least(self, vocab=2, length=1, seed=0)
         if not 0 < self.mismatch < math.inf:
             raise Refusal(f"--mismatch {self.mismatch}: must be above 0, or there is no gradient to estimate")

@@ -1,4 +1,4 @@
-"""What goes into the head pass and comes out of it: states, or log-probs that were told; the columns of each token."""
+"""Inputs and outputs of the head pass: hidden states or a server's log-probs as input, per-token columns as output."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -13,47 +13,49 @@ from opd.method import Method
 from opd.representation import Lens
 from opd.types import MEASURED
 
-LEAST = 1e-7  # mass beside the tokens that a teacher tells of: less is a rounding of theirs
-TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns of a teacher that is `Given`
+LEAST = 1e-7  # smallest mass outside the scored tokens; a smaller value is rounding error of their sum
+TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns available if the teacher is `Given`
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """One model's final hidden states at the trained tokens, and its head."""
+    """The final hidden states of one model at the trained tokens, and its LM head."""
 
     states: Float[Tensor, "N H"]  # state n predicts token n
     head: Head
     views: tuple[Float[Tensor, "N D"], ...] = ()  # of the layers that a method matches, through the model's lens
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Hidden":
-        """Of some tokens."""
+        """Return the hidden states at the marked tokens."""
         at = tokens.to(self.states.device)
         return replace(self, states=self.states[at], views=tuple(x[at] for x in self.views))
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a teacher without a head said of the sampled tokens, over its own vocabulary and stop class.
+    """Log-probs of the sampled tokens from a teacher without an LM head, such as a server.
 
-    Of some others too, where `ids` names them; an id may stand there twice.
+    They are normalised over the teacher's vocabulary and stop class.  `ids` names further tokens whose log-probs are
+    known; an id may occur twice.
     """
 
     logp: Float[Tensor, " N"]  # log q(y), nats
     ids: Int[Tensor, "N k"] | None = None
-    others: Float[Tensor, "N k"] | None = None  # their log q
-    top: int = 0  # so many of its own most probable tokens are among them
+    others: Float[Tensor, "N k"] | None = None  # log q of `ids`, nats
+    top: int = 0  # number of the teacher's most probable tokens among `ids`
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Given":
-        """Of some tokens."""
+        """Return the log-probs at the marked tokens."""
         at = tokens.to(self.logp.device)
         ids, others = (None if x is None else x[at] for x in (self.ids, self.others))
         return replace(self, logp=self.logp[at], ids=ids, others=others)
 
     def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
-        """log q of some rows: nan wherever nothing is known, and no leaf may look there.
+        """Return log q [N, V] of some rows.  Without `others` all unknown entries are nan, and no leaf may read them.
 
-        With others: the rest of the mass evenly over the tokens that are not known, none of them above the least of the
-        teacher's own top.  So a bucket of the rest is what it is, to 1e-7 (a rounding of 1) or k-th times their number.
+        With `others`, the remaining mass is spread evenly over the unknown tokens, none of them above the last of the
+        teacher's top k.  The bucket of the remaining tokens then has its true mass, up to 1e-7 (rounding of a sum near
+        1), unless the k-th probability times the number of unknown tokens is smaller.
         """
         own, mine = ids[:, None], self.logp[rows, None].to(like)
         if self.ids is None or self.others is None:
@@ -70,30 +72,30 @@ class Given:
 
 @dataclass(frozen=True)
 class Heard:
-    """What the frozen models say about the trained tokens."""
+    """The outputs of the frozen models for the trained tokens."""
 
-    teacher: Hidden | Given | None  # None: it writes, and scores nothing
-    reference: Hidden | None = None  # where a term is against it
-    lens: Lens | None = None  # through which the student's layers meet the teacher's views
+    teacher: Hidden | Given | None  # None: a text-only teacher, which scores nothing
+    reference: Hidden | None = None  # set if a term compares with it
+    lens: Lens | None = None  # maps the student's layers to views comparable with the teacher's
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Heard":
-        """About some of them."""
+        """Return the outputs at the marked tokens."""
         teacher = None if self.teacher is None else self.teacher[tokens]
         return Heard(teacher, None if self.reference is None else self.reference[tokens], self.lens)
 
     def nbytes(self) -> int:
-        """Bytes of the states."""
+        """Return the size of the hidden states and views, in bytes."""
         kept = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
         return sum(x.nbytes for side in kept for x in (side.states, *side.views))
 
     def said(self, columns: "Columns") -> "Columns":
-        """The columns that somebody told."""
+        """Return the columns, without `teacher_logp` if no teacher scored the tokens."""
         return columns if self.teacher is not None else replace(columns, teacher_logp=None)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Per-token numbers of a pass, flat, detached; None what it did not look at."""
+    """Per-token results of a head pass, flat and detached; None for columns that were not computed."""
 
     student_logp: Float[Tensor, " N"] | None = None
     student_entropy: Float[Tensor, " N"] | None = None
@@ -106,25 +108,29 @@ class Columns:
 
     @classmethod
     def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "Columns":
-        """To be filled: one place for all, so that no small tensor outlives a chunk and pins freed memory below it."""
+        """Return uninitialised columns for n tokens.
+
+        They share one allocation, because small tensors that outlive a chunk would keep freed memory below them from
+        reuse.
+        """
         scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
         names = sorted(names)
         return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
 
     def fill(self, rows: slice, part: "Columns") -> None:
-        """Take over the numbers of some tokens."""
+        """Copy the numbers of `part` into the given rows."""
         for (_, whole), (_, x) in zip(self.named(), part.named(), strict=True):
             whole[rows] = x
 
     def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
-        """(name, column) of those there are; the scores as scores.0, scores.1, ..."""
+        """Yield (name, column) for each column that is present; scores are named scores.0, scores.1, ..."""
         for f in fields(self):
             if f.name != "scores" and getattr(self, f.name) is not None:
                 yield f.name, getattr(self, f.name)
         yield from ((f"scores.{i}", s) for i, s in enumerate(self.scores) if s is not None)
 
     def cpu(self) -> "Columns":
-        """The same numbers in main memory."""
+        """Return the columns in main memory."""
         whole = {name: x.cpu() for name, x in self.named()}
         scores = tuple(whole.pop(f"scores.{i}", None) for i in range(len(self.scores)))
         return Columns(**whole, scores=scores)
@@ -132,12 +138,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """What else could have been said: the student's likeliest tokens, then the teacher's, A in all.  For readers."""
+    """The most probable tokens at each position: the student's, then the teacher's, A in all.
+
+    They are shown to readers of reports; no loss uses them.
+    """
 
     ids: Int[Tensor, "N A"]
     student_logp: Float[Tensor, "N A"]
-    teacher_logp: Float[Tensor, "N A"]  # nan where the teacher has no head
+    teacher_logp: Float[Tensor, "N A"]  # nan if the teacher has no LM head
 
     def cpu(self) -> "Alternatives":
-        """The same in main memory."""
+        """Return the alternatives in main memory."""
         return Alternatives(self.ids.cpu(), self.student_logp.cpu(), self.teacher_logp.cpu())

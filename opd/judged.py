@@ -1,5 +1,6 @@
-"""What a judge or a teacher's texts say of responses, as weights `(columns) -> [B T]` and as transforms `(x [B T],
-columns) -> [B T]`; the columns are those of `types.ASKED`.
+"""Weights `(columns) -> [B T]` and transforms `(x [B T], columns) -> [B T]` that use a judge's or a teacher's texts.
+
+The columns are those of `types.ASKED`.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from torch import Tensor
 class Posterior:
     """(agreement + alpha pbar) / (texts + alpha) on audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 4-5.
 
-    `agreement` sums over a text-only teacher's texts how like the chunk each is; pbar is the geometric mean of p over
-    the chunk.  `apart`: scaled so that a token mean is a mean over the audited tokens.
+    `agreement` sums the similarity of the chunk to each text of a text-only teacher.  pbar is the geometric mean of p
+    over the chunk.  `apart` scales the weight so that a token mean becomes a mean over the audited tokens.
     """
 
     texts: int = 10
@@ -40,7 +41,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Audited:
-    """1 on the audited chunks, else 0; `apart` as in `Posterior`."""
+    """Weight 1 on the audited chunks, else 0; `apart` as in `Posterior`."""
 
     apart: bool = False
 
@@ -51,7 +52,7 @@ class Audited:
 
 @dataclass(frozen=True)
 class Unaudited:
-    """1 outside the audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 8; `apart` as in `Posterior`."""
+    """Weight 1 outside the audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 8; `apart` as in `Posterior`."""
 
     apart: bool = False
 
@@ -62,17 +63,18 @@ class Unaudited:
 
 @dataclass(frozen=True)
 class CentredPosterior:
-    """x times OmniOPD's posterior less its mean over the batch's audited tokens; 0 outside of the chunks.
+    """x times OmniOPD's posterior minus its mean over the batch's audited tokens; 0 outside the chunks.
 
-    The paper's is above 0 for whatever the student said: of its gradient the mean part is noise of mean 0, which grows
-    with the length of a chunk as what tells chunks apart shrinks (docs/LOG.md).  The opd project's.
+    The paper's posterior is positive for every chunk.  The mean part of its gradient is noise of mean 0, which grows
+    with the length of a chunk while the part that distinguishes chunks shrinks (docs/LOG.md).  This variant is from the
+    opd project.
     """
 
     texts: int = 10
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        Posterior(self.texts, self.alpha)  # what it refuses
+        Posterior(self.texts, self.alpha)  # raises ValueError for an invalid alpha
 
     def __call__(
         self,
@@ -83,16 +85,16 @@ class CentredPosterior:
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         audited = mask & (chunk > 0)
-        found = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside
+        found = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
         return (x * (found - found.sum() / audited.sum().clamp(min=1))).where(audited, 0)
 
 
 @dataclass(frozen=True)
 class GroupAdvantage:
-    """x times a judge's verdict less its mean over the group, divided by its deviation with `norm_std`.
+    """x times a judge's verdict minus its group mean, divided by the group's deviation if `norm_std`.
 
-    GRPO, arXiv:2402.03300; the mean alone is Dr. GRPO, arXiv:2503.20783.  A group that the judge did not score has
-    none, and rollouts without a trained token are not in the statistics.
+    GRPO, arXiv:2402.03300; without the division it is Dr. GRPO, arXiv:2503.20783.  A group without verdicts has
+    advantage 0.  Rollouts without a trained token do not enter the statistics.
     """
 
     norm_std: bool = False
@@ -112,9 +114,9 @@ class GroupAdvantage:
 
 @dataclass(frozen=True)
 class StageScore:
-    """x times a judge's score of the stage that the token stands in.  RubricEM, arXiv:2605.10899.
+    """x times a judge's score of the stage that contains the token.  RubricEM, arXiv:2605.10899.
 
-    A stage without a score has that of the last one, the answer; an answer without a score counts 0.
+    A stage without a score gets the score of the last stage, the answer.  An answer without a score counts 0.
     """
 
     def __call__(
@@ -129,17 +131,17 @@ class StageScore:
         return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
 
 
-# Row k: what the scores of the stages plan, research, review and answer are worth to stage k.  RubricEM.
+# Row k: how much the scores of the stages plan, research, review and answer count for stage k.  RubricEM.
 LAMBDA = ((1.0, 0.4, 0.6, 0.8), (0.0, 1.0, 0.4, 0.8), (0.0, 0.0, 1.0, 0.8), (0.0, 0.0, 0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class StageReturn:
-    """What a stage and those after it earned, against the same stage of the group's other rollouts; on all its tokens.
+    """The group advantage of a stage's return, given to all tokens of the stage.  RubricEM, arXiv:2605.10899, SS-GRPO.
 
     G_k = sum_{j >= k} matrix_kj R_j, R_j the mean of x over the trained tokens of stage j; A_k = (G_k - mean) / (std +
-    eps) over the group.  A stage without tokens has the R of the last one, the answer; without an answer that is 0.
-    RubricEM, arXiv:2605.10899, SS-GRPO; x may be any reward.
+    eps) over the same stage of the group's rollouts.  A stage without tokens gets the R of the last stage, the answer;
+    without an answer that is 0.  x may be any reward.
     """
 
     matrix: tuple[tuple[float, ...], ...] = LAMBDA
@@ -159,7 +161,7 @@ class StageReturn:
         group: Int[Tensor, " B"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        # In float64: rows that earned the same must not differ by rounding, which a small deviation would blow up.
+        # In float64: a small deviation would amplify rounding differences between rows of equal returns.
         returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
         among = mask.any(1)
         each = torch.stack([group_centred(column, group, among, self.eps) for column in returns.unbind(1)], 1)
@@ -169,7 +171,10 @@ class StageReturn:
 def stage_means(
     x: Float[Tensor, "B T"], stage: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], stages: int
 ) -> Float[Tensor, "B K"]:
-    """Mean of x over the trained tokens of each stage; one without has the last one's, and that 0 without its own."""
+    """Return the mean of x over the trained tokens of each stage, [B, K].
+
+    A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
+    """
     at, zero = stage.where(mask, 0), x.new_zeros(len(x), stages + 1)
     total, count = zero.scatter_add(1, at, x.where(mask, 0)), zero.scatter_add(1, at, mask.to(x.dtype))
     mean = (total / count.clamp(min=1))[:, 1:]
@@ -179,7 +184,10 @@ def stage_means(
 def group_centred(
     x: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
 ) -> Float[Tensor, " B"]:
-    """x less its mean over the marked rows of its group, over their deviation plus `eps` where given; else 0."""
+    """Return x minus its mean over the marked rows of its group, [B]; 0 on the other rows.
+
+    If `eps` is given, divide by the deviation of the marked rows plus `eps`.
+    """
     _, at = group.unique(return_inverse=True)
     add = lambda y: y.new_zeros(len(at)).scatter_add(0, at, y.where(among, 0))[at]
     count = add(torch.ones_like(x)).clamp(min=1)
@@ -190,7 +198,7 @@ def group_centred(
 def _chunk_mean(
     x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Mean of x over the tokens of each one's chunk."""
+    """Return, for each token, the mean of x over its chunk, [B, T]."""
     at = chunk.where(audited, 0)
     empty = x.new_zeros(len(x), int(at.max()) + 1 if at.numel() else 1)
     total = empty.scatter_add(1, at, x.where(audited, 0))
@@ -199,5 +207,5 @@ def _chunk_mean(
 
 
 def _share(some: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
-    """What makes a token mean a mean over some tokens, where that is asked."""
+    """Return the factor that turns a token mean into a mean over the `some` tokens, or 1 without `apart`."""
     return mask.sum() / some.sum().clamp(min=1) if apart else 1.0

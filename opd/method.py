@@ -1,10 +1,10 @@
-"""A method is a value: who speaks, what is rewarded, what is matched, which tokens count.
+"""A method as a value: which model generates the rollouts, the reward or divergence, and which tokens count.
 
     prepare(batch)           -> targets   once per optimizer step, whole batch, no gradient
     loss(positions, targets) -> [*N]      inside the head pass, differentiable, additive over tokens
 
-Targets that carry no advantage are scored inside the head pass itself: the fast path of methods whose leaves are all
-token-local.
+If the targets have no advantages, the head pass computes the scores itself.  That is the fast path, for methods whose
+leaves are all token-local.
 """
 
 import math
@@ -28,22 +28,22 @@ from opd.weights import TokenMean
 
 @dataclass(frozen=True)
 class Privileged:
-    """A teacher made of the student's own weights, which is told what the student is not."""
+    """A teacher with the student's weights that sees additional context."""
 
-    weights: str = "self"  # as they are; base: as they were before training; ema:RATE: their moving average
-    context: str = "response"  # a column of the prompt's row; peer: a right response of the same prompt's group
+    weights: str = "self"  # self: current weights; base: weights before training; ema:RATE: moving average
+    context: str = "response"  # a column of the prompt's row; peer: a correct response from the same group
 
 
 @dataclass(frozen=True)
 class Method:
-    """A sum of terms over the same rollouts."""
+    """A sum of loss terms over the same rollouts."""
 
     terms: tuple[Term, ...] = (PolicyGradient(),)
     reduction: Column = TokenMean()
     rollouts: Rollouts = OnPolicy()
-    filters: tuple[Column, ...] = ()  # which trained tokens stay; applied before all else, so none is in a denominator
-    teacher: Privileged | None = None  # its own choice of one; the run's --teacher and --context win
-    asks: Question | None = None  # of teachers that write, and give no log-probs
+    filters: tuple[Column, ...] = ()  # select trained tokens; applied first, so removed tokens are in no denominator
+    teacher: Privileged | None = None  # default teacher; the run's --teacher and --context override it
+    asks: Question | None = None  # question to a text-only teacher or a judge
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -64,7 +64,7 @@ class Method:
                     )
 
     def _check_asked(self) -> None:
-        """Refuse columns that nobody fills, and questions about what the student did not write."""
+        """Raise ValueError if a column is never filled, or if the rollouts do not fit `asks`."""
         told = frozenset() if self.asks is None else self.asks.columns
         if missing := self.reads() & ASKED - told:
             raise ValueError(
@@ -75,7 +75,9 @@ class Method:
             raise ValueError(f"{self.rollouts} takes a teacher that reads tokens, and {self.asks} one that reads text")
 
     def _check_speaker(self, term: PolicyGradient) -> None:
-        """Refuse a policy gradient on tokens that the student did not draw."""
+        """Raise ValueError for a policy gradient on tokens that the student did not generate, unless it is corrected
+        for.
+        """
         read = frozenset().union(*map(reads, term.column_leaves()))
         match self.rollouts:
             case Mixture():
@@ -100,14 +102,15 @@ class Method:
                 )
 
     def reads(self) -> frozenset[str]:
-        """The columns that prepare looks at."""
+        """Return the names of the columns that `prepare` reads."""
         leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
         return frozenset().union(*map(reads, leaves))
 
     def needs(self) -> frozenset[str]:
-        """What every teacher must provide: measured columns, `vocabulary` (whole distributions), `layers`, `decoding`.
+        """Return what every teacher must provide.
 
-        The last is for rollouts that the teacher reads while they are written.
+        Possible values: names of measured columns, `vocabulary` (whole distributions), `layers` (hidden states),
+        `text`, and `decoding` (the teacher scores rollouts while they are generated).
         """
         heard = {"decoding"} if listens(self.rollouts) else set()
         heard |= {"text"} if self.asks is not None else set()
@@ -115,9 +118,10 @@ class Method:
         return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
 
     def supports(self) -> dict[str, int]:
-        """Of how many of whose most probable tokens its terms must know log q, where that is enough for all of them.
+        """Return how many top-k tokens a teacher server must score so that every term can be computed.
 
-        Or `drawn`: of so many that were drawn beside the sampled one.
+        The result is `{"student": k}`, `{"teacher": k}` or both, by the model whose top k is meant.  `{"drawn": n}`
+        means n tokens sampled beside the response's token.  It is empty if some term needs the full vocabulary.
         """
         out: dict[str, int] = {}
         for term in self.terms:
@@ -131,25 +135,29 @@ class Method:
         return out
 
     def needs_of_tokens(self) -> frozenset[str]:
-        """`needs` of a teacher that tells of single tokens, where they do: those `chosen` for it, `teacher_top`."""
+        """Return `needs` for a teacher that returns log-probs of single tokens instead of distributions.
+
+        If top-k tokens suffice (`supports`), `vocabulary` is replaced by `teacher_logp` and one or both of two values.
+        `chosen` means tokens named by the student, `teacher_top` the teacher's top k.
+        """
         needs, tops = self.needs(), self.supports()
         kinds = {"student": "chosen", "drawn": "chosen", "teacher": "teacher_top"}
         return needs - {"vocabulary"} | {"teacher_logp", *(kinds[who] for who in tops)} if tops else needs
 
     def models(self) -> frozenset[str]:
-        """The distributions that its terms compare the student with, by their name in `Positions`."""
+        """Return the names, in `Positions`, of the distributions with which the terms compare the student."""
         return frozenset().union(*(models(term.against) for term in self.terms if not isinstance(term, MatchHidden)))
 
     def hidden(self) -> MatchHidden | None:
-        """The term on hidden states."""
+        """Return the term that matches hidden states, or None."""
         return next((term for term in self.terms if isinstance(term, MatchHidden)), None)
 
     def headless(self) -> bool:
-        """Whether no term compares next-token distributions: then training skips the heads."""
+        """Return True if no term compares next-token distributions; training then skips the LM heads."""
         return all(isinstance(term, MatchHidden) for term in self.terms)
 
     def local(self) -> bool:
-        """Whether every leaf is token-local: then measure, prepare and loss are one head pass."""
+        """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
         if isinstance(self.rollouts, StopOnAgreement) and not self.rollouts.online:
             return False
         if isinstance(self.rollouts, Snapshot) and self.rollouts.drift < math.inf:
@@ -157,7 +165,10 @@ class Method:
         return self.reads() <= GIVEN and all(term.local() for term in self.terms)
 
     def advised(self) -> "Method | None":
-        """The same on targets that carry advantages, where every term is of the sampled token: it needs no teacher."""
+        """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.
+
+        The reduced method is for targets that already carry advantages.  It needs no teacher forward.
+        """
         terms = []
         for term in self.terms:
             if not isinstance(term, PolicyGradient) or term.estimator != Sampled():
@@ -167,7 +178,7 @@ class Method:
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:
-        """One target per term; advantages where the batch was measured."""
+        """Return a target per term.  Targets have advantages if the batch was measured before."""
         for keep in self.filters:
             batch = replace(batch, mask=batch.mask & call(keep, batch))
         scale = call(self.reduction, batch).where(batch.mask, 0)
@@ -186,7 +197,7 @@ class Method:
         return tuple(out)
 
     def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
-        """Weighted sum over the terms on distributions; the denominators are inside the weights."""
+        """Return the weighted sum [*N] of the terms on distributions.  The denominators are inside the weights."""
         pairs = zip(self.terms, targets, strict=True)
         parts = [x.weight * term.loss(at, x) for term, x in pairs if not isinstance(term, MatchHidden)]
         return reduce(torch.add, parts)

@@ -1,4 +1,4 @@
-"""What a step looked like: pure functions of the batch, `(columns) -> named numbers`.  Nats, tokens, shares."""
+"""Metrics of a training step: pure functions of the batch that return named numbers, in nats, tokens or shares."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,7 +13,7 @@ from opd.types import Batch, Prompt
 
 
 def summary(batch: Batch) -> dict[str, float]:
-    """The numbers of one batch; means are over trained tokens, unless they are about responses."""
+    """Return the metrics of a batch.  Means are over trained tokens, except for metrics of responses."""
     mask = batch.mask
     lengths = mask.sum(1).float()
     out = {
@@ -38,18 +38,23 @@ def summary(batch: Batch) -> dict[str, float]:
     if batch.student_logp is not None:
         gap = (batch.student_logp - batch.sampler_logp)[batch.written()]
         if len(gap) and not {"beta", "staleness"} & batch.notes.keys():
-            out["sampler_gap"] = float(gap.abs().max())  # trainer against sampler: 0 up to rounding, or it is wrong
+            out["sampler_gap"] = float(
+                gap.abs().max()
+            )  # trainer against sampler, nats; an error unless 0 up to rounding
         if len(gap):
-            out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu: 1 where the student itself drew
+            out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu; 1 if on-policy
             out |= mismatch(gap)
     if batch.student_logp is not None and batch.teacher_logp is not None:
         accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
-        out["rejected"] = float(1 - accepted.mean())  # by a teacher that speculates: on policy the total variation
+        out["rejected"] = float(1 - accepted.mean())  # by speculative decoding; on policy: total variation
     return out
 
 
 def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
-    """What each term multiplies the tokens' log-probs with: as the batch made it, else as the head pass scored it."""
+    """Return statistics of each term's advantages.
+
+    They come from the target if it has advantages, else from the scores of the head pass.
+    """
     out: dict[str, float] = {}
     for i, (score, target) in enumerate(zip(batch.scores, targets, strict=True)):
         known = score if target.advantage is None else target.advantage
@@ -65,8 +70,9 @@ def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
 
 
 def mismatch(gap: Float[Tensor, " n"]) -> dict[str, float]:
-    """log p - log mu, trainer against sampler: the mean distance, KL(mu || p) by k3 (p/mu - 1 - gap), the largest p/mu.
+    """Return statistics of gap = log p - log mu, where p is the trainer's and mu the sampler's probability.
 
+    They are the mean absolute gap in nats, KL(mu || p) by the k3 estimator p/mu - 1 - gap, and the largest p/mu.
     k3: Schulman, "Approximating KL divergence", 2020; unbiased under mu, and never negative.
     """
     gap = gap.double()
@@ -78,19 +84,25 @@ def mismatch(gap: Float[Tensor, " n"]) -> dict[str, float]:
 
 
 def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
-    """Its mean over the first, the middle and the last third of each response's trained tokens."""
+    """Return the mean of a column over the first, middle and last third of each response's trained tokens."""
     third = 3 * (mask.cumsum(1) - 1) // mask.sum(1, keepdim=True).clamp(min=1)
     parts = {name: mask & (third == i) for i, name in enumerate(("first", "middle", "last"))}
     return {name: float(column[part].mean()) for name, part in parts.items() if part.any()}
 
 
 def effective(weights: Float[Tensor, " n"]) -> float:
-    """(sum w)^2 / (n sum w^2), the effective share: 1 where all weigh the same, 1/n where one has it all."""
+    """Return the effective sample size as a share, (sum w)^2 / (n sum w^2).
+
+    It is 1 if all weights are equal and 1/n if only a single weight is not 0.
+    """
     return float(weights.sum().square() / (len(weights) * weights.square().sum())) if weights.any() else 0.0
 
 
 def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
-    """The mean over responses, up to the last trained token, of the share of n-grams that stood in one before."""
+    """Return the share of n-grams of a response that occurred in it before, as mean over responses.
+
+    Each response counts up to its last trained token.
+    """
     shares = []
     for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
         tokens = row[said].tolist()
@@ -105,10 +117,10 @@ def agreeing(
     teacher_logp: Float[Tensor, "B T A"],
     mask: Bool[Tensor, "B T"],
 ) -> dict[str, float]:
-    """How far the two models' k likeliest tokens, the student's before the teacher's, are the same, and how likely.
+    """Return the overlap of the two models' top-k tokens, and each model's probability mass on the overlap.
 
-    The share of tokens in both lists, and what each model gives to those: Rethinking OPD, arXiv:2604.13016.  Nothing
-    where the teacher has no list (its log-probs are nan).
+    `ids` [B, T, A] holds the student's top k, then the teacher's, with A = 2k.  The result is empty if the teacher has
+    no list (its log-probs are nan).  Rethinking OPD, arXiv:2604.13016.
     """
     if not mask.any() or teacher_logp[mask].isnan().any():
         return {}
@@ -124,32 +136,32 @@ def agreeing(
 
 
 def speaking(batch: Batch) -> dict[str, float]:
-    """What the rollout policy did, by what the sampler noted: blending, cuts, the teacher's prefixes."""
+    """Return metrics of the rollout policy from the sampler's notes: blending, cuts, staleness, teacher prefixes."""
     notes, mask, out = batch.notes, batch.mask, {}
     if "beta" in notes and mask.any():
         beta = notes["beta"][mask]
-        out["beta"], out["beta_one"] = float(beta.mean()), float((beta == 1).float().mean())  # 1: the teacher speaks
+        out["beta"], out["beta_one"] = float(beta.mean()), float((beta == 1).float().mean())  # 1: the teacher generates
         out["behavior_kl"] = float(notes["behavior_kl"][mask].mean())  # KL(mu || student), nats
     if "cut" in notes:
         cut = notes["cut"]
         out["cut"] = float((cut > 0).float().mean())  # share of rollouts
-        out["cut_tokens"] = float(cut.sum() / (cut.sum() + mask.sum()).clamp(min=1))  # of the tokens that were sampled
+        out["cut_tokens"] = float(cut.sum() / (cut.sum() + mask.sum()).clamp(min=1))  # share of sampled tokens
     if "staleness" in notes:
         out["staleness"], out["staleness_max"] = float(notes["staleness"].mean()), float(notes["staleness"].max())
         if (found := drift(batch)) is not None:
-            out["drift"] = found  # KL(student || who wrote it), nats
+            out["drift"] = found  # KL(student || weights that generated it), nats
     if "threshold" in notes:
         out["threshold"] = float(notes["threshold"].mean())  # nats
     if "prefix_limit" in notes and batch.prefix is not None:
         prefix = torch.arange(mask.shape[1]) < batch.prefix[:, None]
         out["prefix_limit"] = float(notes["prefix_limit"].float().mean())
         out["prefix_length"] = float(batch.prefix.float().mean())
-        out["prefix_share"] = float((mask & prefix).sum() / mask.sum().clamp(min=1))  # of trained tokens
+        out["prefix_share"] = float((mask & prefix).sum() / mask.sum().clamp(min=1))  # share of trained tokens
     return out
 
 
 def weighting(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
-    """How each term spreads over the trained tokens: the share that it weighs at all, and the effective share."""
+    """Return for each term the share of trained tokens with a weight other than 0, and the effective share."""
     out = {}
     for i, target in enumerate(targets):
         suffix, w = f"_{i}" if len(targets) > 1 else "", target.weight[mask]
@@ -159,7 +171,10 @@ def weighting(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str,
 
 
 def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) -> dict[str, float]:
-    """Reverse KL to each teacher that has a row here, given all names and that of each row; nothing if there is one."""
+    """Return the reverse KL to each teacher that scored a row.  The result is empty if the run has a single teacher.
+
+    `names` are all teachers of the run; `teachers` holds the teacher of each row.
+    """
     if len(names) < 2 or batch.reverse_kl is None:
         return {}
     out = {}
@@ -170,12 +185,12 @@ def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) ->
     return out
 
 
-TASKS = ("task", "data_source", "source", "subject", "domain")  # columns of a prompt that name its kind
-MOST_TASKS = 16  # a column with more values in a batch names no tasks
+TASKS = ("task", "data_source", "source", "subject", "domain")  # prompt columns that may name the task
+MOST_TASKS = 16  # a column with more values in a batch is not taken for a task name
 
 
 def by_task(batch: Batch, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Reverse KL, outcome and length of each task, by the first column of TASKS that tells the prompts apart."""
+    """Return reverse KL, outcome and length of each task, by the first column of TASKS with several values."""
     for column in TASKS:
         names = [p.columns.get(column) for p in prompts]
         tasks = sorted({n for n in names if isinstance(n, str)})
@@ -194,37 +209,40 @@ def by_task(batch: Batch, prompts: Sequence[Prompt]) -> dict[str, float]:
 
 
 def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """Of the mean over responses of each one's mean: tokens of a response are not independent; 0 for one response."""
+    """Return the standard error of the mean over responses of their token means; 0 for a single response.
+
+    Tokens of a response are not independent, so the error is over responses.
+    """
     means = (column.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1))[mask.any(1)]
     return float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
 
 
 def answered(batch: Batch, question: Question | None) -> dict[str, float]:
-    """What a text-only teacher or a judge said."""
+    """Return metrics of the answers of a text-only teacher or a judge."""
     out, mask = {}, batch.mask
     if batch.chunk is not None and batch.agreement is not None and isinstance(question, Continue):
         audited = mask & (batch.chunk > 0)
         out["audited"] = float(audited.sum() / mask.sum().clamp(min=1))  # share of trained tokens
         if audited.any():
-            out["agreement"] = float(batch.agreement[audited].mean() / question.texts)  # likeness of a text, 0 to 1
+            out["agreement"] = float(batch.agreement[audited].mean() / question.texts)  # similarity of texts, 0 to 1
     if batch.verdict is not None and batch.judged is not None:
-        out["unjudged"] = float(1 - batch.judged.float().mean())  # share of rollouts that a judge failed on
+        out["unjudged"] = float(1 - batch.judged.float().mean())  # share of rollouts without a verdict
         if batch.judged.any():
             verdict, theirs = (x[batch.judged] for x in (batch.verdict, batch.notes["reference_verdict"]))
             out["verdict"] = float(verdict.mean())
-            out["reference_verdict"] = float(theirs.mean())  # of the worst of the teacher's answers to each prompt
+            out["reference_verdict"] = float(theirs.mean())  # of the teacher's worst answer to each prompt
             out["above_reference"] = float((verdict > theirs).float().mean())
     if batch.stage is not None and batch.stage_scores is not None and batch.judged is not None:
         out["unjudged"] = float(1 - batch.judged.float().mean())
         for k, column in enumerate(batch.stage_scores[batch.judged].unbind(1), 1):
             if (some := column[column.isfinite()]).numel():
-                out[f"stage_{k}"] = float(some.mean())  # of the rollouts that have it
-            out[f"staged_{k}"] = float((mask & (batch.stage == k)).sum() / mask.sum().clamp(min=1))  # of their tokens
+                out[f"stage_{k}"] = float(some.mean())  # over the rollouts with this stage
+            out[f"staged_{k}"] = float((mask & (batch.stage == k)).sum() / mask.sum().clamp(min=1))  # of trained tokens
     return out
 
 
 def reflected(batch: Batch) -> dict[str, float]:
-    """Reflections of the step before that are trained on: how many, their tokens, and what a judge found them worth."""
+    """Return metrics of the previous step's reflections that are trained on: their count, tokens and judge scores."""
     if not len(batch.ids) or batch.stage_scores is None:
         return {}
     worth = batch.stage_scores[:, -1]

@@ -1,7 +1,7 @@
-"""Counter-based noise: one uniform per (seed, step, rollout, token), the same whoever draws it and in whatever order.
+"""Counter-based noise: one uniform number per (seed, step, rollout, token), the same on any process and in any order.
 
-splitmix64's finaliser, folded over the key.  Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
-2014.
+The generator is splitmix64's finaliser, folded over the key.  Steele, Lea & Flood, "Fast splittable pseudorandom number
+generators", 2014.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ def _mix(z: np.uint64 | NDArray[np.uint64]) -> np.uint64 | NDArray[np.uint64]:
 
 
 def uniform(*key: int | np.integer | NDArray[np.integer]) -> np.float64 | NDArray[np.float64]:
-    """U[0, 1) with 53 bits, for integer keys that broadcast together."""
+    """Return U[0, 1) numbers with 53 bits, for integer keys that broadcast together."""
     state: np.uint64 | NDArray[np.uint64] = np.uint64(0)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the generator
+    with np.errstate(over="ignore"):  # the generator relies on arithmetic modulo 2^64
         for part in key:
             state = _mix((state + _GAMMA) ^ _mix(np.asarray(part, dtype=np.int64).astype(np.uint64) + _GAMMA))
     return (state >> np.uint64(11)) * np.float64(2.0**-53)

@@ -1,6 +1,6 @@
-"""Where a corpus of rollouts says a token and at what KL, and which types that singles out: pure functions.
+"""Statistics of token occurrences and their KL over a corpus of rollouts, as pure functions.
 
-An occurrence is a response position under the token *predicted* there; a type is a token of the vocabulary.  Rock
+An occurrence is a response position with the token *predicted* there; a type is a token of the vocabulary.  Rock
 Tokens, arXiv:2605.09253.
 """
 
@@ -11,39 +11,43 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the corpus; the paper's 50 to 400 of 500, and all
-BLOCK = 1024  # occurrences compared at once
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the rollouts: the paper's 50 to 400 of 500, and all
+BLOCK = 1024  # occurrences compared at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Occurrences, flat."""
+    """A corpus of token occurrences, in flat tensors [N]."""
 
     ids: Int[Tensor, " N"]
-    kl: Float[Tensor, " N"]  # KL(student || teacher) of the whole distribution there, nats
+    kl: Float[Tensor, " N"]  # KL(student || teacher) of the full distributions at the position, nats
     rollout: Int[Tensor, " N"]
 
     def part(self, rollouts: Int[Tensor, " R"]) -> "Corpus":
-        """The occurrences in some rollouts."""
+        """Return the occurrences in the given rollouts."""
         inside = torch.isin(self.rollout, rollouts)
         return Corpus(self.ids[inside], self.kl[inside], self.rollout[inside])
 
     def tally(self) -> tuple[Int[Tensor, " V"], Float[Tensor, " V"]]:
-        """Occurrences and summed KL of each type up to the largest id: the rock score R(v) = mean KL x frequency."""
+        """Return the count and the summed KL of each type, up to the largest id.
+
+        The summed KL is the rock score R(v) = mean KL x frequency.
+        """
         return self.ids.bincount(), self.ids.bincount(self.kl)
 
 
 def rank(counts: Int[Tensor, " V"], score: Float[Tensor, " V"], *, top: int, least: int) -> tuple[int, ...]:
-    """The types of highest score among those with `least` occurrences or more, best first."""
+    """Return up to `top` types with the highest scores among those with at least `least` occurrences, best first."""
     score = score.where(counts >= least, -torch.inf)
     best = score.argsort(descending=True, stable=True)[:top]
     return tuple(best[score[best] > -torch.inf].tolist())
 
 
 def stability(corpus: Corpus, *, top: int, least: int, seed: int, draws: int = 10) -> dict[float, float]:
-    """Jaccard of the types ranked in a random share of the rollouts with those of all, by share, mean over draws.
+    """Return the Jaccard index of the list from a random share of the rollouts with the full list, by share.
 
-    A share is part of the whole: disjoint halves agree less.
+    Each value is the mean over `draws` random subsets.  A subset is part of the whole corpus, so disjoint halves would
+    agree less.
     """
     ranked = lambda part: set(rank(*part.tally(), top=top, least=least))
     whole, rollouts = ranked(corpus), corpus.rollout.unique()
@@ -57,10 +61,11 @@ def stability(corpus: Corpus, *, top: int, least: int, seed: int, draws: int = 1
 
 
 def matched(counts: Int[Tensor, " V"], types: Sequence[int]) -> tuple[int, ...]:
-    """Other types with as many occurrences as these have together, of their frequencies as far as there are such.
+    """Return other types with as many occurrences in total as `types`, and with similar frequencies if possible.
 
-    From the most frequent of `types` down, the free type nearest in log frequency that does not exceed what is left;
-    then the most frequent ones that fit.  Never more in total; less where the rest of the corpus is smaller.
+    For each of `types`, from the most frequent down, take the unused type nearest in log frequency that fits into the
+    remaining number of occurrences.  Then fill up with the most frequent types that fit.  The total never exceeds that
+    of `types`; it is smaller if the rest of the corpus is too small.
     """
     at = list(types)
     left, free = int(counts[at].sum()), counts.clone()
@@ -84,21 +89,21 @@ def consistency(
     similar: float,
     share: float,
 ) -> Float[Tensor, " V"]:
-    """The paper's CCR: of each type, the share of its occurrences whose KL persists in contexts that recur.
+    """Return the paper's CCR: for each type, the share of its occurrences whose KL persists in recurring contexts.
 
-    `ids` and `contexts` are those of the persistent occurrences.  One recurs where at least `share` of the others of
-    its type have a context of cosine `similar` or more; one alone does not.
+    `ids` and `contexts` describe the persistent occurrences.  An occurrence recurs if at least `share` of the other
+    occurrences of its type have a context with cosine `similar` or more.  A single occurrence does not recur.
     """
     unit = torch.nn.functional.normalize(contexts, dim=-1)
     kept = torch.zeros_like(counts)
     for token in ids.unique().tolist():
         same = unit[ids == token]
         if len(same) > 1:
-            near = torch.cat([((part @ same.T) >= similar).sum(1) for part in same.split(BLOCK)]) - 1  # less itself
+            near = torch.cat([((part @ same.T) >= similar).sum(1) for part in same.split(BLOCK)]) - 1  # minus itself
             kept[token] = (near >= share * (len(same) - 1)).sum()
     return kept.double() / counts.clamp(min=1)
 
 
 def above(kl: Float[Tensor, " N"], quantile: float) -> Bool[Tensor, " N"]:
-    """The occurrences at or above a quantile of the KL, 0 inside [0, 1)."""
-    return kl >= kl.sort().values[min(len(kl) - 1, int(quantile * len(kl)))]  # torch.quantile ends at 2^24
+    """Return a mask of the occurrences at or above a quantile (in [0, 1)) of the KL."""
+    return kl >= kl.sort().values[min(len(kl) - 1, int(quantile * len(kl)))]  # torch.quantile is limited to 2^24 values

@@ -1,6 +1,7 @@
-"""What a text-only teacher or a judge is asked about a batch: values, and the columns that the answers fill.
+"""Questions to a text-only teacher or a judge about a batch, as values, and the columns that the answers fill.
 
-A run asks (`asking.py`, `staging.py`); here is what needs no teacher: which parts of a response a question is about.
+`asking.py` and `staging.py` send the questions.  This module selects which parts of a response a question covers, and
+needs no teacher.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Continue:
-    """How would you go on?  `texts` continuations of the response before each of `chunks` chunks of `length` tokens.
+    """A request for `texts` continuations of the response before each of `chunks` chunks of `length` tokens.
 
     OmniOPD, arXiv:2606.01476, Eq. 3 and 6-7.
     """
@@ -20,7 +21,7 @@ class Continue:
     chunks: int = 10
     length: int = 50
     texts: int = 10
-    temperature: float = 1.0  # the paper states none: its continuations are independent samples
+    temperature: float = 1.0  # the paper gives none; its continuations are independent samples
 
     columns = frozenset({"chunk", "agreement"})
 
@@ -32,10 +33,10 @@ class Continue:
             raise ValueError(f"temperature={self.temperature}: above 0, or all texts of a chunk are one")
 
     def chosen(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """Each token's chunk, numbered from 1 by falling entropy of its first token; 0 outside.
+        """Return each token's chunk, [B, T]: numbered from 1 by falling entropy of the chunk's first token, 0 outside.
 
-        A chunk starts where the student is least sure, so that the teacher decides that token again; it overlaps none
-        that was chosen before, and all its tokens are trained ones.  A response shorter than a chunk has none.
+        A chunk starts where the student's entropy is highest, so that the teacher decides that token again.  Chunks do
+        not overlap and contain only trained tokens.  A response shorter than a chunk has none.
         """
         out = torch.zeros_like(mask, dtype=torch.long)
         spans = mask.unfold(1, self.length, 1).all(-1) if mask.shape[1] >= self.length else mask[:, :0]
@@ -44,7 +45,7 @@ class Continue:
             for number in range(1, self.chunks + 1):
                 if not free.any():
                     break
-                at = int(starts.where(free, -torch.inf).argmax())  # the first of those that tie
+                at = int(starts.where(free, -torch.inf).argmax())  # the first position in case of a tie
                 out[row, at : at + self.length] = number
                 free[max(0, at - self.length + 1) : at + self.length] = False
         return out
@@ -52,15 +53,15 @@ class Continue:
 
 @dataclass(frozen=True)
 class Grade:
-    """How good is each response, by one rubric for all rollouts of a prompt and `references` answers of the teacher?
+    """A request to score each response by one rubric for all rollouts of a prompt and `references` teacher answers.
 
-    ROPD, arXiv:2605.07396: `least` to `most` binary criteria of 1 to 5 points.
+    ROPD, arXiv:2605.07396: the rubric has `least` to `most` binary criteria of 1 to 5 points.
     """
 
     references: int = 4
     least: int = 4
     most: int = 12
-    temperature: float = 1.0  # of the references; at the paper's 0 a server that repeats itself gives one
+    temperature: float = 1.0  # of the references; at the paper's 0 a deterministic server returns identical answers
 
     columns = frozenset({"verdict", "judged"})
 
@@ -88,10 +89,11 @@ A note from an earlier attempt at this question:
 
 @dataclass(frozen=True)
 class Reflect:
-    """What would you do otherwise?  `samples` reflections of the student on one rollout of each prompt.
+    """A request for `samples` reflections of the student on one rollout of each prompt.
 
-    The best becomes a note that the student reads when the same question comes again; all are trained on in the next
-    step.  `window` batches of prompts come, then the same ones again; 0 leaves the prompts as they come.
+    The best reflection becomes a note that the student reads when the same question returns.  All reflections are
+    trained on in the next step.  The run sees `window` batches of prompts, then the same batches again; 0 keeps the
+    order of the prompts.
     """
 
     samples: int = 8
@@ -112,7 +114,7 @@ class Reflect:
                 raise ValueError(f"{name}={getattr(self, name)!r}: lacks {' and '.join(missing)}")
 
     def batch(self, step: int) -> int:
-        """Which batch of prompts a step sees, from 1."""
+        """Return the number, from 1, of the prompt batch that a step uses."""
         if not self.window:
             return step
         round_, place = divmod(step - 1, 2 * self.window)
@@ -121,16 +123,16 @@ class Reflect:
 
 @dataclass(frozen=True)
 class Stages:
-    """How good is each stage of a response, by criteria that a judge keeps of each question and writes anew?
+    """A request to score each stage of a response, by criteria that a judge keeps for each question and revises.
 
-    RubricEM, arXiv:2605.10899.  `tags[k]` opens stage k + 1, `a|b` is either; the last stage is the answer.
+    RubricEM, arXiv:2605.10899.  `tags[k]` opens stage k + 1, `a|b` matches either tag; the last stage is the answer.
     """
 
     tags: tuple[str, ...]
-    caps: tuple[int, ...] = (3, 2, 2, 3)  # criteria kept of each stage
-    references: int = 0  # answers of the teacher that are contrasted, too
-    column: str = "rubric"  # of the prompts, with criteria of the answer that stay
-    questions: int = 4096  # whose criteria and notes are remembered, the oldest go
+    caps: tuple[int, ...] = (3, 2, 2, 3)  # number of criteria kept for each stage
+    references: int = 0  # number of teacher answers that are also compared
+    column: str = "rubric"  # prompt column with criteria for the answer that are never dropped
+    questions: int = 4096  # number of questions whose criteria and notes are remembered; the oldest are dropped
     reflect: Reflect | None = None
 
     columns = frozenset({"stage", "stage_scores", "judged"})

@@ -1,9 +1,9 @@
-"""Hidden states side by side: which layers, through which projections, how far apart.
+"""Comparison of hidden states: which layers, through which projections, at what distance.
 
-    Lens(states of a model's layers) -> views [N D], one a layer     the student's and the teacher's have one D
+    Lens(states of a model's layers) -> views [N D], one per layer   student and teacher views have the same D
     distance(student view, teacher view) -> [N]                       >= 0, differentiable in the student's
 
-Layers count from 1; the last one's states are those after the final norm, as the head reads them.
+Layers count from 1.  The last layer's states are those after the final norm, as the LM head reads them.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-TINY = 1e-12  # norms below it count as this
+TINY = 1e-12  # lower bound of norms in divisions
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """How states of different widths and depths are made comparable.  OPRD-Bridge, arXiv:2606.06021, Stage 1."""
+    """Settings that make states of different widths and depths comparable.  OPRD-Bridge, arXiv:2606.06021, Stage 1."""
 
     rank: int = 8  # dimensions of the common space
-    rollouts: int = 256  # of the student before training, on the training prompts, that it is fitted on
-    rows: int = 16384  # at most so many of their tokens
+    rollouts: int = 256  # rollouts of the initial student, on the training prompts, for the fit
+    rows: int = 16384  # maximum number of their tokens used
     epochs: int = 20
     lr: float = 1e-3  # of AdamW, on states scaled to root mean square 1
 
@@ -37,9 +37,10 @@ class Bridge:
 
 
 def layer_map(student: int, teacher: int) -> tuple[int, ...]:
-    """The teacher's layer for each of the student's: round((l-1)/(L_S-1) (L_T-1)) + 1, halves to even.
+    """Return the teacher's layer for each student layer: round((l-1)/(L_S-1) (L_T-1)) + 1, halves to even.
 
-    arXiv:2606.06021, Eq. 11, in exact fractions.  Ends meet ends; a student of one layer has the last.
+    arXiv:2606.06021, Eq. 11, in exact fractions.  First and last layers are matched; a student of one layer gets the
+    last.
     """
     if student == 1:
         return (teacher,)
@@ -48,7 +49,7 @@ def layer_map(student: int, teacher: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """States of one layer in the common space, of length 1: normalise(matrix (h - mean))."""
+    """A projection of one layer's states to the common space, with length 1: normalise(matrix (h - mean))."""
 
     matrix: Float[Tensor, "r H"]
     mean: Float[Tensor, " H"]
@@ -57,48 +58,54 @@ class Projection:
         return normalize((states - self.mean) @ self.matrix.T, dim=-1, eps=TINY)
 
     def to(self, device: torch.device) -> "Projection":
-        """The same projection on a device."""
+        """Return the projection on a device."""
         return Projection(self.matrix.to(device), self.mean.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """How the states of one model are looked at; without projections as they are."""
+    """The layers of one model to compare, with a projection per layer.
+
+    Without projections the states are compared directly.
+    """
 
     layers: tuple[int, ...]
-    projections: tuple[Projection, ...] = ()  # one a layer
+    projections: tuple[Projection, ...] = ()  # one per layer
 
     def __call__(self, states: Sequence[Float[Tensor, "N H"]]) -> tuple[Float[Tensor, "N D"], ...]:
-        """The views of the layers in `layers`, from the states of just those; fp32 or wider."""
+        """Return the views of the layers in `layers`, given the states of exactly those layers; fp32 or wider."""
         wide = [h.to(torch.promote_types(h.dtype, torch.float32)) for h in states]
         return tuple(p(h) for p, h in zip(self.projections, wide, strict=True)) if self.projections else tuple(wide)
 
     def to(self, device: torch.device) -> "Lens":
-        """The same lens on a device."""
+        """Return the lens on a device."""
         return Lens(self.layers, tuple(p.to(device) for p in self.projections))
 
 
 @dataclass(frozen=True, eq=False)
 class Lenses:
-    """Through which the two models' views can be compared."""
+    """The lenses of student and teacher, which make their views comparable."""
 
     student: Lens
     teacher: Lens
 
     def to(self, student: torch.device, teacher: torch.device) -> "Lenses":
-        """The same lenses, each on its model's device."""
+        """Return the lenses, each on its model's device."""
         return Lenses(self.student.to(student), self.teacher.to(teacher))
 
 
 def distance(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
-    """|| student - sg teacher ||^2 / D; of views of length 1 it is (2 - 2 cos) / D.  arXiv:2606.06021, Eq. 6, 15."""
+    """Return || student - sg teacher ||^2 / D, [*N].  For views of length 1 it is (2 - 2 cos) / D.
+
+    arXiv:2606.06021, Eq. 6, 15.
+    """
     return (student - teacher.detach()).square().mean(-1)
 
 
 def pca(states: Float[Tensor, "N H"], rank: int) -> Projection:
-    """The `rank` directions of largest variance and the mean; eigenvectors of the covariance in float64.
+    """Return the projection on the `rank` directions of largest variance, with the mean.
 
-    The sign of each direction is arbitrary.
+    The directions are eigenvectors of the covariance in float64.  The sign of each is arbitrary.
     """
     wide = states.double()
     mean = wide.mean(0)
@@ -109,14 +116,14 @@ def pca(states: Float[Tensor, "N H"], rank: int) -> Projection:
 def fit(
     student: Float[Tensor, "N S"], teacher: Float[Tensor, "N H"], bridge: Bridge, *, seed: int
 ) -> tuple[Projection, Projection, float]:
-    """Projections of one layer's states, student first, and their mean cosine on the tenth held out: the last rows.
+    """Fit the projections of one layer: return (student projection, teacher projection, held-out mean cosine).
 
-    The teacher's is the PCA of its states.  The student's, linear without a mean, is fitted by AdamW to the least
-    squares of the difference; the epoch of the best held-out cosine is kept.
+    The last tenth of the rows is held out.  The teacher's projection is the PCA of its states.  The student's is linear
+    without a mean; AdamW fits it by least squares.  The epoch of the best held-out cosine is kept.
     """
     rows = len(student) - max(1, len(student) // 10)
     principal = pca(teacher[:rows], bridge.rank)
-    scaled = lambda x: x / x[:rows].square().mean().sqrt().clamp(min=TINY)  # lr then means the same in every model
+    scaled = lambda x: x / x[:rows].square().mean().sqrt().clamp(min=TINY)  # so that lr means the same in every model
     x, y = scaled(student), scaled((teacher - principal.mean) @ principal.matrix.T)
     matrix = torch.zeros(bridge.rank, student.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     optimizer = torch.optim.AdamW([matrix], lr=bridge.lr, weight_decay=0.0)

@@ -1,7 +1,8 @@
-"""What other methods would have said about saved rollouts: `rescore(Rescore(...), methods) -> Rescored`.
+"""Weights and advantages of other methods on saved rollouts: `rescore(Rescore(...), methods) -> Rescored`.
 
-The columns of a run folder are its batch, so a method is asked as in training, through `Method.prepare`.  A score that
-needs the vocabulary at a token, which no folder has, is not guessed: the method is listed with what it lacks.
+The columns of a run folder are its batch, so a method computes its targets as in training, through `Method.prepare`.
+A score that needs the full distribution at a token, which no run folder contains, is not approximated: the method is
+listed with the reason.
 """
 
 import ast
@@ -47,23 +48,23 @@ LEAVES = (
 SPACES = (*map(vars, LEAVES), *(vars(sys.modules[make.__module__]) for make in METHODS.values()))
 NAMES = {name: part for space in SPACES for name, part in space.items() if isinstance(part, type)}
 OWN, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
-BEFORE, AFTER = 12, 4  # tokens of context
-EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards whose mean is -KL and a constant
+BEFORE, AFTER = 12, 4  # tokens of context shown before and after a token
+EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards with mean -KL + constant -> the constant
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One term over the trained tokens."""
+    """Weights and advantages of a term over the trained tokens."""
 
-    weighted: float  # share of the tokens that count at all
-    effective: float  # (sum w)^2 / (n sum w^2)
-    advantage: float | None  # mean and deviation where it counts; None where no token has one of its own
-    advantage_std: float | None
+    weighted: float  # share of the tokens with a weight other than 0
+    effective: float  # effective sample size as a share: (sum w)^2 / (n sum w^2)
+    advantage: float | None  # mean over weighted tokens; None if the term has no advantage per token
+    advantage_std: float | None  # standard deviation over weighted tokens
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token in its context, and how hard each side pulls at it; 1 is the root mean square of a side's pulls."""
+    """A token in its context, with the pull of each method on it, in units of the method's root mean square pull."""
 
     rollout: int
     position: int
@@ -76,40 +77,40 @@ class Token:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The pulls w A at log p of each trained token, those of a method beside those of another."""
+    """Comparison of the pulls w A (weight times advantage, on log p of each trained token) of two methods."""
 
-    pearson: float | None  # None beside pulls that are all the same
+    pearson: float | None  # None if all pulls of a method are equal
     spearman: float | None
     cosine: float | None
-    opposed: float  # share of the tokens that both pull at, in opposite directions
-    tokens: tuple[Token, ...]  # where they differ most
+    opposed: float  # share of opposite signs among the tokens on which both pull
+    tokens: tuple[Token, ...]  # tokens on which the two differ most
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a method says about the rollouts."""
+    """Results of a method on the rollouts."""
 
-    kept: int  # rollouts in which a token counts
+    kept: int  # number of rollouts with a weighted token
     terms: tuple[Spread, ...]
     agreement: Agreement | None
-    lacks: tuple[str, ...]  # why something above is missing
-    note: str = ""  # what it would have done before it scored anything
+    lacks: tuple[str, ...]  # reasons why a value above is missing
+    note: str = ""  # difference between the method's rollouts and these, if any
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """All methods, beside one of them."""
+    """Results of all methods, compared with a common reference."""
 
     run: str
     step: int
     rollouts: int
-    tokens: int  # trained
-    beside: str  # whose pulls the others are compared with; "" where no method has any
+    tokens: int  # number of trained tokens
+    beside: str  # name of the reference method for the comparison of pulls; "" if no method has pulls
     methods: Mapping[str, Verdict]
 
 
 def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
-    """Ask each method about the rollouts of a run, and compare it with the run's own."""
+    """Compute the targets of each method on the rollouts of a run, and compare them with those of the run's method."""
     if config.tokens < 0:
         raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
     step, path = saved_at(config.run, config.step, "config.json")
@@ -142,13 +143,13 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
 
 
 def batch_of(columns: Mapping[str, Tensor]) -> Batch:
-    """The batch that was saved; what nobody measured is None."""
+    """Return the saved batch; columns that were not measured are None."""
     found: dict[str, Any] = {f.name: columns[f.name] for f in fields(Batch) if f.name in columns}
     return Batch(**found)
 
 
 def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
-    """What the run's method asked of each token."""
+    """Return the targets (weights and advantages) of the run's method, a target per term."""
     terms = sum(name.startswith("weight.") for name in columns)
     return tuple(Target(columns[f"weight.{i}"], columns.get(f"advantage.{i}"), None) for i in range(terms))
 
@@ -156,7 +157,10 @@ def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
 def asked(
     other: Method, batch: Batch, known: Method | None, own: Sequence[Target]
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """The targets of a method, and what it lacks; no targets where its leaves read a column that nobody measured."""
+    """Return the targets of a method, and the reasons why something is missing.
+
+    The targets are empty if the method reads a column that was not measured.
+    """
     absent = sorted(name for name in other.reads() if getattr(batch, name) is None)
     if absent:
         return (), (f"it reads {', '.join(absent)}, which this run did not measure",)
@@ -166,13 +170,13 @@ def asked(
         scores.append(score if isinstance(score, Tensor) else None)
         if isinstance(score, str):
             lacks.append(score)
-            if not term.local():  # it transforms what is missing
+            if not term.local():  # its transforms need the missing score
                 return (), tuple(lacks)
     return other.prepare(replace(batch, scores=tuple(scores))), tuple(lacks)
 
 
 def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]) -> Float[Tensor, "B T"] | str:
-    """Reward minus baseline of each token, exactly; or why the saved columns do not tell it."""
+    """Return the exact reward minus baseline of each token, or the reason why the saved columns do not suffice."""
     match term:
         case MatchHidden():
             return f"matches hidden states: {NO_ADVANTAGE}"
@@ -207,12 +211,12 @@ def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]
 
 
 def same(a: PolicyGradient, b: PolicyGradient) -> bool:
-    """Whether two terms score tokens alike."""
+    """Return True if two terms give tokens the same scores."""
     return all(getattr(a, name) == getattr(b, name) for name in ("reward", "baseline", "estimator", "against"))
 
 
 def pull(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " n"] | None:
-    """The sum of w A over the terms, what log p of each trained token is pulled by; None where a term has no A."""
+    """Return the sum of w A over the terms for each trained token; None if a term has no advantage A."""
     if not targets or any(t.advantage is None for t in targets):
         return None
     parts = [torch.where(t.weight != 0, t.weight * t.advantage, 0)[mask] for t in targets]  # type: ignore[operator]
@@ -220,7 +224,7 @@ def pull(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> Float[Tensor, 
 
 
 def spreads(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> tuple[Spread, ...]:
-    """How each term spreads over the trained tokens."""
+    """Return the statistics of each term's weights and advantages over the trained tokens."""
     out = []
     for target in targets:
         shares, at = weighting([target], mask), mask & (target.weight != 0)
@@ -231,7 +235,7 @@ def spreads(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> tuple[Sprea
 
 
 def compared(own: Float[Tensor, " n"], other: Float[Tensor, " n"], tokens: Sequence[Token]) -> Agreement:
-    """How alike two pulls are."""
+    """Return correlation, cosine and opposed signs of the pulls of two methods."""
     both = (own != 0) & (other != 0)
     opposed = float((own.sign() != other.sign())[both].double().mean()) if both.any() else 0.0
     centred = lambda x: x - x.mean()
@@ -241,13 +245,16 @@ def compared(own: Float[Tensor, " n"], other: Float[Tensor, " n"], tokens: Seque
 
 
 def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The place of each value in order; equal values share the mean of theirs."""
+    """Return the rank of each value; equal values share their mean rank."""
     _, at, count = x.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count - 1) / 2)[at].double()
 
 
 def apart(own: Float[Tensor, " n"], other: Float[Tensor, " n"], most: int) -> list[tuple[int, float, float]]:
-    """The tokens (n-th trained one) whose pulls differ most, both sides scaled to root mean square 1."""
+    """Return (n, own, other) for the trained tokens whose pulls differ most, pulls scaled to root mean square 1.
+
+    The n-th trained token is meant, in row-major order of the mask.
+    """
     a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (own, other))
     size, at = (a - b).abs().topk(min(most, len(a)))
     return [(int(i), float(a[i]), float(b[i])) for s, i in zip(size, at, strict=True) if s > 1e-6]
@@ -261,12 +268,12 @@ def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, own
 
 
 def written_by(other: Method) -> str:
-    """Who would have written the rollouts, where it is not the student alone."""
+    """Return a note if the method would have used other rollouts than those of the student, else ""."""
     return "" if isinstance(other.rollouts, OnPolicy) else f"its rollouts are {other.rollouts!r}; these are the run's"
 
 
 def read(text: str) -> Method | None:
-    """The method that prints so, of our own parts; None where it has others."""
+    """Parse the repr of a method; None if it has parts that are not defined in `opd`."""
 
     def value(node: ast.expr) -> object:
         match node:

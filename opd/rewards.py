@@ -1,7 +1,7 @@
-"""How much the teacher likes one token: elementwise functions `(student_logp, teacher_logp) -> reward`, no gradient.
+"""Rewards: how strongly the teacher prefers a token, elementwise `(student_logp, teacher_logp) -> reward`.
 
-Fields are hyper-parameters.  Any shape: the head pass evaluates a reward on the sampled token, and on the whole
-vocabulary where a baseline or an estimator asks for it.
+A reward carries no gradient.  Fields are hyper-parameters.  Any shape is allowed: the head pass evaluates a reward on
+the sampled token, and on the whole vocabulary if a baseline or an estimator requires it.
 """
 
 import math
@@ -17,7 +17,7 @@ Reward = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LogRatio:
-    """log q - log p, one sample of -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 3."""
+    """The log ratio log q - log p, one sample of -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 3."""
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return teacher_logp - student_logp
@@ -25,9 +25,9 @@ class LogRatio:
 
 @dataclass(frozen=True)
 class Power:
-    """q^alpha - p^alpha, in [-1, 1]: per probability, not per ratio.  PowerOPD, arXiv:2606.17199, Eq. 4.
+    """The bounded reward q^alpha - p^alpha, in [-1, 1].  PowerOPD, arXiv:2606.17199, Eq. 4.
 
-    Divided by alpha it tends to `LogRatio` as alpha -> 0.
+    It depends on probabilities, not on their ratio.  Divided by alpha it tends to `LogRatio` as alpha -> 0.
     """
 
     alpha: float = 5.0
@@ -42,7 +42,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Clip:
-    """A reward bounded to [low, high].  Post-hoc baseline of arXiv:2606.17199, Table 1."""
+    """Another reward clipped to [low, high].  Post-hoc baseline of arXiv:2606.17199, Table 1."""
 
     low: float = -1.0
     high: float = 1.0
@@ -58,7 +58,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Tanh:
-    """tanh(reward / scale).  Post-hoc baseline of arXiv:2606.17199, Table 1; scale 5 is the authors' code."""
+    """tanh(reward / scale).  Post-hoc baseline of arXiv:2606.17199, Table 1; scale 5 comes from the authors' code."""
 
     scale: float = 5.0
     of: Reward = LogRatio()
@@ -73,7 +73,7 @@ class Tanh:
 
 @dataclass(frozen=True)
 class One:
-    """1 for every token: the policy gradient of it is the negative log-likelihood of what was sampled."""
+    """The constant reward 1; its policy gradient is the negative log-likelihood of the sampled token."""
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return torch.ones_like(student_logp)
@@ -81,7 +81,7 @@ class One:
 
 @dataclass(frozen=True)
 class Floor:
-    """max(reward, log(share) / (1 - share)): what the teacher punishes is bounded.  Reopold, arXiv:2603.11137, Eq. 7.
+    """max(reward, log(share) / (1 - share)), which limits the penalty of a token.  Reopold, arXiv:2603.11137, Eq. 7.
 
     The floor is the limit q/p -> 0 of log(share + (1 - share) q/p) / (1 - share), whose slope at q = p is 1.
     """
@@ -100,7 +100,7 @@ class Floor:
 class Proximal:
     """log(alpha q/p + 1 - alpha): the log ratio to the teacher alpha q + (1 - alpha) p.  TOP-D, arXiv:2607.04751.
 
-    Never below log(1 - alpha).  In expectation it descends JSD(alpha) / (1 - alpha).
+    It is never below log(1 - alpha).  In expectation it descends JSD(alpha) / (1 - alpha).
     """
 
     alpha: float = 0.1
@@ -114,7 +114,7 @@ class Proximal:
 
 @dataclass(frozen=True)
 class SignedLog:
-    """sign(reward) log(1 + |reward|): large gaps compressed, small ones kept.  Demystifying OPD, arXiv:2607.13399."""
+    """sign(reward) log(1 + |reward|): compresses large gaps, keeps small ones.  Demystifying OPD, arXiv:2607.13399."""
 
     of: Reward = LogRatio()
 
@@ -125,7 +125,7 @@ class SignedLog:
 
 @dataclass(frozen=True)
 class Sign:
-    """sign(log q - log p): direction without size; descends twice the total variation.  TV-OPD, arXiv:2609.08341."""
+    """sign(log q - log p): descends twice the total variation in expectation.  TV-OPD, arXiv:2609.08341."""
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return (teacher_logp - student_logp).sign()
@@ -133,9 +133,9 @@ class Sign:
 
 @dataclass(frozen=True)
 class Trusted:
-    """min(q/p, 1) (log q - log p): the log ratio, as far as the teacher would accept the token.
+    """min(q/p, 1) (log q - log p): the log ratio times the probability that the teacher accepts the token.
 
-    The mean over the coin of TrOPD's mask times its reward, arXiv:2606.01249, Eq. 5-6; never below -1/e.
+    It is the mean over the coin of TrOPD's mask times its reward, arXiv:2606.01249, Eq. 5-6.  It is never below -1/e.
     """
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
@@ -144,12 +144,12 @@ class Trusted:
         return ratio.clamp(max=0).exp() * ratio
 
 
-# What follows is OPD+: the policy gradient of the divergence sum p f(u), u = q/p, has the reward u f'(u) - f(u).
+# The rewards below are OPD+: the policy gradient of the divergence sum p f(u), u = q/p, has reward u f'(u) - f(u).
 
 
 @dataclass(frozen=True)
 class ReverseKLPlus:
-    """log u - 1 for f = -log u, KL(student || teacher): `LogRatio` less a constant.  OPD+, arXiv:2606.01039."""
+    """log u - 1, from f = -log u, KL(student || teacher): `LogRatio` minus a constant.  OPD+, arXiv:2606.01039."""
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return teacher_logp - student_logp - 1
@@ -157,15 +157,18 @@ class ReverseKLPlus:
 
 @dataclass(frozen=True)
 class ForwardKLPlus:
-    """u for f = u log u, KL(teacher || student).  OPD+, arXiv:2606.01039.  Unbounded: of heavy variance."""
+    """u, from f = u log u, KL(teacher || student).  OPD+, arXiv:2606.01039.  Unbounded, with high variance."""
 
     def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-        return (teacher_logp - student_logp).clamp(max=85).exp()  # beyond e^85 fp32 has no number
+        return (teacher_logp - student_logp).clamp(max=85).exp()  # exp overflows fp32 beyond about 88
 
 
 @dataclass(frozen=True)
 class JSDPlus:
-    """(1 - beta) log(beta u + 1 - beta), of `JSD(beta)`; 1/2 log((1 + u) / 2) at 1/2.  OPD+, arXiv:2606.01039."""
+    """(1 - beta) log(beta u + 1 - beta), from `JSD(beta)`.  OPD+, arXiv:2606.01039.
+
+    At beta = 1/2 it is 1/2 log((1 + u) / 2).
+    """
 
     beta: float = 0.5
 
@@ -178,9 +181,10 @@ class JSDPlus:
 
 @dataclass(frozen=True)
 class Plus:
-    """u f'(u) - f(u) of any f, given as a function of log u: its slope less its value.  OPD+, arXiv:2606.01039.
+    """u f'(u) - f(u) for any f, given as a function of log u: its slope minus its value.  OPD+, arXiv:2606.01039.
 
-    The named ones above are its closed forms; this one cancels where f grows faster than its reward.
+    The named rewards above are its closed forms.  This general form loses precision by cancellation if f grows faster
+    than its reward.
     """
 
     f: Callable[[Tensor], Tensor]
@@ -192,7 +196,7 @@ class Plus:
 
 
 def _log_mixture(ratio: Float[Tensor, "*A"], share: float) -> Float[Tensor, "*A"]:
-    """log(share e^ratio + 1 - share)."""
+    """Return log(share e^ratio + 1 - share)."""
     return torch.logaddexp(ratio + math.log(share), torch.full_like(ratio, math.log1p(-share)))
 
 

@@ -1,7 +1,7 @@
-"""Rock tokens: types whose KL is large and frequent, `rock(Rock(...)) -> file` for `rock-freeze --tokens`.
+"""Rock tokens: token types with large and frequent KL, `rock(Rock(...)) -> file` for `rock-freeze --tokens`.
 
-Samples the student, measures the exact KL of every position, ranks the predicted tokens by its sum, and writes the list
-with a control of as many occurrences.  arXiv:2605.09253.
+Generates rollouts of the student, measures the exact KL at every position, and ranks the predicted tokens by summed KL.
+Writes the list and a control list with as many occurrences.  arXiv:2605.09253.
 """
 
 import json
@@ -31,11 +31,14 @@ from opd.steps import Loop
 from opd.student import Student, final_states, micro_batches, rows
 from opd.types import Batch, Refusal, Rollout
 
-SHOWN = 20  # types on the terminal
+SHOWN = 20  # types printed on the terminal
 
 
 def rock(config: Rock) -> Path:
-    """Sample, measure, rank and write; returns the list's path.  Raises Refusal for what the user can mend."""
+    """Generate, measure, rank and write the lists; return the path of the first.
+
+    Raises Refusal for errors that the user can fix.
+    """
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
         session = open_session(config.run(), Method(), None)
@@ -70,7 +73,7 @@ def rock(config: Rock) -> Path:
 
 
 def _look(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
-    """The rollouts, and every position of them measured."""
+    """Generate the rollouts and measure the KL at every position.  Raises Refusal if a KL is not finite."""
     prompts = loop.session.prompts
     if config.sampling.temperature == 0 and config.rollouts > len(prompts.task.prompts):
         raise Refusal(
@@ -98,7 +101,10 @@ def _look(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
 
 
 def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
-    """CCR of every type, from a second pass for the contexts, and one of the student before."""
+    """Return the CCR of every type.
+
+    Runs a second pass over the rollouts for the contexts, and with --before a third pass with the earlier student.
+    """
     how, session = config.consistency, loop.session
     persists = above(corpus.kl, how.high)
     if how.before:
@@ -123,7 +129,10 @@ def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpu
 def _contexts(
     config: Rock, loop: Loop, rollouts: Sequence[Rollout], batch: Batch, chosen: Bool[Tensor, " N"]
 ) -> Float[Tensor, "M H"]:
-    """Mean of the student's final states that predict the tokens up to `width` away, of the chosen occurrences."""
+    """Return the contexts [M, H] of the chosen occurrences.
+
+    A context is the mean of the student's final states that predict the tokens up to `width` positions away.
+    """
     session, width = loop.session, config.consistency.width
     parts = chosen.split([len(r.ids) for r in rollouts])
     sizes = {i: len(r.prompt_ids) + len(r.ids) for i, r in enumerate(rollouts)}
@@ -143,7 +152,7 @@ def _contexts(
 
 
 def _show(found: dict[str, Any], control: dict[str, Any]) -> None:
-    """The head of the list, what it covers, how steady it is, and its control."""
+    """Print the top of the list, its coverage of KL and tokens, its stability, and its control."""
     corpus, total = found["corpus"], sum(x["count"] * x["mean_kl"] for x in found["types"]) / found["coverage"]["kl"]
     table = Table("", "token", "id", "count", "mean KL", "of all KL", box=None, pad_edge=False)
     for column in table.columns[2:]:

@@ -1,8 +1,9 @@
-"""Who speaks: a method's rollout policy, as a value.
+"""Rollout policies: which model generates a method's rollouts, as values.
 
-`source_of` says who writes a rollout; `per_prompt` rollouts are drawn of each prompt and `updates`
-optimizer steps taken on each batch of them.  What changes over a run is a function of the step, counted from 1, and of
-the `Memory` that the run carries from step to step; no value here has a state.
+`source_of` returns which model generates a rollout.  `per_prompt` rollouts are generated for each prompt, and `updates`
+optimizer steps are made on each batch.  A batch number is the number of the first step that trains on the batch.
+Anything that changes over a run is a function of the step, counted from 1, and of the `Memory` that the run carries
+from step to step.  The values have no state.
 """
 
 import math
@@ -20,13 +21,16 @@ from opd.noise import uniform
 from opd.types import DATA, STUDENT, TEACHER, Batch
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-Memory = Mapping[str, Tensor]  # what a run remembers between steps: global over processes, saved with its checkpoints
+Memory = Mapping[str, Tensor]  # state that a run keeps between steps: shared by all processes, saved with checkpoints
 HALVINGS = 30
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """The student speaks; of the `samples` tokens drawn at each position the response goes on with the first."""
+    """The policy in which the student generates.
+
+    `samples` tokens are sampled at each position; the response continues with the first of them.
+    """
 
     per_prompt: int = 1
     updates: int = 1
@@ -40,9 +44,9 @@ class OnPolicy:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The student speaks with probability `share`; else the teacher does, or the data's own response stands.
+    """The policy in which the student generates with probability `share`; otherwise the teacher or the data's response.
 
-    GKD's lambda, arXiv:2306.13649, Algorithm 1.
+    This is GKD's lambda, arXiv:2306.13649, Algorithm 1.
     """
 
     share: float = 0.5
@@ -60,9 +64,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Blend:
-    """The policy nearest to the teacher within KL `eps` of the student speaks: `blend`.  TRB, arXiv:2605.31159.
+    """The policy that samples from the distribution closest to the teacher within KL `eps` of the student (`blend`).
 
-    eps falls linearly from `eps0` nats to 0 over the first `steps` steps; then the student speaks alone.
+    TRB, arXiv:2605.31159.  eps falls linearly from `eps0` nats to 0 over the first `steps` steps; then only the student
+    generates.
     """
 
     eps0: float = 0.02
@@ -78,17 +83,17 @@ class Blend:
             raise ValueError(f"steps={self.steps}: the trust region closes over steps >= 1")
 
     def radius(self, step: int) -> float:
-        """eps_k = eps0 (1 - k/K), k steps having been made, in nats."""
+        """Return eps_k = eps0 (1 - k/K) in nats, where k = step - 1 steps have been made."""
         return self.eps0 * max(0.0, 1 - (step - 1) / self.steps)
 
 
 def blend(
     student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"], eps: float
 ) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N"], Float[Tensor, "*N"]]:
-    """mu ~ p^(1-b) q^b with the largest b in [0, 1] such that KL(mu || p) <= eps: (log mu, b, KL(mu || p)).
+    """Return (log mu, b, KL(mu || p)) for mu ~ p^(1-b) q^b with the largest b in [0, 1] such that KL(mu || p) <= eps.
 
-    Of all mu in that ball it has the least KL(mu || q).  KL grows with b, so bisection finds it, from below.
-    Tokens that either model cannot say are left out of mu where b > 0.  TRB, arXiv:2605.31159.
+    Of all mu in that ball it has the least KL(mu || q).  KL grows with b, so b is computed by bisection from below.  If
+    b > 0, tokens of probability 0 under either model get probability 0 under mu.  TRB, arXiv:2605.31159.
     """
     both = (student_logp > -math.inf) & (teacher_logp > -math.inf)
     step = (teacher_logp - student_logp).where(both, 0)
@@ -109,12 +114,12 @@ def blend(
 
 @dataclass(frozen=True)
 class TeacherPrefix:
-    """The teacher writes the first tokens of each response, the student goes on.  TrOPD, arXiv:2606.01249, Eq. 8.
+    """The policy in which the teacher generates the first tokens of each response and the student continues.
 
-    Their number is at most `length` (1 + cos(pi s/S)) / 2 after s of S steps.
+    The prefix has at most `length` (1 + cos(pi s/S)) / 2 tokens after s of S steps.  TrOPD, arXiv:2606.01249, Eq. 8.
     """
 
-    length: int = 0  # tokens; 0: the longest response there can be
+    length: int = 0  # tokens; 0: the maximum response length
     per_prompt: int = 1
     updates: int = 1
 
@@ -124,38 +129,38 @@ class TeacherPrefix:
             raise ValueError(f"length={self.length}: a teacher's prefix has length >= 1 token (0: --max-new-tokens)")
 
     def limit(self, step: int, total: int, longest: int) -> int:
-        """Tokens that the teacher may write of a response that may have `longest`."""
+        """Return the maximum number of prefix tokens, for a response of at most `longest` tokens."""
         most = min(self.length or longest, longest)
         return round(most * (1 + math.cos(math.pi * (step - 1) / total)) / 2)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the models have agreed along some rollouts so far."""
+    """The state of `StopOnAgreement`: the agreement of the models along some rollouts so far."""
 
-    recent: Float[np.ndarray, "B W"]  # KL(student || teacher) of the last tokens, nats, the newest last
-    low: Int[np.ndarray, " B"]  # windows below the threshold in a row, up to now
-    least: Float[np.ndarray, " B"]  # the least mean of a window that counts; inf before the first
+    recent: Float[np.ndarray, "B W"]  # KL(student || teacher) of the last tokens, in nats, newest last
+    low: Int[np.ndarray, " B"]  # number of consecutive windows below the threshold so far
+    least: Float[np.ndarray, " B"]  # the lowest mean of a counted window; inf before the first
 
 
 @dataclass(frozen=True)
 class StopOnAgreement:
-    """The student speaks until it and the teacher have agreed for a while.  KAT, arXiv:2606.09471.
+    """The policy in which the student generates until student and teacher agree for a while.  KAT, arXiv:2606.09471.
 
-    The mean KL over the last `window` tokens is compared with a threshold, the (1 - eta) quantile of the least such
-    means of earlier rollouts; after `patience` windows in a row below it the rollout ends where the first began.
-    Windows count from token `floor` + `window` on, the threshold after `warmup` steps and `ready` rollouts.
-    What stays depends on tokens that go: a policy gradient on them is no longer exactly on policy.
+    The mean KL over the last `window` tokens is compared with a threshold: the (1 - eta) quantile of the lowest such
+    means of earlier rollouts.  After `patience` consecutive windows below it, the rollout ends where the first of them
+    began.  Windows count from token `floor` + `window` on.  The threshold applies after `warmup` steps and `ready`
+    rollouts.  The kept tokens depend on removed tokens, so a policy gradient on them is no longer exactly on policy.
     """
 
     window: int = 64
     floor: int = 16
-    buffer: int = 4096  # rollouts remembered
+    buffer: int = 4096  # number of rollouts remembered
     ready: int = 512
     warmup: int = 50
     eta: float = 0.3
     patience: int = 4
-    online: bool = True  # listen to the teacher while sampling; else cut once the rollouts are measured
+    online: bool = True  # score with the teacher during generation; else cut after the rollouts are measured
     per_prompt: int = 1
     updates: int = 1
 
@@ -174,20 +179,20 @@ class StopOnAgreement:
             )
 
     def threshold(self, step: int, memory: Memory) -> float:
-        """Of the mean KL over a window, in nats; -inf while there is none."""
+        """Return the threshold for the mean KL over a window, in nats; -inf while none is available."""
         least = memory.get("least")
         if step <= self.warmup or least is None or len(least) < self.ready:
             return -math.inf
         return float(least.quantile(1 - self.eta))
 
     def remember(self, memory: Memory, batch: Batch) -> Memory:
-        """The memory with the batch's least means in their order, the oldest beyond `buffer` gone."""
+        """Return the memory with the batch's lowest window means appended in order; only the newest `buffer` remain."""
         least, before = batch.notes["least"].double(), memory.get("least")
         new = least[least.isfinite() & batch.mask.any(1)]
         return {"least": (new if before is None else torch.cat((before, new)))[-self.buffer :]}
 
     def begin(self, rollouts: int) -> Agreement:
-        """Before the first token."""
+        """Return the state before the first token."""
         recent = np.zeros((rollouts, self.window))
         return Agreement(recent, np.zeros(rollouts, dtype=np.int64), np.full(rollouts, math.inf))
 
@@ -199,7 +204,7 @@ class StopOnAgreement:
         count: int | Int[np.ndarray, " B"],
         threshold: float,
     ) -> Agreement:
-        """After token number `count` (from 1) of the active rollouts; the others stay as they are."""
+        """Return the state after token number `count` (from 1) of the active rollouts; other rollouts are unchanged."""
         recent = np.where(active[:, None], np.concatenate((before.recent[:, 1:], token_kl[:, None]), 1), before.recent)
         mean = recent.mean(1)
         counts = active & (count >= self.floor + self.window)
@@ -207,13 +212,17 @@ class StopOnAgreement:
         return Agreement(recent, low, np.where(counts, np.minimum(before.least, mean), before.least))
 
     def kept(self, count: int) -> int:
-        """Tokens before the first low window, when a rollout of `count` tokens ends; `floor` at least."""
+        """Return the number of tokens to keep when a rollout of `count` tokens ends.
+
+        These are the tokens before the first low window, at least `floor`.
+        """
         return count - (self.patience - 1) - self.window
 
     def cut(self, batch: Batch, lengths: Int[Tensor, " B"], threshold: float) -> Batch:
-        """The measured batch as if its rollouts had been stopped while they were sampled: twin of the online path.
+        """Return the measured batch as if its rollouts had been stopped during generation.
 
-        It hears the trained tokens in their order, without the one that ends a response, as the online path does.
+        This is the offline twin of the online path.  Like the online path it processes the trained tokens in order,
+        without the terminal token of a response.
         """
         assert batch.reverse_kl is not None
         mask, terminal = batch.mask, torch.arange(batch.mask.shape[1]) == lengths[:, None] - 1
@@ -232,13 +241,14 @@ class StopOnAgreement:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The student as it was speaks: it writes `pool` batches, and each is trained on once an epoch until the next does.
+    """The policy in which a frozen snapshot of the student generates a pool of rollouts.  NPD, arXiv:2605.05940.
 
-    A cycle has `epochs` over the same prompts; it begins with a snapshot, and takes another after each of the epochs
-    `refresh`, and where KL(student || snapshot) on a batch exceeds `drift` nats a token.  NPD, arXiv:2605.05940.
+    A snapshot generates `pool` batches.  Each is trained on once per epoch, until the next snapshot replaces them.  A
+    cycle has `epochs` epochs over the same prompts and begins with a new snapshot.  Another snapshot is taken after
+    each epoch in `refresh`, and when KL(student || snapshot) on a batch exceeds `drift` nats per token.
     """
 
-    pool: int = 16  # batches
+    pool: int = 16  # number of batches per epoch
     epochs: int = 10
     refresh: tuple[int, ...] = (5,)
     drift: float = 0.10
@@ -256,25 +266,28 @@ class Snapshot:
             raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
 
     def scheduled(self, step: int) -> list[int]:
-        """The steps of the cycle of `step` before which a snapshot is taken, and the first of the next cycle."""
+        """Return the steps before which a snapshot is scheduled, in the cycle of `step`.
+
+        The first step of the next cycle is included.
+        """
         cycle = self.pool * self.epochs
         first = (step - 1) // cycle * cycle + 1
         return [first + self.pool * epoch for epoch in (0, *sorted(self.refresh), self.epochs)]
 
     def start(self, step: int, memory: Memory) -> int:
-        """The step before which the snapshot of `step` was taken."""
+        """Return the step before which the snapshot used at `step` was taken."""
         early = memory.get("snapshot")
         found = self.scheduled(step) + ([] if early is None else [int(early)])
         return max(x for x in found if x <= step)
 
     def outdated(self, step: int, memory: Memory) -> int:
-        """Before `step` every draw below this number is of an older snapshot than the one then due."""
-        if int(memory.get("snapshot", 0)) == step:  # it came early, and takes the numbers of what was not yet used
+        """Return a batch number; before `step`, batches with lower numbers come from a snapshot older than required."""
+        if int(memory.get("snapshot", 0)) == step:  # an early snapshot reuses the numbers of the unused batches
             return min(x for x in self.scheduled(step) if x > step)
         return self.start(step, memory)
 
     def remember(self, memory: Memory, batch: Batch, step: int) -> Memory:
-        """The memory with the step before which the next snapshot is taken, where this one has drifted too far."""
+        """Return the memory; if this snapshot has drifted too far, it holds the step before which to take the next."""
         found = drift(batch)
         return {"snapshot": torch.tensor(step + 1)} if found is not None and found > self.drift else memory
 
@@ -283,15 +296,15 @@ Rollouts = OnPolicy | Mixture | Blend | TeacherPrefix | StopOnAgreement | Snapsh
 
 
 def source_of(who: Rollouts, step: int, rollout: int, seed: int) -> int:
-    """Who writes a rollout: the student, as far as anyone does, but for the rest of a mixture."""
+    """Return which model generates a rollout: STUDENT, or for some rollouts of a `Mixture` its `other` source."""
     if not isinstance(who, Mixture):
         return STUDENT
-    coin = uniform(seed, step, rollout, -1)  # token -1: a draw that no token uses
+    coin = uniform(seed, step, rollout, -1)  # key -1: no token uses this noise
     return STUDENT if coin < who.share else who.other
 
 
 def draw_of(who: Rollouts, step: int, memory: Memory) -> int:
-    """Which draw a step trains on: the number of the step that is the first to do so; its noise is keyed by it."""
+    """Return the number of the batch that a step trains on.  The batch's sampling noise is keyed by this number."""
     if not isinstance(who, Snapshot):
         return step
     start = who.start(step, memory)
@@ -299,7 +312,7 @@ def draw_of(who: Rollouts, step: int, memory: Memory) -> int:
 
 
 def opened(who: Rollouts, step: int, memory: Memory) -> range:
-    """The draws that may be written once the weights before `step` are there."""
+    """Return the numbers of the batches that may be generated once the weights before `step` are available."""
     if not isinstance(who, Snapshot):
         return range(step, step + 1)
     if who.start(step, memory) < step:
@@ -308,16 +321,19 @@ def opened(who: Rollouts, step: int, memory: Memory) -> range:
 
 
 def prompts_of(who: Rollouts, draw: int) -> int:
-    """Whose prompts a draw answers, as a step counted from 1: an epoch later they are the same."""
+    """Return the step, counted from 1, whose prompts a batch uses.
+
+    Under `Snapshot`, the epochs of a cycle use the same prompts.
+    """
     if not isinstance(who, Snapshot):
         return draw
     return (draw - 1) // (who.pool * who.epochs) * who.pool + (draw - 1) % who.pool + 1
 
 
 def drift(batch: Batch) -> float | None:
-    """E_mu[rho log rho - rho + 1], rho = p / mu: KL(student || who wrote it) a token, in nats; None if not measured.
+    """Return KL(student || generating weights) per token, in nats, or None if it was not measured.
 
-    Every summand is >= 0.
+    The estimate is E_mu[rho log rho - rho + 1], rho = p / mu, whose summands are all >= 0.
     """
     if batch.student_logp is None or not (own := batch.written()).any():
         return None
@@ -326,7 +342,7 @@ def drift(batch: Batch) -> float | None:
 
 
 def listens(who: Rollouts) -> bool:
-    """Whether the teacher reads along while the student writes."""
+    """Return True if the teacher scores rollouts while the student generates them."""
     return isinstance(who, Blend) or (isinstance(who, StopOnAgreement) and who.online)
 
 

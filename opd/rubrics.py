@@ -1,4 +1,4 @@
-"""Rubrics that a run keeps of a question: criteria by stage, what their marks are worth, and which of them stay.
+"""Rubrics that a run keeps for a question: criteria by stage, scores from their marks, and which criteria to keep.
 
 `score(criteria, marks) -> [0, 1]`; `kept(criteria, sheets, caps) -> criteria`.  RubricEM, arXiv:2605.10899.
 """
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import pvariance
 
-MOST = 2  # a mark says how far a criterion is met: 0 not, 1 in part, 2 wholly
+MOST = 2  # largest mark: 0 not met, 1 partly met, 2 fully met
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What one stage of a response may do."""
+    """A criterion by which a judge marks one stage of a response."""
 
     stage: int  # from 1
     text: str
     weight: int = 1  # 1 to 3
-    negative: bool = False  # what it says is a fault
-    persistent: bool = False  # given with the question: it is never dropped
-    spread: float = 0.0  # variance of its marks over the rollouts that were last marked
+    negative: bool = False  # it describes a fault
+    persistent: bool = False  # given with the question; never dropped
+    spread: float = 0.0  # variance of its marks over the most recently marked rollouts
 
     def __post_init__(self) -> None:
         if self.stage < 1 or not 1 <= self.weight <= 3 or not self.text:
@@ -30,11 +30,11 @@ class Criterion:
 Buffer = tuple[Criterion, ...]
 """The criteria of a question, oldest first."""
 Marks = tuple[int, ...]
-"""Of one response, by criterion."""
+"""The marks of a response, one per criterion."""
 
 
 def score(criteria: Sequence[Criterion], marks: Sequence[int]) -> float:
-    """The weighted average of the marks over MOST, those of faults inverted; nan without a criterion."""
+    """Return the weighted average of marks / MOST, with the marks of faults inverted; nan without a criterion."""
     pairs = list(zip(criteria, marks, strict=True))
     total = sum(c.weight for c in criteria)
     earned = sum(c.weight * (MOST - mark if c.negative else mark) for c, mark in pairs)
@@ -42,7 +42,7 @@ def score(criteria: Sequence[Criterion], marks: Sequence[int]) -> float:
 
 
 def stage_scores(criteria: Sequence[Criterion], marks: Sequence[int], stages: int) -> list[float]:
-    """The score of each stage by its own criteria."""
+    """Return the score of each stage, from the criteria of that stage."""
     out = []
     for stage in range(1, stages + 1):
         mine = [(c, mark) for c, mark in zip(criteria, marks, strict=True) if c.stage == stage]
@@ -51,7 +51,7 @@ def stage_scores(criteria: Sequence[Criterion], marks: Sequence[int], stages: in
 
 
 def added(buffer: Buffer, new: Sequence[Criterion]) -> Buffer:
-    """The buffer with the new ones that say something new."""
+    """Return the buffer with the new criteria appended; duplicates (same stage and text) are skipped."""
     out = {(c.stage, c.text): c for c in buffer}
     for c in new:
         out.setdefault((c.stage, c.text), c)
@@ -59,9 +59,10 @@ def added(buffer: Buffer, new: Sequence[Criterion]) -> Buffer:
 
 
 def kept(criteria: Sequence[Criterion], sheets: Sequence[Marks], caps: Sequence[int]) -> Buffer:
-    """The criteria with the variance of their marks over the rollouts; at most `caps` a stage beside persistent ones.
+    """Return the criteria with the variance of their marks over the rollouts, at most `caps` per stage.
 
-    Those that vary least go first, of those that tie the oldest: they tell the rollouts of today apart no more.
+    Persistent criteria are always kept and do not count towards the cap.  The criteria of lowest variance are dropped
+    first, among ties the oldest: they no longer distinguish current rollouts.
     """
     spread = [replace(c, spread=float(pvariance([sheet[i] for sheet in sheets]))) for i, c in enumerate(criteria)]
     gone: set[int] = set()

@@ -1,4 +1,4 @@
-"""Policy-gradient surrogates: `(new log p, advantage, columns) -> loss`, elementwise; gradient flows to `new`."""
+"""Policy-gradient surrogates: `(new log p, advantage, columns) -> loss`, elementwise; the gradient flows to `new`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reinforce:
-    """-A log p(y): exact for one optimizer step per rollout batch."""
+    """The loss -A log p(y), which is exact for one optimizer step per rollout batch."""
 
     def __call__(self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
         return -advantage * new
@@ -17,7 +17,10 @@ class Reinforce:
 
 @dataclass(frozen=True)
 class ImportanceSampling:
-    """-(p / p_old) A, for several optimizer steps per rollout batch; on policy its gradient is `Reinforce`'s."""
+    """The loss -(p / p_old) A, for several optimizer steps per rollout batch.
+
+    On policy its gradient equals that of `Reinforce`.
+    """
 
     def __call__(
         self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], student_logp: Float[Tensor, "*A"]
@@ -27,9 +30,10 @@ class ImportanceSampling:
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """-(p / mu) A, mu the distribution that drew the token, by whatever weights, unclipped: in expectation on policy.
+    """The loss -(p / mu) A, unclipped, where mu is the distribution that the token was sampled from.
 
-    E_mu[(p / mu) A grad log p] = E_p[A grad log p], at the contexts that mu visits.  AsyncOPD, arXiv:2606.24143.
+    It is unbiased for any sampling weights, at the contexts that mu visits: E_mu[(p / mu) A grad log p] = E_p[A grad
+    log p].  AsyncOPD, arXiv:2606.24143.
     """
 
     def __call__(
@@ -40,9 +44,9 @@ class OffPolicy:
 
 @dataclass(frozen=True)
 class TruncatedRatio:
-    """-sg[min(p / mu, cap)] A log p, mu the distribution that drew the token: `Reinforce` on another engine's tokens.
+    """The loss -sg[min(p / mu, cap)] A log p: `Reinforce` on tokens sampled by another engine from mu.
 
-    The gradient of the weight `TruncatedImportance`, without the measuring pass that a weight needs.
+    Its gradient equals that of the weight `TruncatedImportance`, without the measuring pass that a weight needs.
     """
 
     cap: float = 2.0
@@ -55,7 +59,7 @@ class TruncatedRatio:
 
 @dataclass(frozen=True)
 class Clipped:
-    """PPO, arXiv:1707.06347; high > low is the clip-higher of DAPO, arXiv:2503.14476."""
+    """The clipped surrogate of PPO, arXiv:1707.06347; high > low is the clip-higher of DAPO, arXiv:2503.14476."""
 
     low: float = 0.2
     high: float = 0.2

@@ -1,6 +1,6 @@
-"""What a method is a sum of: a reward that is sampled, a divergence that is differentiated, states that are matched.
+"""The terms of a method: a sampled reward, a differentiated divergence, or matched hidden states.
 
-A term says what a teacher must tell (`needs`), and the unweighted loss of each token from both models' distributions.
+A term defines what the teacher must provide (`needs`) and the unweighted loss of each token.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,53 +21,56 @@ from opd.transforms import Discount, DiscountExpected, MeanFuture
 from opd.types import ASKED, GIVEN, Column, reads
 from opd.weights import TruncatedImportance
 
-SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the token drawn
+SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the sampled token
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The models' next-token distributions: of a chunk in the head pass, of a whole small world in tests."""
+    """The next-token distributions of all models: of a chunk in the head pass, or of a whole small model in tests."""
 
     ids: Int[Tensor, "*N"]  # the token that was sampled
     student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
     teacher_logp: Float[Tensor, "*N V"]
-    reference_logp: Float[Tensor, "*N V"] | None = None  # where a term is against the reference model
+    reference_logp: Float[Tensor, "*N V"] | None = None  # set if a term compares with the reference model
 
     def sampled(self, x: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-        """x at the sampled token."""
+        """Return x at the sampled token, [*N]."""
         return x.gather(-1, self.ids[..., None])[..., 0]
 
     def of(self, against: Against) -> Float[Tensor, "*N V"]:
-        """What a term compares the student with."""
+        """Return the log-probs [*N V] with which a term compares the student."""
         return against(**{name: getattr(self, name) for name in models(against)})
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one term asks of each token."""
+    """Per-token inputs of a term's loss: weight, advantage, and log-probs for importance ratios."""
 
     weight: Float[Tensor, "*N"]
-    advantage: Float[Tensor, "*N"] | None  # None: scored in the head pass
-    old: Float[Tensor, "*N"] | None  # log p that a ratio divides by: when the batch was measured, or of who wrote it
-    others: Int[Tensor, "*N k"] | None = None  # tokens drawn beside the sampled one, for `Several`
-    others_old: Float[Tensor, "*N k"] | None = None  # `old` of them
+    advantage: Float[Tensor, "*N"] | None  # None: the head pass computes it
+    old: Float[Tensor, "*N"] | None  # log p in the ratio's denominator: at measurement, or of the sampler
+    others: Int[Tensor, "*N k"] | None = None  # additional sampled tokens, for `Several`
+    others_old: Float[Tensor, "*N k"] | None = None  # `old` of the additional tokens
 
     def each(self, f: Callable[[Tensor], Tensor]) -> "Target":
-        """The target with something done to each of its columns."""
+        """Return the target with `f` applied to each of its columns."""
         return Target(*(None if x is None else f(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
     def __getitem__(self, at: slice | Tensor) -> "Target":
-        """The same target at some rows or tokens."""
+        """Return the target restricted to some rows or tokens."""
         return self.each(lambda x: x[at])
 
     def to(self, device: torch.device) -> "Target":
-        """The same target on a device."""
+        """Return the target on a device."""
         return self.each(lambda x: x.to(device))
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Raise the tokens that were rewarded: loss = -w sg[A] log p(y).  The reward never carries gradient."""
+    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y).
+
+    The reward never carries gradient.
+    """
 
     reward: Reward = LogRatio()
     baseline: Baseline | None = None
@@ -79,7 +82,8 @@ class PolicyGradient:
     against: Against = Teacher()
 
     def __post_init__(self) -> None:
-        drawn = isinstance(self.estimator, Several | Stratified)  # a ratio to whoever drew may weigh those tokens
+        # a ratio to the sampling distribution applies to these tokens, too
+        drawn = isinstance(self.estimator, Several | Stratified)
         ratio = drawn and reads(self.surrogate) <= {"sampler_logp"}
         if self.estimator != Sampled() and (self.transforms or not (ratio or self.surrogate == Reinforce())):
             raise ValueError(
@@ -105,42 +109,43 @@ class PolicyGradient:
             )
 
     def column_leaves(self) -> tuple[Column, ...]:
-        """The leaves that look at [B, T] columns."""
+        """Return the leaves that read [B, T] columns."""
         return (*self.transforms, self.surrogate, *self.weights)
 
     def local(self) -> bool:
-        """Whether the head pass can score this term by itself."""
+        """Return True if the head pass can score this term without a measuring pass."""
         return not self.transforms and reads(self.surrogate) <= GIVEN
 
     def corrected(self) -> bool:
-        """Whether others may have drawn the tokens: a ratio to them, nothing that is sampled, or a likelihood of data.
+        """Return True if the loss stays valid on tokens that the current student did not generate.
 
-        What a judge or a teacher's texts pay is a reward, not a likelihood.
+        That holds if it has a ratio to the sampling distribution, samples nothing, or is a likelihood of data.  A
+        reward from a judge or from a teacher's texts is not a likelihood.
         """
         read = frozenset().union(*map(reads, self.column_leaves()))
         likelihood = not (self.needs() or self.transforms or read & ASKED)
         return "sampler_logp" in read or self.estimator == Full() or likelihood
 
     def needs(self) -> frozenset[str]:
-        """What a teacher must tell: log q of the sampled token, its whole distribution, or nothing."""
+        """Return what a teacher must provide: log q of the sampled token, its whole distribution, or nothing."""
         if (self.reward, self.baseline, self.estimator) == (One(), None, Sampled()):
             return frozenset()
         one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
         return frozenset({"teacher_logp" if one else "vocabulary"})
 
     def drawn(self) -> bool:
-        """Whether log q of the tokens drawn is all that it needs."""
+        """Return True if log q of the sampled tokens is sufficient."""
         return (self.baseline, self.estimator, self.against) == (None, Several(), Teacher())
 
     def support(self) -> Support | None:
-        """The tokens beside the sampled one whose log q is all that it needs; None where it needs more."""
+        """Return the top-k support whose log q is sufficient beside the sampled token's, or None."""
         some = [x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)]
         known = isinstance(self.baseline, TopKValue | None) and isinstance(self.estimator, Sampled | Stratified)
         return Support(max(some), "student") if some and known and self.against == Teacher() and max(some) else None
 
     @torch.no_grad()
     def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
-        """Reward minus baseline at the sampled token; None where the estimator needs more than that token."""
+        """Return reward minus baseline at the sampled token, [*N]; None if the estimator uses more than that token."""
         return self._scored(at, at.ids[..., None])[..., 0] if self.estimator == Sampled() else None
 
     @torch.no_grad()
@@ -154,13 +159,16 @@ class PolicyGradient:
     def sampled_loss(
         self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
     ) -> Float[Tensor, "*N"]:
-        """Unweighted loss of each token under `Sampled`, from its log p; a target's advantage goes before the score."""
+        """Return the unweighted loss [*N] of each token under `Sampled`, from its log p.
+
+        The target's advantage takes precedence over `score`.
+        """
         advantage = score if target.advantage is None else target.advantage
         old = {} if target.old is None else dict.fromkeys(reads(self.surrogate), target.old)
         return self.surrogate(new, advantage, **old)
 
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
-        """Unweighted loss of each token."""
+        """Return the unweighted loss [*N] of each token."""
         if isinstance(self.estimator, Sampled):
             score = self.score(at) if target.advantage is None else None
             return self.sampled_loss(at.sampled(at.student_logp), score, target)
@@ -176,7 +184,7 @@ class PolicyGradient:
         return summed + self.sampled_loss(at.sampled(at.student_logp), beside, target)
 
     def _several_loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
-        """The mean of the surrogate over all tokens drawn."""
+        """Return the mean of the surrogate over all tokens sampled at each position, [*N]."""
         assert target.others is not None, "nobody drew more tokens than the response's"
         ids, old = torch.cat((at.ids[..., None], target.others), -1), {}
         if target.old is not None and target.others_old is not None:
@@ -186,7 +194,7 @@ class PolicyGradient:
 
 @dataclass(frozen=True)
 class Match:
-    """Differentiate the divergence itself."""
+    """A term that differentiates a divergence between student and teacher."""
 
     divergence: Divergence = ReverseKL()
     weights: tuple[Column, ...] = ()
@@ -198,41 +206,41 @@ class Match:
             raise ValueError(f"{self.against} is not normalised: a divergence needs Teacher() or Reference()")
 
     def column_leaves(self) -> tuple[Column, ...]:
-        """The leaves that look at [B, T] columns."""
+        """Return the leaves that read [B, T] columns."""
         return self.weights
 
     def local(self) -> bool:
-        """Whether the head pass can score this term by itself: always."""
+        """Return True: the head pass can always score this term without a measuring pass."""
         return True
 
     def needs(self) -> frozenset[str]:
-        """What a teacher must tell: its whole distribution; nothing, where it is not compared with."""
+        """Return what a teacher must provide: its whole distribution, or nothing if `against` does not read it."""
         return frozenset({"vocabulary"} if "teacher_logp" in models(self.against) else ())
 
     def support(self) -> Support | None:
-        """The tokens whose log q is all that it needs, the mass beside them included; None where it needs more."""
+        """Return the support whose log q is sufficient, or None.  The mass outside it follows from those log q."""
         if isinstance(self.divergence, OnSupport):
             return self.divergence.support if self.against == Teacher() else None
         return None
 
     def score(self, at: Positions) -> None:
-        """Nothing is rewarded."""
+        """Return None: this term has no reward."""
         return None
 
     def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
-        """Unweighted loss of each token."""
+        """Return the unweighted loss [*N] of each token."""
         return self.divergence(at.student_logp, at.of(self.against))
 
 
 @dataclass(frozen=True)
 class MatchHidden:
-    """Match hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.  The heads play no part.
+    """A term that matches hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.
 
-    Column t is about the states that predict token t.
+    The LM heads are not used.  Column t is about the states that predict token t.
     """
 
-    layers: tuple[int, ...] = ()  # the student's, from 1; empty: all
-    bridge: Bridge | None = None  # for a teacher of another width or depth; without one layer l meets layer l
+    layers: tuple[int, ...] = ()  # layers of the student, from 1; empty: all
+    bridge: Bridge | None = None  # for a teacher of another width or depth; None: layer l is compared with layer l
     weights: tuple[Column, ...] = ()
     coef: float = 1.0
 
@@ -241,29 +249,29 @@ class MatchHidden:
             raise ValueError(f"layers={self.layers}: different numbers from 1, or none of them for all")
 
     def column_leaves(self) -> tuple[Column, ...]:
-        """The leaves that look at [B, T] columns."""
+        """Return the leaves that read [B, T] columns."""
         return self.weights
 
     def local(self) -> bool:
-        """Whether the term needs no measuring pass before it: always."""
+        """Return True: this term never needs a measuring pass."""
         return True
 
     def needs(self) -> frozenset[str]:
-        """What a teacher must tell: its layers' states."""
+        """Return what a teacher must provide: the hidden states of its layers."""
         return frozenset({"layers"})
 
     def support(self) -> None:
-        """No token."""
+        """Return None: this term needs no log q."""
         return None
 
     def score(self, at: Positions) -> None:
-        """Nothing is rewarded."""
+        """Return None: this term has no reward."""
         return None
 
     def loss(
         self, student: Sequence[Float[Tensor, "N D"]], teacher: Sequence[Float[Tensor, "N D"]]
     ) -> Float[Tensor, " N"]:
-        """Unweighted loss of each token, from the views of the layers."""
+        """Return the unweighted loss [N] of each token, from the views of the layers."""
         return reduce(torch.add, map(distance, student, teacher)) / len(student)
 
 

@@ -1,7 +1,7 @@
-"""From scores to advantages, with statistics of the whole batch: `(x [B T], columns) -> [B T]`, applied in order.
+"""Transforms from scores to advantages, with statistics of the batch: `(x [B T], columns) -> [B T]`, applied in order.
 
-Elementwise shaping (clip, tanh) is a reward (`rewards.py`); here are the functions that look beyond one token.
-Masked tokens may hold anything on entry, infinities included.
+Elementwise shaping (clip, tanh) is a reward (`rewards.py`); these functions combine several tokens.  Masked tokens may
+hold any value on entry, infinities included.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
-    """sum_k gamma^k x_{t+k}."""
+    """Return the discounted sum sum_k gamma^k x_{t+k} for each position t, [B, T]."""
     out = [x[:, -1]]
     for column in x[:, :-1].flip(1).unbind(1):
         out.append(column + gamma * out[-1])
@@ -21,7 +21,7 @@ def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
 
 @dataclass(frozen=True)
 class Discount:
-    """Reward to go, sum_k gamma^k x_{t+k} over trained tokens."""
+    """The reward to go, sum_k gamma^k x_{t+k} over trained tokens."""
 
     gamma: float = 1.0
 
@@ -31,9 +31,9 @@ class Discount:
 
 @dataclass(frozen=True)
 class DiscountExpected:
-    """Reward to go whose future log ratios are replaced by their conditional means -KL_s: unbiased for `LogRatio`.
+    """The reward to go with future log ratios replaced by their conditional means -KL_s; unbiased for `LogRatio`.
 
-    Usually, not always, of lower variance than `Discount`: later KLs covary with the current ratio.
+    Its variance is usually, but not always, lower than that of `Discount`: later KLs covary with the current ratio.
     """
 
     gamma: float = 1.0
@@ -59,7 +59,7 @@ class Whiten:
 
 @dataclass(frozen=True)
 class MeanFuture:
-    """x_t plus the mean of the later trained x of its rollout.  TOP-D, arXiv:2607.04751."""
+    """x_t plus the mean of x over the later trained tokens of its rollout.  TOP-D, arXiv:2607.04751."""
 
     def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         x = x.where(mask, 0)

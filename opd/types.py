@@ -1,10 +1,12 @@
-"""The nouns, and how a leaf is called: a leaf names the columns it reads as its parameters.
+"""Shared data types: prompts, rollouts and batches, and the convention by which functions read batch columns.
+
+A leaf is a pure function, such as a weight or a transform.  The names of its parameters are the columns that it reads.
 
 Shape letters, in every signature:
     B  sequences   T  response positions, right padded   V  vocabulary   N  tokens, flat   H  hidden width
 
-Alignment: column t is about response token t.  `student_logp[b, t]` is log p(ids[b, t] | prompt, ids[b, :t]).
-The shift happens once, in `vocabulary.py`.  Log-probs are in nats, fp32 (or wider).
+Alignment: column t is about response token t.  `student_logp[b, t]` is log p(ids[b, t] | prompt, ids[b, :t]).  The
+shift happens once, in `vocabulary.py`.  Log-probs are in nats, fp32 (or wider).
 """
 
 from array import array
@@ -28,34 +30,34 @@ RIGHT = 0.5  # outcomes above it are right
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question: chat turns or plain text, the expected answer, and the other columns of its row."""
+    """A prompt: chat turns or plain text, the expected answer, and the remaining columns of its row."""
 
     messages: tuple[Mapping[str, str], ...] = ()  # chat turns, {"role", "content"}; rendered by each model's template
-    text: str = ""  # used as it is, where there are no messages
-    answer: str = ""  # what the verifier compares with
-    response: str = ""  # a reference response, where the data has one
+    text: str = ""  # used verbatim if `messages` is empty
+    answer: str = ""  # the expected answer, for the verifier
+    response: str = ""  # a reference response, if the data has one
     columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
 
 
-StopToken = Literal["canonical", "train", "mask"]  # what becomes of a response's terminal token
-Truncated = Literal["train", "drop"]  # what becomes of a response cut at the length limit
+StopToken = Literal["canonical", "train", "mask"]  # treatment of a response's terminal token
+Truncated = Literal["train", "drop"]  # treatment of a response cut at the length limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn.  Estimators are unbiased only at temperature 1 without truncation."""
+    """Sampling settings of the rollout engine.  Estimators are unbiased only at temperature 1 without truncation."""
 
     temperature: float = 1.0
-    """Divides the logits that are sampled from; 0 is greedy, 1 is unbiased for training."""
+    """Divides the logits before sampling.  0 is greedy decoding.  1 (default) keeps training unbiased."""
     top_p: float = 1.0
-    """Nucleus: the fewest tokens of this mass; 1 keeps all."""
+    """Nucleus sampling: keeps the fewest tokens with this total probability.  In (0, 1]; 1 (default) keeps all."""
     top_k: int = 0
-    """The most probable tokens kept; 0 keeps the whole vocabulary."""
+    """Keeps only this many most probable tokens.  0 (default) keeps the whole vocabulary."""
     max_new_tokens: int = 256
-    """Longest response, in tokens."""
+    """Maximum response length, in tokens."""
 
     def check(self) -> None:
-        """Refuse what cannot be sampled from."""
+        """Raise Refusal if a value is out of range."""
         if not self.temperature >= 0:
             raise Refusal(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
@@ -67,108 +69,114 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Others:
-    """Tokens drawn beside the response's own, at each position so many, by whoever drew those; flat, [T * count]."""
+    """Additional tokens that the engine sampled at each response position; flat, [T * count]."""
 
     ids: array  # "i"
     logp: array  # "f", nats
 
     @classmethod
     def none(cls) -> "Others":
-        """At no position."""
+        """Return an empty value, with no additional tokens."""
         return cls(array("i"), array("f"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One response, and the prompt as each model reads it."""
+    """A response, with the prompt ids of both models."""
 
     prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]  # the response, its stop token included
-    sampler_logp: tuple[float, ...]  # nats, of what the engine drew from (after temperature and truncation)
-    index: int  # place in the step's batch, over all processes
-    group: int  # rollouts of one prompt share it
+    ids: tuple[int, ...]  # the response, including its stop token
+    sampler_logp: tuple[float, ...]  # nats, under the sampled distribution (after temperature and truncation)
+    index: int  # position in the step's batch, over all processes
+    group: int  # the same for all rollouts of a prompt
     stopped: bool  # ended by a stop token, not by the length limit
     source: int = STUDENT
-    version: int = 0  # steps that the weights which wrote it had made
+    version: int = 0  # optimizer steps already made by the weights that generated it
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
-    prefix: int = 0  # tokens at its start that the teacher wrote
-    others: Others | None = None  # where a method looks at more tokens than the response's
-    notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # the sampler's; one, or one a token
-    teacher: str = ""  # who scores it: a name of --route; "" is --teacher
+    prefix: int = 0  # number of leading tokens that the teacher generated
+    others: Others | None = None  # set if the method uses additional sampled tokens
+    # from the sampler: a value, or one per token
+    notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
+    teacher: str = ""  # name of the teacher that scores it (--route); "" is --teacher
     prompt: Prompt = field(default_factory=Prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rollouts and what was measured of them.  Data: nothing here depends on the weights being trained.
+    """The rollouts of a step and the columns measured on them, as tensors.
 
-    Field names are the vocabulary of the toolkit: a transform or weight reads the columns its parameters name.
+    It is data: nothing here depends on the weights being trained.  A transform or weight reads the columns that its
+    parameters name, so the field names are part of the interface.
     """
 
     ids: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]  # True on the tokens that are trained on
-    group: Int[Tensor, " B"]  # rollouts of one prompt share a group
+    group: Int[Tensor, " B"]  # the same for all rollouts of a prompt
     source: Int[Tensor, " B"]  # STUDENT, TEACHER or DATA
     stopped: Bool[Tensor, " B"]  # ended by a stop token
-    outcome: Float[Tensor, " B"]  # verifier, rubric or judge
+    outcome: Float[Tensor, " B"]  # score from a verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
-    prefix: Int[Tensor, " B"] | None = None  # tokens at the start of a response that the teacher wrote
-    others: Int[Tensor, "B T k"] | None = None  # drawn beside each token by whoever drew it
-    others_logp: Float[Tensor, "B T k"] | None = None  # log-probs that they were drawn with
-    student_alone: Float[Tensor, " B"] | None = None  # cross entropy of y without its prompt, of the weights that wrote
-    teacher_alone: Float[Tensor, " B"] | None = None  # the teacher's; nats a token, from the second on
-    coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; the same on every process
-    student_logp: Float[Tensor, "B T"] | None = None  # the trainer's own
+    prefix: Int[Tensor, " B"] | None = None  # number of leading tokens that the teacher generated
+    others: Int[Tensor, "B T k"] | None = None  # additional tokens sampled at each position
+    others_logp: Float[Tensor, "B T k"] | None = None  # their log-probs under the sampled distribution
+    # cross entropy of y without its prompt, nats per token, from y's second token on: of the generating weights
+    student_alone: Float[Tensor, " B"] | None = None
+    teacher_alone: Float[Tensor, " B"] | None = None  # the same quantity of the teacher
+    coin: Float[Tensor, "B T"] | None = None  # U[0, 1), independent of the tokens; equal on every process
+    student_logp: Float[Tensor, "B T"] | None = None  # computed by the trainer, not the engine
     student_entropy: Float[Tensor, "B T"] | None = None
     teacher_logp: Float[Tensor, "B T"] | None = None
     teacher_entropy: Float[Tensor, "B T"] | None = None
-    reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) of the whole distribution
+    reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) over the whole vocabulary
     hidden_distance: Float[Tensor, "B T"] | None = None  # mean over layers of the matched hidden states
     hidden_cosine: Float[Tensor, "B T"] | None = None
-    chunk: Int[Tensor, "B T"] | None = None  # audited chunks, numbered from 1 in each response; 0 outside
-    agreement: Float[Tensor, "B T"] | None = None  # similarities of a chunk and a text-only teacher's, summed
+    chunk: Int[Tensor, "B T"] | None = None  # audited chunks, numbered from 1 in each response; 0 outside them
+    agreement: Float[Tensor, "B T"] | None = None  # sum of similarities of the chunk to a text-only teacher's texts
     verdict: Float[Tensor, " B"] | None = None  # a judge's score of the response, from 0 to 1
-    judged: Bool[Tensor, " B"] | None = None  # whether there is a verdict: a judge may fail
-    stage: Int[Tensor, "B T"] | None = None  # the part of the response that a token stands in, from 1; 0 in padding
-    stage_scores: Float[Tensor, "B K"] | None = None  # a judge's score of each part, from 0 to 1; nan where it has none
+    judged: Bool[Tensor, " B"] | None = None  # False if the judge failed
+    stage: Int[Tensor, "B T"] | None = None  # stage of the response that contains the token, from 1; 0 in padding
+    stage_scores: Float[Tensor, "B K"] | None = None  # a judge's score of each stage, from 0 to 1; nan if it has none
     scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
-    notes: Mapping[str, Tensor] = field(default_factory=dict)  # what the sampler noted, [B] or [B, T]; for metrics
+    notes: Mapping[str, Tensor] = field(default_factory=dict)  # notes of the sampler, [B] or [B, T]; for metrics
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
-        """The same columns on some rows."""
+        """Return the batch restricted to some rows."""
         column = {f.name: getattr(self, f.name) for f in fields(self)}
         cut = {k: v[rows] for k, v in column.items() if isinstance(v, Tensor)}
         notes = {k: v[rows] for k, v in self.notes.items()}
         return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores), notes=notes)
 
     def written(self) -> Bool[Tensor, "B T"]:
-        """The trained tokens that the student's sampler drew: neither the data's, nor a teacher's."""
+        """Return the mask [B, T] of trained tokens that the student generated.
+
+        Data responses and tokens generated by a teacher are False.
+        """
         own = self.mask & (self.source == STUDENT)[:, None]
         return own if self.prefix is None else own & (torch.arange(own.shape[1]) >= self.prefix[:, None])
 
 
-ALONE = frozenset({"student_alone", "teacher_alone"})  # of those that are read
+ALONE = frozenset({"student_alone", "teacher_alone"})  # columns that need a pass without the prompt
 GIVEN = ALONE | frozenset(
     {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )  # known before any scoring
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
 ASKED = frozenset(
     {"chunk", "agreement", "verdict", "judged", "stage", "stage_scores"}
-)  # what a text-only teacher or a judge says fills them
+)  # filled from the answers of a text-only teacher or a judge
 COLUMNS = GIVEN | MEASURED | ASKED
 
-Column = Callable[..., Tensor]  # a pure function; which columns it reads is its signature
+Column = Callable[..., Tensor]  # a pure function; its parameters name the columns it reads
 
 
 def reads(leaf: Column) -> frozenset[str]:
-    """The columns a leaf names among its parameters."""
+    """Return the names of the columns that a leaf reads, from its parameters."""
     return frozenset(signature(leaf).parameters) & COLUMNS
 
 
 def call(leaf: Column, batch: Batch, *args: Tensor) -> Tensor:
-    """Apply a leaf to the columns it names."""
+    """Call a leaf with the columns it reads.  `args` come first, as positional arguments."""
     columns = {name: getattr(batch, name) for name in reads(leaf)}
     absent = [name for name, column in columns.items() if column is None]
     assert not absent, f"{leaf} reads {absent}, which nobody measured"
@@ -176,5 +184,5 @@ def call(leaf: Column, batch: Batch, *args: Tensor) -> Tensor:
 
 
 def pad(rows: list[Tensor], fill: float | int | bool) -> Tensor:
-    """Stack ragged rows to the right-padded [B, T]."""
+    """Stack rows of different lengths into a right-padded [B, T] tensor."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)

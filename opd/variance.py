@@ -1,17 +1,17 @@
-"""How noisy the gradient of each estimator is on two real models, `variance(Variance(...)) -> Variances`.
+"""Gradient variance of each estimator on two real models, `variance(Variance(...)) -> Variances`.
 
-A context is a prompt and the first tokens of the student's answer to it.  There, y ~ p is drawn again and again, and
-the gradient g_y of its token loss in all trained parameters has the total variance tr Cov_y(g_y).  Neither y nor a
-parameter is enumerated one by one:
+A context is a prompt with the first tokens of the student's response.  At a fixed context, the next token y ~ p is
+random, and so is the gradient g_y of its token loss in all trained parameters.  Its total variance is tr Cov_y(g_y).
+Two facts make it cheap to estimate:
 
-- For a direction d of independent random signs, E_d[Var_y(g_y . d)] = tr Cov_y(g_y), as E[d d'] = I.
-- g_y . d is the derivative of the token loss along d.  One forward-mode pass gives how log p moves along d at all
-  positions of a rollout, and from that g_y . d for every y of the vocabulary and every method (`opd.exact.slopes`): the
-  variance over y is an exact sum, and methods are compared along the same directions, at the same contexts.
+- For a direction d of independent random signs, E_d[Var_y(g_y . d)] = tr Cov_y(g_y), because E[d d'] = I.
+- g_y . d is the derivative of the token loss along d.  A forward-mode pass gives the derivative of log p along d at all
+  positions of a rollout.  From it follows g_y . d for every y of the vocabulary and every method (`opd.exact.slopes`).
+  So the variance over y is an exact sum, and methods are compared along the same directions, at the same contexts.
 
-So each rollout gives an unbiased estimate of the sum of the total variance over its contexts.  Rollouts have prompts,
-tokens and directions of their own, so their estimates are independent; intervals are over rollouts and hold the noise
-of all three.  Means over y are exact too: `cosine` and `noise` compare the mean gradient at these contexts.
+Each rollout gives an unbiased estimate of the sum of the total variance over its contexts.  Rollouts have independent
+prompts, tokens and directions, so their estimates are independent.  Intervals are over rollouts and include the noise
+of all three.  Means over y are exact too: `cosine` and `noise` use the mean gradient at these contexts.
 """
 
 import contextlib
@@ -48,35 +48,38 @@ from opd.student import Rows, Student, final_states, rows
 from opd.types import Refusal
 from opd.vocabulary import Vocabulary, blocks
 
-ROUNDING = 1e-4  # of a gradient in the logits: nearer means are one and the same
+ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One method, over all contexts.  Variances are of the gradient of one token's loss."""
+    """Results of a method over all contexts.  Variances are those of the gradient of a token's loss."""
 
     variance: Estimate  # total variance in the parameters, mean over contexts
-    ratio: Estimate  # to that of `opd`, paired
-    logits: Estimate  # the same ratio in the logits, where y and context alone are random
-    raised: float  # share of contexts where the variance in the logits is above `opd`'s
-    noise: float  # variance over the squared norm of the mean gradient at these contexts
-    cosine: float  # of that mean gradient with `opd-full`'s
+    ratio: Estimate  # that variance / the variance of `opd`, paired by rollout
+    logits: Estimate  # the same ratio for gradients in the logits, which involves no random directions
+    raised: float  # share of contexts where the variance in the logits is above that of `opd`
+    noise: float  # variance / squared norm of the mean gradient at these contexts
+    cosine: float  # between that mean gradient and the mean gradient of `opd-full`
 
 
 @dataclass(frozen=True)
 class Variances:
-    """All methods, and what they were measured on."""
+    """Results of all methods, and the size of the sample that they come from."""
 
     methods: Mapping[str, Spread]
     rollouts: int
     contexts: int
-    parameters: int  # numbers, of those looked at
+    parameters: int  # number of selected weights (scalars)
     reverse_kl: float  # nats per context
-    largest: float  # share of `opd`'s variance that one rollout holds: where it is large, intervals are too narrow
+    largest: float  # largest share of a single rollout in the variance of `opd`; if large, intervals are too narrow
 
 
 def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
-    """Sample, enumerate, sum up; `opd` and `opd-full` are measured in any case.  Raises Refusal for what to mend."""
+    """Generate rollouts and estimate the gradient variance of each method at their contexts.
+
+    `opd` and `opd-full` are always measured.  Raises Refusal for errors that the user can fix.
+    """
     config.check()
     for name, method in methods.items():
         if why := alone(method):
@@ -137,7 +140,7 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
 
 
 def _run(config: Variance) -> Train:
-    """The run whose pieces are opened."""
+    """Return the training configuration with which the session is opened."""
     return Train(
         student=config.student,
         teacher=config.teacher,
@@ -155,29 +158,29 @@ def _run(config: Variance) -> Train:
 
 @dataclass
 class Sums:
-    """What one rollout says of one method: sums over its contexts."""
+    """Sums over the contexts of a rollout, for a method."""
 
-    variance: float = 0.0  # of the total variance in the parameters, an unbiased estimate
-    logits: float = 0.0  # of the total variance in the logits, exact
-    raised: float = 0.0  # contexts where that is above `opd`'s
+    variance: float = 0.0  # total variance in the parameters, an unbiased estimate
+    logits: float = 0.0  # total variance in the logits, exact
+    raised: float = 0.0  # number of contexts where the variance in the logits is above that of `opd`
 
 
 @dataclass
 class Means:
-    """The mean gradients, summed over contexts: `opd-full`'s, and what a method adds to it beyond rounding."""
+    """Mean gradients summed over contexts: that of `opd-full`, and each method's difference to it beyond rounding."""
 
     full: dict[str, Tensor] = field(default_factory=dict)
     more: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, method: str, gradients: Mapping[str, Tensor | None]) -> None:
-        """Take over the gradients of some contexts, by parameter."""
+        """Add the gradients of some contexts, keyed by parameter name."""
         whole = self.full if method == "opd-full" else self.more.setdefault(method, {})
         for name, x in gradients.items():
             if x is not None:
                 whole[name] = whole[name].add_(x) if name in whole else x.clone()
 
     def compare(self, method: str) -> tuple[float, float]:
-        """Squared norm of a method's gradient, and its cosine with `opd-full`'s."""
+        """Return the squared norm of a method's mean gradient, and its cosine with that of `opd-full`."""
         dot = lambda a, b: sum(float((a[n] * b[n]).sum(dtype=torch.float64)) for n in a.keys() & b.keys())
         more = self.more.get(method, {})
         full2, cross = dot(self.full, self.full), dot(self.full, more)
@@ -186,7 +189,7 @@ class Means:
 
 
 def directions(trained: Mapping[str, Tensor], config: Variance, rollout: int) -> Iterator[dict[str, Tensor]]:
-    """Independent random signs, one for each number of the parameters; a function of (seed, rollout)."""
+    """Yield directions of independent random signs, a sign per weight; a function of (seed, rollout)."""
     for i in range(config.directions):
         device = next(iter(trained.values())).device
         key = int(np.random.SeedSequence([config.seed, rollout, i]).generate_state(1, np.uint64)[0] >> 1)
@@ -204,9 +207,10 @@ def look(
     methods: Mapping[str, Method],
     means: Means,
 ) -> tuple[dict[str, Sums], float]:
-    """The contexts of one rollout: sums of each method (`opd` among them), and of the reverse KL; adds to `means`.
+    """Measure the contexts of a rollout: return each method's sums and the summed reverse KL (nats); add to `means`.
 
-    `along` are directions d with E[d d'] = I; `trained` names the parameters as `student` does.
+    `along` are directions d with E[d d'] = I.  The keys of `trained` are the parameter names of `student`.
+    `methods` contains `opd` and `opd-full`.
     """
     own, ids = head(student.model), vocabulary.canonical(at.ids[at.trained])
     place = {part: n for part in ("weight", "bias") for n, p in trained.items() if p is getattr(own, part)}
@@ -216,7 +220,7 @@ def look(
         pushed.append((push(student, at, trained, direction), inside))
     states = final_states(student.model, at)
     out, nats = {name: Sums() for name in methods}, 0.0
-    back: dict[str, Tensor] = {}  # by method, what its mean gradient sends to the states
+    back: dict[str, Tensor] = {}  # method -> gradient of its mean loss in the states
     for part in blocks(len(ids), vocabulary.chunk(len(ids), 16 * vocabulary.size * states.itemsize)):
         leaf = states.detach()[part].requires_grad_()
         live = _logp(vocabulary, own, {"states": leaf})
@@ -252,7 +256,10 @@ def look(
 def push(
     student: Student, at: Rows, trained: Mapping[str, Tensor], direction: Mapping[str, Tensor]
 ) -> Float[Tensor, "N H"]:
-    """How the final states move when the parameters move along a direction: forward-mode differentiation."""
+    """Return the derivative [N, H] of the final hidden states along a direction of the parameters (forward mode).
+
+    Raises Refusal if the model has an operation without forward-mode derivative.
+    """
     states = lambda values: functional_call(_States(student.model), values, (at,))
     try:
         with sdpa_kernel(SDPBackend.MATH), _padding_still(student.model):  # fused attention has no forward mode
@@ -266,9 +273,10 @@ def push(
 
 @contextlib.contextmanager
 def _padding_still(model: nn.Module) -> Iterator[None]:
-    """Keep the padding token's embedding where it is: `padding_idx` forbids its training, but to reverse mode alone.
+    """Exclude the padding token's embedding from the derivative while the context is active.
 
-    The token is no rarity: chat models pad with the one that ends each turn.
+    `padding_idx` freezes this embedding in reverse mode only, so forward mode needs a hook.  The token occurs in
+    normal text: chat models pad with the token that ends each turn.
     """
 
     def still(module: nn.Embedding, args: tuple[Tensor, ...], out: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
@@ -285,7 +293,7 @@ def _padding_still(model: nn.Module) -> Iterator[None]:
 
 
 class _States(nn.Module):
-    """A student up to its final states, its parameters named as `Student` names them."""
+    """A student up to its final hidden states, with the parameter names of `Student`."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
@@ -296,7 +304,7 @@ class _States(nn.Module):
 
 
 def _logp(vocabulary: Vocabulary, own: Head, values: Mapping[str, Tensor]) -> Float[Tensor, "n V"]:
-    """Log-probs of some states, differentiable in them and in what of the head stands among the values."""
+    """Return log-probs [n, V], differentiable in `values`: the states and possibly the head's weight and bias."""
     raw = values["states"] @ values.get("weight", own.weight)[: vocabulary.size].T
     bias = values.get("bias", own.bias)
     return vocabulary.logp(raw if bias is None else raw + bias[: vocabulary.size], replace(own, bias=None))
@@ -306,13 +314,13 @@ def _logp(vocabulary: Vocabulary, own: Head, values: Mapping[str, Tensor]) -> Fl
 def _tangent(
     vocabulary: Vocabulary, own: Head, states: Float[Tensor, "n H"], moved: Float[Tensor, "n H"], inside: dict
 ) -> Float[Tensor, "n V"]:
-    """How their log-probs move when the states do, and the trained parts of the head."""
+    """Return the derivative of the log-probs [n, V] when states and trained head parameters move along a direction."""
     values = {"states": states} | {which: getattr(own, which).detach() for which in inside}
     return jvp(lambda x: _logp(vocabulary, own, x), (values,), ({"states": moved} | inside,))[1]
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """sum above / sum below over independent pairs, with Student's interval of the linearised ratio.
+    """Return sum(above) / sum(below) over independent pairs, with Student's t interval of the linearised ratio.
 
     Cochran, Sampling Techniques (1977), Eq. 6.13.
     """
@@ -326,7 +334,10 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
 
 
 def quantile(p: float, freedom: int) -> float:
-    """Of Student's t with 5 degrees of freedom or more, to 0.3 %.  Abramowitz and Stegun, 26.7.5."""
+    """Return the p-quantile of Student's t with 5 or more degrees of freedom, to 0.3 %.
+
+    Abramowitz and Stegun, 26.7.5.
+    """
     z = NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,

@@ -1,7 +1,7 @@
-"""How much each token counts: functions `(columns) -> [B T]`, >= 0, multiplied together.
+"""Token weights: functions `(columns) -> [B T]`, >= 0, multiplied together.
 
-A reduction is the weight that holds the denominator: it reads the mask of the whole batch, so the micro-batches of a
-step add up to the step exactly.
+A reduction is the weight that contains the denominator.  It reads the mask of the whole batch, so the micro-batches of
+a step add up exactly to the step.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenMean:
-    """Every trained token of the batch counts the same.  DAPO, arXiv:2503.14476."""
+    """Reduction in which every trained token of the batch counts the same.  DAPO, arXiv:2503.14476."""
 
     def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         return mask / mask.sum().clamp(min=1)
@@ -22,7 +22,10 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """Every sequence counts the same, one without a trained token not at all.  GRPO, arXiv:2402.03300."""
+    """Reduction in which every sequence counts the same.  GRPO, arXiv:2402.03300.
+
+    Sequences without a trained token do not count.
+    """
 
     def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.any(1).sum().clamp(min=1)
@@ -30,7 +33,10 @@ class SequenceMean:
 
 @dataclass(frozen=True)
 class Constant:
-    """Divide by B x `length`, whatever the lengths: the only unbiased one with reward to go.  arXiv:2503.20783."""
+    """Reduction that divides by B x `length`, for any response lengths.  arXiv:2503.20783.
+
+    It is the only reduction that is unbiased with reward to go.
+    """
 
     length: int
 
@@ -40,7 +46,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class LastTokens:
-    """The last `last` trained tokens of each rollout, scaled so that a token mean is a mean over them; the others 0."""
+    """Weight that keeps the last `last` trained tokens of each rollout and is 0 elsewhere.
+
+    It is scaled so that a token mean becomes a mean over the kept tokens.
+    """
 
     last: int = 2000
 
@@ -55,7 +64,10 @@ class LastTokens:
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """min(p_trainer / p_sampler, cap), for samples drawn at another temperature, truncated, or by another engine."""
+    """The importance ratio min(p_trainer / p_sampler, cap).
+
+    For tokens sampled at another temperature, with top-k or top-p truncation, or by another engine.
+    """
 
     cap: float = 2.0
 
@@ -69,7 +81,7 @@ class TruncatedImportance:
 
 
 def highest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], fraction: float) -> Bool[Tensor, "B T"]:
-    """The trained tokens whose x is among the top `fraction` of the batch: at least one, and all that tie with it."""
+    """Return the mask [B, T] of the `fraction` of trained tokens with the highest x: at least one, ties included."""
     some = x[mask]
     if not len(some):
         return mask
@@ -78,15 +90,15 @@ def highest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], fraction: float)
 
 
 def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """Mean over the trained tokens of each row; 0 where there are none."""
+    """Return the mean of x over the trained tokens of each row, [B]; 0 for a row without any."""
     return x.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class TopEntropy:
-    """1 on the fraction of tokens of which the student is least sure, else 0.  arXiv:2506.01939.
+    """Weight 1 on the fraction of tokens with the highest student entropy, else 0.  arXiv:2506.01939.
 
-    The threshold is the whole batch's; the tokens left out stay in the denominator.
+    The threshold is computed over the whole batch.  The removed tokens still count in the denominator.
     """
 
     fraction: float = 0.2
@@ -100,7 +112,10 @@ class TopEntropy:
 
 @dataclass(frozen=True)
 class TopTeacherEntropy:
-    """1 on the fraction of tokens of which the teacher is least sure, else 0: the gate of `eopd` by batch quantile."""
+    """Weight 1 on the fraction of tokens with the highest teacher entropy, else 0.
+
+    It is the gate of `eopd`, by batch quantile.
+    """
 
     fraction: float = 0.2
 
@@ -113,7 +128,7 @@ class TopTeacherEntropy:
 
 @dataclass(frozen=True)
 class TeacherEntropyAbove:
-    """1 where the teacher's entropy exceeds `nats`, else 0.  EOPD, arXiv:2603.07079, Eq. 9."""
+    """Weight 1 where the teacher's entropy exceeds `nats`, else 0.  EOPD, arXiv:2603.07079, Eq. 9."""
 
     nats: float = 0.8
 
@@ -125,7 +140,8 @@ class TeacherEntropyAbove:
 class Confidence:
     """(1 + teacher c_T)(1 + student c_S), scaled to mean 1 in each rollout.  FiRe-OPD, arXiv:2606.02684, Eq. 5-8.
 
-    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p), maxima over the trained tokens of the batch: an outlier statistic.
+    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  The maxima are over the trained tokens of the batch, so outliers
+    affect them.
     """
 
     teacher: float = 1.0
@@ -151,7 +167,8 @@ class Confidence:
 class PrefixAgreement:
     """1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|): early tokens count more.  IW-OPD, arXiv:2606.22600.
 
-    r = log q - log p over the trained tokens of a rollout.  It depends on the sampled token: no baseline beside it.
+    r = log q - log p over the trained tokens of a rollout.  The weight depends on the sampled token, so it excludes a
+    baseline.
     """
 
     gamma: float = 0.5
@@ -171,9 +188,10 @@ class PrefixAgreement:
 
 @dataclass(frozen=True)
 class RightRollouts:
-    """Softmax of nll_S / tau over a group's right rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 4.
+    """Softmax of nll_S / tau over a group's correct rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq.
+    4.
 
-    The answer the student found harder counts more; `reverse` is the arm where it counts less.  Right: outcome > 1/2.
+    Correct answers that are harder for the student count more; with `reverse` they count less.  Correct: outcome > 1/2.
     """
 
     tau: float = 1.0
@@ -197,7 +215,7 @@ class RightRollouts:
 class WrongRollouts:
     """Softmax of -nll_T / tau over a group's wrong rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 5.
 
-    The attempt the teacher finds more likely, from which it can recover, counts more.  Wrong: outcome <= 1/2.
+    Attempts that are more likely under the teacher, from which it can recover, count more.  Wrong: outcome <= 1/2.
     """
 
     tau: float = 1.0
@@ -218,7 +236,7 @@ class WrongRollouts:
 
 @dataclass(frozen=True)
 class Frozen:
-    """`weight` on the occurrences of the listed tokens, 1 elsewhere.  Rock Tokens, arXiv:2605.09253, Eq. 18-19."""
+    """Weight `weight` on every listed token, 1 elsewhere.  Rock Tokens, arXiv:2605.09253, Eq. 18-19."""
 
     ids: tuple[int, ...] = ()
     weight: float = 0.0
@@ -229,10 +247,10 @@ class Frozen:
 
 @dataclass(frozen=True)
 class FrozenWindow:
-    """`Frozen`, and `weight` where the KL is high near such an occurrence.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
+    """`Frozen`, with `weight` also on high-KL tokens near a listed token.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
-    Near: within `width` tokens.  High: above the `quantile` of the reverse KL of the batch's trained tokens; the paper
-    gives neither.
+    Near: within `width` tokens.  High: above the `quantile` of the reverse KL over the batch's trained tokens.  The
+    paper gives neither value.
     """
 
     ids: tuple[int, ...] = ()
@@ -257,7 +275,7 @@ class FrozenWindow:
 def group_softmax(
     score: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Softmax over the marked rows of each group, times their number: mean 1; 0 on the other rows."""
+    """Return the softmax over the marked rows of each group, times their number (mean 1); 0 on the other rows."""
     _, at = group.unique(return_inverse=True)
     score = score.where(among, -torch.inf)
     largest = score.new_full((len(at),), -torch.inf).scatter_reduce(0, at, score, "amax")
@@ -271,8 +289,8 @@ def _listed(ids: Int[Tensor, "B T"], listed: tuple[int, ...]) -> Bool[Tensor, "B
 
 
 def _of_largest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """x over the largest x of the trained tokens, in [0, 1]; 0 elsewhere."""
-    x = x.where(mask, 0).clamp(min=0)  # an entropy of 0 may round below
+    """Return x divided by the largest x of the trained tokens, in [0, 1]; 0 elsewhere."""
+    x = x.where(mask, 0).clamp(min=0)  # an entropy of 0 may be rounded to a negative value
     return x / x.max().clamp(min=torch.finfo(x.dtype).tiny)
 
 

@@ -1,8 +1,8 @@
-"""Every method on the embedded pair at one budget: `python scripts/compare.py --out outputs/compare`.
+"""Train every method on the embedded pair with the same budget: `python scripts/compare.py --out outputs/compare`.
 
-Each trains by its embedded preset from the same start, on the same prompts, and is judged on the same held-out ones;
-what is there already is not run again.  The table is for `docs/choosing.md`.  With `--served` the teacher is an
-`opd serve` in a process of its own: a server of log-probs, or of texts for the methods that ask for them.
+Each method trains with its embedded preset from the same start on the same prompts, and is evaluated on the same
+held-out prompts.  Finished runs are not repeated.  The printed table is for `docs/choosing.md`.  With `--served` the
+teacher runs as `opd serve` in another process, which returns log-probs, or text for methods with a text-only teacher.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ PAIR = "--student embedded:student --prompts embedded:ledger --eval-prompts embe
 
 @dataclass(frozen=True)
 class Compare:
-    """What is run."""
+    """Settings of the comparison."""
 
     out: Path = Path("outputs/compare")
-    """A run folder for each method and seed."""
+    """Folder that holds a run folder for each method and seed."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Which of them."""
+    """Names of the methods to run.  Default: all."""
     seeds: int = 1
     steps: int = 20
     batch: int = 32
     problems: int = 256
-    """Held-out problems, greedy."""
+    """Number of held-out problems, decoded greedily."""
     served: bool = False
-    """Whether the teacher answers from another process."""
+    """Run the teacher as `opd serve` in another process.  Off by default."""
 
 
 def main(config: Compare) -> None:
-    """Run what is missing, print the table."""
+    """Run the missing methods and print the table."""
     server = serving("embedded:teacher", "--name", "teacher") if config.served else contextlib.nullcontext(("", None))
     with server as (url, _):
         for name in config.methods:
@@ -72,7 +72,7 @@ def _opd(arguments: list[str]) -> None:
 
 
 def _row(name: str, seed: int, folder: Path) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     if not (folder / "metrics.jsonl").is_file():
         return f"| `{name}` | {seed} | did not run | | | |"
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ def _row(name: str, seed: int, folder: Path) -> str:
     spent = [json.loads(line) for line in (folder / "perf.jsonl").read_text().splitlines()]
     seconds = sum(row["seconds"] for row in spent if "evaluate_s" not in row)
     right = f"{100 * last['eval_accuracy']:.1f} % [{100 * last['eval_low']:.1f}, {100 * last['eval_high']:.1f}]"
-    of = "log_ratio" if "eval_log_ratio" in last else "reverse_kl"  # what a server of some log-probs tells
+    of = "log_ratio" if "eval_log_ratio" in last else "reverse_kl"  # log_ratio: log-prob servers
     kl = " | ".join(f"{row[f'eval_{of}']:.3f}" if f"eval_{of}" in row else "" for row in (first, last))
     return f"| `{name}` | {seed} | {right} | {kl} | {last['eval_length']:.0f} | {seconds:.0f} |"
 

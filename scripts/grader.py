@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that says what it is told to, and one that is the verifier's judge, given words alone."""
+"""Test servers with an OpenAI-compatible API: one with scripted answers, and judges that grade with the verifier."""
 
 import http.server
 import json
@@ -19,9 +19,9 @@ Request = Mapping[str, Any]
 
 
 class Scripted:
-    """An OpenAI-compatible server that gives what `says(request)` says, and keeps the requests.
+    """An OpenAI-compatible server that answers with `says(request)` and records the requests in `asked`.
 
-    None is an answer that spent its tokens before the first word.
+    If `says` returns None, the answer has no text and the finish reason `length`.
     """
 
     def __init__(self, says: Callable[[Request], str | None]) -> None:
@@ -63,7 +63,11 @@ class Scripted:
 
 
 class Grader(Scripted):
-    """The verifier's judge of the embedded tasks; `spoils(kind, n, text)` may spoil its n-th answer of a kind."""
+    """A judge of the embedded tasks that uses their verifier.
+
+    `spoils(kind, n, text)` returns the text to send as the n-th answer of a kind ("rubric" or "grade"); it may damage
+    the text.
+    """
 
     def __init__(self, spoils: Callable[[str, int, str], str | None] = lambda kind, n, text: text) -> None:
         tasks = [load(Data(source=f"embedded:{name}", limit=40)) for name in ("ledger", "ledger-short")]
@@ -73,15 +77,15 @@ class Grader(Scripted):
 
     @property
     def texts(self) -> list[list[str]]:
-        """The turns of each request."""
+        """Return the texts of the turns of each request."""
         return [[turn["content"] for turn in request["messages"]] for request in self.asked]
 
     def says(self, request: Request) -> str | None:
-        """What it is asked stands in the first turn."""
+        """Answer a request; the question is in its first turn."""
         return self.answer(request["messages"][0]["content"], self.known)
 
     def answer(self, text: str, known: Mapping[str, Prompt]) -> str | None:
-        """To a judge's question, by the problems of the embedded tasks."""
+        """Return the answer to a question to the judge; `known` maps question texts to prompts."""
         (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
         tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
         group = Group(known[question], tagged("reference"), tagged("answer"))
@@ -107,14 +111,17 @@ SPOILT: tuple[Callable[[str], str], ...] = (
 
 
 class Babbler(Grader):
-    """A grader that answers one question in three badly at first, and one in ten always; the question decides."""
+    """A grader that answers 1 in 3 questions with malformed text at the first attempt, and 1 in 10 at every attempt.
+
+    The choice is a function of the question.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.babbled: Counter[str] = Counter()
 
     def says(self, request: Request) -> str | None:
-        """Spoilt or not."""
+        """Return the grader's answer, or a damaged one."""
         said, turns = super().says(request), request["messages"]
         draw = zlib.crc32(turns[0]["content"].encode())
         lost = draw % 10 == 0

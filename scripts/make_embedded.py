@@ -1,4 +1,4 @@
-"""Make `opd/embedded`: the tokenizer, the teacher and the two students, trained from nothing on the ledger task.
+"""Make `opd/embedded`: the tokenizer, the teacher and the two students, trained from scratch on the ledger task.
 
 python scripts/make_embedded.py                                  # everything: 40 minutes of one CPU core
 python scripts/make_embedded.py --only small --out /tmp/try      # one model
@@ -40,13 +40,16 @@ Made from nothing by `python scripts/make_embedded.py` on one CPU core; `card.js
 
 @dataclass(frozen=True)
 class Phase:
-    """One supervised run: on gold or careless solutions, to `steps` or to greedy accuracy `stop` at full difficulty."""
+    """A supervised run on gold or careless solutions.
+
+    It ends after `steps` steps, or as soon as the greedy accuracy at full difficulty reaches `stop`.
+    """
 
     steps: int
-    careless: float = 0.0  # how often a carry or borrow is got wrong
-    stop: float = 2.0  # out of reach
+    careless: float = 0.0  # probability of an error in a carry or borrow
+    stop: float = 2.0  # never reached
     every: int = 100  # steps between two evaluations
-    decay: float = 0.3  # the last part of the steps, over which the rate falls to zero
+    decay: float = 0.3  # last fraction of the steps, in which the learning rate decays to 0
     batch: int = 64
     lr: float = 2e-3
     warmup: int = 30
@@ -54,7 +57,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its shape, its seed, and what it is trained on, in order."""
+    """The recipe of a model: its shape, its seed, and its training phases in order."""
 
     hidden: int
     layers: int
@@ -72,7 +75,7 @@ RECIPES = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer; tokens keep the space that follows them, so that decoding only joins them."""
+    """Build the word-level tokenizer; tokens include the space after them, so decoding is concatenation."""
     words = [f"{month}: " for month in ledger.MONTHS]
     words += [f"{word} " for word in ledger.NAMES + ledger.GAINS + ledger.LOSSES]
     words += [f"{thing}. " for thing in ledger.OBJECTS]
@@ -97,7 +100,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(recipe: Recipe, tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Initialise a Llama; a wide initialisation and untied embeddings are what keeps it from a long plateau."""
+    """Initialise a Llama; a wide initialisation and untied embeddings avoid a long plateau of the loss."""
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=len(tok),
@@ -125,7 +128,7 @@ def render(problem: ledger.Problem, tok: PreTrainedTokenizerFast, *, chat: bool)
 
 
 def batches(phase: Phase, tok: PreTrainedTokenizerFast, *, seed: int):
-    """Yield (tokens, labels) without end; every pool of eight batches is sorted by length, which halves the padding."""
+    """Yield endless batches (tokens, labels); pools of eight batches are sorted by length, which halves the padding."""
     rng = random.Random(seed)
     stream = ledger.problems(seed, level="full"), ledger.problems(seed, level="short")
     while True:
@@ -149,7 +152,7 @@ def batches(phase: Phase, tok: PreTrainedTokenizerFast, *, seed: int):
 
 @torch.no_grad()
 def accuracy(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, *, level: str, rows: int, greedy: bool) -> float:
-    """Return the share of held-out problems that are solved, by the arg-max or by a sample at temperature 1."""
+    """Return the share of held-out problems that are solved, by greedy decoding or sampling at temperature 1."""
     torch.manual_seed(0)
     drawn = [ledger.problem_at(0, i, level=level, heldout=True) for i in range(rows)]
     drawn.sort(key=lambda problem: len(problem.solution))
@@ -167,7 +170,7 @@ def accuracy(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, *, level: str,
 
 
 def train(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, phase: Phase, *, seed: int) -> None:
-    """Train through one phase: warm-up, constant rate, linear decay."""
+    """Train a phase: warm-up, constant learning rate, linear decay."""
     source, begun = batches(phase, tok, seed=seed), time.time()
     optimizer = torch.optim.AdamW(net.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(1, phase.steps + 1):
@@ -197,7 +200,7 @@ def report(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, recipe: Recipe) 
 
 
 def readme(folder: Path) -> str:
-    """Write the table of the models in the folder from their cards."""
+    """Return the README with the table of the models in the folder, from their cards."""
     made = [name for name in RECIPES if (folder / name / "card.json").exists()]
     cards = {name: json.loads((folder / name / "card.json").read_text()) for name in made}
     columns = list(cards[made[0]]["accuracy"])

@@ -1,4 +1,7 @@
-"""Hooks of mkdocs: the root's documents become pages, and formulas MathML, which browsers draw without a script."""
+"""Hooks of mkdocs: add documents of the repository root as pages, and convert formulas to MathML.
+
+Browsers render MathML without JavaScript.
+"""
 
 import re
 from pathlib import Path
@@ -14,14 +17,14 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)((?:#[^)]+)?)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root, their links as seen from docs/."""
+    """Add the documents of the repository root as pages, with links relative to docs/."""
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=LINK.sub(moved, (ROOT / name).read_text())))
     return files
 
 
 def moved(link: re.Match[str]) -> str:
-    """A link of a file of the root; what is no page of the site stays as text."""
+    """Rewrite a link in a document of the root; a link to a file outside the site becomes plain text."""
     image, text, target, anchor = link.groups()
     if target.startswith(("http://", "https://")):
         return link[0]
@@ -31,6 +34,6 @@ def moved(link: re.Match[str]) -> str:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Formulas as MathML; links that leave docs/ as text."""
+    """Convert formulas to MathML, and links that leave docs/ to plain text."""
     markdown = LINK.sub(lambda link: link[2] if link[3].startswith("../") else link[0], markdown)
     return FORMULA.sub(lambda found: convert(found[1].strip(), display="block"), markdown)

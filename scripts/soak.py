@@ -1,13 +1,14 @@
-"""A long run with everything going wrong, and the account of it: `python scripts/soak.py --steps 300`.
+"""Compare a long run under many faults with the same run without faults: `python scripts/soak.py --steps 300`.
 
-The student learns from an `opd serve` in a process of its own, through a proxy that answers some requests with errors,
-late, half or with nonsense; its rollouts are written by a worker process.  The server, the worker and the trainer
-itself are killed (SIGKILL) at stated steps; server and trainer are started again, the worker is by its trainer.  Then
-the same run without a fault.  They must be one run: the metrics of each step, every sampled token and column, and the
-last weights, bit for bit; so every sample was trained on once.  Exit status 0, or 1 with the first differences.
+The teacher is an `opd serve` process behind a proxy.  The proxy answers some requests with errors, late, incompletely
+or with wrong content.  A worker process generates the rollouts.  Server, worker and trainer are killed (SIGKILL) at
+fixed steps.  The script restarts server and trainer; the trainer restarts its worker.  Both runs must be equal bit for
+bit: the metrics of each step, all sampled tokens and columns, and the final weights.  So each sample was trained on
+exactly once.  The exit status is 0, or 1 with the first differences on standard output.
 
-`--method ropd` has a teacher and a judge that write, both behind such proxies, and the judge's json is malformed: one
-time in three at first, one in ten for good.  There a sample was judged and has its group's advantage, or has none.
+With `--method ropd`, the teacher and a judge generate text, each behind such a proxy.  The judge's json is malformed
+for 1 in 3 questions at the first attempt and for 1 in 10 at every attempt.  The script checks that each sample was
+either judged and has the advantage of its group, or was not judged and has no advantage.
 """
 
 import argparse
@@ -37,14 +38,14 @@ from scripts.grader import Babbler
 
 FAULTS = ("500", "malformed", "drop", "slow", "429", "short", "other")
 SCORED = ("/opd/hidden", "/v1/completions", "/inference/v1/generate")
-WROTE, FAULTS_OF_TEXTS = "/v1/chat/completions", ("500", "drop", "slow", "429", "short")  # what its client asks again
-LATE = 6.0  # seconds of a slow answer; the client gives up before
-DEAD = 0.02  # seconds between looks at the trainer
+WROTE, FAULTS_OF_TEXTS = "/v1/chat/completions", ("500", "drop", "slow", "429", "short")  # the client retries these
+LATE = 6.0  # seconds until a slow answer; longer than the client's timeout
+DEAD = 0.02  # seconds between two checks of the trainer
 
 
 @contextlib.contextmanager
 def serving(model: Path | str, *flags: str, port: int = 0, **env: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """An `opd serve` process, and its address; it is gone afterwards."""
+    """Start an `opd serve` process, yield its address and the process, and end it afterwards."""
     args = [sys.executable, "-m", "opd", "serve", str(model), "--port", str(port), *flags]
     whole = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=whole)
@@ -64,7 +65,11 @@ def serving(model: Path | str, *flags: str, port: int = 0, **env: str) -> Iterat
 
 
 class Proxy:
-    """Passes requests on; `fault(path, n)` may say what goes wrong with the n-th request to a path."""
+    """An HTTP proxy that forwards requests to `target`.
+
+    `fault(path, n)` returns the kind of fault for the n-th request to a path, or None to forward it.  Paths that begin
+    with an entry of `hide` get status 404.  `slow` is the delay of a slow answer, in seconds.
+    """
 
     def __init__(
         self, target: str, fault: Callable[[str, int], str | None], hide: tuple[str, ...] = (), slow: float = 5.0
@@ -85,7 +90,7 @@ class Proxy:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
-                with contextlib.suppress(ConnectionError):  # a client that waits no more
+                with contextlib.suppress(ConnectionError):  # the client has given up
                     self.end_headers()
                     self.wfile.write(body)
 
@@ -142,7 +147,7 @@ class Proxy:
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -150,7 +155,7 @@ def free_port() -> int:
 
 @dataclass
 class Plan:
-    """What goes wrong when: steps at which something is killed, and every how many requests one fails."""
+    """A plan of faults: the steps at which a process is killed; 1 in `every` requests fails (0: none)."""
 
     server: list[int] = field(default_factory=list)
     worker: list[int] = field(default_factory=list)
@@ -160,12 +165,12 @@ class Plan:
 
     @classmethod
     def of(cls, steps: int, every: int, *, worker: bool = True) -> "Plan":
-        """Three of each kind, spread over the run and apart from each other."""
+        """Create a plan with kills of server, worker and trainer that are spread over the run."""
         at = lambda *shares: [max(1, round(share * steps)) for share in shares]
         return cls(at(0.1, 0.45, 0.8), at(0.2, 0.55, 0.9) if worker else [], at(0.3, 0.66), every)
 
     def fault(self, path: str, n: int) -> str | None:
-        """Of the n-th request to a path."""
+        """Return the fault of the n-th request to a path, or None, and count it."""
         kinds = FAULTS if path in SCORED else FAULTS_OF_TEXTS if path == WROTE else ()
         if not self.every or not kinds or n % self.every != self.every - 1:
             return None
@@ -175,7 +180,7 @@ class Plan:
 
 
 def command(args: argparse.Namespace, teacher: str, judge: str, out: Path) -> list[str]:
-    """The run."""
+    """Return the command line of the training run."""
     scored = ["--teacher", teacher, "--staleness", "1", "--exact-staleness", "--importance-cap", "2"]
     where = ["--teacher", f"openai:teacher@{teacher}/v1", "--judge", f"openai:judge@{judge}/v1"]
     written = [*where, "--limit", "40", "--judge-failures", "0.6"]
@@ -191,7 +196,7 @@ def command(args: argparse.Namespace, teacher: str, judge: str, out: Path) -> li
 
 
 def reached(out: Path) -> int:
-    """The last step that the run has written."""
+    """Return the last step in the run's metrics.jsonl; 0 if the file has none."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     with contextlib.suppress(ValueError, IndexError):
@@ -200,7 +205,7 @@ def reached(out: Path) -> int:
 
 
 def worker_of(trainer: subprocess.Popen) -> psutil.Process | None:
-    """The trainer's worker process."""
+    """Return the trainer's worker process, or None if it does not run."""
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(trainer.pid).children():
             if "opd.worker" in child.cmdline():
@@ -209,7 +214,7 @@ def worker_of(trainer: subprocess.Popen) -> psutil.Process | None:
 
 
 def train(args: argparse.Namespace, out: Path, plan: Plan) -> float:
-    """The run under a plan; its seconds.  Whatever was started here is gone afterwards."""
+    """Run the training under a plan of faults and return its seconds; all processes are ended afterwards."""
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     port, start = free_port(), time.perf_counter()
@@ -250,7 +255,7 @@ def train(args: argparse.Namespace, out: Path, plan: Plan) -> float:
 
 
 def account(a: Path, b: Path, steps: int, batch: int) -> Iterator[str]:
-    """What differs between two runs, and what was not trained on exactly once."""
+    """Yield the differences between two runs, and the samples that were not trained on exactly once."""
     for run in (a, b):
         trained = Counter(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
         yield from (
@@ -273,7 +278,10 @@ def account(a: Path, b: Path, steps: int, batch: int) -> Iterator[str]:
 
 
 def judgements(run: Path, steps: int) -> Iterator[str]:
-    """What is not so of a run that a judge pays: each rollout has the advantage of its score in its group, or none."""
+    """Yield the errors of a run with a judge.
+
+    Each judged rollout must have its group-relative advantage, and the other rollouts none.
+    """
     logged = [json.loads(line)["unjudged"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     for s in range(1, steps + 1):
         found = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")
@@ -293,7 +301,7 @@ def judgements(run: Path, steps: int) -> Iterator[str]:
 
 
 def counted(run: Path, steps: int) -> dict[str, int]:
-    """Samples that a judge scored and samples without an advantage, over a run."""
+    """Count the samples of a run that a judge scored, and those without an advantage."""
     out: Counter[str] = Counter()
     for s in range(1, steps + 1):
         judged = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")["judged"]
@@ -309,7 +317,7 @@ def _apart(a: Path, b: Path) -> Iterator[str]:
 
 
 def soak(args: argparse.Namespace) -> list[str]:
-    """Both runs, and what differs; the account goes to standard output."""
+    """Run both trainings and return the differences; print a summary as json."""
     texts = args.method == "ropd"
     root, plan = Path(args.out), Plan.of(args.steps, args.every, worker=not texts)
     hurt, calm = root / "faults", root / "calm"
@@ -338,7 +346,7 @@ def soak(args: argparse.Namespace) -> list[str]:
 
 
 def settings(args: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--method", choices=("vopd", "ropd"), default="vopd")
     flags.add_argument("--steps", type=int, default=300)

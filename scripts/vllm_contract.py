@@ -1,8 +1,8 @@
-"""What vLLM's sources say of the names that opd uses: `python scripts/vllm_contract.py [FOLDER ...]` writes a json.
+"""Write the signatures of vLLM that opd uses to a json file: `python scripts/vllm_contract.py [FOLDER ...]`.
 
-A FOLDER holds the package `vllm`, as an unpacked wheel does; without one it is the installed package.  Nothing of it is
-imported: signatures, fields and routes are read from the syntax, so a GPU build is as good as any.  tests/test_vllm.py
-holds our calls against tests/vllm_contract.json, and the json against the package where there is one.
+A FOLDER contains the package `vllm`, like an unpacked wheel.  Without FOLDER, the installed package is read.  vLLM is
+not imported: signatures, fields and routes come from its syntax trees, so a GPU build can be read without a GPU.
+tests/test_vllm.py checks opd's calls against tests/vllm_contract.json, and the json against an installed vLLM.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 
 WRITTEN = Path(__file__).parents[1] / "tests" / "vllm_contract.json"
 WEIGHTS, TOKENS = "distributed/weight_transfer", "entrypoints/scale_out/token_in_token_out"
-CALLABLES = {  # functions and methods by file: their parameters
+CALLABLES = {  # file -> functions and methods whose parameters are read
     "entrypoints/llm.py": ["LLM.__init__", "LLM.generate", "LLM.sleep", "LLM.wake_up", "LLM.reset_prefix_cache"],
     "entrypoints/rl/offline.py": [
         f"RLOfflineMixin.{name}"
@@ -49,7 +49,7 @@ CALLABLES = {  # functions and methods by file: their parameters
     "utils/network_utils.py": ["get_ip", "get_open_port"],
     "distributed/parallel_state.py": ["cleanup_dist_env_and_memory"],
 }
-CLASSES = {  # by file: their fields, inherited ones included
+CLASSES = {  # file -> classes whose fields are read, including inherited fields
     "engine/arg_utils.py": ["EngineArgs"],
     "sampling_params.py": ["SamplingParams"],
     "entrypoints/launchers/cli_args.py": ["FrontendArgs"],
@@ -68,7 +68,7 @@ CLASSES = {  # by file: their fields, inherited ones included
     ],
     "entrypoints/openai/completion/protocol.py": ["CompletionRequest", "CompletionResponseChoice"],
 }
-MOVED = {"entrypoints/launchers/cli_args.py": "entrypoints/common/cli_args.py"}  # by the CUDA build of 0.33
+MOVED = {"entrypoints/launchers/cli_args.py": "entrypoints/common/cli_args.py"}  # path in the CUDA build of 0.33
 ROUTERS = (  # files whose routes are read
     "entrypoints/rl/online/api_router.py",
     "entrypoints/serve/dev/cache/api_router.py",
@@ -80,14 +80,14 @@ Def = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def parameters(node: Def) -> list[str]:
-    """Names of a function's parameters, self left out."""
+    """Return the names of a function's parameters without self and cls."""
     a = node.args
     names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))]
     return [name for name in names if name not in ("self", "cls")]
 
 
 def members(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """Classes and functions by name, those under an `if` included."""
+    """Return classes and functions by name, including those under an `if`."""
     out: dict[str, ast.stmt] = {}
     for node in body:
         if isinstance(node, Def | ast.ClassDef):
@@ -98,13 +98,13 @@ def members(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def own_fields(node: ast.ClassDef) -> list[str]:
-    """The annotated names of a class."""
+    """Return the public annotated names in the body of a class."""
     found = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
     return [name for name in found if not name.startswith("_")]
 
 
 def all_fields(known: dict[str, ast.stmt], node: ast.ClassDef) -> list[str]:
-    """Those of its bases in the same file, and its own."""
+    """Return the fields of a class, including those of base classes in `known`."""
     out: list[str] = []
     for base in node.bases:
         if isinstance(base, ast.Name) and isinstance(found := known.get(base.id), ast.ClassDef):
@@ -113,7 +113,7 @@ def all_fields(known: dict[str, ast.stmt], node: ast.ClassDef) -> list[str]:
 
 
 def routes(tree: ast.Module) -> dict[str, list[str]]:
-    """`METHOD /path` -> parameters, of functions under @router.get and @router.post."""
+    """Return `METHOD /path` -> parameters for functions decorated with @router.get or @router.post."""
     out = {}
     for node in ast.walk(tree):
         if not isinstance(node, Def):
@@ -126,7 +126,7 @@ def routes(tree: ast.Module) -> dict[str, list[str]]:
 
 
 def exported(root: Path, module: str) -> list[str]:
-    """What `from MODULE import ...` finds: names defined, assigned or imported at the top of the module."""
+    """Return the names that `from MODULE import ...` may import: those defined or imported in the module."""
     path = root.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree, names = ast.parse(path.read_text()), set[str]()
@@ -135,13 +135,13 @@ def exported(root: Path, module: str) -> list[str]:
             names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, Def | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Dict):  # vllm/__init__.py names its lazy attributes in one
+        elif isinstance(node, ast.Dict):  # vllm/__init__.py lists its lazy attributes in a dict
             names |= {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
     return sorted(names)
 
 
 def imported() -> dict[str, list[str]]:
-    """Every name that a module of opd imports from vllm."""
+    """Return the names that opd imports from vllm, by module."""
     out: dict[str, set[str]] = {}
     for path in (WRITTEN.parents[1] / "opd").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -151,12 +151,12 @@ def imported() -> dict[str, list[str]]:
 
 
 def place(root: Path, file: str) -> Path:
-    """A file of the package, where this version has it."""
+    """Return the path of a file in this version of the package."""
     return root / file if (root / file).is_file() else root / MOVED[file]
 
 
 def contract(root: Path) -> dict[str, dict[str, list[str]]]:
-    """All of it, from the folder of the package."""
+    """Return the contract of a package folder: parameters, fields, routes and imported names."""
     trees = {file: ast.parse(place(root, file).read_text()) for file in {*CALLABLES, *CLASSES, *ROUTERS}}
     base = members(trees[f"{WEIGHTS}/base.py"].body)
     callables, classes, served = {}, {}, {}
@@ -183,13 +183,13 @@ def contract(root: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def installed() -> Path | None:
-    """The folder of the installed package."""
+    """Return the folder of the installed package, or None."""
     found = importlib.util.find_spec("vllm")
     return None if found is None or not found.submodule_search_locations else Path(found.submodule_search_locations[0])
 
 
 def named(root: Path) -> str:
-    """Its version, by the folder beside it or by the installed package."""
+    """Return name and version of a package folder, from the .dist-info folder next to it or the installed package."""
     kept = sorted(root.parent.glob("vllm*-[0-9]*.dist-info"))
     if kept:
         name, number = kept[0].name.removesuffix(".dist-info").rsplit("-", 1)

@@ -98,6 +98,14 @@ def test_a_launcher_that_starts_one_process_of_two_is_refused(pair, tmp_path, fl
     assert why in line and "torchrun --nproc_per_node N" in line
 
 
+def test_a_command_that_cannot_share_its_work_is_refused_under_a_launcher(tmp_path):
+    arguments = [sys.executable, "-m", "opd", "eval", "--model", "embedded:student", "--prompts", "embedded:ledger"]
+    run = launched([*arguments, "--out", str(tmp_path / "problems.jsonl")], processes(2))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode != 0 and not out and not list(tmp_path.iterdir())
+    assert "opd: opd eval: it runs in one process, and the launcher started 2; run it without torchrun" in err
+
+
 def test_one_process_under_accelerate_launch_trains(pair, tmp_path):
     launcher = [*ACCELERATE, "--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     ended(launched(command(pair, tmp_path / "run", "--steps", "1", "vopd"), launcher))

@@ -1,1 +1,1 @@
-"""Measured beside the peers: time, memory, error."""
+"""Benchmarks of time, memory and numerical error, compared with other libraries."""

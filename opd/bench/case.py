@@ -1,4 +1,4 @@
-"""What the arms of the benchmark share: its settings, and one set of random tensors."""
+"""Settings of the head-pass benchmark, and the random tensors that all its arms share."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,50 +15,50 @@ Precise = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured, and how often."""
+    """Settings of the head-pass benchmark: problem size, arms and number of rounds."""
 
     tokens: int = 1024
-    """N."""
+    """Number of tokens, N."""
     vocabulary: int = 49152
-    """V."""
+    """Vocabulary size, V."""
     student: int = 576
     """Width of the student's hidden states."""
     teacher: int = 576
-    """Width of the teacher's."""
+    """Width of the teacher's hidden states."""
     chunk: int = 512
-    """Tokens of a chunk, of ours and of Liger's; TRL's are its own constants."""
+    """Tokens per chunk, for opd and Liger.  TRL uses constants of its code."""
     objective: Objective = "vopd"
-    """Of ours and the naive ones; a peer computes what it can."""
+    """Loss of the opd and naive arms.  The other libraries compute the loss that they support."""
     frozen: bool = False
-    """No gradient for the head."""
+    """Compute no gradient for the LM head."""
     rounds: int = 15
-    """Alternating rounds, after one to warm up."""
+    """Alternating rounds, after a warm-up round."""
     threads: int = 1
-    """Of torch, on a CPU."""
+    """Number of torch threads on a CPU."""
     clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread.  A GPU has its
-    own events."""
+    """Clock on a CPU.  cpu counts only this process's processor time, for shared machines; use it with 1 thread.  On a
+    GPU, CUDA events are used instead."""
     device: Literal["cpu", "cuda"] = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """Where it runs."""
+    """Device to run on.  Default: cuda if available."""
     dtype: Precise = field(default_factory=lambda: "bfloat16" if torch.cuda.is_available() else "float32")
-    """Of hidden states and heads."""
+    """Dtype of hidden states and heads.  Default: bfloat16 with a GPU, else float32."""
     rounded: bool = False
-    """Ours, and the floor, keep logits in bf16; fp32 where a GPU's products leave them unrounded."""
+    """Keep logits in bf16 in the arms of opd and the floor.  Default: fp32 where a GPU's matmul can return it."""
     arms: tuple[str, ...] = ()
-    """Some of the arms; none: all."""
+    """Arms to run.  Empty runs all."""
     error_tokens: int = 32
-    """Tokens on which loss and gradients are compared with float64; 0: none."""
+    """Tokens on which loss and gradients are compared with float64.  0 skips the comparison."""
     memory: bool = True
     """Measure peak memory."""
     json: Path | None = None
-    """Also write the numbers here."""
+    """Also write the numbers to this json file."""
     peak_of: str = ""
-    """Print the peak extra memory of one arm, in bytes, and nothing else."""
+    """Only print the peak extra memory of this arm, in bytes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Tensors that every arm shares."""
+    """Hidden states [N, H], LM heads [V, H] and token ids [N] that every arm shares."""
 
     states: Tensor
     weight: Tensor
@@ -68,7 +68,7 @@ class Case:
 
     @classmethod
     def of(cls, shape: Shape) -> "Case":
-        """Random, the same for one shape; entropies of a few nats."""
+        """Create random tensors, deterministic for a shape, such that the models have entropies of a few nats."""
         g = torch.Generator().manual_seed(0)
         dtype = getattr(torch, shape.dtype)
         make = lambda *size: torch.randn(*size, generator=g).to(shape.device, dtype)
@@ -79,7 +79,7 @@ class Case:
         return cls(states.requires_grad_(), weight.requires_grad_(not shape.frozen), teacher, head, ids)
 
     def some(self, n: int, dtype: torch.dtype) -> "Case":
-        """The first tokens, by themselves."""
+        """Return a copy with only the first `n` tokens, in another dtype."""
         move = lambda x, live: x.detach().to(dtype).clone().requires_grad_(live)
         return Case(
             move(self.states[:n], True),
@@ -90,7 +90,7 @@ class Case:
         )
 
     def take_gradients(self) -> list[Tensor]:
-        """Of states and head; removed here."""
+        """Return the gradients of states and head, and clear them."""
         found = [x.grad for x in (self.states, self.weight) if x.grad is not None]
         self.states.grad = self.weight.grad = None
         return found

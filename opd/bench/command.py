@@ -1,4 +1,4 @@
-"""`opd bench`: parts by name, and all of them with sizes for two CPU cores."""
+"""`opd bench`: runs a part of the benchmark by name, or all parts with sizes for two CPU cores."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ FILES = ("bench.md", "bench.json", "bench.png")
 
 @dataclass(frozen=True)
 class All:
-    """Where the tables, numbers and the plot go, and how long it may take."""
+    """Settings of `opd bench all`: the output folder and the number of rounds."""
 
     out: Path = Path("outputs/bench")
     """Folder of bench.md, bench.json and bench.png."""
     overwrite: bool = False
     """Replace files of these names that an earlier benchmark did not write."""
     clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+    """Clock.  cpu counts only this process's processor time, for shared machines; use it with 1 thread."""
     head_rounds: int = 15
     """Alternating rounds of the head pass."""
     step_rounds: int = 6
@@ -95,7 +95,7 @@ def everything(asked: All) -> None:
         Shape(rounds=rounds, clock=asked.clock),
         Shape(chunk=256, rounds=rounds, clock=asked.clock, memory=False, arms=some),
         Shape(frozen=True, rounds=rounds, clock=asked.clock, memory=False, arms=some),
-        # How much memory, and that it is flat in N.
+        # These measure peak memory, and show that it does not grow with N.
         Shape(tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
         Shape(chunk=256, tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
     ]

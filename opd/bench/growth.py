@@ -1,4 +1,4 @@
-"""How time and memory grow: the head pass with N, V, H, k and the chunk, an update with batch and length."""
+"""Growth of time and memory: of the head pass with N, V and k, and of an update with batch size and length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,33 +20,33 @@ from opd.types import Rollout
 from opd.vocabulary import Vocabulary, head_pass
 
 PROMPT = 40  # tokens before each response
-ARM = {"N, head pass": "ours", "N, naive": "naive"}  # of which memory is measured, too
+ARM = {"N, head pass": "ours", "N, naive": "naive"}  # curves whose memory is measured, too -> arm
 
 
 @dataclass(frozen=True)
 class Growth(Timed):
-    """The middle of each curve, and how often."""
+    """Settings of `opd bench growth`: the points of each curve, and the number of rounds."""
 
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """N."""
+    """Values of N, the number of tokens."""
     vocabulary: tuple[int, ...] = (8192, 16384, 32768)
-    """V, at the second N."""
+    """Values of V, the vocabulary size, at the second N."""
     width: int = 256
-    """H of both models."""
+    """Hidden width H of both models."""
     k: tuple[int, ...] = (1, 16, 64)
-    """Of vopd-topk, at the second N and V."""
+    """Values of k of vopd-topk, at the second N and V."""
     batch: tuple[int, ...] = (8, 16, 32)
-    """Rollouts of an update of the embedded student."""
+    """Numbers of rollouts in an update of the embedded student."""
     length: tuple[int, ...] = (50, 100, 200)
-    """Tokens of each of its responses, at the second batch."""
+    """Response lengths of an update in tokens, at the second batch size."""
     chunk: int = 256
-    """Tokens of a chunk of the head pass."""
+    """Tokens per chunk of the head pass."""
     rounds: int = 3
-    """Rounds, after one to warm up."""
+    """Rounds, after a warm-up round."""
 
 
 def measured(growth: Growth) -> Result:
-    """One row a point: seconds, and peak extra memory where it is a head pass."""
+    """Measure each point: seconds, and peak extra memory for the curves of the head pass over N."""
     torch.set_num_threads(growth.threads)
     n, v = growth.tokens[1], growth.vocabulary[1]
     shape = lambda tokens, size: Shape(
@@ -98,7 +98,7 @@ def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object],
 
 @dataclass(frozen=True)
 class _Update:
-    """Student and teacher of the embedded pair, and everything between rollouts and the optimizer."""
+    """An update of the embedded pair: everything between rollouts and the optimizer."""
 
     student: Student
     teacher: LocalTeacher
@@ -113,7 +113,10 @@ class _Update:
         return cls(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu))
 
     def of(self, batch: int, length: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        """Forward and backward of so many responses, half of them half as long."""
+        """Return functions that run forward and backward of `batch` responses and that clear the gradients.
+
+        Every second response has half the length.
+        """
         g, cpu, method = torch.Generator().manual_seed(0), torch.device("cpu"), METHODS["vopd"]()
         some = []
         for i in range(batch):

@@ -1,7 +1,7 @@
-"""The head pass beside a naive one and the peers: `python -m opd.bench.head --help`.
+"""Benchmark of the head pass against a naive version and other libraries: `python -m opd.bench.head --help`.
 
-One process runs every arm in turn, round after round, on the same tensors; ratios are medians over rounds, so that the
-noise of a shared machine hits all arms alike.  Peak memory is measured in a fresh process for each arm.
+A process runs all arms in turn, round after round, on the same tensors.  Ratios are medians over rounds, so that noise
+of a shared machine affects all arms equally.  Peak memory is measured in a fresh process for each arm.
 """
 
 import json
@@ -22,7 +22,7 @@ from opd.kernels.choice import sweeper
 
 
 def main(shape: Shape) -> None:
-    """Measure, show the table, perhaps write json."""
+    """Measure all arms, print the table, and write json if `shape.json` is set."""
     if shape.peak_of:
         torch.set_num_threads(shape.threads)
         print(extra(shape))
@@ -34,7 +34,7 @@ def main(shape: Shape) -> None:
 
 
 def measured(shape: Shape) -> Result:
-    """Time, memory and error of every arm."""
+    """Measure time, memory and error of every arm.  Raises ValueError for an unknown arm."""
     torch.set_num_threads(shape.threads)
     if unknown := set(shape.arms) - set(ARMS):
         raise ValueError(f"--arms {' '.join(sorted(unknown))}: unknown; there are {', '.join(ARMS)}")
@@ -57,7 +57,7 @@ def measured(shape: Shape) -> Result:
 
 
 def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
-    """The arms that run, tried on one token's worth of work, and why the others do not."""
+    """Return the arms that run here, tried on four tokens, and the reasons why the others do not."""
     fine, refused = [], {}
     tiny = case.some(4, case.states.dtype)
     for name in shape.arms or ARMS:
@@ -71,7 +71,7 @@ def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
 
 
 def errors(name: str, case: Case, shape: Shape) -> dict[str, float]:
-    """Relative distance of loss and gradients from float64 on the same inputs."""
+    """Return the relative error of loss and gradients compared with float64 on the same inputs."""
     exact = case.some(shape.error_tokens, torch.float64)
     asked = replace(shape, objective=ALWAYS.get(name, shape.objective))
     wanted = [naive(exact, asked), *exact.take_gradients()]
@@ -82,7 +82,7 @@ def errors(name: str, case: Case, shape: Shape) -> dict[str, float]:
 
 
 def extra(shape: Shape) -> int:
-    """Extra bytes at the widest moment of one arm's forward and backward, in this process."""
+    """Return the peak extra memory of an arm's forward and backward in this process, in bytes."""
     case = Case.of(shape)
     if shape.device == "cpu":
         return peak(lambda: ARMS[shape.peak_of](case, shape))
@@ -93,7 +93,7 @@ def extra(shape: Shape) -> int:
 
 
 def fresh_peak(name: str, shape: Shape) -> int:
-    """`extra` in a process of its own."""
+    """Run `extra` in a new process and return its result, in bytes."""
     same = ("tokens", "vocabulary", "student", "teacher", "chunk", "objective", "threads", "dtype", "device")
     flags = [flag for field in same for flag in (f"--{field}", str(getattr(shape, field)))]
     command = [sys.executable, "-m", "opd.bench.head", *flags, *(["--frozen"] if shape.frozen else [])]
@@ -102,7 +102,7 @@ def fresh_peak(name: str, shape: Shape) -> int:
 
 
 def result(rows: dict, refused: dict[str, str], shape: Shape) -> Result:
-    """The table, versions and arguments."""
+    """Return the table with the versions and arguments."""
     header = ("arm", "seconds", "of floor", "ours faster by", "peak MB", "of naive's", "error: loss, dh, dW")
     table = []
     for name, row in rows.items():

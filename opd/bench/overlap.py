@@ -1,7 +1,7 @@
-"""Rollouts in a worker process beside rollouts in turns: seconds of a step, and what staleness costs.
+"""Benchmark of rollouts in a worker process against synchronous rollouts: seconds per step, and the cost of staleness.
 
-Speed: arms take blocks of steps in turn.  A block begins and ends with the worker idle and its queue full, so that a
-block writes as many rollouts as it trains on.  Quality: whole runs on the same prompts, exactly so many steps behind.
+Speed: arms run blocks of steps in turn.  A block begins and ends with an idle worker and a full queue, so it generates
+as many rollouts as it trains on.  Quality: whole runs on the same prompts, with rollouts exactly N steps off-policy.
 """
 
 import json
@@ -29,50 +29,50 @@ from opd.types import Sampling
 
 @dataclass(frozen=True)
 class Overlap(Trained):
-    """What is trained, how far behind, and how often."""
+    """Settings of `opd bench async`: the run, the staleness of each arm, and the number of rounds."""
 
     micro_batch_tokens: int = 8192
-    """Padded tokens that go through a model at once."""
+    """Padded tokens per forward pass."""
     staleness: tuple[int, ...] = (1, 4)
-    """Steps that the worker may be behind, an arm each."""
+    """Steps by which rollouts may be off-policy; each value is an arm."""
     block: int = 10
-    """Steps of a block."""
+    """Steps in a block."""
     rounds: int = 4
-    """Alternating blocks of each arm, after one to warm up; 0: no speed."""
+    """Alternating blocks of each arm, after a warm-up block.  0 skips the measurement of speed."""
     quality: int = 0
-    """Steps of each run that is compared by what it learnt; 0: none.  45 took minutes a run."""
+    """Steps of each run that is compared by its evaluation.  0 skips the comparison; 45 took minutes per run."""
     methods: tuple[str, ...] = ("opd", "async-opd")
-    """Of those runs."""
+    """Methods of the compared runs."""
     seeds: int = 1
-    """Runs of each arm with other prompts and noise."""
+    """Number of runs of each arm, with different prompts and noise."""
     held_out: int = 256
-    """Held-out prompts."""
+    """Number of held-out prompts."""
 
 
 @dataclass
 class Arm:
-    """A run that is taken up block after block."""
+    """A run whose steps are executed block by block."""
 
     loop: Loop
-    threads: int  # of this process while it trains
+    threads: int  # torch threads of this process while it trains
     step: int = 0
-    computed: list[float] = field(default_factory=list)  # processor seconds a step of this process, block by block
-    written: list[float] = field(default_factory=list)  # those of the worker
+    computed: list[float] = field(default_factory=list)  # processor seconds per step of this process, by block
+    written: list[float] = field(default_factory=list)  # processor seconds per step of the worker, by block
     memory: Memory = field(default_factory=lambda: NOTHING)
 
     @classmethod
     def of(cls, asked: Overlap, staleness: int, folder: Path) -> "Arm":
-        """The loss is `async-opd` in all, which in turns is `opd`."""
+        """Open a run with the loss of `async-opd`, which equals `opd` without a worker."""
         config = asked.run(folder, "async-opd")
         loop = opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness))
         before = torch.get_num_threads()
         loop.writing.open(0, NOTHING, None, print)
         arm = cls(loop, torch.get_num_threads())
-        torch.set_num_threads(before)  # the next arm shares nothing with this one
+        torch.set_num_threads(before)  # so that the next arm starts from the default
         return arm
 
     def block(self, steps: int) -> None:
-        """So many steps, and what the worker writes meanwhile."""
+        """Run `steps` steps, and wait until the worker's queue is full again."""
         assert self.loop.writing.source is not None
         torch.set_num_threads(self.threads)
         before = time.process_time()
@@ -87,18 +87,18 @@ class Arm:
         self.written.append((written + self.loop.writing.source.numbers().get("worker_cpu_s", 0.0)) / steps)
 
     def last(self, name: str) -> float:
-        """Of the newest line of perf.jsonl."""
+        """Return a number from the last line of perf.jsonl; 0 if it is missing."""
         line = (self.loop.run.folder / "perf.jsonl").read_text().splitlines()[-1]
         return float(json.loads(line).get(name, 0.0))
 
     def perf(self, name: str) -> float:
-        """The median over steps of a column of perf.jsonl."""
+        """Return the median over steps of a column of perf.jsonl."""
         rows = [json.loads(line) for line in (self.loop.run.folder / "perf.jsonl").read_text().splitlines()]
         return statistics.median([row.get(name, 0.0) for row in rows])
 
 
 def measured(asked: Overlap) -> Iterator[Result]:
-    """The tables that were asked for."""
+    """Yield the tables that the settings enable."""
     if asked.rounds:
         yield speed(asked)
     if asked.quality:
@@ -106,7 +106,7 @@ def measured(asked: Overlap) -> Iterator[Result]:
 
 
 def speed(asked: Overlap) -> Result:
-    """Seconds of a step, wall clock: two processes are the point."""
+    """Measure the seconds per step with the wall clock, because two processes compute at the same time."""
     with tempfile.TemporaryDirectory() as folder:
         arms = {n: Arm.of(asked, n, Path(folder) / str(n)) for n in (0, *asked.staleness)}
         try:
@@ -163,8 +163,8 @@ def speed(asked: Overlap) -> Result:
 
 
 def quality(asked: Overlap) -> Result:
-    """What runs on as many samples learn, so many steps behind."""
-    arms = [(name, n) for n in (0, *asked.staleness) for name in asked.methods if n or name != "async-opd"]  # opd there
+    """Compare accuracy and held-out KL of runs with different staleness after the same number of samples."""
+    arms = [(name, n) for n in (0, *asked.staleness) for name in asked.methods if n or name != "async-opd"]  # = opd
     found: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(asked.seeds):

@@ -1,6 +1,7 @@
-"""Rows of like length beside packing: forward and backward of the layers over a pool of rollouts, as NPD packs one.
+"""Benchmark of length-sorted micro-batches against packing: forward and backward of the layers over a pool of rollouts.
 
-Packed rows hold several sequences, first fit decreasing, behind a mask of blocks; positions begin anew in each.
+A packed row holds several sequences, chosen by first fit decreasing as in NPD, with a block-diagonal attention mask.
+Positions start at 0 in each sequence.
 """
 
 import tempfile
@@ -24,49 +25,49 @@ from opd.types import pad, positive
 
 @dataclass(frozen=True)
 class Way:
-    """A model's passes over a pool, a group of sequences each."""
+    """A way to batch a pool of sequences: the groups of sequences, and the function that runs a group."""
 
-    run: Callable[[Any, Sequence[Tensor]], Tensor]  # the states of all tokens, sequence by sequence
+    run: Callable[[Any, Sequence[Tensor]], Tensor]  # returns the states of all tokens, sequence by sequence
     groups: list[list[int]]
-    computed: int  # tokens, those of padding included
+    computed: int  # tokens, including padding
 
     def states(self, model: Any, texts: Sequence[Tensor]) -> Float[Tensor, "N H"]:
-        """Of all sequences, in the order of the pool."""
+        """Return the states [N, H] of all sequences, in the order of the pool."""
         order = [i for group in self.groups for i in group]
         found = torch.cat([self.run(model, [texts[i] for i in group]) for group in self.groups])
         parts = dict(zip(order, found.split([len(texts[i]) for i in order]), strict=True))
         return torch.cat([parts[i] for i in range(len(texts))])
 
     def train(self, model: Any, texts: Sequence[Tensor]) -> None:
-        """Forward and backward."""
+        """Run forward and backward over all groups."""
         for group in self.groups:
             self.run(model, [texts[i] for i in group]).square().mean().backward()
 
 
 @dataclass(frozen=True)
 class Packing(Timed):
-    """Whose rollouts, and how long packed rows are."""
+    """Settings of `opd bench packing`: the rollouts, and the length of packed rows."""
 
     student: str = "embedded:student"
-    """Hub id, folder, GGUF file or embedded model."""
+    """Student model.  Hub id, folder, GGUF file or embedded model."""
     prompts: str = "embedded:ledger"
-    """Prompts."""
+    """Prompts.  Same kinds of name as for `opd train`."""
     pool: int = 128
-    """Rollouts, one a prompt."""
+    """Number of rollouts, 1 per prompt."""
     max_new_tokens: int = 256
-    """Longest response."""
+    """Length limit of a response, in tokens."""
     lengths: tuple[int, ...] = (512, 2048)
-    """Tokens of a packed row, an arm each; none shorter than the longest rollout with its prompt."""
+    """Tokens per packed row; each value is an arm.  At least the longest rollout with its prompt."""
     rows: int = 16
-    """Rollouts of a padded pass, in the order they were drawn."""
+    """Rollouts per padded pass, in the order in which they were generated."""
     micro_batch_tokens: int = 8192
-    """Padded tokens of a pass over rows of like length."""
+    """Padded tokens per pass of the length-sorted arm."""
     rounds: int = 5
-    """Alternating rounds, after one to warm up."""
+    """Alternating rounds, after a warm-up round."""
 
 
 def measured(asked: Packing) -> Result:
-    """Tokens a second of each way; every way has the states that each sequence has alone."""
+    """Measure the tokens per second of each way of batching, after a check that all ways give the same states."""
     positive(asked, "threads", "pool", "max_new_tokens", "rows", "micro_batch_tokens", "rounds")
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +116,10 @@ def measured(asked: Packing) -> Result:
 
 
 def packed(widths: dict[int, int], length: int) -> list[list[int]]:
-    """First fit decreasing: the sequences of each row of at most `length` tokens; a longer one goes alone."""
+    """Return the sequences of each packed row of at most `length` tokens, by first fit decreasing.
+
+    A sequence longer than `length` gets a row for itself.
+    """
     out: list[list[int]] = []
     room: list[int] = []
     for i in sorted(widths, key=lambda i: (-widths[i], i)):
@@ -129,13 +133,13 @@ def packed(widths: dict[int, int], length: int) -> list[list[int]]:
 
 
 def _padded(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N H"]:
-    """Padding on the right, where a causal model never looks."""
+    """Run padded rows; the padding is on the right, where causal attention never reads it."""
     found = model.base_model(input_ids=pad(list(texts), 0), use_cache=False).last_hidden_state
     return torch.cat([row[: len(text)] for row, text in zip(found, texts, strict=True)])
 
 
 def _blocks(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N H"]:
-    """One row of all; each token sees its own sequence up to itself."""
+    """Run all sequences as a single packed row; each token attends to its sequence up to itself."""
     owner = torch.cat([torch.full_like(text, i) for i, text in enumerate(texts)])
     mask: Bool[Tensor, "N N"] = (owner[:, None] == owner[None]).tril()
     at = torch.cat([torch.arange(len(text), device=text.device) for text in texts])

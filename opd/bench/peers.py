@@ -1,4 +1,4 @@
-"""The head pass as everyone computes it: arms `(case, shape) -> loss` that run forward and backward."""
+"""The head pass as opd and other libraries compute it: arms `(case, shape) -> loss` that run forward and backward."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over toke
 
 
 def ours(case: Case, shape: Shape) -> Tensor:
-    """`opd.vocabulary.head_pass`."""
+    """Run `opd.vocabulary.head_pass`."""
     vocabulary = Vocabulary(shape.vocabulary, rounded=shape.rounded)
     each = vocabulary.tile(case.weight.dtype, case.weight.device).itemsize * (1 + 1 / FROZEN)
     vocabulary = replace(vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * each))
@@ -33,13 +33,13 @@ def ours(case: Case, shape: Shape) -> Tensor:
 
 
 def ours_autograd(case: Case, shape: Shape) -> Tensor:
-    """Ours without its closed forms: autograd in blocks of rows, what methods without one run."""
+    """Run the head pass without closed-form gradients, as for methods that have none: autograd in blocks of rows."""
     with patch("opd.vocabulary.closed_form", lambda method: None):
         return ours(case, shape)
 
 
 def ours_torch(case: Case, shape: Shape) -> Tensor:
-    """Ours with its closed forms in torch: where there is neither Triton nor a C compiler."""
+    """Run the head pass with closed-form gradients in torch, as on machines without Triton and C compiler."""
     with (
         patch("opd.vocabulary.fuses", lambda device: False),
         patch("opd.vocabulary.native.runs", lambda *logits: False),
@@ -48,7 +48,7 @@ def ours_torch(case: Case, shape: Shape) -> Tensor:
 
 
 def naive(case: Case, shape: Shape) -> Tensor:
-    """Plain autograd over log_softmax of both models."""
+    """Run plain autograd over log_softmax of both models, with full [N, V] logits."""
     p = _wide(case.states @ case.weight.T).log_softmax(-1)
     with torch.no_grad():
         q = _wide(case.teacher_states @ case.teacher_weight.T).log_softmax(-1)
@@ -64,7 +64,10 @@ def naive(case: Case, shape: Shape) -> Tensor:
 
 
 def careful(case: Case, shape: Shape) -> Tensor:
-    """Still [N, V], but logsumexp less gather, work in place and early frees; always vopd."""
+    """Run a careful version with full [N, V] logits: gather minus logsumexp, in-place operations, early frees.
+
+    The loss is always vopd.
+    """
     z = _wide(case.states @ case.weight.T)
     logp = _at(z, case.ids) - z.logsumexp(-1)
     with torch.no_grad():
@@ -81,7 +84,7 @@ def careful(case: Case, shape: Shape) -> Tensor:
 
 
 def trl_divergence(case: Case, shape: Shape) -> Tensor:
-    """TRL's DistillationTrainer: reverse KL, recomputed in backward."""
+    """Run the reverse KL of TRL's DistillationTrainer, which recomputes logits in the backward."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     args = (case.states, case.weight, None, case.teacher_states, case.teacher_weight, None, 1.0)
@@ -91,7 +94,7 @@ def trl_divergence(case: Case, shape: Shape) -> Tensor:
 
 
 def trl_composed(case: Case, shape: Shape) -> Tensor:
-    """vOPD out of TRL's own functions: log p, teacher's log q, and the KL, three sweeps."""
+    """Run vOPD composed from TRL's functions: three passes for log p, the teacher's log q, and the KL."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -109,7 +112,7 @@ def trl_composed(case: Case, shape: Shape) -> Tensor:
 
 
 def liger_chunked(case: Case, shape: Shape) -> Tensor:
-    """Liger's chunked JSD at beta 1, the reverse KL, not compiled; its mean over tokens, scaled to the sum."""
+    """Run Liger's chunked JSD at beta 1, which is the reverse KL, not compiled; its token mean is scaled to a sum."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     leaf = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False, chunk_size=shape.chunk)
@@ -119,7 +122,7 @@ def liger_chunked(case: Case, shape: Shape) -> Tensor:
 
 
 def liger_fused(case: Case, shape: Shape) -> Tensor:
-    """Liger's fused linear JSD at beta 1, a Triton kernel."""
+    """Run Liger's fused linear JSD at beta 1, a Triton kernel."""
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
 
     args = (case.states, case.weight, case.teacher_states, case.teacher_weight, None, 1.0)
@@ -129,7 +132,10 @@ def liger_fused(case: Case, shape: Shape) -> Tensor:
 
 
 class Floor:
-    """The products alone, in buffers made beforehand: the logits of both models, the gradients of states and head."""
+    """The matmuls only, in preallocated buffers: logits of both models, gradients of states and head.
+
+    Its time is a lower bound for every arm.
+    """
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -138,7 +144,7 @@ class Floor:
         w, t, n = case.weight.detach(), case.teacher_weight, min(shape.chunk, len(case.ids))
         if not self.buffers:
             tile = Vocabulary(len(w), rounded=shape.rounded).tile(w.dtype, w.device)
-            z, tz = (torch.randn(n, len(w), device=w.device).to(tile) for _ in range(2))  # zeros would be faster
+            z, tz = (torch.randn(n, len(w), device=w.device).to(tile) for _ in range(2))  # zeros run faster
             self.buffers = [z, tz, z.to(w.dtype), w.new_empty(n, w.shape[1]), w.new_zeros(w.shape, dtype=wide(w.dtype))]
         z, tz, g, dh, dw = self.buffers
         for start in range(0, len(case.ids), n):

@@ -1,4 +1,4 @@
-"""What the parts of the benchmark share: arms in turn on one clock, ratios, a table with its numbers."""
+"""Shared parts of the benchmarks: timing of arms in turn, ratios, and result tables."""
 
 import statistics
 import time
@@ -14,31 +14,31 @@ from rich.progress import track
 from rich.table import Table
 
 Clock = Literal["wall", "cpu"]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second leaves out what others of the machine took
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # "cpu" excludes time of other processes
 
 
 @dataclass(frozen=True)
 class Timed:
-    """How a part is timed."""
+    """Settings for timing."""
 
     threads: int = 1
-    """Of torch."""
+    """Number of torch threads."""
     clock: Clock = "wall"
-    """cpu: seconds this process computed, without what others of a shared machine took; for one thread."""
+    """Clock.  cpu counts only this process's processor time, for shared machines; use it with 1 thread."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One part's table, what it says below, and the numbers behind it."""
+    """The table of a benchmark, the notes below it, and the raw numbers."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
-    numbers: dict[str, Any] = field(default_factory=dict)  # json
+    numbers: dict[str, Any] = field(default_factory=dict)  # raw values for json
 
     def show(self) -> None:
-        """On the terminal."""
+        """Print the table and the notes on the terminal."""
         table = Table(title=self.title)
         for i, column in enumerate(self.header):
             table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -50,7 +50,7 @@ class Result:
             console.print(note)
 
     def markdown(self) -> str:
-        """For a document."""
+        """Return the table and the notes as Markdown."""
         line = lambda cells: f"| {' | '.join(cells)} |"
         rule = "|".join(("---", *("---:",) * (len(self.header) - 1)))
         table = [line(self.header), f"|{rule}|", *map(line, self.rows)]
@@ -65,7 +65,10 @@ def in_turn(
     gpu: bool = False,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm, round by round, after one round to warm up; `after` each, off the clock."""
+    """Run the arms in turn and return the seconds of each arm by round, after a warm-up round.
+
+    `after` runs after each arm and is not timed.
+    """
     out = {name: list[float]() for name in arms}
     for turn in track(range(rounds + 1), "rounds", transient=True, console=Console(stderr=True)):
         for name, run in arms.items():
@@ -77,14 +80,14 @@ def in_turn(
 
 
 def by_clock(run: Callable[[], object], clock: Clock) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     start = CLOCKS[clock]()
     run()
     return CLOCKS[clock]() - start
 
 
 def by_events(run: Callable[[], object]) -> float:
-    """Seconds between two events of a GPU's queue."""
+    """Return the seconds of a call on a GPU, between two CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -94,18 +97,18 @@ def by_events(run: Callable[[], object]) -> float:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median [least, most]."""
+    """Format values as `median [min, max]`."""
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return f"{statistics.median(values):.{digits}f} [{low}, {high}]"
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> str:
-    """Of two arms, round by round."""
+    """Format the ratios of two arms by round, as `median [min, max]`."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of installed packages."""
+    """Return the versions of installed packages; "absent" for packages that are not installed."""
     return {name: _version(name) for name in names}
 
 
@@ -117,14 +120,17 @@ def _version(name: str) -> str:
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes; ru_maxrss would start from the parent's."""
+    """Return a memory value of /proc/self/status in bytes.
+
+    `ru_maxrss` is not used, because it starts from the parent's value.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Extra bytes of main memory at the widest moment of a call.  Linux."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    """Return the peak extra main memory of a call, in bytes.  Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = status("VmRSS")
     run()
     return status("VmHWM") - before

@@ -1,7 +1,7 @@
-"""Ragged rollouts beside plain `model.generate`, tokens a second.
+"""Benchmark of rollouts of unequal length against `model.generate`, in tokens per second.
 
-A random model of SmolLM2's width whose stop token has the same probability everywhere: lengths are geometric, cut at
-the limit, as ragged as sampling makes them, and the same distribution for all.  Ours keeps the sampler's log-probs.
+The model is random, has SmolLM2's width, and gives the stop token the same probability at every position.  So lengths
+are geometric, cut at the limit, and have the same distribution in all arms.  Only opd's arms return log-probs.
 """
 
 import math
@@ -31,28 +31,28 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Ragged(Timed):
-    """The model, the requests, and how often."""
+    """Settings of `opd bench rollouts`: the model, the requests, and the number of rounds."""
 
     requests: int = 64
-    """Prompts, of 16 to 63 tokens."""
+    """Number of prompts, of 16 to 63 tokens each."""
     rows: int = 32
-    """Decoded at once, by both."""
+    """Responses decoded at the same time, in all arms."""
     mean: int = 42
-    """Tokens after which a response stops, on average."""
+    """Mean response length before the limit, in tokens."""
     max_new_tokens: int = 160
-    """Longest response."""
+    """Length limit of a response, in tokens."""
     layers: int = 4
-    """Of the model."""
+    """Number of layers of the model."""
     vocabulary: int = 49152
-    """Its tokens."""
+    """Vocabulary size of the model."""
     width: int = 576
-    """Its hidden width, in heads of 64."""
+    """Hidden width of the model, in heads of 64."""
     rounds: int = 5
-    """Alternating rounds, after one to warm up."""
+    """Alternating rounds, after a warm-up round."""
 
 
 def model(ragged: Ragged) -> LlamaForCausalLM:
-    """Near-uniform logits, but for the stop token's."""
+    """Build a model with near-uniform logits, except for the stop token's."""
     torch.manual_seed(0)
     heads = ragged.width // 64
     config = LlamaConfig(
@@ -77,7 +77,7 @@ def model(ragged: Ragged) -> LlamaForCausalLM:
 
 
 def measured(ragged: Ragged) -> Result:
-    """Tokens a second of both, and how ragged the lengths were."""
+    """Measure the tokens per second of all arms, and the distribution of lengths."""
     torch.set_num_threads(ragged.threads)
     made, g = model(ragged), torch.Generator().manual_seed(0)
     widths = torch.randint(16, 64, (ragged.requests,), generator=g).tolist()
@@ -133,7 +133,7 @@ def measured(ragged: Ragged) -> Result:
 
 
 def _generate(made: Any, prompts: list[list[int]], most: int) -> list[int]:
-    """Lengths of what transformers' own loop writes for left-padded prompts."""
+    """Generate with transformers from left-padded prompts, and return the response lengths."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask: Tensor = torch.arange(width)[None] >= width - torch.tensor([len(p) for p in prompts])[:, None]

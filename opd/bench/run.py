@@ -1,4 +1,4 @@
-"""A run whose steps the benchmark takes: `opened(Trained(...).run(folder, method)) -> Loop`."""
+"""A training run whose steps the benchmarks execute: `opened(Trained(...).run(folder, method)) -> Loop`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,21 @@ from opd.types import Sampling
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained."""
+    """Models, prompts and batch size of a training run."""
 
     student: str = "embedded:student"
-    """Hub id, folder, GGUF file or embedded model."""
+    """Student model.  Hub id, folder, GGUF file or embedded model."""
     teacher: str = "embedded:teacher"
-    """The same, of the teacher."""
+    """Teacher model.  Same kinds of name as --student."""
     prompts: str = "embedded:ledger"
-    """Prompts."""
+    """Prompts.  Same kinds of name as for `opd train`."""
     batch: int = 32
-    """Rollouts of a step, one a prompt."""
+    """Rollouts per step, 1 per prompt."""
     max_new_tokens: int = 256
-    """Longest response."""
+    """Length limit of a response, in tokens."""
 
     def run(self, folder: Path, method: str) -> Train:
-        """fp32, and so long that no step saves rollouts but the first."""
+        """Return the configuration of the run: fp32, with saved rollouts only at the first step."""
         return Train(
             student=self.student,
             teacher=self.teacher,
@@ -48,7 +48,7 @@ class Trained:
 
 
 def opened(config: Train) -> Loop:
-    """Opened like `opd train` opens a run."""
+    """Open a run as `opd train` does."""
     method, run = config.resolved(), Run(config.out)
     run.start({}, repr(method), 0)
     return Loop(config, method, open_session(config, method, None), run)

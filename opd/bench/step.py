@@ -1,7 +1,7 @@
-"""A whole training step beside TRL's: rollouts, teacher, loss, backward, optimizer; same models, prompts and limits.
+"""Benchmark of a whole training step against TRL: rollouts, teacher forward, loss, backward, optimizer.
 
-Both match the reverse KL on the student's own samples.  Steps alternate in one process: ours runs when TRL's trainer
-reports the end of its own.
+Both use the same models, prompts and limits, and minimise the reverse KL on the student's samples.  Steps alternate in
+the same process: opd runs a step whenever TRL's trainer reports the end of a step.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from opd.steps import Loop
 
 @dataclass(frozen=True)
 class Step(Trained, Timed):
-    """What is trained, and how often."""
+    """Settings of `opd bench step`: the run, and the number of steps."""
 
     prompts: str = "embedded:ledger"
-    """Prompts; every step takes the same ones."""
+    """Prompts.  Every step uses the same ones."""
     rounds: int = 8
-    """Steps of each, alternating, after one to warm up."""
+    """Alternating steps of each trainer, after a warm-up step."""
 
 
 @dataclass
 class Ours:
-    """Steps of opd, and what each took."""
+    """Runs and times steps of opd."""
 
     loop: Loop
     clock: Clock
@@ -43,12 +43,12 @@ class Ours:
 
     @classmethod
     def of(cls, step: Step, folder: Path) -> "Ours":
-        """A run of as many prompts as a step takes."""
+        """Open a run whose prompts are limited to those of a single step."""
         config = step.run(folder, "opd-full")
         return cls(opened(replace(config, data=replace(config.data, limit=step.batch))), step.clock)
 
     def step(self) -> tuple[float, float]:
-        """Seconds, and tokens trained on."""
+        """Run a step and return its seconds and its number of trained tokens."""
         self.done += 1
         start = CLOCKS[self.clock]()
         numbers, _ = self.loop.step(self.done, NOTHING)
@@ -56,26 +56,26 @@ class Ours:
 
 
 class Turns(TrainerCallback):
-    """Times the trainer's steps, and lets ours run between them."""
+    """A callback that times the steps of TRL's trainer and runs a step of opd after each."""
 
     def __init__(self, ours: Ours, prompt_tokens: int) -> None:
         self.ours, self.prompt_tokens = ours, prompt_tokens
-        self.found: list[tuple[float, float, float, float]] = []  # seconds and tokens of TRL's, then of ours
+        self.found: list[tuple[float, float, float, float]] = []  # seconds, tokens of TRL; then of opd
         self.start, self.seen = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has its batch of prompts."""
+        """Start the clock; the trainer has its batch of prompts."""
         self.start = CLOCKS[self.ours.clock]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has stepped."""
+        """Stop the clock at the end of the trainer's step, and run a step of opd."""
         seconds = CLOCKS[self.ours.clock]() - self.start
         read, self.seen = float(state.num_input_tokens_seen - self.seen), state.num_input_tokens_seen
         self.found.append((seconds, read - self.prompt_tokens, *self.ours.step()))
 
 
 def measured(step: Step) -> Result:
-    """Tokens a second of both; where TRL cannot run, ours and the reason."""
+    """Measure the tokens per second of both trainers; if TRL cannot run, only those of opd, with the reason."""
     torch.set_num_threads(step.threads)
     with tempfile.TemporaryDirectory() as folder:
         ours, reason = Ours.of(step, Path(folder) / "run"), ""
@@ -103,7 +103,7 @@ def measured(step: Step) -> Result:
 
 
 def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, float, float]]:
-    """TRL's trainer, with our steps between its own."""
+    """Run TRL's trainer with steps of opd between its steps; return seconds and tokens of both for each round."""
     from trl import DistillationConfig, DistillationTrainer
 
     session = ours.loop.session

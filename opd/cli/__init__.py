@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["help", *rest]:
                 return main([*rest, "--help"])
             case [name, *rest] if name in COMMANDS:
+                _check_processes(name)
                 module, function = COMMANDS[name]
                 command: Callable[[list[str]], int] = vars(import_module(module))[function]
                 try:
@@ -81,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1  # as rich says, which prints the tables
     return 0
+
+
+def _check_processes(command: str) -> None:
+    """Refuse a launcher's processes for a command that does not share its work among them: each would do all of it."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and command != "train":
+        raise Refusal(
+            f"opd {command}: it runs in one process, and the launcher started {started}; run it without torchrun or "
+            "accelerate launch (only opd train shares its work among processes)"
+        )
 
 
 def _unread() -> bool:

@@ -1,1 +1,1 @@
-"""What would go wrong, found before the first step."""
+"""Checks that find problems of a training run before its first step."""

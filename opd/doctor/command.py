@@ -1,4 +1,4 @@
-"""The doctor alone: `doctor(Train) -> findings`, for `opd doctor` and for Python."""
+"""Entry point of the doctor: `doctor(Train) -> findings`, for `opd doctor` and for Python."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,10 @@ from opd.types import Refusal
 
 
 def doctor(config: Train) -> list[Finding]:
-    """Everything that is found before a first step; what a run refuses to open is an error among the findings."""
+    """Run all checks that are possible before the first step and return the findings.
+
+    A `Refusal` raised while the run is opened becomes a finding of level error.
+    """
     try:
         config.check()
         method = config.resolved()

@@ -1,4 +1,4 @@
-"""What a run will take: bytes of the student's device against those that are free, seconds of a step."""
+"""Estimates of a run's cost: memory on the student's device compared with the free memory, and seconds per step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,22 +16,26 @@ from opd.doctor.probe import Looked, Probe
 from opd.models import base
 from opd.teachers.local import LocalTeacher
 
-SHORT, LONG = 16, 48  # tokens of the two forwards that say what one keeps for its backward pass
-STATES = 2 << 30  # bytes of teacher states kept between measuring and training, at most
-TIGHT, OVER = 0.9, 1.25  # of the free memory: a warning, and more than an estimate can be wrong by
+SHORT, LONG = 16, 48  # tokens; row lengths of the two forwards that give the activation memory per token
+STATES = 2 << 30  # bytes; limit on the teacher's hidden states kept between measuring and training
+TIGHT, OVER = 0.9, 1.25  # fractions of the free memory: a warning above TIGHT, an error above OVER
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that needs memory beside the weights, which are there already."""
+    """An item that needs memory in addition to the weights, which are already loaded."""
 
     name: str
     bytes: int
-    smaller: tuple[str, ...]  # what makes it so
+    smaller: tuple[str, ...]  # flags that reduce it
 
 
 def free(device: torch.device) -> int:
-    """Bytes that this process may still take: of the device, of the machine within its container."""
+    """Return the bytes that this process may still allocate on a device.
+
+    On a GPU, memory that torch has reserved but does not use counts as free.  On a CPU, the limit of the container
+    (cgroup) applies as well.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -43,7 +47,10 @@ def free(device: torch.device) -> int:
 
 
 def kept(probe: Probe, tokens: int) -> int:
-    """Bytes that a forward over one row of so many tokens keeps for its backward pass, without checkpointing."""
+    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward.
+
+    Gradient checkpointing is not taken into account.
+    """
     plain, config = probe.session.plain(), probe.config
     model, seen = base(plain.model), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -61,13 +68,13 @@ def kept(probe: Probe, tokens: int) -> int:
         torch.autocast(model.device.type, low, enabled=low != torch.float32),
         saved_tensors_hooks(pack, lambda x: x),
     ):
-        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # the graph lives as long as this
+        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
     assert out.requires_grad
     return sum(seen.values())
 
 
 def parts(probe: Probe) -> list[Part]:
-    """What the configuration needs on the student's device, in bytes, on top of what is loaded."""
+    """Return what the configuration needs on the student's device in addition to the loaded models, in bytes."""
     config, session = probe.config, probe.session
     model = session.plain().model
     shape = model.config.get_text_config()
@@ -79,15 +86,15 @@ def parts(probe: Probe) -> list[Part]:
     tokens = min(max(config.micro_batch_tokens, row), share * row)
 
     a, b = kept(probe, SHORT), kept(probe, LONG)
-    each = (b - a) / (LONG - SHORT)  # bytes of a token; the rest are copies of weights in the compute type
+    each = (b - a) / (LONG - SHORT)  # bytes per token; the remainder is copies of the weights in the compute dtype
     copies, layer = max(0.0, a - SHORT * each), each / layers
     acts = tokens * (each if not config.gradient_checkpointing else layers * width * itemsize + layer)
-    working = tokens * layer / 2  # gradients on their way back, while what they came from is freed
+    working = tokens * layer / 2  # gradients during the backward, while activations are being freed
 
     heads = shape.to_dict().get("num_key_value_heads") or shape.num_attention_heads
     head = shape.to_dict().get("head_dim") or width // shape.num_attention_heads
     rows = min(config.decode_rows, share)
-    cache = 2 * layers * heads * head * itemsize * rows * row * (1 + 1 / layers)  # a layer is copied as it grows
+    cache = 2 * layers * heads * head * itemsize * rows * row * (1 + 1 / layers)  # growing the cache copies a layer
     states = [t.head.weight.shape[1] for t in session.teachers.values() if isinstance(t, LocalTeacher)]
     widest = max(states, default=width)
     batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
@@ -109,7 +116,11 @@ def parts(probe: Probe) -> list[Part]:
 
 
 def peak(needs: Sequence[Part]) -> int:
-    """Of a run: gradients and optimizer stay; sampling and training take turns, but beside a worker."""
+    """Return the peak memory of a run in bytes.
+
+    Gradients and optimizer state stay allocated.  Sampling and training alternate, so only the larger of the two
+    counts, except with a worker process on the same device: then both run at once.
+    """
     size = {p.name: p.bytes for p in needs}
     stays = size["gradients"] + size["AdamW"] + size["weights in the compute type"] + size["teacher states"]
     trains = max(size["teacher at work"], size["activations"] + size["logits"])
@@ -119,14 +130,14 @@ def peak(needs: Sequence[Part]) -> int:
 
 
 def _shared(probe: Probe) -> bool:
-    """Whether a worker's copy of the student lives on the student's device."""
+    """Return True if a worker process keeps its copy of the student on the student's device."""
     config, device = probe.config, probe.session.accelerator.device
     there = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
     return bool(config.staleness or config.worker) and there.type == device.type and there.index in (None, device.index)
 
 
 def memory(probe: Probe) -> Iterator[Finding]:
-    """An estimate: does the run fit?"""
+    """Estimate whether the run fits into the free memory of the student's device."""
     needs, there = parts(probe), probe.free
     most = peak(needs)
     table = "\n".join(f"{p.name:<28}{shown(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
@@ -150,12 +161,16 @@ def memory(probe: Probe) -> Iterator[Finding]:
 
 
 def shown(size: int) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes as MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def duration(looked: Looked) -> Iterator[Finding]:
-    """An estimate from the rehearsal: sampling takes between one time per group of --decode-rows and one per token."""
+    """Estimate seconds per step, total time and tokens per second from the rehearsal.
+
+    The result is a range.  The lower time assumes that sampling costs the same for each group of --decode-rows
+    rollouts, the upper one that it grows with the number of tokens.
+    """
     config, seconds, n = looked.probe.config, looked.rehearsal.seconds, len(looked.rehearsal.rollouts)
     share = config.batch / n
     groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
@@ -174,12 +189,12 @@ def duration(looked: Looked) -> Iterator[Finding]:
 
 
 def apart(low: str, high: str) -> str:
-    """A range."""
+    """Format a range; a single value if both ends print the same."""
     return low if low == high else f"{low} to {high}"
 
 
 def clock(seconds: float) -> str:
-    """A duration as people read it."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

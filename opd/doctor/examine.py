@@ -1,4 +1,4 @@
-"""All checks in their order: `examined(Loop) -> findings`."""
+"""Runs all checks of the doctor in order: `examined(Loop) -> findings`."""
 
 from dataclasses import replace
 
@@ -12,24 +12,25 @@ from opd.steps import Loop
 
 
 def examined(loop: Loop) -> list[Finding]:
-    """What can be seen of an opened run without rollouts; then, where it could start at all, what some rollouts show.
+    """Run the checks that need no rollouts, then the checks on a few rollouts, and return the findings.
 
-    On every process alike; nothing is trained or written.
+    The second part is skipped if the first part finds an error, or if the method takes only text from its teacher.
+    Call it on every process.  It trains nothing and writes no files.
     """
     session = loop.session
     free = min(gather_object([cost.free(session.accelerator.device)]))
     probe = Probe(loop.config, loop.method, session, free)
     found = [f for part in (pair, settings, cost) for check in part.BEFORE for f in check(probe)]
-    if errors(found) or loop.method.asks is not None:  # nothing scores the tokens of a method that asks for texts
+    if errors(found) or loop.method.asks is not None:  # a text-only teacher scores no tokens
         return found
     looked = rehearsed(probe, replace(loop, method=Method(), session=replace(session, lenses=None)))
     after = list(teacher.finite(looked))
-    if not errors(after):  # means over numbers that are none say nothing
+    if not errors(after):  # means over nan or inf are meaningless
         after += [f for part in (teacher, settings, cost) for check in part.AFTER for f in check(looked)]
     return found + after
 
 
 def noted(loop: Loop) -> list[Finding]:
-    """What is known without a look."""
+    """Return the findings that need neither rollouts nor a forward: risky settings and vocabulary differences."""
     probe = Probe(loop.config, loop.method, loop.session, 0)
     return [*settings.told(probe), *pair.vocabulary(probe)]

@@ -1,4 +1,4 @@
-"""What the doctor says: findings as values, on a terminal, as json, and as lines of a run."""
+"""Findings of the doctor: their data type, the selection by severity, and the output on a terminal."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 class Level(StrEnum):
-    """How bad it is: only an error keeps a run from starting."""
+    """A severity level.  Only an error keeps a run from starting."""
 
     OK = "ok"
     NOTE = "note"
@@ -23,36 +23,39 @@ COLORS = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One: what is so, why it matters, what to do.  Sentences that say all three by themselves are `what` alone."""
+    """A finding: the observation (`what`), why it matters (`why`), and the remedy (`do`).
+
+    If one sentence covers all three, it stands in `what` and the other two are empty.
+    """
 
     check: str
     level: Level
     what: str
     why: str = ""
     do: str = ""
-    detail: str = ""  # several lines, for people: a diff, a table
+    detail: str = ""  # several lines for the reader, such as a diff or a table
 
     def __str__(self) -> str:
         return f"{self.level}: {self.check}: {': '.join(filter(None, (self.what, self.why, self.do)))}"
 
 
 def ok(check: str, what: str) -> Finding:
-    """Nothing to do."""
+    """Return a finding of level OK, which needs no action."""
     return Finding(check=check, level=Level.OK, what=what)
 
 
 def errors(found: Iterable[Finding]) -> list[Finding]:
-    """Those with which no run may start."""
+    """Return the findings of level error, which keep a run from starting."""
     return [f for f in found if f.level is Level.ERROR]
 
 
 def alarming(found: Iterable[Finding]) -> list[Finding]:
-    """Those a run tells of."""
+    """Return the warnings and errors, which a training run prints."""
     return [f for f in found if f.level in (Level.WARNING, Level.ERROR)]
 
 
 def show(found: Sequence[Finding], console: Console) -> None:
-    """All of them, the verdict last."""
+    """Print all findings, and the verdict last."""
     width = max(len(f.check) for f in found)
     for f in found:
         mark, name = (f"{MARKS[f.level]} ", COLORS[f.level]), (f"{f.check:<{width}}  ", "bold")

@@ -1,6 +1,6 @@
-"""Two models side by side, without rollouts: tokens, where turns end, templates, precision.
+"""Checks that compare student and teacher without rollouts: tokens, end of turn, chat templates, precision.
 
-Each check is `(Probe) -> findings`.
+Each check has the signature `(Probe) -> findings`.
 """
 
 import difflib
@@ -17,12 +17,12 @@ from opd.teachers.server import HiddenTeacher, LogpTeacher
 from opd.tokens import Severity
 
 LEVELS = {Severity.NOTE: Level.NOTE, Severity.WARNING: Level.WARNING, Severity.REFUSE: Level.ERROR}
-TEXTS = 64  # prompts whose text is sent to ids and back
-MARK = "5"  # an answer whose end is easy to find
+TEXTS = 64  # prompts whose text is encoded and decoded again
+MARK = "5"  # an answer whose end is easy to locate in the rendered chat
 
 
 def vocabulary(probe: Probe) -> Iterator[Finding]:
-    """Token -> id over all tokens, heads, stop ids, special tokens; as `opd.tokens.agreement` compared them."""
+    """Report differences in token ids, LM head sizes, stop ids and special tokens, from `opd.tokens.agreement`."""
     for name, agreed in probe.session.agreements.items():
         who = f"teacher {name}".rstrip()
         yield ok("tokens", f"all {agreed.vocabulary} ids mean the same to student and {who}")
@@ -37,7 +37,7 @@ def _models(probe: Probe) -> Iterator[tuple[str, Tokenizer]]:
 
 
 def ends(probe: Probe) -> Iterator[Finding]:
-    """Is what the chat template ends an answer with a token that ends a response?"""
+    """Check that the chat template closes an assistant turn with a token that stops generation."""
     stop = probe.session.collector.student.stop
     asked = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": MARK}]
     for who, text in _models(probe):
@@ -49,7 +49,7 @@ def ends(probe: Probe) -> Iterator[Finding]:
             continue
         try:
             tail = str(text.apply_chat_template(asked, tokenize=False)).rpartition(MARK)[2]
-        except Exception as error:  # a template is a program of the model's author and raises what it likes
+        except Exception as error:  # a chat template is code of the model's author and may raise anything
             yield Finding(
                 check="turn end",
                 level=Level.NOTE,
@@ -76,7 +76,7 @@ def ends(probe: Probe) -> Iterator[Finding]:
 
 
 def begins(probe: Probe) -> Iterator[Finding]:
-    """Does a prompt begin with the token that all the model's texts begin with?"""
+    """Check that prompts begin with the BOS token if the tokenizer adds it to plain text."""
     first = probe.session.prompts.first(1)[0]
     sides = [("student", probe.session.collector.tokenizer, first.ids)]
     if probe.config.teacher_prompt == "own":
@@ -96,7 +96,10 @@ def begins(probe: Probe) -> Iterator[Finding]:
 
 
 def templates(probe: Probe) -> Iterator[Finding]:
-    """The first prompt as both read it; the models' own difference is among those of `vocabulary`."""
+    """Compare the first prompt as student and teacher read it, as a diff.
+
+    Differences between the two chat templates themselves are reported by `vocabulary`.
+    """
     first = probe.session.prompts.first(1)[0]
     own, theirs = probe.session.collector.tokenizer, probe.session.prompts.teacher_tokenizers[first.teacher]
     if first.ids == first.teacher_ids:
@@ -118,7 +121,7 @@ def templates(probe: Probe) -> Iterator[Finding]:
 
 
 def round_trip(probe: Probe) -> Iterator[Finding]:
-    """Do prompts and reference texts survive ids and back?"""
+    """Check that prompts and reference texts are unchanged after encoding and decoding."""
     text, task = probe.session.collector.tokenizer, probe.session.prompts.task
     rows = [task.prompts[i] for i in range(min(TEXTS, len(task.prompts)))]
     said = [x for p in rows for x in (p.text, p.response, p.answer, *(t["content"] for t in p.messages)) if x]
@@ -140,7 +143,7 @@ def round_trip(probe: Probe) -> Iterator[Finding]:
 
 
 def precision(probe: Probe) -> Iterator[Finding]:
-    """Types of what is trained and of what is frozen."""
+    """Check the dtypes of the trained weights and of the frozen teachers, and the compute dtype."""
     trained = [p for p in probe.session.student.parameters() if p.requires_grad]
     low = {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype != torch.float32}
     if low:
@@ -173,12 +176,12 @@ def precision(probe: Probe) -> Iterator[Finding]:
 
 
 def server(probe: Probe) -> Iterator[Finding]:
-    """Does a teacher behind a server say what its weights say here?"""
+    """Report whether a teacher behind a server was verified against local weights (--teacher-local)."""
     for name, teacher in probe.session.teachers.items():
         if not isinstance(teacher, HiddenTeacher | LogpTeacher):
             continue
         who, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
-        if local and not name:  # `opd.remote.compared` refused it otherwise
+        if local and not name:  # `opd.remote.compared` raised Refusal if they differ
             yield ok("server", f"{who} and {local} give the same log-probs to the same tokens")
             continue
         yield Finding(

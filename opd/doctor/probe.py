@@ -1,4 +1,7 @@
-"""What the doctor looks at, and in which order: a check is a function of a probe that yields findings."""
+"""Inputs of the doctor's checks: an opened run, and the same run after a rehearsal on a few rollouts.
+
+A check is a function that takes one of the two and yields findings.
+"""
 
 import time
 from collections.abc import Iterator
@@ -14,31 +17,31 @@ from opd.session import Session
 from opd.steps import REHEARSED, Loop, Rehearsal
 from opd.types import Rollout
 
-ROLLOUTS = 16  # sampled; no more than a step samples
+ROLLOUTS = 16  # rollouts of the rehearsal, limited by --batch
 
 
 @dataclass(frozen=True)
 class Probe:
-    """An opened run."""
+    """An opened run: the input of checks that need no rollouts."""
 
     config: Train
     method: Method
     session: Session
-    free: int  # bytes of the student's device that are not taken yet
+    free: int  # free bytes on the student's device
 
 
 @dataclass(frozen=True)
 class Looked:
-    """A run after its rehearsal."""
+    """A run after its rehearsal: the input of checks on rollouts."""
 
     probe: Probe
     rehearsal: Rehearsal
-    other: Float[Tensor, "B T"] | None  # log q after the other of a teacher's two prompts, where they differ
-    seconds: float  # all that the rollouts took
+    other: Float[Tensor, "B T"] | None  # teacher log-probs after the alternative prompt; None if both are equal
+    seconds: float  # time to generate and score the rollouts
 
 
 def prompts(probe: Probe) -> list[Rendered]:
-    """Of the first step, as many for each teacher."""
+    """Return prompts of the first step, the same number for each teacher."""
     session, out = probe.session, []
     most = min(ROLLOUTS, probe.config.batch)
     each = -(-most // len(session.teachers))
@@ -49,7 +52,7 @@ def prompts(probe: Probe) -> list[Rendered]:
 
 
 def rehearsed(probe: Probe, loop: Loop) -> Looked:
-    """The rollouts, and what the teacher would say of them after its other prompt."""
+    """Generate and score the rehearsal's rollouts; score them again with the teacher's alternative prompt."""
     start = time.perf_counter()
     found = loop.rehearse(prompts(probe))
     swapped = [replace(r, teacher_prompt_ids=_other(probe, r)) for r in found.rollouts]
@@ -61,14 +64,14 @@ def rehearsed(probe: Probe, loop: Loop) -> Looked:
 
 
 def _other(probe: Probe, rollout: Rollout) -> tuple[int, ...]:
-    """A rollout's prompt in the student's template where the teacher reads its own, in its own where not."""
+    """Return the ids of the alternative teacher prompt: in the template that --teacher-prompt does not select."""
     if probe.config.teacher_prompt == "own":
         return rollout.prompt_ids
     return probe.session.prompts.heard(rollout.prompt, rollout.teacher, "")
 
 
 def teachers(looked: Looked) -> Iterator[tuple[str, str, Tensor]]:
-    """(name, how messages call it, mask of its tokens) of each teacher that scored a rollout."""
+    """Yield (name, label for messages, mask [B, T] of its tokens) for each teacher that scored a rollout."""
     rollouts, batch = looked.rehearsal.rollouts, looked.rehearsal.batch
     for name in looked.probe.session.teachers:
         mask = batch.mask & batch.mask.new_tensor([r.teacher == name for r in rollouts])[:, None]

@@ -1,6 +1,6 @@
-"""What a run is told, its prompts and verifier, and how the student's rollouts end: findings of each.
+"""Checks of a run's settings, prompts and verifier, and of how the student's rollouts end.
 
-Each check is `(Probe) -> findings` or, on rollouts, `(Looked) -> findings`.
+Each check has the signature `(Probe) -> findings` or, on rollouts, `(Looked) -> findings`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,21 +16,21 @@ from opd.rollouts import Mixture
 from opd.teachers.server import LogpTeacher
 from opd.types import DATA, RIGHT, Prompt
 
-VERIFIED = 32  # prompts whose own answers are verified
-FULL = 0.2  # full fine-tuning's rate times the width, beyond which it is that of LoRA: 1e-4 at 2048, 5e-5 at 4096
-LORA = (3e-5, 10.0)  # the least of LoRA's rates, and how many times full fine-tuning's the most is
-REPEATS = 0.3  # of the 4-grams of a response
-GAP = {"fp32": 0.01, "bf16": 0.3}  # nats: trainer against sampler on one token
+VERIFIED = 32  # prompts whose reference answers are verified
+FULL = 0.2  # highest learning rate of full fine-tuning times the width: 1e-4 at 2048, 5e-5 at 4096
+LORA = (3e-5, 10.0)  # lowest learning rate for LoRA; highest one as a multiple of full fine-tuning's
+REPEATS = 0.3  # share of repeated 4-grams in a response above which the check warns
+GAP = {"fp32": 0.01, "bf16": 0.3}  # nats on one token; largest difference between trainer and sampler, by precision
 
 
 def told(probe: Probe) -> Iterator[Finding]:
-    """Settings that change what is estimated."""
+    """Report settings that change what the loss estimates."""
     for line in probe.config.warnings():
         yield Finding(check="settings", level=Level.WARNING, what=line)
 
 
 def compatible(probe: Probe) -> Iterator[Finding]:
-    """What the method reads, beside what teachers, verifier and data give."""
+    """Check that teachers, verifier and data provide what the method reads."""
     method, task = probe.method, probe.session.prompts.task
     asked = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
     lacks = {name: sorted(asked(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
@@ -77,7 +77,10 @@ def compatible(probe: Probe) -> Iterator[Finding]:
 
 
 def rate(probe: Probe) -> Iterator[Finding]:
-    """Is --lr that of full fine-tuning or of LoRA?  "LoRA Without Regret" (Thinking Machines, 2025): 10 times apart."""
+    """Check that --lr suits the kind of training, full fine-tuning or LoRA.
+
+    The two differ by a factor of 10: "LoRA Without Regret" (Thinking Machines, 2025).
+    """
     config, width = probe.config, probe.session.plain().model.config.get_text_config().hidden_size
     most, least = FULL / width, LORA[0]
     if config.lora_rank and not least <= config.lr <= LORA[1] * most:
@@ -104,7 +107,7 @@ def rate(probe: Probe) -> Iterator[Finding]:
 
 
 def lengths(probe: Probe) -> Iterator[Finding]:
-    """Prompts beside the context; those that do not fit were refused when the run was opened."""
+    """Report prompt lengths and the context length.  Prompts that do not fit were refused when the run was opened."""
     rendered = probe.session.prompts.first(VERIFIED)
     longest = max(max(len(p.ids), len(p.teacher_ids)) for p in rendered)
     room, new = probe.session.prompts.room, probe.config.sampling.max_new_tokens
@@ -112,7 +115,7 @@ def lengths(probe: Probe) -> Iterator[Finding]:
 
 
 def verifier(probe: Probe) -> Iterator[Finding]:
-    """Are the data's own answers right, and is an empty one wrong?"""
+    """Check that the verifier accepts the reference answers of the data and rejects an empty response."""
     task = probe.session.prompts.task
     rows = [task.prompts[i] for i in range(min(VERIFIED, len(task.prompts)))]
     rows = [p for p in rows if p.response or p.answer]
@@ -150,14 +153,14 @@ def verifier(probe: Probe) -> Iterator[Finding]:
 
 
 def _right(prompt: Prompt) -> tuple[str, ...]:
-    """Responses that a right verifier accepts: the reference, or the bare answer in one of the usual dresses."""
+    """Return responses that a correct verifier accepts: the reference response, or the answer in the usual formats."""
     if prompt.response:
         return (prompt.response,)
     return prompt.answer, f"\\boxed{{{prompt.answer}}}", f"The answer is {prompt.answer}"
 
 
 def stops(looked: Looked) -> Iterator[Finding]:
-    """Do responses end by themselves, and within which budget?"""
+    """Check that responses end with a stop token within --max-new-tokens."""
     batch, most = looked.rehearsal.batch, looked.probe.config.sampling.max_new_tokens
     stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in looked.rehearsal.rollouts]
     context = looked.probe.session.prompts.room + most
@@ -181,7 +184,7 @@ def stops(looked: Looked) -> Iterator[Finding]:
 
 
 def repeats(looked: Looked) -> Iterator[Finding]:
-    """Responses that say the same again."""
+    """Check how many 4-grams repeat within a response."""
     batch = looked.rehearsal.batch
     share = repetition(batch.ids, batch.mask)
     if share > REPEATS:
@@ -199,12 +202,12 @@ def repeats(looked: Looked) -> Iterator[Finding]:
 
 
 def sampler(looked: Looked) -> Iterator[Finding]:
-    """Sampler and trainer compute one number."""
+    """Check that the log-probs of sampler and trainer agree on the sampled tokens."""
     batch, config = looked.rehearsal.batch, looked.probe.config
     if batch.student_logp is None or not config.compares():
         return
     terminal = batch.ids.new_tensor(looked.probe.session.vocabulary.stop)
-    mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids have the sum of their shares
+    mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids sum their probabilities
     gap = float((batch.student_logp - batch.sampler_logp)[mask].abs().max()) if mask.any() else 0.0
     if gap > GAP[config.precision]:
         yield Finding(
@@ -219,7 +222,7 @@ def sampler(looked: Looked) -> Iterator[Finding]:
 
 
 def sweeps(probe: Probe) -> Iterator[Finding]:
-    """Who sweeps the logits between the head pass's products."""
+    """Report which backend (Triton, C or torch) does the elementwise work on the logits in the head pass."""
     device = probe.session.accelerator.device
     who = sweeper(device)
     if device.type == "cuda" and who != "triton":

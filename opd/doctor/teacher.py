@@ -1,6 +1,6 @@
-"""What some rollouts show of a teacher: numbers, a distance that can be learnt from, a prompt that it knows.
+"""Checks of a teacher on a few rollouts: finite log-probs, a useful KL to the student, a prompt in its template.
 
-Each check is `(Looked) -> findings`.
+Each check has the signature `(Looked) -> findings`.
 """
 
 import math
@@ -12,15 +12,15 @@ from opd.doctor.findings import Finding, Level, ok
 from opd.doctor.probe import Looked, teachers
 from opd.metrics import standard_error
 
-SAME = 1e-4  # nats/token: a teacher that says what the student says
-NEAR = 0.1  # nats: no token of such a teacher is further away
-FAR = 3.0  # nats/token: hardly one language; or half of log V, where that is less
-UNIFORM = 0.98  # of log V: an entropy that knows nothing
-LIKED = 0.1  # nats/token: more that a teacher likes an answer after its other prompt
+SAME = 1e-4  # nats/token; below this KL the teacher may be identical to the student
+NEAR = 0.1  # nats; the teacher counts as identical only if every token's log ratio is below this, too
+FAR = 3.0  # nats/token; above this KL (or half of log V, if that is less) the models are too far apart
+UNIFORM = 0.98  # fraction of log V; an entropy above it means an untrained model
+LIKED = 0.1  # nats/token; gain in log-prob after the alternative prompt above which the check warns
 
 
 def finite(looked: Looked) -> Iterator[Finding]:
-    """Log-probs that are numbers."""
+    """Check that the log-probs, entropies and KL of student and teacher are finite."""
     batch = looked.rehearsal.batch
     for side in ("student", "teacher"):
         names = [f"{side}_logp", f"{side}_entropy", *(["reverse_kl"] if side == "teacher" else [])]
@@ -48,12 +48,13 @@ def finite(looked: Looked) -> Iterator[Finding]:
 
 
 def distance(looked: Looked) -> Iterator[Finding]:
-    """KL(student || teacher) per teacher at the start: has it something to say, in one language?"""
+    """Check KL(student || teacher) per teacher at the start: neither zero nor too large to learn from."""
     batch, config = looked.rehearsal.batch, looked.probe.config
     size, several = looked.probe.session.vocabulary.size, len(looked.probe.session.teachers) > 1
     assert batch.student_logp is not None and batch.teacher_logp is not None
     r = batch.teacher_logp - batch.student_logp
-    # Where the teacher tells no more: its mean over the student's own tokens is the KL too, quieter than that of -r.
+    # Without the full distribution, the mean of exp(r) - 1 - r over the student's tokens estimates the same KL (k3),
+    # with less noise than the mean of -r.
     column = r.exp() - 1 - r if batch.reverse_kl is None else batch.reverse_kl
     for _, who, mask in teachers(looked):
         value, error = float(column[mask].mean()), standard_error(column, mask)
@@ -90,7 +91,7 @@ def distance(looked: Looked) -> Iterator[Finding]:
 
 
 def uniform(looked: Looked) -> Iterator[Finding]:
-    """Models that know nothing."""
+    """Check that no model is close to the uniform distribution, as untrained weights are."""
     batch, top = looked.rehearsal.batch, math.log(looked.probe.session.vocabulary.size)
     sides = [("student", batch.student_entropy, batch.mask, Level.WARNING)]
     sides += [(who, batch.teacher_entropy, mask, Level.ERROR) for _, who, mask in teachers(looked)]
@@ -106,7 +107,7 @@ def uniform(looked: Looked) -> Iterator[Finding]:
 
 
 def asked(looked: Looked) -> Iterator[Finding]:
-    """Does the teacher like the answers better after its other prompt?"""
+    """Check that the teacher does not assign higher log-probs to the responses after its alternative prompt."""
     batch, own = looked.rehearsal.batch, looked.probe.config.teacher_prompt == "own"
     if looked.other is None or batch.teacher_logp is None:
         return

@@ -1,4 +1,4 @@
-"""Who sweeps the closed forms on a device: Triton, C or torch, the first that is there."""
+"""Selection of the implementation that computes the closed forms: Triton, C or torch, the first that is available."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ import torch
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether the Triton kernels run: on a GPU; elsewhere only in Triton's interpreter, which is for tests."""
+    """Return True if the Triton kernels run: on a GPU, or in Triton's interpreter (tests only)."""
     return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _triton()
 
 
 def sweeper(device: torch.device) -> str:
-    """Its name, for readers; C takes fp32 logits alone."""
+    """Return the name of the implementation, for display.  C supports fp32 logits only."""
     if fuses(device):
         return "triton"
     compiler = device.type == "cpu" and shutil.which(os.environ.get("CC", "cc"))

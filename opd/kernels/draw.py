@@ -1,7 +1,8 @@
-"""The tokens at quantiles of a distribution over the vocabulary, in float64: `(logits, noise, temperature)`.
+"""Sampling by inverse CDF over the vocabulary, in float64: `(logits, noise, temperature)`.
 
-In C, compiled where it runs, two passes over a row in the cache and no tensor of [B, V]; in torch where there is no
-compiler or the logits are not fp32 on a CPU.  Both sum exp(z / T) in float64, so that they draw the same token.
+The C version is compiled at run time.  It makes two passes over a row in the cache and needs no tensor of [B, V].  The
+torch version is used without a compiler, or if the logits are not fp32 on a CPU.  Both sum exp(z / T) in float64, so
+they sample the same token.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from opd.kernels.native import LEAST, built, over_threads
 
-BLOCK = 1024  # as in draw.c
+BLOCK = 1024  # must equal BLOCK in draw.c
 
 
 @cache
@@ -31,9 +32,9 @@ def _compiled() -> Callable[..., None] | None:
 def quantile(
     logits: Float[Tensor, "B V"], noise: Float[Tensor, "B k"], temperature: float = 1.0
 ) -> tuple[Int[Tensor, "B k"], Float[Tensor, " B"]]:
-    """The first ids whose running sum of softmax(z / T) exceeds the noise in [0, 1); and log sum exp(z / T), float64.
+    """Return the sampled ids [B, k], and log sum exp(z / T) [B] in float64.
 
-    A logit of -inf is never drawn.
+    An id is the first whose cumulative softmax(z / T) exceeds its noise in [0, 1).  A logit of -inf is never sampled.
     """
     fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.shape[-1] >= LEAST
     if fits and logits.stride(-1) == 1 and _compiled() is not None:
@@ -44,14 +45,14 @@ def quantile(
 def in_torch(
     logits: Float[Tensor, "B V"], noise: Float[Tensor, "B k"], temperature: float
 ) -> tuple[Int[Tensor, "B k"], Float[Tensor, " B"]]:
-    """The twin of the C."""
+    """Compute `quantile` in torch, as the reference for the C version."""
     z = logits.double()
     most = z.amax(-1, keepdim=True)
     e = ((z - most) / temperature).exp()
     cdf = e.cumsum(-1)
     total = cdf[:, -1:]
     ids = torch.searchsorted(cdf, noise.double() * total, right=True)
-    # The last id of positive probability, where rounding puts the quantile beyond the end.
+    # The last id of positive probability bounds the result: rounding may put the quantile beyond the end.
     last = logits.shape[-1] - 1 - (e > 0).flip(-1).byte().argmax(-1, keepdim=True)
     return torch.minimum(ids, last), (most / temperature + total.log())[:, 0]
 

@@ -1,7 +1,7 @@
-"""fp32 products through oneDNN where torch's BLAS is slower: on AMD's processors, for which MKL has no AVX-512.
+"""fp32 matmuls through oneDNN on AMD processors, where torch's BLAS is slower because MKL does not use AVX-512.
 
-torch itself keeps oneDNN for lower precisions.  A core of Zen 5 makes 210 Gflop/s of fp32 there and 100 in MKL, and a
-skinny product (decoding) need not copy the weight first.  Elsewhere, and for small products, all is torch's.
+torch uses oneDNN only for lower precisions.  A Zen 5 core reaches 210 Gflop/s of fp32 with it and 100 with MKL, and a
+skinny product (decoding) need not copy the weight first.  Other processors and small products use torch.
 """
 
 from functools import cache
@@ -13,19 +13,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-LEAST = 1 << 21  # multiplications below which making the call costs more than it saves
+LEAST = 1 << 21  # multiplications; for smaller products the call costs more than it saves
 
 
 @cache
 def faster() -> bool:
-    """Whether oneDNN is there and the processor AMD's."""
+    """Return True if the processor is from AMD and torch has oneDNN and MKL."""
     cpu = Path("/proc/cpuinfo")
     amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
     return amd and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
 def pays(a: Float[Tensor, "*n k"], b: Float[Tensor, "m k"]) -> bool:
-    """Whether a b^T is a product to send there."""
+    """Return True if oneDNN should compute a b^T: a large fp32 product on a CPU where it is faster."""
     return (
         a.numel() * len(b) >= LEAST
         and a.dtype == b.dtype == torch.float32
@@ -35,12 +35,12 @@ def pays(a: Float[Tensor, "*n k"], b: Float[Tensor, "m k"]) -> bool:
 
 
 def product(a: Float[Tensor, "*n k"], b: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None) -> Tensor:
-    """a b^T + bias, without a gradient; any strides."""
+    """Return a b^T + bias, computed by oneDNN without a gradient; any strides."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """`product` with its gradients."""
+    """An autograd function for `product`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,11 +62,12 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """The layer it was, with faster products where there are any."""
+    """A linear layer with the same parameters that uses oneDNN where it is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        plain = type(weight) is nn.Parameter and not torch.compiler.is_compiling()  # no shard of one, no tracer
+        # not a sharded parameter, not under a tracer
+        plain = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
         if not (plain and pays(input, weight)) or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
         if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
@@ -75,7 +76,7 @@ class Linear(nn.Linear):
 
 
 def quicken(model: nn.Module) -> None:
-    """Turn the plain linear layers of a model into these, in place, where that is faster."""
+    """Convert the plain linear layers of a model to `Linear`, in place, if oneDNN is faster."""
     if faster():
         for layer in model.modules():
             if type(layer) is nn.Linear:

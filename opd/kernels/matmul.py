@@ -1,4 +1,4 @@
-"""Products whose result may be wider than their factors: `(a, b, out) -> out`."""
+"""Matrix products whose result may have a wider dtype than their factors: `(a, b, out) -> out`."""
 
 import torch
 from jaxtyping import Float
@@ -6,23 +6,26 @@ from torch import Tensor
 
 from opd.kernels.linear import pays, product
 
-# Rows and columns of a product that oneDNN makes at once: it takes no room for its result, so that is copied.
+# Rows and columns per oneDNN product.  oneDNN cannot write to a given tensor, so each block's result is copied.
 BLOCK = 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and of sums over tokens: at least fp32."""
+    """Return the dtype for statistics and for sums over tokens: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would cast x to for a product."""
+    """Return the dtype to which autocast would cast x for a product."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
-    """out = a @ b; a wider `out` gets it unrounded on CUDA, and rounded once to a's dtype elsewhere."""
+    """Compute out = a @ b.
+
+    If `out` is wider than a, the product is unrounded on CUDA and rounded once to a's dtype elsewhere.
+    """
     if out.dtype == a.dtype and pays(a, b.T):
         for rows, x in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             for part, columns in zip(rows.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
@@ -36,7 +39,10 @@ def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j
 
 
 def addmm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
-    """out += a @ b, as `mm`: rounding the product of every chunk would bias their sum."""
+    """Compute out += a @ b, with the rounding of `mm`.
+
+    Rounding the product of every chunk would bias their sum.
+    """
     if out.dtype == a.dtype and pays(a, b.T):
         for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             part.add_(product(rows, b.T))

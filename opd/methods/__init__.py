@@ -1,7 +1,7 @@
-"""Named methods.  A method is a factory: its defaults are the paper's setting, its body is what differs.
+"""Named methods.  A method is a factory function: its defaults are the paper's setting, its body shows what differs.
 
-To add one: write a file with the function (and any new part it brings), then list it here.
-It is then on the command line, in the generated docs and under every law.
+To add a method, write a file with the function and any new part it needs, then list the function here. The command
+line, the generated docs and the law tests then include it.
 """
 
 from collections.abc import Callable

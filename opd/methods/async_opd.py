@@ -1,4 +1,4 @@
-"""AsyncOPD: an older student's rollouts, the advantage and the ratio of now.  arXiv:2606.24143."""
+"""AsyncOPD: train on rollouts of older weights, with a current advantage and an importance ratio.  arXiv:2606.24143."""
 
 from opd.estimators import Sampled, Several
 from opd.method import Method, PolicyGradient
@@ -7,16 +7,18 @@ from opd.surrogates import OffPolicy
 
 
 def async_opd(samples: int = 1) -> Method:
-    """OPD on rollouts of an older student, exact at their contexts.  AsyncOPD, arXiv:2606.24143.
+    """OPD on stale rollouts, with an importance ratio that is exact at their contexts.  AsyncOPD, arXiv:2606.24143.
 
-    Loss -p/p_old sg(log q - log p), unclipped, p and the advantage of the weights being trained, p_old of those that
-    wrote: the paper's best of four.  The run's --staleness says how old they may be (4 in the paper; without it this is
-    opd); contexts stay the older student's.
+    The loss is -p/p_old sg(log q - log p), unclipped: the best of the paper's four variants.  p and the advantage come
+    from the weights being trained, p_old from the weights that generated the rollout.  --staleness bounds how old those
+    weights may be (4 in the paper; without --staleness this is `opd`).  The ratio corrects only the sampled token: the
+    contexts remain those of the older weights.
 
     Args:
-        samples: tokens drawn at each context by the weights that wrote, the response's own among them; the loss is
-            their mean, with 1/samples of the variance at a context (4 and 64 in the paper).  A teacher with logits
-            gives the limit for nothing (opd-full); of a server this asks so many log-probs a token.
+        samples: Tokens sampled at each context by the generating weights, the response's token included.  The loss is
+            their mean, which has 1/samples of the variance at a context (4 and 64 in the paper).  If the teacher
+            provides logits, `opd-full` gives the limit of many samples at no extra cost; a teacher server must return
+            this many log-probs per token.
     """
     several = Several() if samples > 1 else Sampled()
     return Method((PolicyGradient(surrogate=OffPolicy(), estimator=several),), rollouts=OnPolicy(samples=samples))

@@ -1,4 +1,4 @@
-"""The reference points: sampled-token OPD, full-vocabulary and top-k matching, GKD, post-hoc reward shaping."""
+"""Baseline methods: sampled-token OPD, full-vocabulary and top-k matching, GKD, and post-hoc reward shaping."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,12 +12,13 @@ from opd.types import DATA, TEACHER, Column
 
 
 def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") -> Method:
-    """Log-ratio reward on the student's own tokens.  Thinking Machines, "On-Policy Distillation" (2025).
+    """Policy gradient with the log-ratio reward on sampled tokens.  Thinking Machines, "On-Policy Distillation" (2025).
 
     Args:
-        gamma: 0 rewards each token alone; above 0 adds the discounted future (1: the sequence-KL gradient, unbiased
-            with --reduction constant).
-        future: sampled uses the later tokens' own log ratios, expected their conditional means -KL.
+        gamma: Discount of future rewards, in [0, 1].  0 rewards each token by its log ratio only; 1 gives the
+            sequence-KL gradient, unbiased with --reduction constant.
+        future: How future rewards enter if gamma > 0.  `sampled` uses the log ratios of the later tokens, `expected`
+            their conditional means -KL.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: the discount lies in [0, 1]")
@@ -26,7 +27,7 @@ def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") 
 
 
 def opd_full() -> Method:
-    """Reverse KL over the whole vocabulary, differentiated.  MiniLLM's single step, arXiv:2306.08543."""
+    """Reverse KL over the whole vocabulary, differentiated.  The single-step term of MiniLLM, arXiv:2306.08543."""
     return Method((Match(ReverseKL()),))
 
 
@@ -35,12 +36,13 @@ def opd_topk(
     support: Literal["student", "teacher"] = "student",
     tail: Literal["bucket", "renorm", "generalised"] = "bucket",
 ) -> Method:
-    """Reverse KL on k tokens.  Rethinking OPD, arXiv:2604.13016; generalised: MOPD, arXiv:2606.30406, Eq. 5.
+    """Reverse KL on the top-k tokens.  Rethinking OPD, arXiv:2604.13016; generalised: MOPD, arXiv:2606.30406, Eq. 5.
 
     Args:
-        k: tokens of the support.
-        support: whose most probable tokens (MOPD: the teacher's 64).
-        tail: bucket adds one class for the rest, renorm rescales both models to the support, generalised adds -p + q.
+        k: Number of tokens in the support.
+        support: Model whose most probable tokens form the support (MOPD uses the teacher's 64).
+        tail: Treatment of the mass outside the support.  `bucket` adds a class for it, `renorm` renormalises both
+            models on the support, `generalised` adds -p + q to each summand.
     """
     leaves: dict[str, Callable[[Support], Divergence]] = {
         "bucket": BucketKL,
@@ -55,12 +57,12 @@ def _mixture(share: float, other: Literal["teacher", "response"]) -> Rollouts:
 
 
 def gkd(beta: float = 0.5, share: float = 1.0, other: Literal["teacher", "response"] = "teacher") -> Method:
-    """Jensen-Shannon matching of whole distributions.  GKD, arXiv:2306.13649, Eq. 1 and Algorithm 1.
+    """Jensen-Shannon divergence over the whole vocabulary.  GKD, arXiv:2306.13649, Eq. 1 and Algorithm 1.
 
     Args:
-        beta: weight of the teacher in the mixture, inside (0, 1).
-        share: share of rollouts written by the student (the paper's lambda).
-        other: who writes the rest: the teacher, or the data's response column.
+        beta: Weight of the teacher in the mixture, inside (0, 1).
+        share: Share of rollouts that the student generates (the paper's lambda).
+        other: Source of the remaining rollouts: `teacher` generates them, `response` takes the data's response column.
     """
     return Method((Match(JSD(beta)),), rollouts=_mixture(share, other))
 
@@ -69,8 +71,8 @@ def gkd_forward(share: float = 1.0, other: Literal["teacher", "response"] = "tea
     """KL(teacher || student) over the whole vocabulary: mass covering.  GKD, arXiv:2306.13649, Section 3.
 
     Args:
-        share: share of rollouts written by the student (the paper's lambda).
-        other: who writes the rest: the teacher, or the data's response column.
+        share: Share of rollouts that the student generates (the paper's lambda).
+        other: Source of the remaining rollouts: `teacher` generates them, `response` takes the data's response column.
     """
     return Method((Match(ForwardKL()),), rollouts=_mixture(share, other))
 
@@ -79,8 +81,8 @@ def gkd_reverse(share: float = 1.0, other: Literal["teacher", "response"] = "tea
     """KL(student || teacher) over the whole vocabulary: mode seeking.  GKD, arXiv:2306.13649, Section 3.
 
     Args:
-        share: share of rollouts written by the student (the paper's lambda).
-        other: who writes the rest: the teacher, or the data's response column.
+        share: Share of rollouts that the student generates (the paper's lambda).
+        other: Source of the remaining rollouts: `teacher` generates them, `response` takes the data's response column.
     """
     return Method((Match(ReverseKL()),), rollouts=_mixture(share, other))
 
@@ -89,17 +91,18 @@ def opd_clip(low: float = -1.0, high: float = 1.0) -> Method:
     """Log-ratio reward clipped to [low, high].  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
 
     Args:
-        low: lower bound of the reward (nats).
-        high: upper bound of the reward (nats).
+        low: Lower bound of the reward, in nats.
+        high: Upper bound of the reward, in nats.
     """
     return Method((PolicyGradient(Clip(low, high)),))
 
 
 def opd_tanh(scale: float = 5.0) -> Method:
-    """Log-ratio reward through tanh(r / scale).  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
+    """Log-ratio reward r compressed to tanh(r / scale).  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
 
     Args:
-        scale: where tanh bends (nats); 5 is the authors' code, the paper names none.
+        scale: Reward at which tanh begins to saturate, in nats.  5 is the value in the authors' code; the paper gives
+            none.
     """
     return Method((PolicyGradient(Tanh(scale)),))
 

@@ -1,4 +1,4 @@
-"""EOPD: forward KL beside the reverse one where the teacher is unsure.  arXiv:2603.07079."""
+"""EOPD: add the forward KL to the reverse KL where the teacher's entropy is high.  arXiv:2603.07079."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ from opd.weights import TeacherEntropyAbove, TopTeacherEntropy
 
 @dataclass(frozen=True)
 class TopKForwardKL:
-    """KL(teacher renormalised on its top k || student): not stationary where the models agree.  EOPD, Eq. 10."""
+    """KL(teacher || student), the teacher renormalised on its top k.  It is not stationary where the models agree.
+    EOPD, Eq. 10.
+    """
 
     k: int = 16
 
@@ -24,14 +26,15 @@ class TopKForwardKL:
 
 
 def eopd(quantile: float = 0.8, k: int = 16) -> Method:
-    """Reverse KL everywhere, forward KL too where the teacher is least sure.  EOPD, arXiv:2603.07079, Eq. 9.
+    """Reverse KL on every token, plus forward KL where the teacher is least certain.  EOPD, arXiv:2603.07079, Eq. 9.
 
-    Made exact: whole distributions, and a tail bucket, so that it is stationary where the models agree.
+    This is an exact variant: it uses whole distributions and a tail bucket, so it is stationary where the models agree.
     `eopd-sampled` is the published loss.
 
     Args:
-        quantile: of the teacher's entropy over the batch's tokens, above which the forward KL is added.
-        k: the teacher's most probable tokens on which it is taken; the rest is one bucket.
+        quantile: Quantile of the teacher's entropy over the batch's tokens, in [0, 1).  Tokens above it get the forward
+            KL.
+        k: Number of the teacher's most probable tokens in the forward KL.  The remaining tokens form one bucket.
     """
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile={quantile}: the gate opens above a quantile in [0, 1)")
@@ -40,12 +43,14 @@ def eopd(quantile: float = 0.8, k: int = 16) -> Method:
 
 
 def eopd_sampled(nats: float = 0.8, k: int = 16, clip: float = 0.2) -> Method:
-    """Sampled-token OPD, and forward KL too where the teacher is unsure.  EOPD, arXiv:2603.07079, Eq. 7-10.
+    """Sampled-token OPD, plus forward KL where the teacher is uncertain.  EOPD, arXiv:2603.07079, Eq. 7-10.
 
     Args:
-        nats: entropy of the teacher above which the forward KL is added.
-        k: the teacher's most probable tokens on which it is taken, the teacher renormalised there, no tail.
-        clip: bound of the importance ratio, which is 1 with one update per rollout batch.
+        nats: Teacher entropy, in nats, above which the forward KL is added.
+        k: Number of the teacher's most probable tokens in the forward KL.  The teacher is renormalised on them, without
+            a tail bucket.
+        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
+            is 1.
     """
     gated = Match(TopKForwardKL(k), weights=(TeacherEntropyAbove(nats),))
     return Method((PolicyGradient(surrogate=Clipped(clip, clip)), gated))

@@ -12,9 +12,10 @@ from opd.weights import Confidence, row_mean
 
 @dataclass(frozen=True)
 class LikelyRollouts:
-    """The trained tokens, without those of the `drop` of rollouts that the teacher finds least likely.  Eq. 4.
+    """Filter that removes the share `drop` of rollouts to which the teacher assigns the lowest likelihood.  Eq. 4.
 
-    By mean log q(y), over all rollouts of the batch that have trained tokens; those that tie at the edge stay.
+    Rollouts are ranked by mean log q(y), among all rollouts of the batch that have trained tokens.  Rollouts that tie
+    at the threshold are kept.
     """
 
     drop: float = 0.2
@@ -31,14 +32,15 @@ class LikelyRollouts:
 
 
 def fire(drop: float = 0.2, alpha: float = 1.0, beta: float = 1.0, clip: float = 0.2) -> Method:
-    """OPD without the rollouts the teacher finds unlikely, on sure teachers and unsure students.  arXiv:2606.02684.
+    """OPD on rollouts likely under the teacher, weighted by both models' entropy.  FiRe-OPD, arXiv:2606.02684.
 
     Args:
-        drop: share of the batch's rollouts left out, by mean log q(y); 0 is the released code, which looks at one
-            rollout at a time and so drops none.
-        alpha: weight of the teacher's confidence.
-        beta: weight of the student's confusion.
-        clip: bound of the importance ratio, which is 1 with one update per rollout batch.
+        drop: Share of the batch's rollouts to remove, those of lowest mean log q(y).  0 matches the released code,
+            which filters one rollout at a time and so removes none.
+        alpha: Weight of the teacher's confidence.  Tokens where the teacher is certain count more.
+        beta: Weight of the student's uncertainty.  Tokens where the student is uncertain count more.
+        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
+            is 1.
     """
     term = PolicyGradient(surrogate=Clipped(clip, clip), weights=(Confidence(alpha, beta),))
     return Method((term,), filters=(LikelyRollouts(drop),) if drop else ())

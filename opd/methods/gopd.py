@@ -1,4 +1,4 @@
-"""G-OPD: beyond the teacher, away from where it came from.  arXiv:2602.12125."""
+"""G-OPD: extrapolate beyond the teacher, away from a reference model.  arXiv:2602.12125."""
 
 from opd.against import Extrapolated
 from opd.method import Method, PolicyGradient
@@ -9,8 +9,8 @@ def g_opd(strength: float = 1.25, baseline: Baselines = "none") -> Method:
     """Reward strength (log q - log b) - (log p - log b), b the --reference model.  G-OPD, arXiv:2602.12125.
 
     Args:
-        strength: the paper's lambda: 1 is `opd`, above 1 goes beyond the teacher (ExOPD, 1.25), below 1 stays nearer to
-            the reference.
-        baseline: subtracted from the reward.
+        strength: Extrapolation factor, the paper's lambda.  1 is `opd`, above 1 goes beyond the teacher (ExOPD, 1.25),
+            below 1 stays closer to the reference.
+        baseline: Baseline subtracted from the reward.
     """
     return Method((PolicyGradient(baseline=baseline_of(baseline, 16), against=Extrapolated(strength)),))

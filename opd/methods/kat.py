@@ -1,4 +1,4 @@
-"""KAT: a rollout ends where the models begin to agree for long.  arXiv:2606.09471."""
+"""KAT: end a rollout where the two models begin to agree for a long time.  arXiv:2606.09471."""
 
 from opd.divergences import BucketKL, Support
 from opd.method import Match, Method
@@ -16,21 +16,23 @@ def kat(
     k: int = 64,
     online: bool = True,
 ) -> Method:
-    """Top-k OPD on rollouts that end where the teacher has come to agree with all that follows.  arXiv:2606.09471.
+    """Top-k OPD on rollouts that end once student and teacher agree for several windows.  KAT, arXiv:2606.09471.
 
-    Cut where the first of `patience` low windows in a row began, as Section 4.3 has it; Algorithm 1 cuts where the last
-    one ended.  The threshold is that of Eq. 6, a (1 - eta) quantile: a smaller eta cuts more, against the text.
+    A rollout is cut where the first of `patience` consecutive low-KL windows began, as in Section 4.3; Algorithm 1 cuts
+    where the last window ended.  The threshold follows Eq. 6, a (1 - eta) quantile: a smaller eta cuts more, contrary
+    to the paper's text.
 
     Args:
-        window: tokens over which the KL is averaged.
-        floor: tokens that always stay (16 for the 1.7B student, 32 for the 4B).
-        buffer: rollouts whose least window is remembered, over all processes.
-        ready: rollouts remembered before the first cut.
-        after: steps before the first cut.
-        eta: the threshold is the (1 - eta) quantile of what is remembered.
-        patience: windows in a row below the threshold that end a rollout.
-        k: tokens on which the reverse KL is matched, the student's, with one bucket for the rest.
-        online: the teacher reads along and the rest is never sampled; off cuts once the whole rollout is measured.
+        window: Number of tokens over which the KL is averaged.
+        floor: Number of tokens that are always kept (16 for the 1.7B student, 32 for the 4B).
+        buffer: Number of rollouts, over all processes, whose lowest window mean is remembered.
+        ready: Number of remembered rollouts required before the first cut.
+        after: Number of steps before the first cut.
+        eta: Sets the threshold to the (1 - eta) quantile of the remembered window means.
+        patience: Number of consecutive windows below the threshold that end a rollout.
+        k: Number of the student's most probable tokens in the reverse KL.  The remaining tokens form one bucket.
+        online: Run the teacher during generation, so that the rest of the rollout is never generated.  Off: generate
+            the whole rollout, measure it, then cut it.
     """
     who = StopOnAgreement(window, floor, buffer, ready, after, eta, patience, online)
     return Method((Match(BucketKL(Support(k))),), rollouts=who)

@@ -1,4 +1,4 @@
-"""NPD: a pool of rollouts by a snapshot of the student, filtered, then fitted as data.  arXiv:2605.05940."""
+"""NPD: fit a filtered pool of rollouts that a snapshot of the student generated.  arXiv:2605.05940."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,11 @@ from opd.weights import row_mean
 
 @dataclass(frozen=True)
 class DeltaIFD:
-    """The trained tokens of rollouts with low <= IFD_T - IFD_S <= high, IFD = CE(y | x) / CE(y).  arXiv:2605.05940.
+    """Filter that keeps rollouts with low <= IFD_T - IFD_S <= high, IFD = CE(y | x) / CE(y).  arXiv:2605.05940.
 
-    CE are means over tokens: the teacher's, and those of the weights that wrote.  Below, the student trusts its rollout
-    less than the teacher does; above, the teacher finds it improbable.  A rollout of one token has no CE(y), and goes.
+    CE are means over tokens, in nats: CE_T under the teacher, CE_S under the weights that generated the rollout.  Below
+    the window, the student is less confident in its rollout than the teacher is.  Above the window, the rollout is
+    improbable under the teacher.  A rollout of one token has no CE(y) and is removed.
     """
 
     low: float = 0.0
@@ -52,21 +53,22 @@ def npd(
 ) -> Method:
     """Likelihood and top-k forward KL on a snapshot's rollouts that pass Delta-IFD.  NPD, arXiv:2605.05940.
 
-    Read of its abstract and of notes on it, for no code is out.  Ours: the rest beside the top k is one class, without
-    which the teacher itself is no minimum; IFD is a ratio of mean cross entropies (2308.12032; not of perplexities),
-    y alone being read from its first token on; the generating snapshot is the student of the filter; the pool's size;
-    a snapshot more where the student has drifted, beside the one refresh.  Nothing is packed: rows of like length go
-    through the models together (docs/performance.md).  --worker writes in the background.
+    No code is published; this follows the abstract and notes on the paper.  Choices made here: the tokens outside the
+    top k form one class, because without it the teacher itself would not be a minimum.  IFD is a ratio of mean cross
+    entropies (2308.12032), not of perplexities; the unconditional pass starts at the first token of y.  The filter's
+    student is the snapshot that generated the rollouts.  The pool size is ours, and so is an additional snapshot when
+    the student has drifted.  Rollouts are not packed: rows of similar length share a micro-batch (docs/performance.md).
+    With --worker, rollouts are generated in the background.
 
     Args:
-        weight: of the KL; the likelihood of the rollout has the rest.
-        k: tokens of the KL, the teacher's most probable.
-        tau: the largest Delta-IFD that is kept.
-        pool: rollout batches of an epoch.
-        epochs: passes over a pool's prompts before the next prompts come.
-        refresh: passes after which the student writes anew.
-        drift: KL of the student to the snapshot, nats a token, beyond which it writes anew at once.
-        filtered: off keeps all rollouts.
+        weight: Weight of the KL, in (0, 1].  The likelihood of the rollout has weight 1 - weight.
+        k: Number of the teacher's most probable tokens in the KL.
+        tau: Largest Delta-IFD of a rollout that is kept.
+        pool: Number of rollout batches in an epoch.
+        epochs: Passes over the prompts of a pool before the next prompts are used.
+        refresh: Number of passes after which a new snapshot generates the rollouts again.
+        drift: KL of the student to the snapshot, in nats per token, above which a new snapshot is taken immediately.
+        filtered: Apply the Delta-IFD filter.  Off keeps all rollouts.
     """
     if not 0 < weight <= 1:
         raise ValueError(f"weight={weight}: the share of the KL lies in (0, 1]")

@@ -1,4 +1,4 @@
-"""OmniOPD: a teacher that only writes text audits chunks of the student's response.  arXiv:2606.01476."""
+"""OmniOPD: a teacher that only generates text audits chunks of the student's response.  arXiv:2606.01476."""
 
 from opd.against import Reference
 from opd.divergences import ForwardKL
@@ -17,22 +17,25 @@ def omniopd(
     apart: bool = False,
     centred: bool = False,
 ) -> Method:
-    """Likelihood of chunks, by how like them a text-only teacher goes on.  OmniOPD, arXiv:2606.01476, Eq. 3-8.
+    """Likelihood of chunks, weighted by similarity to a text-only teacher's continuations.  OmniOPD, arXiv:2606.01476,
+    Eq. 3-8.
 
-    Chunks start where the student is least sure; likeness is 1 - edit distance / the longer length, in characters, so
-    the teacher may have any tokenizer.  Outside them the student stays near the --reference (empty: itself as it was).
-    Without that anchor, or with chunks of 25 tokens, the paper's student collapses.  Every chunk is raised, right ones
-    more: chunks should be so short that a wrong one is unlike the right one, or --centred takes the mean off.  The same
-    beginning of the same prompt gets the same texts in every epoch, as they are kept; Algorithm 1 draws them anew.
+    Chunks start where the student's entropy is highest.  Similarity is 1 - edit distance / the longer length, in
+    characters, so the teacher may have any tokenizer.  Outside the chunks a KL keeps the student close to the
+    --reference (empty: the initial student).  Without that anchor, or with chunks of 25 tokens, the paper's student
+    collapses.  Every chunk's likelihood is raised, correct chunks more: use chunks short enough that a wrong chunk
+    differs from the correct one, or subtract the mean with --centred.  Continuations are cached, so the same prefix of
+    the same prompt gets the same texts in every epoch; Algorithm 1 generates new ones.
 
     Args:
-        chunks: chunks of a response that are audited, fewer where no more fit.
-        length: tokens of a chunk, the student's and the teacher's.
-        texts: continuations the teacher writes at each chunk.
-        alpha: weight of the student's own confidence, in texts.
-        beta: weight of KL(reference || student) on the other tokens.
-        apart: each term is a mean over its own tokens, not over all of the batch (the paper writes sums).
-        centred: less the batch's mean: chunks that the teacher goes on unlike are lowered.  Not the paper's.
+        chunks: Number of audited chunks per response; fewer if no more fit.
+        length: Length of a chunk in tokens, for the student and the teacher.
+        texts: Number of continuations that the teacher generates for each chunk.
+        alpha: Weight of the student's confidence, in units of one continuation.
+        beta: Weight of KL(reference || student) on the tokens outside the chunks.
+        apart: Average each term over its tokens only, instead of over all tokens of the batch (the paper uses sums).
+        centred: Subtract the batch mean, so that chunks unlike the teacher's continuations are lowered.  Not in the
+            paper.
     """
     audited = PolicyGradient(One(), weights=(Posterior(texts, alpha, apart),))
     if centred:

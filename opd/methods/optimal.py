@@ -1,4 +1,4 @@
-"""Ours: the variance-optimal baseline and the stratified estimator."""
+"""Methods of the opd project: the variance-optimal baseline and the stratified estimator."""
 
 from opd.estimators import Optimal, Stratified
 from opd.method import Method, PolicyGradient
@@ -11,10 +11,11 @@ def opd_optimal() -> Method:
 
 
 def opd_stratified(k: int = 16, baseline: Baselines = "none") -> Method:
-    """Exact on the student's top k, sampled elsewhere: full gradient, top-k cost.  opd project, docs/estimators.md.
+    """Sum over the student's top-k tokens, sample the rest: full gradient, top-k cost.  opd project,
+    docs/estimators.md.
 
     Args:
-        k: tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).
-        baseline: subtracted from the reward of every token.
+        k: Number of tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).
+        baseline: Baseline subtracted from the reward of every token.
     """
     return Method((PolicyGradient(baseline=baseline_of(baseline, k), estimator=Stratified(k)),))

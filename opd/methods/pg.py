@@ -1,4 +1,4 @@
-"""A policy gradient of one's own: any reward, any baseline, any estimator."""
+"""A configurable policy gradient: any reward, any baseline, any estimator."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -51,19 +51,19 @@ def pg(
     beta: float = 0.5,
     k: int = 16,
 ) -> Method:
-    """Any reward with any baseline and any estimator.  opd project, docs/estimators.md.
+    """Policy gradient with any combination of reward, baseline and estimator.  opd project, docs/estimators.md.
 
     Args:
-        reward: what the teacher pays.
-        baseline: what is subtracted.
-        estimator: what is summed instead of sampled.
-        alpha: power of --reward power.
-        clip: bound of --reward clip (nats).
-        scale: scale of --reward tanh (nats).
-        share: the student's share of the mixture behind the floor of --reward reopold.
-        mix: the teacher's share of the proximal teacher of --reward topd.
-        beta: the teacher's share of --reward jsd-plus.
-        k: tokens of --baseline topk and --estimator stratified.
+        reward: Reward of a token.
+        baseline: Baseline subtracted from the reward.
+        estimator: Tokens that are summed exactly instead of sampled.
+        alpha: Exponent of --reward power.
+        clip: Bound of --reward clip, in nats.
+        scale: Scale of --reward tanh, in nats.
+        share: The student's share of the mixture that defines the floor of --reward reopold.
+        mix: The teacher's share of the proximal teacher of --reward topd.
+        beta: The teacher's share of --reward jsd-plus.
+        k: Number of tokens of --baseline topk and --estimator stratified.
     """
     rewards: dict[str, Callable[[], Reward]] = {
         "log-ratio": LogRatio,
@@ -84,5 +84,5 @@ def pg(
 
 
 def baseline_of(name: Baselines, k: int) -> Baseline | None:
-    """The baseline of that name; k is of `topk`."""
+    """Return the baseline of that name; only `topk` uses k."""
     return {"none": lambda: None, "value": Value, "topk": lambda: TopKValue(k), "optimal": Optimal}[name]()

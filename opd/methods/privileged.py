@@ -1,4 +1,4 @@
-"""Self-distillation: the student's own weights teach, told what the student is not."""
+"""Self-distillation: the student's weights act as a teacher that sees additional context."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from opd.rollouts import OnPolicy
 
 @dataclass(frozen=True)
 class ClippedForwardKL:
-    """sum_v min(q log(q/p), bound): no single token decides.  OPSD, arXiv:2601.18734, official code."""
+    """sum_v min(q log(q/p), bound), which limits each token's share.  OPSD, arXiv:2601.18734, official code."""
 
     bound: float = 0.05
 
@@ -26,35 +26,38 @@ class ClippedForwardKL:
 
 
 def opsd(beta: float = 0.5, clip: float = 0.0) -> Method:
-    """The student, told the solution, teaches the student.  OPSD, arXiv:2601.18734.
+    """Self-distillation: the student with the solution in its context is the teacher.  OPSD, arXiv:2601.18734.
 
-    The released runs have --teacher base, the weights as they were before training.
+    The released runs use --teacher base, the weights before training.
 
     Args:
-        beta: the teacher's share of the Jensen-Shannon mixture, inside (0, 1).
-        clip: above 0, the forward KL instead, each vocabulary entry's share of it bounded by this (official code 0.05).
+        beta: The teacher's share of the Jensen-Shannon mixture, inside (0, 1).
+        clip: If above 0, use the forward KL and bound each vocabulary entry's share of it by this (official code:
+            0.05).
     """
     divergence: Divergence = ClippedForwardKL(clip) if clip else JSD(beta)
     return Method((Match(divergence),), teacher=Privileged("self", "response"))
 
 
 def sdft() -> Method:
-    """The base model, shown a demonstration, teaches by reverse KL; or --teacher ema:RATE.  SDFT, arXiv:2601.19897."""
+    """Reverse KL to the base model (or --teacher ema:RATE) with a demonstration in context.  SDFT, arXiv:2601.19897."""
     return Method((Match(ReverseKL()),), teacher=Privileged("base", "response"))
 
 
 def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
-    """An average of the student, shown a right answer of the same group, teaches.  SDPO, arXiv:2601.20802.
+    """Self-distillation from an average of the student that sees a correct answer of the group.  SDPO,
+    arXiv:2601.20802.
 
-    As the released configuration has it: an average of rate 0.05, the answer without its thinking.  The authors' runs
-    on code are --k 20 --beta 1 --teacher ema:0.01 and add the verifier's words on the attempt itself, which nobody
-    gives here: --context COLUMN is the row's, the same for all attempts at it.  The released clip of p / p_old is 1
-    with one update a batch, and is not there.  A rollout whose group has no other right one is not trained.
+    The defaults follow the released configuration: a moving average of rate 0.05, and the answer without its thinking
+    part.  The authors' runs on code use --k 20 --beta 1 --teacher ema:0.01 and add the verifier's feedback on each
+    attempt to the context.  That feedback is not available here: --context COLUMN is the same for all attempts at a
+    prompt.  The released clip of p / p_old is left out, because the ratio is 1 with one update per batch.  A rollout is
+    not trained on if its group has no other correct rollout.
 
     Args:
-        k: the student's most probable tokens on which the divergence is taken; the rest is one bucket.
-        beta: the teacher's share of the Jensen-Shannon mixture; 1 is the reverse KL, 0 the forward.
-        per_prompt: rollouts of a prompt.
+        k: Number of the student's most probable tokens in the divergence.  The remaining tokens form one bucket.
+        beta: The teacher's share of the Jensen-Shannon mixture.  1 is the reverse KL, 0 the forward KL.
+        per_prompt: Number of rollouts per prompt.
     """
     support = Support(k, "student")
     ends: dict[float, Divergence] = {0.0: BucketForwardKL(support), 1.0: BucketKL(support)}

@@ -1,4 +1,4 @@
-"""Other rewards in the place of the log ratio: bounded from below, compressed, reduced to a sign, of any divergence."""
+"""Alternatives to the log-ratio reward: bounded from below, compressed, reduced to a sign, or of any f-divergence."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,11 +9,11 @@ from opd.transforms import MeanFuture
 
 
 def reopold(share: float = 0.3) -> Method:
-    """Log-ratio reward with a floor: what the teacher punishes is bounded.  Reopold, arXiv:2603.11137, Eq. 7.
+    """Log-ratio reward with a lower bound, which limits the penalty of a token.  Reopold, arXiv:2603.11137, Eq. 7.
 
     Args:
-        share: the paper's lambda, the student's share of the mixture whose limit is the floor log(share) / (1 - share);
-            0.3, of vOPD's authors' code, is -1.72 nats.
+        share: The student's share of the mixture whose limit is the bound log(share) / (1 - share), the paper's lambda.
+            0.3, from the code of vOPD's authors, gives -1.72 nats.
     """
     return Method((PolicyGradient(Floor(share)),))
 
@@ -22,8 +22,8 @@ def topd(alpha: float = 0.1, future: bool = False) -> Method:
     """Log ratio to a proximal teacher, log(alpha q/p + 1 - alpha).  TOP-D, arXiv:2607.04751.
 
     Args:
-        alpha: the teacher's share of the proximal teacher (paper 0.1 to 0.2); the reward is at least log(1 - alpha).
-        future: adds the mean of the rollout's later rewards, as the paper does.
+        alpha: The teacher's share of the proximal teacher (paper: 0.1 to 0.2).  The reward is at least log(1 - alpha).
+        future: Add the mean of the rollout's later rewards, as in the paper.
     """
     return Method((PolicyGradient(Proximal(alpha), transforms=(MeanFuture(),) if future else ()),))
 
@@ -42,8 +42,8 @@ def opd_plus(f: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd", beta: float 
     """Reward u f'(u) - f(u), u = q/p: the exact gradient of any f-divergence.  OPD+, arXiv:2606.01039.
 
     Args:
-        f: the divergence that is descended; reverse-kl is `opd` less a constant.
-        beta: the teacher's share of --f jsd, inside (0, 1).
+        f: Divergence that is minimised.  `reverse-kl` is `opd` minus a constant.
+        beta: The teacher's share of --f jsd, inside (0, 1).
     """
     rewards: dict[str, Callable[[], Reward]] = {
         "jsd": lambda: JSDPlus(beta),

@@ -1,4 +1,4 @@
-"""Rock Tokens: frequent tokens whose KL stays high, frozen.  arXiv:2605.09253."""
+"""Rock Tokens: freeze frequent tokens whose KL stays high.  arXiv:2605.09253."""
 
 import json
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from opd.weights import Frozen, FrozenWindow
 
 @dataclass(frozen=True)
 class Released:
-    """What the released code weighs: the token *after* a listed one, and the weights scaled to mean 1.
+    """Weight of the authors' released code: the token *after* a listed token, with the weights scaled to mean 1.
 
-    The scale divides by the sum of weights over the batch, at least 1 (the code: over a micro-batch), so the tokens
-    that remain count more.  A response's first token has weight 1: its predecessor ends the prompt, which is no column.
+    The scale divides by the sum of weights over the batch, at least 1 (the released code: over a micro-batch), so the
+    remaining tokens count more.  A response's first token has weight 1: the token before it belongs to the prompt,
+    which is not a column.
     """
 
     ids: tuple[int, ...] = ()
@@ -34,12 +35,12 @@ def rock_freeze(tokens: str = "", weight: float = 0.0, window: int = 0, released
     """Reverse KL over the whole vocabulary, without the listed tokens.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
     Args:
-        tokens: json file with the list of token ids, or an object with "ids", as `opd rock` writes it; the listed are
-            matched with the token being predicted.  Without a file nothing is frozen: that is `opd-full`.
-        weight: of the listed tokens; the paper's lambda (0 freezes, 0.3 is the soft arm).
-        window: freezes the tokens of high KL this near to a listed one, too; 0 is off.
-        released: as in the authors' code: the token after a listed one is weighted instead, and the loss is divided by
-            the sum of weights.
+        tokens: Path of a json file with a list of token ids, or an object with "ids", as `opd rock` writes it.  The ids
+            are compared with the token being predicted.  Without a file nothing is frozen, which is `opd-full`.
+        weight: Weight of the listed tokens, the paper's lambda (0 freezes them, 0.3 is the paper's soft variant).
+        window: Also weight high-KL tokens within this many tokens of a listed token.  0 is off.
+        released: Follow the authors' code: weight the token after a listed token instead, and divide the loss by the
+            sum of weights.
     """
     if weight < 0:
         raise ValueError(f"weight={weight}: a token weighs 0 (frozen) or more")

@@ -1,4 +1,4 @@
-"""ROPD: a judge's rubric, drawn from the teacher's answers and the student's, pays each response.  arXiv:2605.07396."""
+"""ROPD: a judge scores each response by a rubric derived from teacher and student answers.  arXiv:2605.07396."""
 
 from opd.judged import GroupAdvantage
 from opd.method import Method, PolicyGradient
@@ -17,21 +17,22 @@ def ropd(
     low: float = 0.2,
     high: float = 0.28,
 ) -> Method:
-    """Group advantage of a rubric's score, from a teacher that only writes.  ROPD, arXiv:2605.07396, Eq. 6-8.
+    """Group advantage of a rubric score, with a teacher that only generates text.  ROPD, arXiv:2605.07396, Eq. 6-8.
 
-    --judge writes one rubric for all answers to a prompt, then checks them blind; the teacher's own scores do not
-    enter.  Where it fails the group has no advantage.  As in the released settings: the mean alone is subtracted, and
-    no KL to the reference is added (the paper's Eq. 6 also divides by the deviation: --norm-std).  Their dual clip (c =
-    3 for negative advantages) is left out; the teacher answers at temperature 1, not 0, or all its answers were one.
+    --judge writes one rubric for all answers to a prompt, then grades them without knowing their source.  The scores of
+    the teacher's answers are not used.  If the judge fails, the group has no advantage.  As in the released settings,
+    only the mean is subtracted and no KL to the reference is added (the paper's Eq. 6 also divides by the deviation:
+    --norm-std).  The released dual clip (c = 3 for negative advantages) is left out.  The teacher answers at
+    temperature 1, not 0, because at 0 all its answers would be equal.
 
     Args:
-        references: answers of the teacher to each prompt.
-        per_prompt: rollouts of a prompt.
-        least: fewest criteria of a rubric.
-        most: most criteria of a rubric.
-        norm_std: divide by the group's standard deviation.
-        low: the ratio to the sampling policy is clipped below 1 - low, with several --updates.
-        high: and above 1 + high.
+        references: Number of teacher answers per prompt.
+        per_prompt: Number of rollouts per prompt.
+        least: Smallest number of criteria in a rubric.
+        most: Largest number of criteria in a rubric.
+        norm_std: Divide by the group's standard deviation.
+        low: Clip the ratio to the sampling policy below 1 - low.  Matters only with several --updates.
+        high: Clip the ratio to the sampling policy above 1 + high.
     """
     term = PolicyGradient(One(), transforms=(GroupAdvantage(norm_std),), surrogate=Clipped(low, high))
     return Method((term,), rollouts=OnPolicy(per_prompt), asks=Grade(references, least, most))

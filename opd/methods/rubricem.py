@@ -1,4 +1,4 @@
-"""RubricEM: a judge's evolving rubrics pay each stage of a response, and the student's reflections on it.
+"""RubricEM: a judge's evolving rubrics reward each stage of a response and the student's reflections on it.
 
 arXiv:2605.10899.
 """
@@ -22,7 +22,7 @@ TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_pla
 
 @dataclass(frozen=True)
 class JudgedRollouts:
-    """The trained tokens of the rollouts that a judge scored."""
+    """Filter that keeps the trained tokens of rollouts that a judge scored."""
 
     def __call__(self, judged: Bool[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         return mask & judged[:, None]
@@ -46,30 +46,30 @@ def rubricem(
 ) -> Method:
     """Group advantage of each stage's return, from a judge's rubrics that evolve.  RubricEM, arXiv:2605.10899, SS-GRPO.
 
-    --judge (empty: the teacher) contrasts a prompt's rollouts and writes criteria for each stage, beside those it kept;
-    it marks every rollout by them, and those whose marks vary least go.  Of one rollout a prompt the student writes
-    reflections: judged, trained on one step later, the best read again with the same question (by its exact text; the
-    paper also looks for like questions by embedding).  One verdict is a reflection's worth; the paper's Algorithm 1
-    takes the mean of two, within an episode and across episodes.  The KL is that of KL3's expected gradient,
-    KL(reference || student), over the whole vocabulary instead of the sampled token.  The clip's width is not
-    published.
+    --judge (empty: the teacher) compares a prompt's rollouts and writes criteria for each stage, in addition to the
+    criteria kept from earlier.  It marks every rollout by all of them; the criteria whose marks vary least are dropped.
+    The student also generates reflections on one rollout per prompt.  They are judged and trained on one step later.
+    The best reflection is added to the prompt when the same question returns (matched by exact text; the paper also
+    matches similar questions by embedding).  A reflection's reward is a single verdict; the paper's Algorithm 1
+    averages two, within an episode and across episodes.  The KL term is the expected gradient of KL3: KL(reference ||
+    student) over the whole vocabulary instead of the sampled token.  The paper does not give its clip range.
 
     Args:
-        per_prompt: rollouts of a prompt.
-        beta: weight of the KL to the --reference (empty: the student as it was); 0 is none.
-        clip: the ratio to the sampling policy is clipped to 1 +- clip.
-        tags: what opens each stage, the answer's last; a|b is either.
-        returns: what each later stage's score is worth to a stage, row by row of the matrix; empty is the paper's, for
-            four stages.
-        caps: criteria kept of each stage.
-        references: answers of the teacher that the judge contrasts, too; the paper has none.
-        column: column of the prompts with criteria of the answer that stay.
-        questions: questions whose criteria and notes are remembered.
-        reflections: reflections on one rollout of each prompt; 0 is none.
-        reflect_temperature: sampling temperature of the reflections.
-        window: batches of prompts that come, and then come again; 0: none comes again for the notes' sake.
-        reflect: how a reflection is asked for, with {prompt} and {response} in it.
-        remember: how a prompt is written with its note, with {prompt} and {reflection} in it.
+        per_prompt: Number of rollouts per prompt.
+        beta: Weight of the KL to the --reference (empty: the initial student).  0 turns it off.
+        clip: Clip the ratio to the sampling policy to 1 +- clip.
+        tags: Tags that open each stage, the answer's tag last.  a|b matches either tag.
+        returns: Credit matrix, row by row: how much each later stage's score counts for a stage.  Empty is the paper's
+            matrix for four stages.
+        caps: Number of criteria kept for each stage.
+        references: Number of teacher answers that the judge also compares.  The paper uses none.
+        column: Prompt column with criteria for the answer that are never dropped.
+        questions: Number of questions whose criteria and notes are remembered.
+        reflections: Number of reflections on one rollout of each prompt.  0 turns them off.
+        reflect_temperature: Sampling temperature of the reflections.
+        window: Number of prompt batches that are repeated together, so that the notes are used.  0 repeats none.
+        reflect: Template of the reflection request; contains {prompt} and {response}.
+        remember: Template of a prompt with its note; contains {prompt} and {reflection}.
     """
     stages = len(tags)
     if returns and len(returns) != stages**2:

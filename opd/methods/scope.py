@@ -1,4 +1,4 @@
-"""SCOPE: right answers teach by themselves, wrong ones through the teacher.  arXiv:2604.10688."""
+"""SCOPE: likelihood training on correct rollouts, OPD on wrong rollouts.  arXiv:2604.10688."""
 
 from opd.method import Method, PolicyGradient
 from opd.rewards import One
@@ -7,13 +7,13 @@ from opd.weights import RightRollouts, WrongRollouts
 
 
 def scope(tau: float = 1.0, per_prompt: int = 8, reverse_student: bool = False) -> Method:
-    """Likelihood of right rollouts, OPD on wrong ones, each weighted in its group.  SCOPE, arXiv:2604.10688, Eq. 4-6.
+    """Likelihood of correct rollouts, OPD on wrong ones, weighted within each group.  SCOPE, arXiv:2604.10688, Eq. 4-6.
 
     Args:
-        tau: temperature of both softmaxes over a group, in nats per token.
-        per_prompt: rollouts of a prompt.
-        reverse_student: right answers that are easy for the student count more, as the released scripts have it; the
-            paper says the hard ones.
+        tau: Temperature of both softmaxes over a group, in nats per token.
+        per_prompt: Number of rollouts per prompt.
+        reverse_student: Give more weight to correct rollouts that are easy for the student, as in the released scripts.
+            Off: more weight to hard ones, as in the paper.
     """
     right = PolicyGradient(One(), weights=(RightRollouts(tau, reverse_student),))
     return Method((right, PolicyGradient(weights=(WrongRollouts(tau),))), rollouts=OnPolicy(per_prompt))

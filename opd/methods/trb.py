@@ -1,4 +1,4 @@
-"""TRB: rollouts from between student and teacher, at first; the loss is OPD's.  arXiv:2605.31159."""
+"""TRB: at first generate from a blend of student and teacher; the loss is that of OPD.  arXiv:2605.31159."""
 
 from opd.divergences import BucketKL, Support
 from opd.method import Match, Method
@@ -6,14 +6,16 @@ from opd.rollouts import Blend
 
 
 def trb(eps0: float = 0.02, anneal: int = 50, k: int = 16, per_prompt: int = 4) -> Method:
-    """Top-k OPD on rollouts drawn as near to the teacher as a KL ball around the student allows.  arXiv:2605.31159.
+    """Top-k OPD on rollouts generated as close to the teacher as a KL ball around the student allows.  TRB,
+    arXiv:2605.31159.
 
-    mu ~ p^(1-b) q^b with the largest b such that KL(mu || p) <= eps at each token; eps falls from eps0 to 0.
+    Tokens are sampled from mu ~ p^(1-b) q^b with the largest b such that KL(mu || p) <= eps at each token; eps falls
+    from eps0 to 0.
 
     Args:
-        eps0: radius of the ball at the first step (nats); 0 is the student alone.
-        anneal: steps over which the radius falls to 0; from then on the student speaks alone.
-        k: tokens on which the reverse KL is matched, the student's, with one bucket for the rest.
-        per_prompt: rollouts of a prompt.
+        eps0: Radius of the ball at the first step, in nats.  0 samples from the student only.
+        anneal: Number of steps over which the radius falls to 0.  After them only the student generates.
+        k: Number of the student's most probable tokens in the reverse KL.  The remaining tokens form one bucket.
+        per_prompt: Number of rollouts per prompt.
     """
     return Method((Match(BucketKL(Support(k))),), rollouts=Blend(eps0, anneal, per_prompt))

@@ -1,4 +1,4 @@
-"""TrOPD: policy gradient as far as the teacher would accept the token, forward KL beyond.  arXiv:2606.01249."""
+"""TrOPD: policy gradient where the teacher would accept the token, forward KL elsewhere.  arXiv:2606.01249."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from opd.rollouts import OnPolicy, TeacherPrefix
 
 @dataclass(frozen=True)
 class RawForwardKL:
-    """sum q log(q/p) over the teacher's top k, nothing renormalised: not stationary where the models agree.  Eq. 3."""
+    """sum q log(q/p) over the teacher's top k, not renormalised: not stationary where the models agree.  Eq. 3."""
 
     k: int = 64
 
@@ -27,7 +27,7 @@ class RawForwardKL:
 
 @dataclass(frozen=True)
 class Outlier:
-    """1 - min(q/p, 1) at the sampled token: the chance that the teacher rejects it; on average TV(p, q).  Eq. 6."""
+    """1 - min(q/p, 1) at the sampled token: the chance that the teacher rejects it.  Its mean is TV(p, q).  Eq. 6."""
 
     def __call__(
         self, student_logp: Float[Tensor, "B T"], teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -37,7 +37,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Accepted:
-    """1 where a coin lets the teacher accept the sampled token, with chance min(q/p, 1), else 0.  Eq. 6."""
+    """Weight 1 if a random coin accepts the sampled token, which has probability min(q/p, 1); else 0.  Eq. 6."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """1 - `Accepted`, of the same coin."""
+    """Weight 1 - `Accepted`, computed from the same coin."""
 
     def __call__(
         self,
@@ -65,7 +65,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class StudentTokens:
-    """1 on the tokens that the student wrote, 0 on the teacher's prefix."""
+    """Weight 1 on the tokens that the student generated, 0 on the teacher's prefix."""
 
     def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         return 1 - PrefixTokens()(prefix, mask)
@@ -73,7 +73,7 @@ class StudentTokens:
 
 @dataclass(frozen=True)
 class PrefixTokens:
-    """1 on the teacher's prefix, 0 on the tokens that the student wrote.  Eq. 8."""
+    """Weight 1 on the teacher's prefix, 0 on the tokens that the student generated.  Eq. 8."""
 
     def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         at = torch.arange(mask.shape[1], device=mask.device)
@@ -88,15 +88,16 @@ def tropd(
     length: int = 0,
     beta: float = 0.001,
 ) -> Method:
-    """Log ratio where the teacher accepts the token, its forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-9.
+    """Log-ratio reward where the teacher accepts the token, forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-9.
 
     Args:
-        k: the teacher's most probable tokens on which the forward KL is summed, raw.
-        per_prompt: rollouts of a prompt.
-        soft: the coin of acceptance replaced by its mean, min(q/p, 1): same expected gradient, less noise.
-        prefix: the teacher writes the first tokens of each response, fewer from step to step; off: the student all.
-        length: tokens of the longest prefix, at the first step; 0 is --max-new-tokens.
-        beta: weight of the prefix's negative log-likelihood.
+        k: Number of the teacher's most probable tokens in the forward KL, which is not renormalised.
+        per_prompt: Number of rollouts per prompt.
+        soft: Replace the acceptance coin by its mean, min(q/p, 1): same expected gradient, less noise.
+        prefix: Let the teacher generate the first tokens of each response, fewer at each step.  Off: the student
+            generates all tokens.
+        length: Length in tokens of the longest prefix, at the first step.  0 means --max-new-tokens.
+        beta: Weight of the negative log-likelihood of the prefix.
     """
     outlier, own = RawForwardKL(k), (StudentTokens(),) if prefix else ()
     coin = (PolicyGradient(weights=(Accepted(), *own)), Match(outlier, weights=(Rejected(), *own)))

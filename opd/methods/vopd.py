@@ -1,4 +1,4 @@
-"""vOPD: the value of a state is known in closed form.  arXiv:2605.07865."""
+"""vOPD: subtract the value of a state, which has a closed form.  arXiv:2605.07865."""
 
 from opd.estimators import TopKValue, Value
 from opd.method import Method, PolicyGradient
@@ -10,9 +10,10 @@ def vopd() -> Method:
 
 
 def vopd_topk(k: int = 20) -> Method:
-    """vOPD with the baseline on the student's top k, both models renormalised there.  arXiv:2605.07865, Eq. 14-15.
+    """vOPD with the baseline on the student's top k, both models renormalised on it.  arXiv:2605.07865, Eq. 14-15.
 
     Args:
-        k: tokens of the baseline (paper 20, released configuration 100; 1 is `opd`, the vocabulary size is `vopd`).
+        k: Number of tokens in the baseline (paper 20, released configuration 100; 1 is `opd`, the vocabulary size is
+            `vopd`).
     """
     return Method((PolicyGradient(baseline=TopKValue(k)),))

@@ -1,1 +1,1 @@
-"""Run folders as pages that a person reads: `opd report` (curves, tables, comparisons) and `opd inspect` (tokens)."""
+"""HTML pages made from run folders: `opd report` (curves, tables, comparisons) and `opd inspect` (tokens)."""

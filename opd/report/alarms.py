@@ -1,6 +1,6 @@
-"""What went wrong without an error: `alarms(log) -> findings`, each with the number that shows it and a remedy.
+"""Signs of failed training that raise no error: `alarms(log) -> alarms`, each with its evidence and a remedy.
 
-Trends compare the first fifth of the steps with the last; a run of fewer than ten steps has none.
+Trends compare the first fifth of the steps with the last fifth.  A run of fewer than ten steps has no trends.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ import numpy as np
 from opd.report.compare import paired
 from opd.report.logs import Log
 
-FEWEST = 10  # steps that make a trend
+FEWEST = 10  # smallest number of steps for a trend
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One finding."""
+    """A problem of a run: its name, the number that shows it, and a remedy."""
 
     name: str
     text: str
@@ -24,7 +24,7 @@ class Alarm:
 
 
 def alarms(log: Log) -> list[Alarm]:
-    """All of them, the worst first."""
+    """Return all alarms of a run, the most serious first."""
     rules = (
         refused,
         agreement_trap,
@@ -40,7 +40,7 @@ def alarms(log: Log) -> list[Alarm]:
 
 
 def trend(log: Log, name: str) -> tuple[float, float] | None:
-    """The mean over the first and over the last fifth of the steps."""
+    """Return the means of a metric over the first and the last fifth of the steps, or None for a short run."""
     values = list(log.series(name).values())
     if len(values) < FEWEST:
         return None
@@ -49,7 +49,7 @@ def trend(log: Log, name: str) -> tuple[float, float] | None:
 
 
 def refused(log: Log) -> Iterator[Alarm]:
-    """Gradients that were not finite."""
+    """Report steps that were skipped because a gradient was not finite."""
     steps = [step for step, value in log.series("refused").items() if value]
     if steps:
         yield Alarm(
@@ -60,7 +60,10 @@ def refused(log: Log) -> Iterator[Alarm]:
 
 
 def agreement_trap(log: Log) -> Iterator[Alarm]:
-    """The student comes to agree with the teacher on text that solves nothing.  KAT, arXiv:2606.09471."""
+    """Report a held-out KL that falls while held-out accuracy falls significantly, too.  KAT, arXiv:2606.09471.
+
+    The student then agrees with the teacher on text that solves no problem.
+    """
     kl, tables = log.series("eval_reverse_kl"), {s: t for s, t in log.prompts.items() if t}
     if len(tables) < 2 or not all(s in kl for s in tables):
         return
@@ -81,7 +84,7 @@ def agreement_trap(log: Log) -> Iterator[Alarm]:
 
 
 def length_explosion(log: Log) -> Iterator[Alarm]:
-    """Responses grow without need."""
+    """Report responses that grew by more than 60 %."""
     found = trend(log, "length")
     if found and found[1] > 1.6 * found[0]:
         yield Alarm(
@@ -92,7 +95,7 @@ def length_explosion(log: Log) -> Iterator[Alarm]:
 
 
 def truncated(log: Log) -> Iterator[Alarm]:
-    """Responses that end at the length limit."""
+    """Report more than 10 % of responses that end at the length limit, over the last fifth of the steps."""
     values = list(log.series("stopped").values())
     late = float(np.mean(values[-max(1, len(values) // 5) :])) if values else 1.0
     if late < 0.9:
@@ -105,7 +108,7 @@ def truncated(log: Log) -> Iterator[Alarm]:
 
 
 def entropy_collapse(log: Log) -> Iterator[Alarm]:
-    """The student becomes surer than its teacher."""
+    """Report a student entropy that fell below half of its start and below half of the teacher's."""
     own, teacher = trend(log, "student_entropy"), trend(log, "teacher_entropy")
     if own and teacher and own[1] < 0.5 * own[0] and own[1] < 0.5 * teacher[1]:
         yield Alarm(
@@ -116,7 +119,7 @@ def entropy_collapse(log: Log) -> Iterator[Alarm]:
 
 
 def repeating(log: Log) -> Iterator[Alarm]:
-    """Responses that say the same again."""
+    """Report a rising share of repeated 4-grams within responses."""
     found = trend(log, "repetition")
     if found and found[1] > 0.2 and found[1] > found[0] + 0.1:
         yield Alarm(
@@ -127,11 +130,14 @@ def repeating(log: Log) -> Iterator[Alarm]:
 
 
 def sampler_gap(log: Log) -> Iterator[Alarm]:
-    """The sampler and the trainer compute one number; where they differ, one of them is wrong."""
+    """Report log-probs of sampler and trainer that differ by more than 0.3 nats on a token.
+
+    Both compute the same number in a plain on-policy run, so a difference is an error in the sampler or the trainer.
+    """
     plain = {"sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.top_k": 0, "loss_temperature": 1.0}
     method = str(log.config.get("method"))
     if {k: log.config.get(k) for k in plain} != plain or ("rollouts=" in method and "OnPolicy" not in method):
-        return  # then they are not meant to be equal
+        return  # with these settings the two differ by design
     gap = max(log.series("sampler_gap").items(), key=lambda x: x[1], default=(0, 0.0))
     if gap[1] > 0.3:
         yield Alarm(
@@ -142,7 +148,10 @@ def sampler_gap(log: Log) -> Iterator[Alarm]:
 
 
 def stale(log: Log) -> Iterator[Alarm]:
-    """The student is no longer the one that wrote.  NPD, arXiv:2605.05940, calls 0.1 nats near."""
+    """Report a KL above 0.1 nats per token between the student and the weights that generated its rollouts.
+
+    NPD, arXiv:2605.05940, counts 0.1 nats as near-policy.
+    """
     found = trend(log, "drift")
     if found and found[1] > 0.1:
         yield Alarm(
@@ -153,7 +162,7 @@ def stale(log: Log) -> Iterator[Alarm]:
 
 
 def diverging(log: Log) -> Iterator[Alarm]:
-    """The divergence that is being minimised rises."""
+    """Report a reverse KL, which training minimises, that rises by more than 10 %."""
     found = trend(log, "reverse_kl")
     if found and found[1] > 1.1 * found[0]:
         yield Alarm(

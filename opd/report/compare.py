@@ -1,4 +1,4 @@
-"""Comparisons: differences between runs on the same held-out prompts, and what sets their configurations apart."""
+"""Comparisons of runs: paired differences on the same held-out prompts, and the settings in which runs differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from opd.report.logs import INCIDENTAL, Group
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference `a - b` over shared prompts."""
+    """A mean difference `a - b` over shared prompts, with its 95 % confidence interval."""
 
     a: str
     b: str
@@ -26,10 +26,10 @@ class Paired:
 
 
 def paired(a: Float[np.ndarray, "R N"], b: Float[np.ndarray, "S N"], names: tuple[str, str] = ("", "")) -> Paired:
-    """Mean difference with a 95 % percentile bootstrap over prompts, and over runs where there are several.
+    """Return the mean difference with a 95 % percentile bootstrap over prompts, and over runs if there are several.
 
-    Rows are runs, columns the same prompts in both.  Prompts are drawn once for both sides: what is hard is hard for
-    both.  Runs are drawn on each side by themselves: their seeds are not paired.
+    Rows are runs; columns are prompts, the same ones in both.  Prompts are resampled jointly for both sides, because
+    a hard prompt is hard for both.  Runs are resampled separately on each side, because their seeds are not paired.
     """
     n = a.shape[1]
     noise = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def paired(a: Float[np.ndarray, "R N"], b: Float[np.ndarray, "S N"], names: tupl
 
 
 def versus(a: tuple[str, Scores], b: tuple[str, Scores]) -> dict[str, Paired]:
-    """Each measure of two models, by name, on the same problems."""
+    """Return the paired difference of two models on the same problems, for each measure by name."""
     (one, mine), (other, theirs) = a, b
     assert mine.prompts == theirs.prompts
     against = theirs.each()
@@ -53,7 +53,7 @@ def versus(a: tuple[str, Scores], b: tuple[str, Scores]) -> dict[str, Paired]:
 
 
 def gains(groups: Sequence[Group], name: str) -> list[Paired]:
-    """What training changed: the last evaluation of each group against its first."""
+    """Return the effect of training: the last evaluation of each group minus its evaluation at step 0."""
     out = []
     for g in groups:
         both = [p for p in g.shared(g.last()) if p in set(g.shared(0))]
@@ -64,7 +64,7 @@ def gains(groups: Sequence[Group], name: str) -> list[Paired]:
 
 
 def between(groups: Sequence[Group], name: str) -> list[Paired]:
-    """Each two groups at their last evaluations, on the prompts that both have."""
+    """Compare every pair of groups at their last evaluations, on the prompts that both have."""
     out = []
     for a, b in combinations(groups, 2):
         known = set(b.shared(b.last()))
@@ -76,7 +76,7 @@ def between(groups: Sequence[Group], name: str) -> list[Paired]:
 
 
 def apart(tables: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
-    """The names whose values differ between tables, and the others."""
+    """Return the names whose values differ between tables, and the remaining names."""
     names = [k for k in dict.fromkeys(k for t in tables for k in t) if k not in INCIDENTAL]
     differ = [k for k in names if any(t.get(k) != tables[0].get(k) for t in tables)]
     return differ, [k for k in names if k not in differ]

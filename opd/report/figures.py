@@ -1,4 +1,4 @@
-"""What the report's page draws, `payload(groups)` as json: curves, tables, comparisons, by position and by phase."""
+"""Data of the report page: `payload(groups)` returns curves, tables, comparisons, KL by position, time by phase."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from opd.report.alarms import alarms
 from opd.report.compare import Paired, apart, between, gains
 from opd.report.logs import Group, Log
 
-CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor of the unit)
+CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
     "eval_accuracy": ("Held-out accuracy", "%", 100),
     "eval_reverse_kl": ("Held-out reverse KL", "nats per token", 1),
     "reverse_kl": ("Reverse KL on rollouts", "nats per token", 1),
@@ -24,7 +24,7 @@ CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor
     "tokens_per_s": ("Throughput", "trained tokens / s", 1),
     "peak_mb": ("Peak memory", "MB", 1),
 }
-MEANS: Mapping[str, str] = {  # name -> what it says, one line under the title
+MEANS: Mapping[str, str] = {  # name -> explanation, one line under the title
     "eval_accuracy": "right answers to prompts that are not trained on",
     "eval_reverse_kl": "distance to the teacher on those; 0: one model",
     "reverse_kl": "the same on each training batch: falls, and is noisy",
@@ -38,11 +38,11 @@ MEANS: Mapping[str, str] = {  # name -> what it says, one line under the title
     "tokens_per_s": "sampling, scoring and update together",
     "peak_mb": "of the process, or of the GPU",
 }
-HIDDEN = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})  # said elsewhere
+HIDDEN = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})  # shown elsewhere on the page
 
 
 def payload(groups: Sequence[Group]) -> dict[str, object]:
-    """Everything that the page draws."""
+    """Return all data that the page draws, ready for json."""
     names = list(dict.fromkeys([*CURVES, *(n for g in groups for n in g.names())]))
     shown = [n for n in names if n in CURVES or (n not in HIDDEN and not n.endswith("_s"))]
     configs = [{k: text(v) for k, v in g.runs[0].config.items()} for g in groups]
@@ -67,17 +67,17 @@ def payload(groups: Sequence[Group]) -> dict[str, object]:
 
 
 def text(value: object) -> str:
-    """A setting as a person writes it."""
+    """Format a setting: a string unchanged, other values as json."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def label(group: Group, run: Log) -> str:
-    """A run beside others."""
+    """Return the label of a run: the group's name, with the seed if the group has several runs."""
     return group.name if len(group.runs) == 1 else f"{group.name}, seed {run.config.get('seed')}"
 
 
 def summary(group: Group) -> dict[str, object]:
-    """A group's row in the table of results: what it reached, with intervals."""
+    """Return a group's row in the table of results: its settings, cost, first and last evaluation with intervals."""
     out: dict[str, object] = {
         "name": group.name,
         "folders": [str(run.folder) for run in group.runs],
@@ -107,12 +107,12 @@ def summary(group: Group) -> dict[str, object]:
 
 
 def median(values: Sequence[float]) -> float:
-    """Of what there is; 0 of nothing."""
+    """Return the median; 0 if the sequence is empty."""
     return float(torch.tensor(values).median()) if values else 0.0
 
 
 def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
-    """One small chart: a line for each group that logged the number."""
+    """Return one chart: a line for each group that logged the number."""
     title, unit, factor = CURVES.get(name, (name.replace("_", " "), "", 1.0))
     lines = []
     for i, g in enumerate(groups):
@@ -128,7 +128,7 @@ def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
 def comparisons(
     compare: Callable[[Sequence[Group], str], list[Paired]], groups: Sequence[Group]
 ) -> list[dict[str, object]]:
-    """Paired differences, of accuracy where prompts are verified and of reverse KL everywhere."""
+    """Return tables of paired differences: of reverse KL, and of accuracy if the prompts have a verifier."""
     out: list[dict[str, object]] = []
     scored = any(g.series("eval_accuracy").x for g in groups)
     kinds = [("outcome", "Accuracy", "points", 100.0)] * scored + [("reverse_kl", "Reverse KL", "nats per token", 1.0)]
@@ -141,7 +141,7 @@ def comparisons(
 
 
 def positions(group: Group) -> list[dict[str, object]]:
-    """Reverse KL by position in the response, at the first saved step and at the last; over all seeds."""
+    """Return reverse KL by position in the response, at the first and the last saved step, over all seeds."""
     steps = sorted(set.intersection(*(set(run.saved()) for run in group.runs)))
     out = []
     for step in dict.fromkeys(steps[:1] + steps[-1:]):
@@ -159,7 +159,7 @@ def positions(group: Group) -> list[dict[str, object]]:
             there = mask[:, start : start + bin_]
             heard = there.any(1)
             if int(heard.sum()) < max(2, 0.1 * len(rows)):
-                break  # the few longest responses say nothing of the others
+                break  # too few responses are this long for a mean
             cut = whole[:, start : start + bin_].where(there, 0).sum(1)[heard] / there.sum(1)[heard]
             x.append(start + (min(bin_, width - start) - 1) / 2)
             mean.append(float(cut.mean()))
@@ -171,7 +171,7 @@ def positions(group: Group) -> list[dict[str, object]]:
 
 
 def phases(group: Group) -> dict[str, float]:
-    """Mean seconds of a step by phase; evaluations and saves are spread over all steps."""
+    """Return the mean seconds per step of each phase; evaluations and saves are spread over all steps."""
     rows = [r for run in group.runs for r in run.perf]
     steps = max(1, sum(len(run.steps) for run in group.runs))
     names = dict.fromkeys(k for r in rows for k in r if k.endswith("_s") and k not in ("tokens_per_s", "worker_cpu_s"))

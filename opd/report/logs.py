@@ -1,4 +1,4 @@
-"""A run folder read back, `read(folder) -> Log`; runs that differ by their seed alone, `grouped(logs) -> groups`."""
+"""Reading of run folders, `read(folder) -> Log`, and grouping of runs that differ only by seed, `grouped(logs)`."""
 
 import json
 import re
@@ -16,13 +16,13 @@ from opd.methods import METHODS
 from opd.runs import flat
 from opd.types import Refusal
 
-INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # no other configuration
+INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # ignored in grouping
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Log:
-    """What one run wrote."""
+    """The logs of one run folder."""
 
     folder: Path
     config: Mapping[str, object]  # flat: data.source, sampling.temperature, ...
@@ -33,23 +33,26 @@ class Log:
     prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
 
     def saved(self) -> list[int]:
-        """The steps that saved their rollouts."""
+        """Return the steps whose rollouts were saved."""
         return list(saved(self.folder))
 
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Those of some columns that were saved; the alternatives beside them are large."""
+        """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
         with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
             there = set(file.keys())
             return {name: file.get_tensor(name) for name in names if name in there}
 
     def series(self, name: str) -> dict[int, float]:
-        """A number by step, from whichever log has it; the speed of evaluations is not that of training."""
+        """Return a number by step, from any of the three logs.
+
+        Lines of perf.jsonl about evaluations are left out, because their speed is not that of training.
+        """
         perf = (r for r in self.perf if "evaluate_s" not in r)
         return {r["step"]: r[name] for r in (*self.steps, *self.evaluations, *perf) if r.get(name) is not None}
 
 
 def read(folder: Path) -> Log:
-    """A run folder; refuses what is none, or has no finished step."""
+    """Read a run folder.  Raise Refusal if the folder is not a run or has no finished step."""
     if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
         raise Refusal(f"RUN {folder}: there is no {missing[0]} in it; name the --out folder of an `opd train`")
     rows = lines(folder / "metrics.jsonl")
@@ -69,17 +72,20 @@ def read(folder: Path) -> Log:
 
 
 def step_of(path: Path) -> int:
-    """The step that a file is named after."""
+    """Return the step in a file name such as `step-000100.jsonl`."""
     return int(path.stem.removeprefix("step-"))
 
 
 def saved(run: Path) -> dict[int, Path]:
-    """The saved rollouts of a run folder by their steps, without the suffix."""
+    """Return the paths of a run's saved rollouts by step, without the file suffix."""
     return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"))}
 
 
 def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
-    """The rollouts of a step, the newest for 0; `needed` are other files that the run folder must have."""
+    """Return the step and the path of its saved rollouts; step 0 selects the newest.
+
+    `needed` are other files that the run folder must have.  Raises Refusal if something is missing.
+    """
     found = saved(run)
     if not found or not all((run / name).is_file() for name in needed):
         raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
@@ -90,14 +96,14 @@ def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
 
 
 def lines(path: Path) -> list[Row]:
-    """The whole lines of a log: the last one of a run at work may be half written."""
+    """Return the complete lines of a log; the last line of a running job may be incomplete and is then left out."""
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A number over the steps: the mean of the runs, what it is between, and each run's own."""
+    """A number over the steps: the mean over runs, a lower and an upper bound, and the values of each run."""
 
     x: tuple[int, ...]
     mean: tuple[float, ...]
@@ -108,22 +114,22 @@ class Series:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, seeds apart."""
+    """Runs of one configuration that differ only by seed."""
 
     name: str
     runs: tuple[Log, ...]
 
     def setting(self, name: str) -> object:
-        """One of the settings that all runs share."""
+        """Return a setting, which all runs share."""
         return self.runs[0].config.get(name, "")
 
     def names(self) -> list[str]:
-        """Every number that was logged, in the order of the logs."""
+        """Return the names of all logged numbers, in the order of the logs."""
         rows = [r for run in self.runs for r in (*run.steps, *run.evaluations, *run.perf)]
         return [n for n in dict.fromkeys(k for r in rows for k in r) if n != "step"]
 
     def series(self, name: str) -> Series:
-        """The band: 95 % intervals where an evaluation has them, else what the seeds are between."""
+        """Return a number over the steps with its band: 95 % intervals for evaluations, else the range over seeds."""
         runs = [run.series(name) for run in self.runs]
         steps = sorted(set().union(*runs))
         values = [[run[s] for run in runs if s in run] for s in steps]
@@ -139,14 +145,17 @@ class Group:
                 return min(among.low, *values), max(among.high, *values)
             own = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
             return min(low for low, _ in own), max(high for _, high in own)
-        if name == "eval_reverse_kl":  # the runs share their prompts: more of them do not make this error smaller
+        if name == "eval_reverse_kl":  # runs share prompts: averaging runs does not reduce this error
             errors = [run.series("eval_reverse_kl_se").get(step, 0.0) for run in self.runs]
             centre, half = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
             return min(centre - half, *values), max(centre + half, *values)
         return min(values), max(values)
 
     def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
-        """[runs, prompts]: a number of the held-out prompts (those in `among`) at a step; None where a run lacks it."""
+        """Return a number [runs, prompts] of the held-out prompts (or those in `among`) at a step.
+
+        Returns None if a run lacks it.
+        """
         found = [run.prompts.get(step) for run in self.runs]
         tables = [t for t in found if t]
         shared = list(among) or self.shared(step)
@@ -155,17 +164,17 @@ class Group:
         return np.array([[float(t[p][name]) for p in shared] for t in tables])
 
     def shared(self, step: int) -> list[str]:
-        """The held-out prompts that every run evaluated at a step."""
+        """Return the held-out prompts that every run evaluated at a step."""
         tables = [run.prompts.get(step, {}) for run in self.runs]
         return [p for p in tables[0] if all(p in t for t in tables)]
 
     def last(self) -> int:
-        """The newest step at which every run was evaluated by prompts; 0 where none was."""
+        """Return the newest step at which every run saved an evaluation by prompt; 0 if none exists."""
         return max(set.intersection(*(set(run.prompts) for run in self.runs)), default=0)
 
 
 def grouped(logs: Sequence[Log]) -> list[Group]:
-    """Runs of equal settings together, under names that tell the groups apart."""
+    """Group runs of equal settings, and give the groups names that differ."""
     by: dict[str, list[Log]] = {}
     for log in logs:
         key = {k: v for k, v in log.config.items() if k not in INCIDENTAL}
@@ -185,7 +194,7 @@ def grouped(logs: Sequence[Log]) -> list[Group]:
 
 
 def method_name(method: str) -> str:
-    """The listed method that prints so, numbers aside; "" for others."""
+    """Return the name of the listed method whose repr is `method`, up to numbers; "" if no method matches."""
     shape = lambda text: re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
     same = [name for name, factory in METHODS.items() if repr(factory()) == method]
     alike = [name for name, factory in METHODS.items() if shape(repr(factory())) == shape(method)]
@@ -193,7 +202,7 @@ def method_name(method: str) -> str:
 
 
 def folders(group: Group) -> str:
-    """What the names of its folders begin with."""
+    """Return the common prefix of the group's folder names, without a trailing seed."""
     names = [run.folder.resolve().name for run in group.runs]
     common = names[0]
     while not all(n.startswith(common) for n in names):
@@ -202,7 +211,7 @@ def folders(group: Group) -> str:
 
 
 def differing(group: Group, others: Sequence[Group]) -> str:
-    """The settings, short ones, in which a group differs from others."""
+    """Return up to three short settings in which a group differs from others."""
     values = {k: {json.dumps(o.setting(k)) for o in others} for k in group.runs[0].config if k not in INCIDENTAL}
     told = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
     short = [x for x in told if len(x) <= 40]

@@ -1,4 +1,4 @@
-"""`opd report`: run folders as one HTML page that needs no network, `report(Report(...)) -> its path`."""
+"""`opd report`: writes one HTML page about run folders that needs no network, `report(Report(...)) -> path`."""
 
 import json
 import math
@@ -17,7 +17,7 @@ PICTURE_MARK = "opd report"  # in the metadata of each picture
 
 
 def report(config: Report) -> Path:
-    """Read the runs, write the page; returns its path."""
+    """Read the runs, write the page and return its path."""
     if not config.runs:
         raise Refusal("RUN is missing: name the --out folder of one `opd train` or more")
     twice = {str(r) for r in config.runs if [x.resolve() for x in config.runs].count(r.resolve()) > 1}
@@ -65,7 +65,7 @@ def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:
     """Write a page of ours with its style, its program and its data inside."""
     pages = files("opd.report") / "pages"
     text = (pages / f"{name}.html").read_text()
-    # The data may hold any text: no tag of it may end the script element that carries it.
+    # The data may contain any text: escape "<" so that no tag in it can end the script element.
     parts = {
         "style": (pages / "page.css").read_text() + (pages / f"{name}.css").read_text(),
         "data": json.dumps(finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
@@ -79,7 +79,7 @@ def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """For json, which knows no nan and no infinity: they become null; other numbers keep six digits."""
+    """Prepare a value for json: replace nan and infinity by null, and round other floats to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

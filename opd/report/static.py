@@ -1,4 +1,4 @@
-"""The report's pictures as files: `draw(groups, folder)` writes PNG and SVG with matplotlib."""
+"""Figures of the report as files: `draw(groups, folder)` writes PNG and SVG with matplotlib."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +31,7 @@ def draw(groups: Sequence[Group], files: Mapping[str, OutputFile]) -> None:
 
 
 def curves(groups: Sequence[Group]) -> Figure:
-    """Every number of the page's first part that was logged."""
+    """Draw every logged number of the page's first section."""
     shown = [c for name in CURVES if (c := curve(groups, name))["lines"]]
     rows = -(-len(shown) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 2.7 * rows), layout="constrained", squeeze=False)
@@ -48,7 +48,7 @@ def curves(groups: Sequence[Group]) -> Figure:
 
 
 def by_position(groups: Sequence[Group]) -> Figure | None:
-    """Reverse KL along the response, before and after."""
+    """Draw reverse KL by position in the response, at the first and last saved step; None without saved rollouts."""
     found = [rows for g in groups if (rows := positions(g))]
     if not found:
         return None
@@ -63,7 +63,7 @@ def by_position(groups: Sequence[Group]) -> Figure | None:
 
 
 def bars(groups: Sequence[Group]) -> Figure:
-    """Seconds of a step by phase."""
+    """Draw the seconds of a step by phase."""
     spent = [phases(g) for g in groups]
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(groups)), layout="constrained")
     left = [0.0] * len(groups)

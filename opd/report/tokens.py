@@ -1,4 +1,4 @@
-"""`opd inspect`: saved rollouts as a page that shows every token, `inspect(Inspect(...)) -> its path`."""
+"""`opd inspect`: writes a page that shows every token of saved rollouts, `inspect(Inspect(...)) -> path`."""
 
 import base64
 import gzip
@@ -17,7 +17,7 @@ from opd.report.page import page_file, write
 from opd.settings import Inspect
 from opd.types import Refusal
 
-PLAIN: Mapping[str, str] = {  # columns that a page colours by -> what they are called
+PLAIN: Mapping[str, str] = {  # columns for colouring tokens -> their titles
     "reverse_kl": "reverse KL",
     "student_entropy": "student entropy",
     "teacher_entropy": "teacher entropy",
@@ -43,7 +43,10 @@ def inspect(config: Inspect) -> Path:
 def payload(
     run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> dict[str, object]:
-    """The rollouts and their columns, flat over the tokens that were said: row b's are at [start[b], start[b + 1])."""
+    """Return the rollouts and their columns, flat over all response tokens.
+
+    The tokens of row b are at [start[b], start[b + 1]).
+    """
     mask = columns["mask"]
     lengths = torch.tensor([row["tokens"] for row in rows])
     said = torch.arange(mask.shape[1]) < lengths[:, None]
@@ -60,7 +63,7 @@ def payload(
         number = f" {i + 1}" if terms > 1 else ""
         if f"advantage.{i}" in columns:
             shown[f"advantage{number}"] = columns[f"advantage.{i}"]
-        shown[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1 is a token's share of a mean over tokens
+        shown[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1: weight of a token in the mean over tokens
     data: dict[str, object] = {
         "run": str(run),
         "step": step,
@@ -82,7 +85,7 @@ def payload(
 
 
 def rocks(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The share that each token's type has in the reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
+    """Return each token type's share of the summed reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
     _, score = Corpus(ids[mask], reverse_kl[mask].double(), mask.nonzero()[:, 0]).tally()
     whole = score.new_zeros(int(ids.max()) + 1)
     whole[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
@@ -90,12 +93,12 @@ def rocks(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """fp32 with the last bits of the mantissa zero: three significant digits stay, and gzip finds little else."""
+    """Zero the last mantissa bits of an fp32 tensor: three significant digits remain, and gzip compresses it well."""
     return ((x.contiguous().view(torch.int32) >> bits) << bits).view(torch.float32)
 
 
 def packed(x: Tensor) -> str:
-    """Type, then the bytes of a tensor, little-endian, gzipped, in base64; ids in 16 bits where they fit."""
+    """Encode a tensor as "dtype:bytes", the bytes little-endian, gzipped, in base64; ids in 16 bits if they fit."""
     if x.dtype == torch.bfloat16:
         kind, array = "b16", x.contiguous().view(torch.int16).numpy()
     elif x.dtype == torch.int32 and (x.numel() == 0 or int(x.max()) < 1 << 16):
