@@ -1,4 +1,4 @@
-"""A batch taken to those who write: `asked(question, batch, rollouts, panel) -> columns by name`."""
+"""Ask text-only teachers and judges about a batch: `asked(question, batch, rollouts, panel, episode) -> columns`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def asked(
     question: Question, batch: Batch, rollouts: Sequence[Rollout], panel: Panel, episode: Episode
 ) -> tuple[dict[str, Any], Episode]:
-    """The columns that a question fills, and the episode after it."""
+    """Ask a question about a batch.  Return the columns that the answers fill, by name, and the updated episode."""
     match question:
         case Continue():
             return continued(question, batch, rollouts, panel), episode
@@ -34,7 +34,7 @@ def asked(
 
 @dataclass(frozen=True)
 class Place:
-    """One chunk: of which rollout, its number there, and its first and last tokens."""
+    """A chunk of a response: row of the batch, number of the chunk in the row, and token range [start, end)."""
 
     row: int
     number: int
@@ -43,7 +43,7 @@ class Place:
 
 
 def places(chunk: Tensor) -> list[Place]:
-    """The chunks of a batch, in order of rollout and number."""
+    """Return the chunks of a batch [B, T], ordered by row and number."""
     out = []
     for row, numbers in enumerate(chunk):
         for number in range(1, int(numbers.max()) + 1):
@@ -53,7 +53,11 @@ def places(chunk: Tensor) -> list[Place]:
 
 
 def continued(question: Continue, batch: Batch, rollouts: Sequence[Rollout], panel: Panel) -> dict[str, Tensor]:
-    """How the teacher of each rollout would go on, against what the student said; chunks without an answer are none."""
+    """Compare the teacher's continuations with the student's text, chunk by chunk.
+
+    Return the columns `chunk` [B, T], the chunk number of each token, and `agreement` [B, T], the summed similarity of
+    the continuations.  A chunk without an answer is removed: its number becomes 0.
+    """
     likeness = needed("rapidfuzz.distance", "omniopd").Levenshtein.normalized_similarity
     assert batch.student_entropy is not None, "a method that asks for continuations is measured before"
     chunk = question.chosen(batch.student_entropy, batch.mask)
@@ -73,7 +77,10 @@ def continued(question: Continue, batch: Batch, rollouts: Sequence[Rollout], pan
 
 
 def graded(question: Grade, batch: Batch, rollouts: Sequence[Rollout], panel: Panel) -> dict[str, Any]:
-    """The judge's score of each response; a group whose teacher or judge failed has none."""
+    """Return the judge's score of each response: the columns `verdict` [B] and `judged` [B].
+
+    If the teacher or the judge failed for a group, its responses have no score and `judged` is false.
+    """
     from opd.teachers.judge import Group, Judge
 
     judge, seed = panel.judge, panel.seed

@@ -1,6 +1,7 @@
-"""Lenses of a run: how student's and teacher's hidden states are compared, and the fitting of what that needs.
+"""Selection of the hidden layers to match between student and teacher, and fitting of a bridge between their widths.
 
-A fitted bridge is part of a checkpoint (bridge.safetensors), so that a resumed run sees through the same projections.
+A bridge is a pair of low-rank projections per matched layer.  Checkpoints contain it (bridge.safetensors), so that a
+resumed run compares hidden states with the same projections.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from opd.types import Batch, Refusal, Rollout
 
 
 def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, PretrainedConfig]) -> Lenses | None:
-    """Which layers meet, before any projection; None where no hidden states are matched.
+    """Return the layers that are matched, without projections; None if the method matches no hidden states.
 
-    Refuses models whose states cannot be compared as the method says; `teachers` are by the flag that named them.
+    `teachers` are configurations by the flag that names each teacher.  Raises Refusal if the shapes of the models'
+    hidden states do not allow the comparison that the method makes.
     """
     term = method.hidden()
     if term is None:
@@ -53,7 +55,7 @@ def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, 
 
 
 def some(mask: Bool[Tensor, "B T"], count: int, seed: int) -> Bool[Tensor, "B T"]:
-    """At most `count` of the marked tokens, drawn without replacement."""
+    """Return a mask of at most `count` of the marked tokens, sampled without replacement."""
     at = mask.flatten().nonzero()[:, 0]
     chosen = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))[:count]]
     return torch.zeros_like(mask).flatten().index_fill(0, chosen, True).view_as(mask)
@@ -71,9 +73,11 @@ def fitted(
     micro: Sequence[Sequence[int]],
     seed: int,
 ) -> tuple[Lenses, float]:
-    """The lenses with projections fitted on some tokens of the rollouts, and their mean cosine on those held out.
+    """Fit the projections on some tokens of the rollouts.
 
-    Both models' states of `bridge.rows` tokens at all layers are held in main memory, in fp32.
+    Returns the lenses with projections, and the mean cosine on held-out tokens.  The hidden states of both models for
+    `bridge.rows` tokens at all matched layers are held in main memory, in fp32.  Raises Refusal if the rollouts have
+    fewer than 10 x rank tokens.
     """
     batch = replace(batch, mask=some(batch.mask, bridge.rows, seed))
     if batch.mask.sum() < 10 * bridge.rank:
@@ -82,7 +86,8 @@ def fitted(
             "fit it on; raise --max-new-tokens"
         )
     device = student.model.device
-    # Rows in the order of the rollouts: those held out are then the last rollouts, not the shortest.
+    # Restore the order of the rollouts.  Micro-batches are sorted by length, and `fit` holds out the last rows: without
+    # this, the held-out tokens would be those of the shortest rollouts.
     order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for at in micro for i in at]).argsort(stable=True)
     own: list[list[Tensor]] = [[] for _ in lenses.student.layers]
     other: list[list[Tensor]] = [[] for _ in lenses.student.layers]
@@ -105,7 +110,7 @@ def fitted(
 
 
 def save(lenses: Lenses, folder: Path) -> None:
-    """Add the projections to a checkpoint; nothing where there are none."""
+    """Save the projections to a checkpoint; write no file if the lenses have none."""
     named = {
         f"{side}.{i}.{name}": x
         for side, lens in (("student", lenses.student), ("teacher", lenses.teacher))
@@ -117,7 +122,7 @@ def save(lenses: Lenses, folder: Path) -> None:
 
 
 def load(lenses: Lenses, folder: Path) -> Lenses:
-    """The lenses with the projections of a checkpoint."""
+    """Return the lenses with the projections loaded from a checkpoint."""
     kept = load_file(folder / "bridge.safetensors")
     side = lambda name, lens: Lens(
         lens.layers,

@@ -1,4 +1,4 @@
-"""From prompts to a batch: who speaks, generation, verification, collation."""
+"""Rollout collection: generate responses with student or teacher, verify them, and collate them into a `Batch`."""
 
 import math
 from array import array
@@ -35,22 +35,22 @@ from opd.types import (
 )
 from opd.vocabulary import Vocabulary
 
-KEPT = 1 << 24  # tokens of teachers' responses kept for their prefixes, 4 bytes each
+KEPT = 1 << 24  # tokens: limit of the cache of teacher prefixes, 4 bytes per token
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt, and its ids as each model reads it."""
+    """A prompt with its token ids for the student and for the teacher."""
 
     prompt: Prompt
     ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
-    teacher: str = ""  # who scores the responses: a name of --route; "" is --teacher
+    teacher: str = ""  # name of the teacher that scores the responses: a --route, or "" for --teacher
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """What writes responses: an engine, or a server."""
+    """A generator of responses: an engine or a server."""
 
     def generate(
         self,
@@ -61,24 +61,30 @@ class Writer(Protocol):
         step: int,
         index: Sequence[int],
     ) -> list[Sample]:
-        """One response per prompt."""
+        """Generate a response for each prompt.
+
+        The noise of a response depends only on (seed, step, its entry of `index`).
+        """
 
 
 @runtime_checkable
 class Engine(Writer, Protocol):
-    """What samples from the student, whose weights it shares or is sent before it writes."""
+    """An engine that samples from the student.
+
+    It shares the student's weights, or receives them before it generates.
+    """
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
-        """The student."""
+        """The student model."""
 
     @property
     def rows(self) -> int:
-        """Responses written at once."""
+        """Responses generated at the same time."""
 
     @property
     def vocabulary(self) -> int:
-        """Ids that may be sampled."""
+        """Vocabulary size: ids 0 .. vocabulary - 1 may be sampled."""
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -94,39 +100,39 @@ class Engine(Writer, Protocol):
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
     ) -> list[Sample]:
-        """One response per prompt, after its prefix."""
+        """Generate a response for each prompt, as the continuation of its prefix."""
 
     def follow(self) -> None:
-        """The student made a step."""
+        """Note that an optimizer step changed the student's weights."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release the engine's resources."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a teacher wrote of its response."""
+    """The beginning of a teacher's response."""
 
     ids: Sequence[int] = ()
-    stopped: bool = False  # the response ends with it
+    stopped: bool = False  # the response is complete: it ends with this prefix
 
     def reaches(self, limit: int) -> bool:
-        """Whether it holds all of the first `limit` tokens that there are."""
+        """Return whether the prefix has `limit` tokens or the complete response."""
         return self.stopped or len(self.ids) >= limit
 
     def first(self, limit: int) -> "Prefix":
-        """The first tokens."""
+        """Return the first `limit` tokens."""
         return Prefix(tuple(self.ids[:limit]), self.stopped and len(self.ids) <= limit)
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Everything that turns prompts into finished rollouts, for one process."""
+    """Turns prompts into finished rollouts, for a single process."""
 
     student: Engine
-    teachers: Mapping[str, Writer]  # by the name of the teacher
+    teachers: Mapping[str, Writer]  # by route name; "" is --teacher
     tokenizer: Tokenizer
-    vocabulary: Vocabulary  # how their distributions are compared
+    vocabulary: Vocabulary  # common ids, temperature and stop class for comparing student and teacher
     prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = field(default_factory=dict)  # a cache, oldest first
 
     def collect(
@@ -143,10 +149,19 @@ class Collector:
         memory: Memory = NOTHING,
         alone: bool = False,
     ) -> list[Rollout]:
-        """`who.per_prompt` verified rollouts of each prompt; `first` is the batch index of the first of them.
+        """Generate and verify `who.per_prompt` rollouts per prompt.
 
-        `step` of `total` steps and what the run remembers say where a policy that changes stands.  With `alone` each
-        is noted what the student says of it without its prompt.
+        Args:
+            prompts: this process's share of the prompts.
+            who: the rollout policy.  A policy that changes over the run reads `step`, `total` and `memory`.
+            sampling: temperature, top-p, top-k and the length limit.
+            verify: the verifier, (response, prompt) -> score from 0 to 1.
+            seed: the run's seed.
+            step: the step that the noise is keyed by.
+            first: batch index of the first rollout.
+            total: number of steps in the run.
+            memory: what the run carries from step to step.
+            alone: also note the student's cross entropy of each response without its prompt (`student_alone`).
         """
         wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(who.per_prompt)]
         index = list(range(first, first + len(wanted)))
@@ -154,7 +169,7 @@ class Collector:
         room, does = sampling.max_new_tokens, self._does(who, step, memory)
         limit = who.limit(step, total, room) if isinstance(who, TeacherPrefix) else 0
         prefixes = self._prefixes([p for p, _ in wanted], sampling, limit, seed)
-        # Nothing is left to write where the teacher wrote it all.
+        # A prefix that is complete or reaches the length limit needs no continuation by the student.
         whole = {i: p.stopped for i, p in enumerate(prefixes) if p.stopped or len(p.ids) >= room}
         samples = {i: Sample((), (), stopped) for i, stopped in whole.items()}
         names = [[name] for name in self.teachers] if does else [list(self.teachers)]
@@ -204,7 +219,10 @@ class Collector:
 
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """With the cross entropy of each response without its prompt, under the weights of now."""
+        """Add the note `student_alone`: the cross entropy of each response without its prompt, in nats per token.
+
+        It is computed with the student's current weights.
+        """
         assert isinstance(self.student, HFEngine), "a run refuses other engines here"
         model, out = self.student.model, list[Rollout]()
         for start in range(0, len(rollouts), self.student.rows):
@@ -216,7 +234,7 @@ class Collector:
         return out
 
     def _does(self, who: Rollouts, step: int, memory: Memory) -> Blended | Watched | None:
-        """What the teacher does while the student samples."""
+        """Return how the teacher takes part in each decoding step of the student, or None if it does not."""
         match who:
             case Blend() if eps := who.radius(step):
                 return Blended(eps)
@@ -227,7 +245,10 @@ class Collector:
     def _more(
         self, who: Rollouts, teacher: str, asked: Sequence[Rendered], does: Blended | Watched | None
     ) -> dict[str, Any]:
-        """What `HFEngine` alone does, and a run refuses of others: let a teacher read along, draw more tokens."""
+        """Return the arguments that only `HFEngine.generate` supports: a teacher at each decoding step, more samples.
+
+        A run refuses these policies with any other engine.
+        """
         if does is not None:
             engine = self.teachers[teacher]
             assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
@@ -235,13 +256,16 @@ class Collector:
         return {"samples": who.samples} if isinstance(who, OnPolicy) and who.samples > 1 else {}
 
     def _prefixes(self, prompts: Sequence[Rendered], sampling: Sampling, limit: int, seed: int) -> list[Prefix]:
-        """The teacher's first `limit` tokens of its response to each prompt, the same response at every step."""
+        """Return the first `limit` tokens of the teacher's response to each prompt.
+
+        A prompt gets the same response at every step.
+        """
         if not limit:
             return [Prefix()] * len(prompts)
         for name, engine in self.teachers.items():
             asked = dict.fromkeys(p.teacher_ids for p in prompts if p.teacher == name)
             new = [x for x in asked if (name, x) not in self.prefixes or not self.prefixes[name, x].reaches(limit)]
-            # Noise keyed by the prompt: a run that resumes need not have kept what it can write again.
+            # The noise is keyed by the prompt, so that a resumed run regenerates the same prefixes without saving them.
             key = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
             told = replace(sampling, max_new_tokens=limit)
             for ids, sample in zip(new, engine.generate(new, told, seed=seed, step=-2, index=key), strict=True):
@@ -252,7 +276,7 @@ class Collector:
         return out
 
     def text(self, ids: Sequence[int]) -> str:
-        """A response as a reader sees it."""
+        """Decode a response to text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _written(self, rendered: Rendered, budget: int) -> Sample:
@@ -267,7 +291,7 @@ class Collector:
 
 
 def _noted(who: Rollouts, step: int, memory: Memory, limit: int) -> dict[str, float]:
-    """Where a policy that changes stands, the same for all rollouts of a step."""
+    """Return the current state of a rollout policy that changes over the run, as notes for all rollouts of a step."""
     match who:
         case TeacherPrefix():
             return {"prefix_limit": float(limit)}
@@ -277,7 +301,7 @@ def _noted(who: Rollouts, step: int, memory: Memory, limit: int) -> dict[str, fl
 
 
 def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated, seed: int, step: int) -> Batch:
-    """The columns known before any scoring; tokens never trained are masked here, once."""
+    """Return a batch with the columns that are known before scoring; all tokens that never train are masked here."""
     rows = []
     for r in rollouts:
         mask = torch.tensor(r.mask or [True] * len(r.ids), dtype=torch.bool)
@@ -303,20 +327,20 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         prefix=torch.tensor([r.prefix for r in rollouts]),
         **given,
         notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
-        # A key of five: that of four drew the token itself.
+        # The fifth key, 1, separates this noise from the sampling noise, which has only the first four.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
     )
 
 
 def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
-    """The trained tokens of each rollout, unpadded."""
+    """Return for each rollout which of its tokens are trained, without padding."""
     return [row[: len(r.ids)].tolist() for row, r in zip(batch.mask, rollouts, strict=True)]
 
 
 def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Batch:
-    """The batch with the flat columns of its trained tokens, measured for some rows at a time, put back in place.
+    """Scatter flat per-token columns, measured for some rows at a time, into the batch as [B, T] columns.
 
-    Rows that are in no part keep what they had.
+    Rows that are in no part keep their previous values.
     """
     before = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a run and an evaluation are told: one value each, the same for Python and the command line."""
+"""Settings of a training run (`Train`) and of an evaluation (`Evaluate`), for Python and for the command line."""
 
 import math
 from collections.abc import Callable
@@ -34,147 +34,160 @@ Now answer the question in your own words."""
 
 
 def native() -> Precision:
-    """bf16 on a GPU, fp32 on a CPU: few CPUs compute bf16 faster."""
+    """Return the default precision: bf16 on a GPU, fp32 on a CPU, because few CPUs compute bf16 faster."""
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def room() -> int:
-    """3072 on a GPU, 256 on a CPU: some thousand tokens at once, and some hundred, for more gains nothing there."""
+    """Return the default memory for logits in MB: 3072 on a GPU, 256 on a CPU.
+
+    It holds the logits of some thousand tokens on a GPU and of some hundred on a CPU.  More memory gains no speed.
+    """
     return 3072 if torch.cuda.is_available() else 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A run."""
+    """Settings of a training run; each field is a flag of `opd train`."""
 
     student: str
     """The model to train: hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder,
     LoRA adapter, or embedded:NAME."""
     teacher: str = ""
-    """The model to learn from, with the same vocabulary; same kinds of name.  Or the student's own weights: self (as
-    they are), base (as they were), ema:RATE (their moving average); then --context is what it knows better.  Empty is
-    the method's own, where it has one."""
+    """Model to learn from.  It must have the student's vocabulary, unless the method uses only the teacher's texts.
+    Same kinds of name as --student, a server (http://HOST:PORT), or the student's weights: self (current), base
+    (initial) or ema:RATE (moving average); then set --context, which only the teacher reads.  Empty: the default
+    teacher of the method, if any."""
     prompts: str
     """Training prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
     route: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=MODEL: another teacher, for the prompts whose --route-column holds NAME; the rest learn from --teacher.
-    Repeat for more."""
+    """NAME=MODEL: use this teacher for the prompts whose --route-column holds NAME; all other prompts use --teacher.
+    Repeat the flag for several teachers."""
     route_column: str = "teacher"
-    """Column of the prompts that names their teacher."""
+    """Column of --prompts with the name of each prompt's --route."""
     reference: str = ""
-    """Frozen third model of the methods that read one (g-opd); empty is the student as it is before the first step."""
+    """Frozen reference model, for methods that read it (g-opd).  Empty: the student before the first step."""
     judge: str = ""
-    """Who grades responses for the methods that ask (ropd, rubricem): empty, the teacher itself; verifier, the task's
-    verifier and the steps that right answers share; or a model, as --teacher names one that only writes."""
+    """Judge that grades responses, for ropd and rubricem.  Empty: the teacher.  verifier: the task's verifier, and the
+    solution steps that correct responses share.  Or a model: any name that --teacher accepts for a text-only
+    teacher."""
     context: str = ""
-    """What the teacher reads and the student does not: a column of the row (response, answer, any other), or peer,
-    a right response of the same prompt's other rollouts; empty is the method's own, none for most."""
+    """Privileged context in the teacher's prompt, which the student does not see.  A column of the row (response,
+    answer or any other), or peer: a correct response among the prompt's other rollouts.  Empty: the method's default,
+    which is none for most methods."""
     context_template: str = CONTEXT
-    """How the teacher's question is written, with {prompt} and {context} in it."""
+    """Template of the teacher's prompt when --context is set; it must contain {prompt} and {context}."""
     method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=METHODS["vopd"])
-    """What is learnt; on the command line the METHOD and its flags."""
+    """Training method; on the command line it is METHOD, followed by its flags."""
     out: Path = Path("outputs/opd")
-    """The run folder: configuration, metrics, checkpoints."""
+    """Run folder for the configuration, metrics and checkpoints."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, bitwise; start it where there is none."""
+    """Continue the run in --out from its newest checkpoint, with bitwise the same results as an uninterrupted run.
+    Without a checkpoint the run starts from the beginning."""
     steps: int = 100
-    """Rollout batches to train on."""
+    """Number of training steps; each trains on a batch of rollouts."""
     batch: int = 64
-    """Rollouts in a batch, over all processes."""
+    """Rollouts per step, summed over all processes."""
     per_prompt: int = 0
-    """Rollouts of each prompt; 0 is the method's own number."""
+    """Rollouts per prompt.  0: the method's default."""
     updates: int = 0
-    """Optimizer steps on each rollout batch; 0 is the method's own number."""
+    """Optimizer steps per rollout batch.  0: the method's default."""
     staleness: int = 0
-    """Steps that a rollout's writer may be behind: above 0, a worker process writes rollouts while the student trains;
-    0 writes and trains in turns."""
+    """Maximum number of steps that the weights behind a rollout may be older than the trained weights.  Above 0, a
+    worker process generates rollouts while the student trains.  0: generation and training take turns."""
     exact_staleness: bool = False
-    """Every rollout is --staleness steps behind, not at most so many: reproducible, whatever the clock says."""
+    """Make every rollout exactly --staleness steps old instead of at most that many.  The run is then reproducible,
+    because results do not depend on timing."""
     worker: bool = False
-    """A worker process writes rollouts at --staleness 0, too."""
+    """Generate rollouts in a worker process at --staleness 0, too."""
     worker_device: str = "same"
-    """Where the worker's copy of the student lives: same as the student, cpu, cuda:1, ..."""
+    """Device of the worker's copy of the student: same (as the student), cpu, cuda:1, ..."""
     importance_cap: float = 0.0
-    """Weigh tokens of policy gradients without a ratio by min(student / who wrote it, this); 0 does not, unless another
-    engine writes (--engine): then it is 2."""
+    """Cap C of truncated importance sampling: policy-gradient terms without an importance ratio weigh each token by
+    min(p_student / p_sampler, C).  0: no correction with --engine hf, and C = 2 with any other engine."""
     speaker: Speaker = Speaker()
     reduction: Literal["method", "token", "sequence", "constant"] = "method"
-    """What the loss is averaged over: every token, every sequence, or a constant (batch x longest response)."""
+    """Denominator of the loss: the number of tokens (token), of sequences (sequence), or batch x --max-new-tokens
+    (constant).  method: the method's default."""
     data: Data = Data()
     sampling: Sampling = Sampling()
     loss_temperature: float = 1.0
-    """Divides both models' logits in the loss; --temperature changes only the sampler."""
+    """Divide the logits of student and teacher by this value in the loss.  --temperature changes only the sampler."""
     stop_token: StopToken = "canonical"
-    """Terminal token: canonical merges both models' stop tokens, train keeps them apart, mask skips them."""
+    """Treatment of the stop token in the loss.  canonical: count the stop tokens of both models as a single token;
+    train: keep them as different tokens; mask: do not train on them."""
     truncated: Truncated = "train"
-    """Rollouts that hit the length limit: train on them, or drop them."""
+    """Rollouts that reach --max-new-tokens: train on them, or drop them from the loss."""
     teacher_prompt: Literal["own", "same"] = "own"
-    """The teacher reads the prompt in its own chat template, or the same ids as the student."""
+    """Prompt that the teacher reads.  own: rendered with the teacher's chat template; same: the student's token ids."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up; cosine and linear fall to 0 at the last step."""
+    """Learning rate schedule after the warm-up.  cosine and linear fall to 0 at the last step."""
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments, each in [0, 1)."""
+    """AdamW's decay rates of the first and second moment, each in [0, 1)."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay; 0 is none."""
+    """AdamW's decoupled weight decay.  0: none."""
     max_grad_norm: float = 1.0
-    """Larger gradients are scaled down to this norm."""
+    """Clip the gradient to this L2 norm."""
     lora_rank: int = 0
-    """Train a LoRA adapter of this rank; 0 trains all weights."""
+    """Train a LoRA adapter of this rank.  0: train all weights."""
     lora_alpha: float = 32.0
-    """LoRA's scale is alpha / rank."""
+    """LoRA's alpha; the adapter's output is scaled by alpha / rank."""
     lora_targets: str = "all-linear"
-    """Layers that get an adapter, comma separated; the head never does."""
+    """Names of the layers that get an adapter, comma separated; all-linear selects every linear layer except the LM
+    head, which never gets an adapter."""
     precision: Precision = field(default_factory=native)
-    """Compute type; trained weights and optimizer state stay fp32."""
+    """dtype of the student's computation: fp32 or bf16 (autocast).  Trained weights and optimizer state stay fp32."""
     teacher_precision: Precision = field(default_factory=native)
-    """Type of the teacher's weights."""
+    """dtype of the teacher's weights."""
     teacher_device: str = "same"
-    """Where the teacher lives: same as the student, cpu, cuda:1, ..."""
+    """Device of the teacher: same (as the student), cpu, cuda:1, ..."""
     remote: Remote = Remote()
     micro_batch_tokens: int = 8192
-    """Padded tokens that go through a model at once; lower it when memory runs out."""
+    """Tokens in a micro-batch, padding included.  Lower it when memory runs out."""
     chunk_mb: int = field(default_factory=room)
-    """Memory for logits in the head pass, MB."""
+    """Memory for the logits in the LM head's pass, in MB.  The pass works on chunks of tokens that fit in it."""
     logit_precision: Precision = "fp32"
-    """Type that logits are kept in between the head pass's products.  bf16 halves their memory, and what a GPU moves
-    between the products, at a KL that is off by percents."""
+    """dtype of the logits that the LM head's pass stores between its matmuls.  bf16 halves their memory and memory
+    traffic, but the KL is then wrong by some percent."""
     decode_rows: int = 64
-    """Responses decoded at once."""
+    """Responses to generate at the same time with --engine hf.  Lower it when memory runs out."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass.  Needs less memory and more time."""
     compile: bool = False
-    """Train and score through torch.compile, half a minute at first; for GPUs: a CPU gains nothing."""
+    """Compile the forward passes of training and scoring with torch.compile.  Costs half a minute at the start.  Use it
+    on GPUs; a CPU gains nothing."""
     eval_prompts: str = ""
-    """Held-out prompts, same kinds of name as --prompts; empty: no evaluation."""
+    """Held-out prompts to evaluate on; same kinds of name as --prompts.  Empty: no evaluation."""
     eval_every: int = 50
-    """Steps between evaluations; also before the first step and after the last."""
+    """Steps between evaluations.  Evaluations also run before the first step and after the last."""
     eval_limit: int = 256
-    """Held-out prompts used."""
+    """Number of held-out prompts to use."""
     eval_temperature: float = 0.0
-    """Sampling temperature of evaluations; 0 is greedy."""
+    """Sampling temperature of evaluations.  0: greedy."""
     save_every: int = 50
-    """Steps between checkpoints; the last step always saves."""
+    """Steps between checkpoints.  The last step always saves."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     rollouts_every: int = 50
-    """Steps between saved rollouts (texts and columns)."""
+    """Steps between saved rollout batches (texts and per-token columns)."""
     trackers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Also log to tensorboard, wandb, trackio, mlflow or another tracker of Accelerate's; repeat for more."""
+    """Also log to tensorboard, wandb, trackio, mlflow or another tracker that Accelerate supports.  Repeat the flag for
+    several."""
     seed: int = 0
-    """Seed of data order, sampling and initialisation."""
+    """Seed of the data order, sampling and initialisation."""
     trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
+    """Allow a hub model to run the Python code in its repository."""
     doctor: bool = True
-    """Look at models, prompts, memory and some rollouts before the first step; `opd doctor` prints all it finds."""
+    """Check models, prompts, memory and some rollouts before the first step.  `opd doctor` prints the full report."""
     quiet: bool = False
-    """No progress output."""
+    """Print no progress."""
 
     def resolved(self) -> Method:
-        """The method with the run's overrides of its rollouts and reduction."""
+        """Return the method with the run's overrides of its rollouts, reduction and importance cap."""
         who = self.method.rollouts
         who = replace(who, per_prompt=self.per_prompt or who.per_prompt, updates=self.updates or who.updates)
         reductions: dict[str, Callable[[], Column]] = {
@@ -190,7 +203,7 @@ class Train:
             raise Refusal(str(error)) from error
 
     def _weighed(self, term: Term) -> Term:
-        """A term with --importance-cap, where it is a policy gradient without a ratio to who wrote its tokens."""
+        """Add --importance-cap to a policy-gradient term that has no ratio to the sampler; return others unchanged."""
         cap = self.importance_cap or (0.0 if self.speaker.engine == "hf" else 2.0)
         if not cap or not isinstance(term, PolicyGradient) or term.corrected():
             return term
@@ -234,7 +247,7 @@ class Train:
             )
 
     def routes(self) -> dict[str, str]:
-        """Every teacher by its name; "" is --teacher."""
+        """Return the teacher models by route name; "" is --teacher."""
         own = self.method.teacher
         out = {"": self.teacher or (own.weights if own else "")}
         for route in self.route:
@@ -245,12 +258,12 @@ class Train:
         return out
 
     def told(self) -> str:
-        """What the teacher reads and the student does not: a column, peer, or nothing."""
+        """Return the privileged context that only the teacher reads: a column's name, "peer", or "" for none."""
         own = self.method.teacher
         return self.context or (own.context if own else "")
 
     def learning_rate(self, update: int, total: int) -> float:
-        """Of optimizer step `update` (from 1) of `total`."""
+        """Return the learning rate of optimizer step `update` (counted from 1) of `total`."""
         if update <= self.warmup:
             return self.lr * update / self.warmup
         done = (update - self.warmup - 1) / max(1, total - self.warmup)
@@ -263,7 +276,7 @@ class Train:
                 return self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def _check_worker(self) -> None:
-        """Refuse what a worker process cannot write: it has the student alone."""
+        """Refuse rollouts that a worker process cannot generate, because it has only the student."""
         apart = "--worker" if self.worker and not self.staleness else f"--staleness {self.staleness}"
         who = self.resolved().rollouts
         alone = isinstance(who, OnPolicy | Snapshot) or (isinstance(who, Mixture) and who.other == DATA)
@@ -280,7 +293,7 @@ class Train:
             raise Refusal(f"--worker-device {self.worker_device}: there is no worker; add --staleness 1, or --worker")
 
     def _check_engine(self) -> None:
-        """Refuse rollouts that another engine cannot write."""
+        """Refuse rollouts that an engine other than hf cannot generate."""
         self.speaker.check()
         engine, who = self.speaker.engine, self.resolved().rollouts
         if engine == "hf":
@@ -301,7 +314,7 @@ class Train:
             raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
 
     def _check_teachers(self) -> None:
-        """Refuse a teacher that is missing, or that has nothing to say to the student it is."""
+        """Refuse a missing teacher, and settings of teacher, judge or context that contradict each other."""
         teachers, told, who = self.routes(), self.told(), self.resolved().rollouts
         if not teachers[""]:
             raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
@@ -351,15 +364,15 @@ class Train:
             )
 
     def _tempered(self) -> bool:
-        """Whether tokens are drawn of another distribution than the student's own."""
+        """Return whether temperature, top-p or top-k make the sampler differ from the student's distribution."""
         return self.sampling.temperature != 1 or self.sampling.top_p < 1 or self.sampling.top_k > 0
 
     def compares(self) -> bool:
-        """Whether the log-probs of the draw are meant to be those of the loss."""
+        """Return whether the sampler's log-probs and the loss's log-probs are of the same distribution."""
         return not self._tempered() and self.loss_temperature == 1
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed and change what the estimator means, each with the reason."""
+        """Return warnings about settings that are allowed but bias the gradient, each with its reason."""
         out, s = [], self.sampling
         if self._tempered():
             out.append(
@@ -379,7 +392,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """What is evaluated, on what, and how."""
+    """Settings of an evaluation; each field is a flag of `opd eval`."""
 
     model: str
     """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
@@ -387,28 +400,30 @@ class Evaluate:
     prompts: str
     """Problems: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
     set: str = ""
-    """The benchmark that --prompts is the file of: gsm8k, math-500, aime24, aime25, amc23, minerva, olympiad, gpqa,
-    sciknoweval or sciknoweval-filling.  It chooses columns, wording and verifier; flags that are set win."""
+    """Benchmark whose file --prompts is: gsm8k, math-500, aime24, aime25, amc23, minerva, olympiad, gpqa, sciknoweval
+    or sciknoweval-filling.  It sets the columns, instruction and verifier; explicit flags override it."""
     against: str = ""
-    """Another model, on the same problems with the same noise: the difference, paired by problem."""
+    """Another model to compare with.  It answers the same problems with the same sampling noise, and the report gives
+    the difference, paired by problem."""
     data: Data = Data(split="test")
     samples: int = 0
-    """Responses to each prompt (the k of avg@k, pass@k and maj@k); 0 is the set's own number where --temperature is
+    """Responses per prompt (the k of avg@k, pass@k and maj@k).  0: the number that --set defines if --temperature is
     above 0, else 1."""
     sampling: Sampling = Sampling(temperature=0.0)
     precision: Precision = field(default_factory=native)
-    """Type of the weights."""
+    """dtype of the weights: fp32 or bf16."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """Where the model runs: cpu, cuda, cuda:1, ..."""
+    """Device of the model: cpu, cuda, cuda:1, ..."""
     interval: Literal["wilson", "bootstrap"] = "wilson"
-    """95 % intervals over prompts: Wilson's, which hold near 0 and 1 too, or the percentile bootstrap."""
+    """Method of the 95 % confidence intervals over prompts: wilson, which is also valid near 0 and 1, or bootstrap
+    (percentile)."""
     decode_rows: int = 64
-    """Responses decoded at once."""
+    """Responses to generate at the same time.  Lower it when memory runs out."""
     out: str = ""
     """A .jsonl file for what became of each problem: answers, outcomes, lengths, responses."""
     overwrite: bool = False
     """Replace a file that another command, or you, wrote; what is read is never replaced."""
     seed: int = 0
-    """Seed of the samples, of the rows that --limit keeps, and of shuffled options."""
+    """Seed of the sampling, of the rows that --limit selects, and of the order of multiple-choice options."""
     trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
+    """Allow a hub model to run the Python code in its repository."""

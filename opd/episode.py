@@ -1,6 +1,7 @@
-"""What a run with reflections remembers from step to step: rubrics and notes by question, reflections to be trained on.
+"""The state of a run with reflections: rubrics and notes by question, and reflections to train on.
 
-`of(memory) -> Episode`, `Episode.memory() -> memory`: a value in and out of the step, saved with its checkpoints.
+`of(memory) -> Episode` and `Episode.memory() -> memory` convert it.  Each step takes and returns it as a value, and
+checkpoints contain it.
 """
 
 import json
@@ -22,26 +23,26 @@ from opd.runs import digest
 from opd.types import Prompt, Rollout
 
 T = TypeVar("T")
-NAME = "episode"  # of its place in a memory
-PICKED = -4  # a token number of no draw but that of the rollout that is reflected on
+NAME = "episode"  # its key in a memory
+PICKED = -4  # a token number that no token has: its noise picks the rollout to reflect on
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A reflection to be trained on in the step after the one that wrote it."""
+    """A reflection that is trained on in the step after the one that generated it."""
 
     messages: tuple[Mapping[str, str], ...]
-    text: str  # of a prompt without messages
+    text: str  # the prompt, if it has no messages
     teacher: str
-    group: int  # reflections on one rollout share it
+    group: int  # shared by all reflections on one rollout
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
-    logp: tuple[float, ...]  # the student's own when it was written, at temperature 1
+    logp: tuple[float, ...]  # nats: the student's log-probs at generation, at temperature 1
     stopped: bool
-    worth: float  # a judge's, in [0, 1]
+    worth: float  # the judge's score, in [0, 1]
 
     def rollout(self, index: int, first: int) -> Rollout:
-        """As a row of a batch; `first` is the number of its first group of reflections."""
+        """Return the reflection as a row of a batch, whose first group of reflections has the number `first`."""
         return Rollout(
             prompt_ids=self.prompt_ids,
             teacher_prompt_ids=self.prompt_ids,
@@ -57,29 +58,32 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Episode:
-    """What is remembered; questions by their digest, oldest first."""
+    """The state of a run with reflections.  Keys are digests of questions, oldest first."""
 
     rubrics: Mapping[str, Buffer] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     deferred: tuple[Deferred, ...] = ()
 
     def memory(self) -> Memory:
-        """As json in bytes: floats come back as they were."""
+        """Return the episode as json bytes in a tensor.  Floats are restored exactly."""
         rubrics = {key: [asdict(c) for c in buffer] for key, buffer in self.rubrics.items()}
         said = {"rubrics": rubrics, "notes": dict(self.notes), "deferred": [asdict(d) for d in self.deferred]}
         return {NAME: torch.from_numpy(np.frombuffer(json.dumps(said).encode(), dtype=np.uint8).copy())}
 
     def keeping(self, rubrics: Mapping[str, Buffer], most: int) -> "Episode":
-        """With the rubrics of some questions, now the newest; the oldest beyond `most` are forgotten."""
+        """Return the episode with these rubrics as the newest.  Only the newest `most` questions are kept."""
         return replace(self, rubrics=_newest(self.rubrics, rubrics, most))
 
     def reflecting(self, notes: Mapping[str, str], deferred: Sequence[Deferred], most: int) -> "Episode":
-        """With the notes of some questions, and the reflections of a step in place of those of the last."""
+        """Return the episode with these notes as the newest, and with the reflections of this step.
+
+        Only the newest `most` notes are kept.  The reflections of the previous step are replaced.
+        """
         return replace(self, notes=_newest(self.notes, notes, most), deferred=tuple(deferred))
 
 
 def of(memory: Memory) -> Episode:
-    """What a memory holds of an episode; an empty one before the first step."""
+    """Return the episode in a memory, or an empty episode before the first step."""
     if NAME not in memory:
         return Episode()
     said: dict[str, Any] = json.loads(memory[NAME].numpy().tobytes())
@@ -94,7 +98,10 @@ def of(memory: Memory) -> Episode:
 
 
 def reminded(asked: Sequence[Rendered], notes: Mapping[str, str], how: Reflect, reader: Prompts) -> list[Rendered]:
-    """The prompts, those with a note as the student then reads them; one that would not fit stays as it is."""
+    """Return the prompts, each with the note of its question if it has one.
+
+    A prompt that would become too long stays without its note.
+    """
     out = []
     for rendered in asked:
         note = notes.get(digest(rendered.prompt))
@@ -106,7 +113,7 @@ def reminded(asked: Sequence[Rendered], notes: Mapping[str, str], how: Reflect, 
 
 
 def attempts(rollouts: Sequence[Rollout], *, seed: int, step: int) -> list[Rollout]:
-    """One rollout of each group, any as likely as the others."""
+    """Pick one rollout of each group, uniformly at random."""
     groups: dict[int, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -115,7 +122,7 @@ def attempts(rollouts: Sequence[Rollout], *, seed: int, step: int) -> list[Rollo
 
 
 def asked_of(attempt: Rollout, text: str, how: Reflect, reader: Prompts) -> Rendered | None:
-    """The question that a reflection answers; None where it leaves no room for one."""
+    """Return the prompt for a reflection on `attempt`, whose text is `text`, or None if it is too long."""
     prompt = prompts.rewritten(attempt.prompt, how.template, response=text)
     ids = reader.reads(prompt)
     return Rendered(prompt, ids, ids, attempt.teacher) if len(ids) <= reader.room else None

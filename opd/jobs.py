@@ -1,4 +1,4 @@
-"""What a trainer and its worker process say to each other, and where the weights are that they speak of."""
+"""Messages between a trainer and its worker process, and the path of the weight snapshots that they refer to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from opd.rollouts import Rollouts
 from opd.types import Prompt, Rollout
 from opd.vocabulary import Vocabulary
 
-NEWEST = -1  # the version of a job that has not begun
+NEWEST = -1  # version of a job that uses the newest weights when it starts
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a worker is told first."""
+    """The first message to a worker: everything it needs to load the student and to verify responses."""
 
     config: Train
-    folder: Path  # of the snapshots
-    size: int  # ids that may be sampled
+    folder: Path  # folder of the weight snapshots
+    size: int  # vocabulary size: ids 0 .. size - 1 may be sampled
     stop: tuple[int, ...]
     vocabulary: Vocabulary
-    teachers: tuple[str, ...]  # the names that prompts are routed by
+    teachers: tuple[str, ...]  # route names of the teachers
     device: str
     threads: int
     verify: Callable[[str, Prompt], float]
@@ -30,38 +30,38 @@ class Opening:
 
 @dataclass(frozen=True)
 class Job:
-    """A draw to write: this process's share of it."""
+    """A request to generate this process's share of a draw (a rollout batch)."""
 
     draw: int
     prompts: list[Rendered]
     who: Rollouts
     first: int  # batch index of the first rollout
-    alone: bool  # also say what the writer thinks of each response without its prompt
-    version: int = NEWEST  # of the weights
+    alone: bool  # also compute the student's cross entropy of each response without its prompt
+    version: int = NEWEST  # version (training steps) of the weights to generate with
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker's model is loaded."""
+    """Reports that the worker's model is loaded."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A draw is written."""
+    """Reports that a draw is generated, and returns its rollouts."""
 
     draw: int
     rollouts: list[Rollout]  # without their prompts
-    seconds: float  # that it took
-    computed: float  # seconds of the worker's processor in it
+    seconds: float  # wall-clock seconds of the generation
+    computed: float  # CPU seconds of the worker process in that time
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker cannot go on."""
+    """Reports that the worker cannot continue, and why."""
 
     why: str
 
 
 def snapshot(folder: Path, version: int) -> Path:
-    """Where the weights of a version are."""
+    """Return the path of the weights of a version."""
     return folder / f"step-{version:06d}.safetensors"

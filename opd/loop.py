@@ -1,4 +1,4 @@
-"""Distil a student from a teacher on the student's own samples: `train(Train(...)) -> run folder`."""
+"""Training of a student on rollouts that a teacher scores: `train(Train(...))` returns the run folder."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -27,11 +27,11 @@ FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
     | {f"speaker.{name}" for name in ("engine_transfer", "engine_sleep", "engine_concurrency", "engine_timeout")}
     | {"speaker.engine_token_env", "speaker.max_mismatch"}
-)  # may change when a run resumes
-# Process groups outlive the wrapped student: its reducer, as the last owner, would wait with the interpreter's lock for
-# threads of the group that may want it.
+)  # settings that may change when a run resumes
+# Keep process groups alive longer than the DDP-wrapped student.  If DDP's reducer were the last owner, it would wait
+# for the group's threads while it holds the GIL, which these threads may need: a deadlock.
 _GROUPS: list[object] = []
-LOOK_EVERY = 10  # steps between looks for what goes wrong without an error
+LOOK_EVERY = 10  # steps between checks of the logs for alarms
 
 
 def train(
@@ -39,10 +39,15 @@ def train(
     each: Callable[[dict[str, float]], object] = lambda row: None,
     asked: Mapping[str, object] = MappingProxyType({}),
 ) -> Path:
-    """Run it all; returns the run folder.  Raises Refusal for what the user can mend.
+    """Train a student and return the run folder.
 
-    `each` is called with every line of metrics.jsonl once it is written, by the main process; `asked`, how the run was
-    asked for, goes to environment.json.
+    Args:
+        config: settings of the run.
+        each: called by the main process with each line of metrics.jsonl after it is written.
+        asked: how the run was requested (preset, user flags); added to environment.json.
+
+    Raises:
+        Refusal: the settings, models or data cannot be used; the message says what to change.
     """
     config.check()
     method, run = config.resolved(), Run(Path(config.out))
@@ -86,7 +91,8 @@ def train(
             progress.stepped(step, numbers)
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
                 progress.evaluated(step, loop.evaluate(step))
-            stops = any(gather_object([progress.interrupted]))  # once for all: a signal may come at any time, to any
+            # All processes must agree to stop, because a signal may reach any of them at any time.
+            stops = any(gather_object([progress.interrupted]))
             last = step == config.steps or stops
             if main and not config.quiet and (step % LOOK_EVERY == 0 or last):
                 for alarm in alarms(read(run.folder)):

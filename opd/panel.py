@@ -1,4 +1,4 @@
-"""Who is asked in a run: `Panel`, the same in every step; and what of a rollout they read."""
+"""The text-only teachers and the judge of a run (`Panel`), and the text of a rollout that they read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """Who is asked in a run, and how: the same in every step."""
+    """The text-only teachers and the judge of a run, with their settings.  It does not change between steps."""
 
-    teachers: Mapping[str, TextTeacher]  # by the names of --route; "" is --teacher
-    judge: "Judge | StageJudge | None"  # for the methods that ask one
-    gate: Gate  # of what a judge is asked for: groups, rollouts, reflections
+    teachers: Mapping[str, TextTeacher]  # by the name of --route; "" is --teacher
+    judge: "Judge | StageJudge | None"  # for methods that need one
+    gate: Gate  # failure limit of the judge, counted over groups, rollouts or reflections
     tokenizer: Tokenizer  # the student's
-    most: int  # tokens of a teacher's longest answer
+    most: int  # longest answer of a teacher, in tokens
     seed: int
 
     def references(self, own: Mapping[int, Rollout], count: int, temperature: float) -> dict[int, list[str]]:
-        """The answers of the teacher of each group, by the group; none where it failed."""
+        """Return `count` answers of the teacher for each group, by group; an empty list where the teacher failed.
+
+        `own` has one rollout of each group.
+        """
         out: dict[int, list[str]] = {key: [] for key in own}
         how = How(count, self.most, temperature, "--max-new-tokens")
         for name, teacher in self.teachers.items() if count else ():
@@ -38,9 +41,9 @@ class Panel:
         return out
 
     def part(self, rollout: Rollout, start: int, end: int) -> str:
-        """A part of a response as a reader sees it."""
+        """Return the text of the response tokens [start, end)."""
         return prompts.after(self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end])
 
     def whole(self, rollout: Rollout) -> str:
-        """A response after its thinking."""
+        """Return the text of a response after its reasoning (`</think>`)."""
         return spoken(self.part(rollout, 0, len(rollout.ids)))

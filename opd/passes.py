@@ -1,4 +1,4 @@
-"""A batch through the student, its teachers and the head pass, in micro-batches: measured, or trained on."""
+"""Micro-batched forward (and backward) passes of a rollout batch through the student, its teachers and the LM head."""
 
 import contextlib
 from collections.abc import Sequence
@@ -18,33 +18,40 @@ from opd.student import cross_entropies, micro_batches, rows, unprompted
 from opd.teachers.server import LogpTeacher
 from opd.types import Batch, Rollout
 
-KEPT = 2 << 30  # bytes of teacher states kept between measuring and training
-LIKELIEST = 5  # tokens of each model that are kept with saved rollouts
+KEPT = 2 << 30  # bytes: limit of the teacher outputs cached between the measuring and the training pass
+LIKELIEST = 5  # top-k tokens of each model that are saved with rollouts
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What every process does with its share of a batch."""
+    """Forward and backward passes over this process's share of a batch."""
 
     config: Train
     method: Method
     session: Session
-    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # what the frozen models said, by rollouts
+    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # cached frozen-model outputs, by rollout indices
 
     def micro(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """This process's rows, every n-th one, in micro-batches; those without a trained token are in none."""
+        """Return this process's share of the rows (every n-th row), split into micro-batches.
+
+        Rows without a trained token are left out.
+        """
         accelerator, micro = self.session.accelerator, []
         trained = batch.mask.any(1).tolist()
         mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
-        for name in self.session.teachers:  # those of a micro-batch share their teacher
+        for name in self.session.teachers:  # all rows of a micro-batch have the same teacher
             widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
             micro += micro_batches(widths, self.config.micro_batch_tokens)
-        # Every process runs as many, empty ones included: wrappers wait for each other in forward.
+        # All processes must run the same number of micro-batches, because DDP and FSDP synchronize in forward.  Empty
+        # micro-batches fill the gap.
         return micro + [[]] * (max(1, *gather_object([len(micro)])) - len(micro))
 
     @torch.no_grad()
     def alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """What both models would rather have said, [B, T, A]; before the update, as the batch's columns are."""
+        """Return the top tokens of both models at each position, [B, T, A] with A up to 2 LIKELIEST.
+
+        Call it before the update, so that they match the batch's columns.
+        """
         session, parts = self.session, []
         for at in self.micro(batch, rollouts):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
@@ -65,10 +72,10 @@ class Passes:
     def over(
         self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
     ) -> tuple[Batch, float]:
-        """The trained rows through student and teacher in micro-batches, backward where there are targets.
+        """Run the trained rows through student and teacher in micro-batches, with a backward pass if targets are given.
 
-        Each process takes every n-th row; the batch comes back with the measured columns of all, and the loss.  Where
-        all is measured, rows that weigh nothing are left out: a filter spares their training.
+        Each process takes every n-th row.  Returns the batch with the columns that all processes measured, and the
+        loss.  If this student already measured the batch, rows whose weights are all 0 are skipped.
         """
         session, accelerator = self.session, self.session.accelerator
         alone, weighed = self._advised(targets), self._weighed(targets)
@@ -88,39 +95,50 @@ class Passes:
             with torch.set_grad_enabled(targets is not None), last:
                 loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
                 if targets is not None:
-                    # Wrappers average over processes; the denominators are the whole batch's already.
+                    # DDP averages gradients over processes, but the loss is already divided by whole-batch
+                    # denominators: multiply by the number of processes to undo the average.
                     accelerator.backward(loss * accelerator.num_processes)
-            parts.append((at, columns, loss.detach()))  # a look at them would keep a teacher's own device waiting
+            parts.append((at, columns, loss.detach()))  # no .cpu() here: it would synchronize and stall the pipeline
         everyone = gather_object([(at, columns.cpu(), float(value)) for at, columns, value in parts])
         seen = assemble(batch, [(at, c) for at, c, _ in everyone])
         return replace(seen, scores=batch.scores) if alone else seen, sum(value for _, _, value in everyone)
 
     def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
-        """What trains on advantages that this very student was measured for: the teacher has said what it had to."""
+        """Return the method reduced to its precomputed advantages, or None.
+
+        If the batch was already scored with the current weights, the second pass needs no teacher forward.
+        """
         known = targets is not None and all(t.advantage is not None for t in targets)
         return self.method.advised() if known and self._measured() else None
 
     def _measured(self) -> bool:
-        """Whether the student that trains on a batch is the one it was measured with."""
+        """Return whether the batch was measured with the same weights that now train on it."""
         return not self.method.local() and self.method.rollouts.updates == 1
 
     def _weighed(self, targets: tuple[Target, ...] | None) -> list[bool] | None:
-        """The rows that train the student, where the others have nothing more to tell."""
+        """Return for each row whether it has a nonzero weight, or None if all rows must run.
+
+        Rows of weight 0 can be skipped only in the second pass: their columns are already measured.
+        """
         if targets is None or not self._measured():
             return None
         return torch.stack([t.weight != 0 for t in targets]).any(0).any(1).tolist()
 
     def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> None:
-        """Let a teacher behind a server begin on the next rows while the student works on these."""
+        """Prefetch the next micro-batch's scores from a teacher server while the student runs the current batch."""
         rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
         if not rolls or tuple(rollouts[i].index for i in whole) in self.heard:
             return
         teacher = self.session.teachers[rolls[0].teacher]
-        if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):  # the student names them
+        # A teacher that scores tokens chosen by the student cannot start before the student's forward pass.
+        if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):
             teacher.ahead(rolls, masks(cut, rolls))
 
     def _heard_of(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> Heard:
-        """The same of some rows of a micro-batch: of all of them it may be known."""
+        """Return the frozen models' outputs for the rows `at` of the micro-batch `whole`.
+
+        If the outputs of the whole micro-batch are cached, the rows are selected from them.
+        """
         key = tuple(rollouts[i].index for i in whole)
         if len(at) < len(whole) and key in self.heard:
             mask, chosen = batch.mask[torch.tensor(whole)], set(at)
@@ -129,7 +147,7 @@ class Passes:
         return self._heard(rolls, masks(batch[torch.tensor(at, dtype=torch.long)], rolls))
 
     def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
-        """The states of teacher and reference; a method that measures first asks twice, and they run once."""
+        """Return the outputs of teacher and reference, cached for methods that run a measuring and a training pass."""
         session, key = self.session, tuple(r.index for r in rollouts)
         if key in self.heard:
             return self.heard[key]
@@ -150,7 +168,7 @@ class Passes:
 
     @torch.no_grad()
     def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
-        """The student's most probable tokens, for a teacher that scores named ones."""
+        """Return the student's top-k tokens, for a teacher server that scores only requested tokens."""
         session = self.session
         inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
         _, found = session.student(inputs, Heard(None), self.method, None, session.vocabulary, likeliest=k)
@@ -158,7 +176,14 @@ class Passes:
         return found.ids
 
     def alone(self, drawn: Sequence[Rollout], dressed: Sequence[Rollout]) -> list[Rollout]:
-        """The draw, each rollout noted what its teacher says of it without the prompt; asked once, for all its uses."""
+        """Add the note `teacher_alone` to each rollout: the teacher's cross entropy of the response without its prompt.
+
+        Rollouts that already have the note are not scored again.
+
+        Args:
+            drawn: the rollouts without prompts, which are returned with the note.
+            dressed: the same rollouts with their prompts.
+        """
         found: dict[int, float] = {}
         for name in self.session.teachers:
             widths = {
@@ -175,12 +200,12 @@ class Passes:
 
 
 def _drawn(rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Int[Tensor, "N k"]:
-    """The tokens that were drawn beside those that are trained on."""
+    """Return the additional tokens sampled at each trained position, [N, k]; N trained tokens."""
     pairs = [(r, mask, r.others.ids) for r, mask in zip(rollouts, trained, strict=True) if r.others is not None]
     rows = [torch.tensor(ids, dtype=torch.long).view(len(r.ids), -1)[torch.tensor(mask)] for r, mask, ids in pairs]
     return torch.cat(rows) if rows else torch.empty(0, 0, dtype=torch.long)
 
 
 def width(rollout: Rollout) -> int:
-    """Tokens of the longer of its two rows."""
+    """Return the rollout's length in tokens: the longer of the two prompts (student's, teacher's) plus the response."""
     return max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) + len(rollout.ids)

@@ -1,7 +1,7 @@
-"""Run settings by name: `METHOD -> {preset -> settings of Train}`.
+"""Presets of run settings: `settings(preset, method)` returns the `Train` fields that a preset sets for a method.
 
-`paper` is the setting of the method's own publication, as far as it states one; `embedded` is what was tuned on the
-embedded pair.  What the user sets on the command line wins.
+The preset `paper` holds the settings of the method's publication, as far as it states them.  The preset `embedded`
+holds settings tuned on the embedded pair of models.  Explicit flags override a preset.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,8 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     "opd-zscore": _POWER,
     # Rethinking OPD, arXiv:2604.13016, released code: 64 prompts x 4.
     "opd-topk": {"batch": 256, "per_prompt": 4, "sampling": Sampling(max_new_tokens=7168)},
-    # TOP-D, arXiv:2607.04751: 512 prompts x 8.  Its 16 clipped updates a batch are left out: `topd` has no ratio.
+    # TOP-D, arXiv:2607.04751: 512 prompts x 8.  The paper makes 16 clipped updates per batch; here it is 1, because
+    # `topd` has no importance ratio.
     "topd": {"lr": 1e-6, "batch": 4096, "per_prompt": 8},
     # TV-OPD, arXiv:2609.08341, training set-up: 64 prompts x 1.
     "opd-tv": {"lr": 1e-6, "weight_decay": 0.01, "batch": 64, "sampling": Sampling(max_new_tokens=16384)},
@@ -55,7 +56,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     "fire": {"lr": 1e-6, "batch": 1024, "steps": 165, "sampling": Sampling(max_new_tokens=16384)},
     # IW-OPD, arXiv:2606.22600, training settings.
     "iw-opd": {"lr": 1e-5, "batch": 1024, "sampling": Sampling(max_new_tokens=16384)},
-    # The arm of TrOPD's comparison, arXiv:2606.01249, which states no sampling temperature; 128 prompts x 4.
+    # Baseline in TrOPD's comparison, arXiv:2606.01249, which states no sampling temperature; 128 prompts x 4.
     "entropy": {"lr": 5e-6, "batch": 512, "per_prompt": 4, "steps": 200, "sampling": Sampling(max_new_tokens=8096)},
     # SCOPE, arXiv:2604.10688, set-up of the experiments: 256 prompts x 8, sampled at 0.6.
     "scope": {
@@ -64,7 +65,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "batch": 2048,
         "sampling": Sampling(temperature=0.6, max_new_tokens=12288),
     },
-    # KAT, arXiv:2606.09471, appendix C, the 1.7B student: 3 % warm-up; the longest response is read off its figures.
+    # KAT, arXiv:2606.09471, appendix C, the 1.7B student: 3 % warm-up; the response length limit is read off a figure.
     "kat": {
         "lr": 1e-6,
         "schedule": "cosine",
@@ -95,7 +96,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "steps": 500,
         "sampling": Sampling(max_new_tokens=16384),
     },
-    # G-OPD, arXiv:2602.12125, released script of one teacher.
+    # G-OPD, arXiv:2602.12125, released script for a single teacher.
     "g-opd": {
         "lr": 1e-5,
         "weight_decay": 0.01,
@@ -103,7 +104,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "batch": 1024,
         "sampling": Sampling(max_new_tokens=16384),
     },
-    # OPSD, arXiv:2601.18734, released script of the 1.7B model; it samples at 1.1, and has --teacher base.
+    # OPSD, arXiv:2601.18734, released script of the 1.7B model; it samples at temperature 1.1 and uses --teacher base.
     "opsd": {
         "lr": 2e-4,
         "lora_rank": 64,
@@ -143,11 +144,11 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
         "staleness": 4,
         "sampling": Sampling(max_new_tokens=16384),
     },
-    # NPD, arXiv:2605.05940, by notes on it: from 1e-5 to 1e-6, and ours ends at 0; batch and responses are not stated,
-    # packs have 32768 tokens.
+    # NPD, arXiv:2605.05940, from secondary notes: lr falls from 1e-5 to 1e-6 (here to 0).  Batch size and response
+    # length are not stated; packed sequences have 32768 tokens.
     "npd": {"lr": 1e-5, "schedule": "cosine"},
-    # Rock Tokens, arXiv:2605.09253, second stage: 10,000 prompts x 4 once, 5 % warm-up; moments and cosine are the
-    # defaults of the framework it names.
+    # Rock Tokens, arXiv:2605.09253, second stage: a single pass over 10,000 prompts x 4, 5 % warm-up.  Betas and cosine
+    # schedule are the defaults of the framework that the paper names.
     "rock-freeze": {
         "lr": 2e-6,
         "schedule": "cosine",
@@ -166,21 +167,21 @@ ARGUMENTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
         "npd": {"pool": 4},
         "trb": {"anneal": 20},
-        "omniopd": {"chunks": 8, "length": 1, "texts": 4},  # the share of the response that the paper audits
-        "oprd": {"bridge_rank": 8},  # the models have no ancestor in common
-        # The tags of the embedded task.  Its models read questions and write solutions, and nothing else.
+        "omniopd": {"chunks": 8, "length": 1, "texts": 4},  # audits the same share of a response as the paper
+        "oprd": {"bridge_rank": 8},  # the two models have different shapes and no common ancestor
+        # Stage tags of the embedded task.  Its models generate solutions only, so they cannot reflect.
         "rubricem": {"tags": ("<plan>", "<work>", "<check>", "<answer>"), "references": 2, "reflections": 0},
     },
 }
-# In the alphabet of the embedded tokenizer.  Its models cannot read a solution: these runs show what happens in a step,
-# and undo the student (docs/LOG.md).
+# The template uses only characters of the embedded tokenizer.  The embedded models cannot read a solution in a prompt:
+# these runs demonstrate a step, but they degrade the student (docs/LOG.md).
 _TOLD = {"context_template": "{context} {prompt}"}
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "async-opd": {"staleness": 4, "lr": 3e-4},  # 1e-3 undoes the student (docs/LOG.md)
+    "async-opd": {"staleness": 4, "lr": 3e-4},  # 1e-3 degrades the student (docs/LOG.md)
     "omniopd": {"lr": 5e-4},
     "oprd": {"lr": 1e-4},
     "opsd": _TOLD,
-    "ropd": {"judge": "verifier", "lr": 5e-4},  # the embedded teacher writes no json
+    "ropd": {"judge": "verifier", "lr": 5e-4},  # the embedded teacher cannot generate JSON
     "rubricem": {"judge": "verifier", "lr": 5e-4},
     "sdft": _TOLD,
     "sdpo": _TOLD,
@@ -188,14 +189,14 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
 
 
 def arguments(preset: str, method: str) -> list[str]:
-    """The method's own flags that a preset sets; those the user sets come after them, and win."""
+    """Return the method flags that a preset sets.  Put the user's flags after them, so that those override."""
     found = ARGUMENTS.get(preset, {}).get(method, {})
     words = lambda value: map(str, value if isinstance(value, tuple) else (value,))
     return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", *words(value))]
 
 
 def spelled(preset: str, method: str) -> str:
-    """The run flags that a preset sets for a method, as one types them; none where it has none."""
+    """Return the run flags that a preset sets for a method, as command-line text; "" if it sets none."""
     words: list[str] = []
     for key, value in settings(preset, method).items() if preset != "paper" or method in PAPER else ():
         changed = (
@@ -208,7 +209,7 @@ def spelled(preset: str, method: str) -> str:
 
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:
-    """The Train fields that a preset sets for a method."""
+    """Return the `Train` fields that a preset sets for a method.  Raises Refusal for an unknown preset."""
     match preset:
         case "none":
             return {}

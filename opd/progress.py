@@ -1,4 +1,4 @@
-"""What a person watching sees: a bar on a terminal, plain lines elsewhere; and Ctrl-C, which saves before it stops."""
+"""Progress output: a bar on a terminal, plain lines elsewhere.  It also handles Ctrl-C: save, then stop."""
 
 import contextlib
 import os
@@ -15,12 +15,12 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
-LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 
 
 @contextlib.contextmanager
 def loading(*names: str, quiet: bool) -> Iterator[None]:
-    """Says on a terminal, once for all processes, what is being loaded, while it is; elsewhere nothing."""
+    """Show on a terminal which models are being loaded; print nothing elsewhere, or on ranks other than 0."""
     console = Console(stderr=True, quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
     said = console.status(Text(f"loading {', '.join(names)}")) if console.is_terminal else contextlib.nullcontext()
     with said:
@@ -28,7 +28,10 @@ def loading(*names: str, quiet: bool) -> Iterator[None]:
 
 
 class Progress:
-    """Steps, health and time left; SIGINT and SIGTERM ask the run to stop after the step, a second one stops it now."""
+    """Shows steps, main metrics and time left.
+
+    The first SIGINT or SIGTERM stops the run after the current step; a second stops it at once.
+    """
 
     def __init__(self, steps: int, start: int, *, quiet: bool) -> None:
         self.steps, self.quiet, self.interrupted = steps, quiet, False
@@ -65,17 +68,17 @@ class Progress:
         self.say("stopping after this step; again to stop now without saving")
 
     def say(self, line: str) -> None:
-        """One line that stays."""
+        """Print a line that stays above the progress bar."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, name: str, line: str) -> None:
-        """Something goes wrong: said once."""
+        """Print a warning the first time that its name occurs."""
         if name not in self.warned:
             self.warned.add(name)
             self.say(f"warning: {name}: {line}")
 
     def stepped(self, step: int, numbers: dict[str, float]) -> None:
-        """A step is done."""
+        """Show the metrics of a finished step."""
         shown = {"reverse_kl": "KL", "hidden_distance": "hidden", "agreement": "agreement", "verdict": "verdict"}
         seen = next((f"{said} {numbers[name]:.4f}" for name, said in shown.items() if name in numbers), "")
         health = (
@@ -90,7 +93,7 @@ class Progress:
             self.say(f"step {step}/{self.steps}  {health}")
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """An evaluation is done."""
+        """Show the results of an evaluation."""
         line = ""
         for name, said in (("reverse_kl", "reverse KL"), ("log_ratio", "log ratio")):
             if f"eval_{name}" in numbers:

@@ -1,4 +1,4 @@
-"""Prompts as one model reads them: `render(tokenizer, prompt, ...) -> token ids`, and the ids at which it stops."""
+"""Rendering of prompts for a model: `render(tokenizer, prompt, ...)` returns token ids, `stop_ids` its stop tokens."""
 
 import json
 import re
@@ -12,7 +12,10 @@ from opd.types import Prompt, Refusal
 
 
 def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids at which a model stops: its generation config's, else its tokenizer's; nothing else is inherited."""
+    """Return the ids at which a model stops: those of its generation config, else the EOS of its tokenizer.
+
+    Raises Refusal if neither has any, because generation would never stop.
+    """
     eos = generation_config.eos_token_id
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     if not ids and "eos_token" in tokenizer.special_tokens_map:
@@ -28,10 +31,10 @@ def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizer
 def render(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    """A prompt's token ids as this model reads it, ready for its answer; never two BOS, never a closing EOS.
+    """Return a prompt's token ids for a model, up to where its response begins; at most a single BOS, no closing EOS.
 
-    Messages go through the model's own chat template; without one, their contents joined by blank lines are its plain
-    text.  A text without messages is used as it is.
+    Messages go through the model's chat template.  Without a template, their contents are joined by blank lines.  A
+    prompt without messages is used as plain text.  Raises Refusal for an empty prompt or unused template arguments.
     """
     if prompt.messages:
         turns = _turns(prompt.messages)
@@ -47,12 +50,13 @@ def render(
 
 
 def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
-    """The prompt with its last turn written into a template of {prompt} and other parts by name."""
+    """Return the prompt with its last turn inserted into a template as {prompt}, beside other parts by name."""
 
     def fill(question: str) -> str:
         known = {"prompt": question, **parts}
         names = "|".join(map(re.escape, known))
-        return re.sub(rf"\{{({names})\}}", lambda found: known[found[1]], template)  # at once: parts may hold braces
+        # Replace all parts in a single pass, because a part may itself contain text such as {context}.
+        return re.sub(rf"\{{({names})\}}", lambda found: known[found[1]], template)
 
     if not prompt.messages:
         return replace(prompt, text=fill(prompt.text))
@@ -63,13 +67,16 @@ def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
 def begun(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
-    """A prompt's ids with the beginning of its answer, ready for the rest."""
+    """Return a prompt's token ids followed by the beginning of its response, for a model to continue."""
     ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
     return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
 
 
 def after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that some ids add to those before them: alone, many tokenizers drop the space they begin with."""
+    """Return the text that `ids` add to the ids `before` them.
+
+    Decoding `ids` without their context would lose a leading space with many tokenizers.
+    """
     read = lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))
     near = list(before)[-8:]
     whole, start = read([*near, *ids]), read(near)
@@ -77,12 +84,15 @@ def after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequen
 
 
 def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether text survives ids and back; where not, a verifier or judge reads another text than the model wrote."""
+    """Return whether text survives tokenizing and decoding.
+
+    If not, a verifier or judge reads a text that differs from what the model generated.
+    """
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def template_arguments(text: str) -> Mapping[str, Any]:
-    """A json object of chat template arguments, as --template-args gives it."""
+    """Parse the JSON object of --template-args.  Raises Refusal if the text is not a JSON object."""
     try:
         arguments = json.loads(text or "{}")
     except json.JSONDecodeError as error:
@@ -93,7 +103,7 @@ def template_arguments(text: str) -> Mapping[str, Any]:
 
 
 def known(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those arguments that this model's chat template reads."""
+    """Return the arguments that the model's chat template reads."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     return {name: value for name, value in arguments.items() if _reads(template, name)}
 
@@ -103,7 +113,7 @@ def _reads(template: str, name: str) -> bool:
 
 
 def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
-    """Chat turns, checked."""
+    """Return the chat turns as dicts.  Raises Refusal for malformed turns and for a closing assistant turn."""
     for i, turn in enumerate(messages):
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise Refusal(f"messages[{i}]: {short(dict(turn))} needs a `role` and a `content`, both text")
@@ -118,12 +128,13 @@ def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
 def _templated(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
 ) -> str:
-    """The conversation as the chat template writes it, up to where the answer begins."""
-    # As text first: what tokenize=True returns changed between versions, and a template's own BOS must stay the only.
+    """Apply the chat template to the conversation and return the text, up to where the response begins."""
+    # Render to text first: the return type of tokenize=True changed between versions, and a BOS in the template must
+    # not be doubled.
     try:
         template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
-    except Exception as error:  # a template is a program of the model's author and raises what it likes
+    except Exception as error:  # a template is a program by the model's author and may raise any exception
         roles = ", ".join(turn["role"] for turn in turns)
         raise Refusal(
             f"messages: the chat template of {model_name(tokenizer)} refuses turns ({roles}): {type(error).__name__}: "
@@ -140,24 +151,24 @@ def _templated(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
-    """Text as ids, headed by the tokenizer's own special tokens where asked."""
+    """Tokenize a text; with `special`, the tokenizer adds its leading special tokens."""
     ids, bare = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (special, False))
     if not bare:
         raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
     named = tokenizer.special_tokens_map
     if "eos_token" in named and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]:
-        ids = ids[:-1]  # put there by the tokenizer: the prompt would have ended
+        ids = ids[:-1]  # remove the EOS that the tokenizer appended: a prompt must not end the text
     while "bos_token" in named and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]  # once from the text, once from the tokenizer
+        ids = ids[1:]  # remove the second BOS: the text and the tokenizer each added a BOS
     return tuple(ids)
 
 
 def model_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which model a message is about."""
+    """Return the model's name for messages."""
     return tokenizer.name_or_path or "this model"
 
 
 def short(value: object) -> str:
-    """A value short enough for one line."""
+    """Return the repr of a value, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The prompts of a run in the order it sees them, as each model reads them: its own template, its own context."""
+"""The prompt stream of a run: shuffled prompts as token ids for each model, with its chat template and context."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,41 +16,41 @@ from opd.types import RIGHT, Prompt, Refusal, Rollout
 
 @dataclass(frozen=True)
 class Prompts:
-    """A task's prompts."""
+    """The prompts of a task, rendered for the student and its teachers."""
 
     task: Task
     tokenizer: Tokenizer
-    teacher_tokenizers: Mapping[str, Tokenizer]  # by the teacher's name; "" is --teacher
+    teacher_tokenizers: Mapping[str, Tokenizer]  # by route name; "" is --teacher
     config: Train
-    room: int  # prompt tokens that leave space for the longest response
-    optional: bool = False  # a row without --context is read without it; else it is refused
+    room: int  # longest prompt in tokens that leaves space for the longest response
+    optional: bool = False  # True: a row without --context is used without it; False: it is refused
 
     def batch(self, step: int, count: int) -> list[Rendered]:
-        """The prompts of one step: a shuffled pass after another, a pure function of (seed, step)."""
+        """Return the prompts of a step, a pure function of (seed, step); each epoch is a new shuffled pass."""
         n, first = len(self.task.prompts), (step - 1) * count
         return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
 
     def check(self, count: int = 256) -> None:
-        """Refuse a prompt that does not fit before the run, not an hour into it: looks at the longest of them."""
+        """Refuse prompts that are too long, before the run starts; checks the `count` longest rows."""
         rows = range(len(self.task.prompts))
-        if isinstance(self.task.prompts, Made):  # made when asked for, all of a kind
+        if isinstance(self.task.prompts, Made):  # generated on access, with similar lengths: check the first rows
             rows = rows[:count]
         written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
         for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
             self.render(row)
 
     def first(self, count: int) -> list[Rendered]:
-        """The first prompts, unshuffled."""
+        """Return the first `count` prompts, unshuffled."""
         return [self.render(i) for i in range(min(count, len(self.task.prompts)))]
 
     def _order(self, epoch: int) -> Sequence[int]:
         n = len(self.task.prompts)
-        if n > 1 << 24:  # procedural streams are as good as endless, and come shuffled
+        if n > 1 << 24:  # procedural streams of this size need no second epoch, and their order is already random
             return range(n)
         return np.random.default_rng([self.config.seed, epoch]).permutation(n).tolist()
 
     def render(self, row: int) -> Rendered:
-        """One prompt's ids for each model; refuses one that does not fit."""
+        """Return a prompt with its token ids for student and teacher.  Raises Refusal if it is too long."""
         prompt, config = self.task.prompts[row], self.config
         ids = self.reads(prompt)
         asked = str(prompt.columns.get(config.route_column, ""))
@@ -67,12 +67,12 @@ class Prompts:
         return Rendered(prompt, ids, teacher_ids, teacher)
 
     def reads(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's ids for the student."""
+        """Return the prompt's token ids for the student."""
         arguments = prompts.template_arguments(self.config.data.template_args)
         return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
 
     def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
-        """The prompt's ids for a teacher, in its own template, with what it alone may know."""
+        """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
         text = self.teacher_tokenizers[teacher]
         if context:
             prompt = prompts.rewritten(prompt, self.config.context_template, context=context)
@@ -91,9 +91,10 @@ class Prompts:
         return text
 
     def with_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Rollout]:
-        """Each rollout, its teacher told a right response of the same prompt; untrained where there is none that fits.
+        """Give each teacher prompt a correct response to the same prompt as context.  SDPO, arXiv:2601.20802.
 
-        The next right one of the group, never itself, and without its thinking.  SDPO, arXiv:2601.20802.
+        It is the next correct response of the group, never the rollout's own response, and without its thinking.  If
+        no such response fits, the rollout is masked and does not train.
         """
         right: dict[int, list[int]] = {}
         for i, r in enumerate(rollouts):

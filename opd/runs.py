@@ -1,9 +1,9 @@
-"""The run folder: configuration, metrics, sampled rollouts, checkpoints; what is on disk is always whole.
+"""The run folder: configuration, metrics, saved rollouts and checkpoints.  All files but logs are written atomically.
 
-config.json  method.txt                     what ran
-environment.json                            where; its preset, and the flags that the user set
-metrics.jsonl                               reproducible numbers, one line a step
-perf.jsonl                                  seconds, tokens/s, bytes
+config.json  method.txt                     settings and method of the run
+environment.json                            versions and machine, the preset, and the flags that the user set
+metrics.jsonl                               reproducible metrics, a line per step
+perf.jsonl                                  seconds, tokens/s, bytes; a line per step
 evals/step-N.jsonl                          outcome and reverse KL of each held-out prompt
 rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches, with what both models preferred
 rollouts/step-N.tokens.json                 the texts of the ids in there
@@ -39,7 +39,7 @@ from opd.types import Batch, Prompt, Refusal, Rollout
 
 
 def plain(value: object) -> object:
-    """A configuration value as json: dataclasses become dicts, leaves their repr."""
+    """Convert a configuration value to JSON types: dataclasses become dicts, a method its repr, a path its text."""
     if isinstance(value, Method):
         return repr(value)  # prints as the code that makes it
     if is_dataclass(value):
@@ -52,44 +52,48 @@ def plain(value: object) -> object:
 
 
 def flat(value: object, path: str = "") -> list[tuple[str, object]]:
-    """Nested settings as dotted names."""
+    """Return nested settings as a list of (dotted name, value)."""
     if isinstance(value, Mapping) and value:
         return [leaf for k, v in value.items() for leaf in flat(v, f"{path}.{k}" if path else str(k))]
     return [(path, value)]
 
 
-STATE = "training_state"  # a subfolder, because servers load every *.safetensors file beside the model's as weights
-LEFT = ("answers.sqlite*", "engine", ".worker-*")  # by a run that was refused, or killed, before its first step
+STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
+LEFT = ("answers.sqlite*", "engine", ".worker-*")  # files that a run leaves if it ends before its first step
 
 
 def training_state(checkpoint: Path) -> Path:
-    """Return the folder of a checkpoint's training state; older checkpoints have it beside the model's files."""
+    """Return the folder of a checkpoint's training state.
+
+    Older checkpoints keep the training state in the model folder.
+    """
     return checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, written by the main process alone."""
+    """A run folder; only the main process writes to it."""
 
     folder: Path
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Return whether a run was started in this folder."""
         return (self.folder / "config.json").is_file()
 
     def empty(self) -> bool:
-        """Whether a run may start here: nothing is, or what one left that never did."""
+        """Return whether a run may start here: the folder is missing, or has only files of a run without a step."""
         if not self.folder.exists():
             return True
         return self.folder.is_dir() and all(any(map(p.match, LEFT)) for p in self.folder.iterdir())
 
     def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
-        """Refuse to resume under other settings than the run's own, but for those in `free`."""
+        """Refuse to resume with settings that differ from the saved ones, except for the settings in `free`."""
         before = dict(flat(json.loads((self.folder / "config.json").read_text())))
         served = lambda x: str(x).startswith("http")
         for name, value in flat(json.loads(json.dumps(settings))):
             was = before.get(name)
-            moved = name == "speaker.engine" and served(was) and served(value)  # it is sent the weights anyway
+            # The address of a server may change: the trainer sends it the weights before it generates.
+            moved = name == "speaker.engine" and served(was) and served(value)
             if not ({name, name.partition(".")[0]} & free or was == value or moved):
                 raise Refusal(
                     f"--resume: {name} was {was!r} in {self.folder} and is {value!r} now; "
@@ -103,7 +107,10 @@ class Run:
         step: int,
         asked: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """Write what runs, where, how it was `asked` for; cut the logs back to `step`, which the run goes on from."""
+        """Write settings, method and environment, and truncate the logs to `step`, from which the run continues.
+
+        `asked` (preset and user flags) is added to environment.json.
+        """
         with disk(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(settings, indent=2))
@@ -111,18 +118,21 @@ class Run:
             self._write("environment.json", json.dumps({**environment(), **asked}, indent=2))
             for name in ("metrics.jsonl", "perf.jsonl"):
                 path = self.folder / name
-                # A killed process may leave half a line; whole ones up to the checkpoint stay.
+                # A killed process may leave a partial last line: keep complete lines up to the checkpoint's step.
                 lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
                 kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step and step > 0]
                 self._write(name, "".join(kept))
 
     def log(self, name: str, row: Mapping[str, object]) -> None:
-        """Append one line to metrics or perf."""
+        """Append a line to NAME.jsonl (metrics or perf)."""
         with disk(f"writing {self.folder / name}.jsonl"), (self.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def save_evaluation(self, step: int, rollouts: Sequence[Rollout], batch: Batch) -> None:
-        """What became of each held-out prompt, so that runs can be compared in pairs."""
+        """Save the outcome, length and reverse KL (nats per token) of each held-out prompt.
+
+        Runs can then be compared prompt by prompt.
+        """
         lengths = batch.mask.sum(1)
         rows = [
             {"prompt": digest(r.prompt), "outcome": r.outcome, "length": n, "stopped": r.stopped}
@@ -145,9 +155,16 @@ class Run:
         others: Mapping[str, Tensor],
         tokens: Mapping[int, str],
     ) -> None:
-        """Texts and columns of one batch, to be read token by token later.
+        """Save the texts and per-token columns of a batch, for later inspection.
 
-        `others`: more columns, [B, T, ...]; `tokens`: the text of every id in there.
+        Args:
+            step: the step that trained on the batch.
+            rollouts: the rollouts.
+            texts: their decoded responses.
+            batch: the measured columns.
+            targets: weights and advantages of each term of the method.
+            others: more columns, [B, T, ...].
+            tokens: text of every token id in the columns.
         """
         folder = self.folder / "rollouts"
         columns = {f.name: getattr(batch, f.name) for f in fields(batch)} | dict(others)
@@ -171,11 +188,14 @@ class Run:
             folder.mkdir(exist_ok=True)
             self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
             self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: where it is, the others are
+            save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: it marks a complete set of files
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
-        """A folder to fill; it appears under its name only once it is whole, and only then do the oldest go."""
+        """Yield a temporary folder to fill; rename it to the checkpoint's name when it is complete.
+
+        The oldest checkpoints are removed only after that, so that `keep` of them remain.
+        """
         root = self.folder / "checkpoints"
         final, part = root / f"step-{step:06d}", root / f".part-{step:06d}"
         if not main:
@@ -205,24 +225,27 @@ class Run:
 
 @dataclass
 class Clock:
-    """Seconds of each phase of a step."""
+    """Measures the seconds of each phase of a step."""
 
     seconds: dict[str, float]
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time inside to a phase."""
+        """Add the time spent in the `with` block to a phase."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def split(self, phase: str, part: str, seconds: float) -> None:
-        """Count so many seconds of a phase as those of a part of it."""
+        """Move some seconds from a phase to a separate entry for a part of it."""
         self.seconds[phase] -= seconds
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
-        """The line of perf.jsonl: seconds by phase, tokens a second (sampled ones, trained ones), peak memory."""
+        """Return the line of perf.jsonl: seconds by phase, tokens per second, and peak memory in MiB.
+
+        The rollout phase counts `sampled` tokens, the other phases count trained `tokens`.
+        """
         cuda = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         total = sum(self.seconds.values())
@@ -233,12 +256,12 @@ class Clock:
 
 
 def save_optimizer(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Optimizer state by parameter name, as safetensors."""
+    """Save optimizer state, by parameter name, as safetensors."""
     save_tensors({f"{name}/{key}": x for name, row in state.items() for key, x in row.items()}, path)
 
 
 def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
-    """What `save_optimizer` wrote."""
+    """Load the optimizer state that `save_optimizer` wrote."""
     out: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(path).items():
         name, field = key.rsplit("/", 1)
@@ -247,25 +270,25 @@ def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def digest(prompt: Prompt) -> str:
-    """A prompt's name in any run: the same for the same question and answer."""
+    """Return a hash of the prompt's question and answer, which identifies the prompt in all runs."""
     text = json.dumps([list(map(dict, prompt.messages)), prompt.text, prompt.answer], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_memory(memory: Mapping[str, Tensor], folder: Path) -> None:
-    """What the run remembers between steps, where it remembers anything."""
+    """Save the run's memory between steps; write no file if it is empty."""
     if memory:
         save_tensors(memory, folder / "memory.safetensors")
 
 
 def load_memory(folder: Path) -> dict[str, Tensor]:
-    """What `save_memory` wrote."""
+    """Load the memory that `save_memory` wrote; return an empty dict if the file is missing."""
     path = folder / "memory.safetensors"
     return load_file(path) if path.is_file() else {}
 
 
 def environment() -> dict[str, object]:
-    """Versions and machine; nothing secret."""
+    """Return versions and hardware for environment.json, without secrets."""
     names = ("opd", "torch", "transformers", "accelerate", "peft", "datasets")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

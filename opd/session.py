@@ -1,4 +1,4 @@
-"""What a run stands on: models, teacher, prompts and optimizer, opened once and checked before the first step."""
+"""The session of a run: models, teachers, prompts and optimizer, loaded and checked before the first step."""
 
 import json
 import os
@@ -46,40 +46,40 @@ from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
-ASKING = timedelta(days=1)  # others wait for the main process: hundreds of questions a step, each with its retries
-SAVED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
-RESTORED = StateDictOptions(full_state_dict=True)  # the whole state, on every process
+ASKING = timedelta(days=1)  # process-group timeout: the main process asks hundreds of questions a step, with retries
+SAVED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the full state, on the main process only
+RESTORED = StateDictOptions(full_state_dict=True)  # the full state, on every process
 
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a step needs."""
+    """The objects that every training step needs."""
 
     accelerator: Accelerator
     student: torch.nn.Module  # Student, wrapped by Accelerate
-    teachers: dict[str, AnyTeacher]  # by the names of --route; "" is --teacher
-    reference: LocalTeacher | None  # for methods that read one
-    panel: Panel | None  # for methods that ask
+    teachers: dict[str, AnyTeacher]  # by route name; "" is --teacher
+    reference: LocalTeacher | None  # for methods with a reference model
+    panel: Panel | None  # for methods that query a judge or a text-only teacher
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector
     prompts: Prompts
     held_out: Prompts | None
-    agreements: dict[str, tokens.Agreement]  # with each teacher
+    agreements: dict[str, tokens.Agreement]  # tokenizer comparison with each teacher, by route name
     lenses: Lenses | None  # for methods that match hidden states
 
     def plain(self) -> Student:
-        """The student without its wrappers."""
+        """Return the student without the wrappers of Accelerate."""
         return self.accelerator.unwrap_model(self.student)
 
     def shows_heads(self) -> bool:
-        """Whether every teacher tells its whole distribution."""
+        """Return whether every teacher provides its full next-token distribution."""
         return all(isinstance(t, LocalTeacher | HiddenTeacher) for t in self.teachers.values())
 
     def save(self, folder: Path) -> None:
         """Write the model folder of a checkpoint and, in its subfolder, the state of optimizer and teachers.
 
-        Every process calls it, because sharded values are gathered; the main process writes.
+        Every process must call it, because sharded values are gathered.  Only the main process writes.
         """
         weights = self.accelerator.get_state_dict(self.student)
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, self.optimizer.optimizer, options=SAVED)
@@ -97,11 +97,15 @@ class Session:
                 bridge.save(self.lenses, state)
 
     def restore(self, state: Path, *, partial: bool) -> int:
-        """Load the optimizer and teacher state of a checkpoint and return its step; the model has its weights already.
+        """Load the optimizer and teacher state of a checkpoint and return its step.
+
+        The model's weights are already loaded.
 
         Args:
             state: the checkpoint's folder of training state.
-            partial: accept parameters without optimizer state, because some of them never have a gradient.
+            partial: accept trained parameters without optimizer state, because some never receive a gradient.
+
+        Raises Refusal if optimizer state is missing and `partial` is False.
         """
         optimizer = self.optimizer.optimizer
         whole: dict[str, Any] = get_optimizer_state_dict(self.student, optimizer, options=RESTORED)
@@ -120,7 +124,10 @@ class Session:
 
 
 def open_session(config: Train, method: Method, checkpoint: Path | None) -> Session:
-    """Check what can be checked without weights, then load them; `checkpoint` replaces the student's own weights."""
+    """Load models, teachers, prompts and optimizer; checks that need no weights come first.
+
+    If `checkpoint` is given, the student's weights come from it.
+    """
     source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, config) for name, model in config.routes().items()}
     own = remote.known(source, field="student")
@@ -179,14 +186,14 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
 
 
 def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
-    """A teacher that scores, before its weights."""
+    """Return the tokenizer, config and stop ids of a teacher that scores, before its weights are loaded."""
     if isinstance(source, Server):
         return remote.known_there(source, student, config)
     return remote.known(source, field=field)
 
 
 def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, tokens.Agreement]:
-    """What the student's vocabulary and each teacher's agree on; refuses those that do not."""
+    """Compare the student's tokenizer with each teacher's, and refuse teachers that do not match it."""
     compare = lambda other: tokens.agreement(
         own.text,
         other.text,
@@ -199,13 +206,13 @@ def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, t
 
 
 def _prompts(config: Train, own: remote.Known, known: Mapping[str, remote.Known]) -> tuple[Prompts, Prompts | None]:
-    """Those to train on, and the held-out ones."""
+    """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
     texts = {name: k.text for name, k in known.items()}
     context = min(k.shape.max_position_embeddings for k in (own, *known.values()))
     room = context - config.sampling.max_new_tokens
     asked, held_out = Prompts(load(config.data), own.text, texts, config, room), None
     if config.eval_prompts:
-        # A random choice of the held-out rows, the same for every run.
+        # Seed 0 selects the same random subset of held-out rows in every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
         held_out = Prompts(load(chosen), own.text, texts, config, room, optional=True)
     if room < 1:
@@ -220,15 +227,15 @@ def _prompts(config: Train, own: remote.Known, known: Mapping[str, remote.Known]
 
 
 def _accelerator(config: Train, method: Method) -> Accelerator:
-    """Processes, precision and trackers; seeds what is random."""
+    """Create the Accelerator (processes, precision, trackers) and seed the random number generators."""
     for name in config.trackers:
         if name not in {str(known) for known in LoggerType}:
             raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
         if not filter_trackers([name], logging_dir=config.out):
             raise Refusal(f"--trackers {name}: not installed; pip install {name}")
     set_seed(config.seed)
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    # Without the heads, and the layers above those matched, some parameters have no gradient to wait for.
+    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
+    # A method without the LM head leaves parameters without gradient (head, upper layers): DDP must not wait for them.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=method.headless())]
     if method.asks is not None:
         handlers.append(InitProcessGroupKwargs(timeout=ASKING))
@@ -264,7 +271,20 @@ def _teachers(
     to: torch.device,
     main: bool,
 ) -> dict[str, AnyTeacher]:
-    """The teachers by name, their weights on one device and what they say on another."""
+    """Load the teachers, by route name.
+
+    Args:
+        config: settings of the run.
+        method: the method that reads the teachers' scores.
+        sources: where each teacher is: local weights, a server, or None for a text-only teacher.
+        student: the student, for teachers that share its weights.
+        prompts: training prompts; a few are used to compare a server with --teacher-local.
+        size: number of common token ids.
+        merged: stop ids that count as a single token.
+        on: device of the teachers' weights.
+        to: device of the teachers' outputs.
+        main: whether this is the main process.
+    """
     out: dict[str, AnyTeacher] = {}
     for name, called in config.routes().items():
         at = sources[name]
@@ -287,7 +307,7 @@ def _writers(
     stop: tuple[int, ...],
     merged: tuple[int, ...],
 ) -> dict[str, HFEngine | ServerEngine]:
-    """Who writes what a teacher says in a rollout."""
+    """Return the engines that generate the teachers' tokens in rollouts, by route name."""
     here = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
 
     def writer(teacher: AnyTeacher) -> HFEngine | ServerEngine:
@@ -295,12 +315,12 @@ def _writers(
             case LocalTeacher():
                 return here(teacher.model)
             case TextTeacher():
-                return here(student)  # a method that asks for texts lets no teacher write rollouts
+                return here(student)  # never used: a method with a text-only teacher has no teacher tokens in rollouts
         return ServerEngine(teacher.server, size, stop)
 
     return {name: writer(teacher) for name, teacher in teachers.items()}
 
 
 def _place(state: Path, teacher: int) -> Path:
-    """Return the folder of a teacher's state: that of --teacher is the training state's own, each --route has one."""
+    """Return the folder of a teacher's state: `state` itself for --teacher, a subfolder for each --route."""
     return state / f"teacher-{teacher}" if teacher else state

@@ -1,7 +1,7 @@
-"""The stages of a response, found by the tags that open them: `starts(text, tags) -> where`, `numbered(...) -> [T]`.
+"""Split a response into stages by the tags that open them: `starts(text, tags)`, `numbered(...) -> [T]`.
 
-A stage lasts until the next one opens.  What stands before the first tag belongs to the first stage that was found, and
-a response without a tag is all answer, the last stage.
+A stage lasts until the next one opens.  Text before the first tag belongs to the first stage that the response has.  A
+response without a tag consists only of the last stage, the answer.
 """
 
 from bisect import bisect_left
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def starts(text: str, tags: Sequence[str]) -> list[tuple[int, int]]:
-    """(stage, character) of each stage that is there, in order; `tags[k]` opens stage k + 1, `a|b` is either.
+    """Return (stage, character offset) of each stage in a text, in order.
 
-    The longest chain of tags in the stages' order counts, the earliest of those; so a tag that is repeated, that is
-    named before its time or that comes after its time opens nothing.
+    `tags[k]` opens stage k + 1; `a|b` means either tag.  Only the longest chain of tags in the order of the stages
+    counts; of equally long chains, the earliest.  So a tag that is repeated or out of order opens no stage.
     """
     found = sorted(
         (at, -len(word), stage)
@@ -23,8 +23,8 @@ def starts(text: str, tags: Sequence[str]) -> list[tuple[int, int]]:
         for word in tag.split("|")
         for at in _all(text, word)
     )
-    chains: dict[int, list[tuple[int, int]]] = {}  # the longest that ends with a stage
-    taken = 0  # characters that belong to a tag already: of two tags at one place the longer counts
+    chains: dict[int, list[tuple[int, int]]] = {}  # stage -> the longest chain that ends with it
+    taken = 0  # offset after the last tag: of two tags at one offset the longer counts
     for at, minus, stage in found:
         if at < taken:
             continue
@@ -36,7 +36,7 @@ def starts(text: str, tags: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def texts(text: str, tags: Sequence[str]) -> list[str]:
-    """The text of each stage, with its tag; "" where it is missing."""
+    """Return the text of each stage, with its tag; "" for a missing stage."""
     found = starts(text, tags) or [(len(tags), 0)]
     out = [""] * len(tags)
     ends = [at for _, at in found[1:]] + [len(text)]
@@ -46,10 +46,11 @@ def texts(text: str, tags: Sequence[str]) -> list[str]:
 
 
 def numbered(tokenizer: Tokenizer, ids: Sequence[int], tags: Sequence[str]) -> list[int]:
-    """The stage of each token, from 1; a token belongs to the stage in which the tag's first character lies.
+    """Return the stage of each token, counted from 1.
 
-    Exact on the tokens as they were sampled: no text is split into tokens again.  A tag may be one token, several, or
-    share its first with what stands before.
+    The token that contains the first character of a tag is the first token of its stage.  This is exact, because the
+    sampled tokens are used and no text is tokenized again.  A tag may be one token or several, and may share its first
+    token with the text before it.
     """
     read = lambda n: str(tokenizer.decode(list(ids[:n]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
     text = read(len(ids))
@@ -59,12 +60,12 @@ def numbered(tokenizer: Tokenizer, ids: Sequence[int], tags: Sequence[str]) -> l
 
 
 def _token(read: Callable[[int], str], count: int, text: str) -> int:
-    """The first token with which the ids read as `text` at their beginning."""
+    """Return the index of the first token up to which the decoded ids start with `text`."""
     return bisect_left(range(count + 1), True, key=lambda n: read(n).startswith(text)) - 1
 
 
 def _all(text: str, word: str) -> list[int]:
-    """Where a word begins, again and again."""
+    """Return the offsets of all non-overlapping occurrences of a word."""
     out, at = [], text.find(word)
     while at >= 0:
         out.append(at)

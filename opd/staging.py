@@ -1,4 +1,4 @@
-"""Stages and reflections taken to a judge: `staged(question, batch, rollouts, panel, episode) -> columns, episode`."""
+"""Ask a judge about stages and reflections: `staged(question, batch, rollouts, panel, episode) -> columns, episode`."""
 
 import json
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 def staged(
     question: Stages, batch: Batch, rollouts: Sequence[Rollout], panel: Panel, episode: Episode
 ) -> tuple[dict[str, Any], Episode]:
-    """The stages of each rollout and the judge's scores of them, by the criteria of its question.
+    """Return the stages of each rollout, with the judge's scores by the criteria of its question, and the new episode.
 
-    The last rows of a batch may be the reflections of the step before: all answer, and scored then.
+    The last rows of a batch may be the reflections of the previous step.  A reflection consists only of the last stage,
+    and it was scored in the previous step.
     """
     from opd.teachers.stages import Contrast, Staged, StageJudge
 
@@ -59,7 +60,7 @@ def staged(
     sheets = dict(zip(marked, judge.marks([answers[i] for i in marked], asked_by, seed), strict=True))
     paid = {i: sheet for i, sheet in sheets.items() if not isinstance(sheet, Failed)}
     for i in range(fresh):
-        why = sheets.get(i, new[rollouts[i].group])  # without a criterion nothing is marked
+        why = sheets.get(i, new[rollouts[i].group])  # a rollout without criteria gets no marks
         panel.gate.note("" if i in paid else str(why) if isinstance(why, Failed) else "no criteria")
     scores = torch.full((len(rollouts), last), torch.nan)
     buffers: dict[str, Buffer] = {}
@@ -79,7 +80,7 @@ def staged(
     for i, d in enumerate(episode.deferred, fresh):
         scores[i, -1] = d.worth
         number.append([last] * len(d.ids))
-        logp[i, : len(d.ids)] = torch.tensor(d.logp)  # a ratio is to the student that wrote it
+        logp[i, : len(d.ids)] = torch.tensor(d.logp)  # the importance ratio is to the student that generated it
     columns = {
         "stage": pad([torch.tensor(n) for n in number], 0),
         "stage_scores": scores,
@@ -90,7 +91,7 @@ def staged(
 
 
 def _by_stage(panel: Panel, rollout: Rollout, number: Sequence[int], last: int) -> "Staged":
-    """A rollout's text by stage."""
+    """Return the text of a rollout by stage."""
     from opd.teachers.stages import Staged
 
     ends = [sum(n <= stage for n in number) for stage in range(last + 1)]  # stages come in order
@@ -99,7 +100,10 @@ def _by_stage(panel: Panel, rollout: Rollout, number: Sequence[int], last: int) 
 
 
 def given(prompt: Prompt, column: str, last: int) -> Buffer:
-    """The criteria of the answer that come with a question: a list of texts or of {criterion, weight, negative}."""
+    """Parse the answer's criteria in a prompt's row: a list of texts or of {criterion, weight, negative}.
+
+    Raises Refusal if the column holds anything else.
+    """
     raw: Any = prompt.columns.get(column) or ()
     try:
         rows = json.loads(raw) if isinstance(raw, str) else raw
@@ -120,9 +124,10 @@ def reflections(
     logp: Tensor,
     panel: Panel,
 ) -> tuple[dict[str, str], list[Deferred]]:
-    """The notes that reflections give, and the reflections to be trained on; each attempt stands before those on it.
+    """Return the notes that reflections give, by question, and the reflections to train on.
 
-    The best of an attempt's becomes the note of its question; one that the judge failed on counts for nothing.
+    `written` pairs each attempt with the reflections on it; `logp` has a row per reflection.  The best reflection on an
+    attempt becomes the note of its question.  A reflection is dropped if the judge failed on it.
     """
     from opd.teachers.stages import Reflected, StageJudge
 

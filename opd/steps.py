@@ -1,5 +1,7 @@
-"""A step of a run: collect rollouts, measure what the method reads, prepare its targets on the whole batch, run
-micro-batches through student and head pass, step.  Methods whose leaves are all token-local skip the measuring pass.
+"""A training step: collect rollouts, measure, prepare targets on the whole batch, forward and backward, optimizer step.
+
+The measuring pass computes the columns that a method reads over the whole batch, without gradients.  Methods whose
+terms are all token-local (`Method.local()`) skip it.
 """
 
 import contextlib
@@ -43,14 +45,14 @@ from opd.tokens import spelled
 from opd.types import Batch, Refusal, Rollout, Sampling
 from opd.writing import Writing
 
-LOOKED_AT = 16  # one of so many rollouts is asked for them at steps that save none
-REHEARSED = -3  # a step number whose noise no step draws; the teacher's prefixes have -2, evaluations -1
-PATIENCE = 5  # steps in a row that may be refused for gradients that are not finite
+LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement
+REHEARSED = -3  # noise key of rehearsals in place of a step number; teacher prefixes use -2, evaluations -1
+PATIENCE = 5  # the run stops after this many non-finite gradients in a row
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A step that updated nothing: the student's rollouts with every column of them, and its seconds by phase."""
+    """Results of a trial step without an update: student rollouts, their measured columns, and seconds by phase."""
 
     rollouts: list[Rollout]
     batch: Batch
@@ -59,14 +61,14 @@ class Rehearsal:
 
 @dataclass
 class Loop:
-    """The steps of a run."""
+    """Runs the training steps, evaluations and checkpoints of a run."""
 
     config: Train
     method: Method
     session: Session
     run: Run
     each: Callable[[dict[str, float]], object] = lambda row: None
-    refused: int = 0  # steps in a row whose gradients were not finite
+    refused: int = 0  # consecutive optimizer steps skipped because of non-finite gradients
     passes: Passes = field(init=False)
     writing: Writing = field(init=False)
 
@@ -75,14 +77,20 @@ class Loop:
         self.writing = Writing(self.config, self.method, self.session)
 
     def save(self, memory: Memory, folder: Path) -> None:
-        """Fill a checkpoint with all that a resumed run reads; every process calls it, the main one writes."""
+        """Write everything that a resumed run reads into a checkpoint folder.
+
+        Every process must call it; only the main process writes.
+        """
         self.session.save(folder)
         self.writing.save(folder / STATE)
         if self.session.accelerator.is_main_process:
             save_memory(memory, folder / STATE)
 
     def cross(self, built: Bridge, state: Path | None) -> None:
-        """Compare hidden states through a bridge: that of a checkpoint's training state, else one fitted now."""
+        """Load the hidden-state bridge from a checkpoint's training state, or fit it on rollouts if `state` is None.
+
+        All later passes compare the hidden states of student and teacher through this bridge.
+        """
         config, session = self.config, self.session
         teacher, device = session.teachers[""], session.accelerator.device
         assert session.lenses is not None and isinstance(teacher, LocalTeacher)
@@ -90,7 +98,7 @@ class Loop:
             lenses = bridge.load(session.lenses, state)
         else:
             prompts = session.prompts.batch(1, built.rollouts)
-            # Number 0: steps are from 1.
+            # Step 0, because training steps count from 1: this noise is used by no other rollout.
             rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
@@ -107,7 +115,7 @@ class Loop:
         self.writing.session = self.session
 
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
-        """One rollout batch: sample, score, update; returns its numbers, and what the next step is to remember."""
+        """Run a training step: sample, score, update.  Return its metrics and the memory for the next step."""
         config, session, who = self.config, self.session, self.method.rollouts
         clock = Clock({})
         apart, writer = bool(config.staleness or config.worker), session.collector.student
@@ -132,7 +140,7 @@ class Loop:
             if not who.online:
                 lengths = torch.tensor([len(r.ids) for r in rollouts])
                 batch = who.cut(batch, lengths, who.threshold(step, memory))
-                self.passes.heard.clear()  # it is about the tokens trained before the cut
+                self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
             memory = who.remember(memory, batch)
         if isinstance(who, Snapshot):
             memory = who.remember(memory, batch, step)
@@ -147,7 +155,7 @@ class Loop:
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
         others: dict[str, Tensor] = {}
         for update in range(who.updates):
-            last = update + 1 == who.updates  # with it the reflections of the step before
+            last = update + 1 == who.updates  # the last update also trains on the reflections of the previous step
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
             if last and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
@@ -180,7 +188,10 @@ class Loop:
     def _asked(
         self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
     ) -> tuple[Batch, Episode]:
-        """The columns that a question fills, and what is remembered of it; the main process asks."""
+        """Ask the question about the rollouts.  Return the batch with the answers' columns, and the new episode.
+
+        Only the main process asks; the result is broadcast to all processes.
+        """
         told: list[tuple[dict[str, Tensor], Episode] | None] = [None]
         if self.session.accelerator.is_main_process:
             assert self.session.panel is not None
@@ -189,7 +200,7 @@ class Loop:
         return replace(batch, **columns), after
 
     def _reflected(self, batch: Batch, rollouts: Sequence[Rollout], step: int, before: Episode) -> Episode:
-        """The episode with the student's reflections on one judged rollout of each prompt."""
+        """Add the student's reflections on one judged rollout per prompt to the episode."""
         config, session, asks = self.config, self.session, self.method.asks
         assert isinstance(asks, Stages)
         if (how := asks.reflect) is None:
@@ -216,12 +227,16 @@ class Loop:
         return before.reflecting(*told[0], most=asks.questions)
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
-        """One optimizer step; refused, and said so, where a gradient is not finite."""
+        """Make an optimizer step and return the measured batch and metrics.
+
+        A step with a non-finite gradient is skipped and recorded as `refused` = 1.  Raises Refusal after PATIENCE
+        skipped steps in a row.
+        """
         config, session = self.config, self.session
         targets = self.method.prepare(batch)
         batch, loss = self.passes.over(batch, rollouts, targets)
         self._check(batch)
-        if (update - 1) % self.method.rollouts.updates == 0:  # the student is still the one that was sent
+        if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
             self._check_engine(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
         lr = config.learning_rate(update, config.steps * self.method.rollouts.updates)
@@ -249,7 +264,7 @@ class Loop:
             "refused": float(not finite),
         }
         fresh = sum(r.index < config.batch for r in rollouts)
-        own, rest = batch[:fresh], batch[fresh:]  # what is said of rollouts is not said of reflections
+        own, rest = batch[:fresh], batch[fresh:]  # rollouts and reflections have separate metrics
         numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
         numbers |= advantages(own, [target[:fresh] for target in targets])
         numbers |= answered(own, self.method.asks) | reflected(rest)
@@ -282,7 +297,10 @@ class Loop:
             )
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy on held-out prompts, and the reverse KL along those responses."""
+        """Evaluate on the held-out prompts: accuracy, and the reverse KL in nats per token along the responses.
+
+        Returns the metrics and logs them.
+        """
         config, session = self.config, self.session
         assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
@@ -290,13 +308,14 @@ class Loop:
         self.passes.heard.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
-            # Step -1: every evaluation draws with the same noise.
+            # Noise key -1: every evaluation samples with the same noise.
             rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
         name, column = "reverse_kl", batch.reverse_kl
         if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
-            name, column = "log_ratio", batch.student_logp - batch.teacher_logp  # it says log q of these tokens alone
+            # The teacher scores only the sampled tokens, so the full KL cannot be computed.
+            name, column = "log_ratio", batch.student_logp - batch.teacher_logp
         numbers = {}
         if column is not None:
             numbers[f"eval_{name}"] = float(column[batch.mask].mean())
@@ -318,17 +337,17 @@ class Loop:
     def look(
         self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
     ) -> tuple[list[Rollout], Batch]:
-        """The student's rollouts with every column of them; nothing is trained."""
+        """Generate rollouts with the student and measure all their columns, without training."""
         rollouts = self.writing.collect(prompts, OnPolicy(), sampling, step, task)
         return rollouts, self.measure(rollouts, step)
 
     def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
-        """Every column of finished rollouts, all of whose tokens count."""
+        """Measure all columns of finished rollouts.  No token is masked."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
         return self.passes.over(batch, rollouts, None)[0]
 
     def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
-        """A step that changes nothing, and its seconds."""
+        """Run a trial step with backward pass but without an optimizer step, and time its phases."""
         config, clock = self.config, Clock({})
         with clock("rollout"):
             rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)

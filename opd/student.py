@@ -1,7 +1,7 @@
-"""The student: one nn.Module whose forward runs backbone and head pass and returns the loss and its columns.
+"""The student: an nn.Module whose forward runs the backbone and the LM head and returns the loss and its columns.
 
-DDP, FSDP and DeepSpeed wrap this module, and nobody touches lm_head outside its forward: a head gathered elsewhere and
-resharded before backward gives silently wrong gradients.
+DDP, FSDP and DeepSpeed wrap this module.  No code may use lm_head outside its forward: a head that is gathered
+elsewhere and resharded before the backward pass gives silently wrong gradients.
 """
 
 import contextlib
@@ -24,19 +24,22 @@ from opd.representation import Lens
 from opd.types import Rollout, pad
 from opd.vocabulary import Vocabulary, alternatives, head_pass, measure, predictors, scores
 
-Body = Callable[..., Any]  # what the layers of a model are called with, and give
+Body = Callable[..., Any]  # the forward function of a model's backbone, below the LM head
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts and responses as one model reads them, right padded."""
+    """Prompts and responses as a model's input ids, padded on the right."""
 
     ids: Int[Tensor, "B L"]
-    trained: Bool[Tensor, "B L"]  # response tokens trained on; stays in main memory
+    trained: Bool[Tensor, "B L"]  # response tokens that train; stays in main memory
 
 
 def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teacher: bool, device: torch.device) -> Rows:
-    """Each prompt and its response side by side; one dummy row where there is none, so that every rank has a batch."""
+    """Concatenate each prompt with its response, for the teacher or the student.
+
+    Without rollouts, returns a dummy row without trained tokens, so that every rank runs a forward pass.
+    """
     prompts = [r.teacher_prompt_ids if teacher else r.prompt_ids for r in rollouts]
     pairs = list(zip(prompts, rollouts, masks, strict=True))
     ids = [torch.tensor([*prompt, *r.ids]) for prompt, r, _ in pairs] or [torch.zeros(2, dtype=torch.long)]
@@ -47,12 +50,18 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
 
 
 def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
-    """Rows of like width, longest first, in the groups that waste least; a row beyond the budget goes alone.
+    """Split rows into micro-batches of similar length, longest first, at minimal cost (dynamic programming).
 
-    A group costs its padded tokens, at most `budget` of them, and a 64th of the budget for the calls it takes.
+    A micro-batch costs its padded tokens, at most `budget`, plus budget / 64 for the overhead of its calls.  A row
+    longer than the budget is a micro-batch by itself.
+
+    Args:
+        widths: length of each row in tokens, by row number.
+        budget: padded tokens of a micro-batch.
     """
     order = sorted(widths, key=lambda i: (-widths[i], i))
-    least, start = [0] * (len(order) + 1), [0] * (len(order) + 1)  # of the first rows; where their last group starts
+    # For the first `end` rows: the least cost, and the start of the last micro-batch at that cost.
+    least, start = [0] * (len(order) + 1), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         first = end - 1
         least[end], start[end] = least[first] + widths[order[first]], first
@@ -70,17 +79,17 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
 
 
 def compiled(model: PreTrainedModel | PeftModel) -> Body:
-    """The layers below the head as one compiled call, for rows of any number and length; generation keeps its own."""
+    """Compile the backbone below the LM head, for any batch size and length; generation stays uncompiled."""
     return torch.compile(base(model).base_model.forward, dynamic=True)
 
 
 def states(
     model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None, body: Body | None = None
 ) -> tuple[Float[Tensor, "N H"], tuple[Float[Tensor, "N D"], ...]]:
-    """The final hidden states that predict the trained tokens, row by row; and the views of a lens on the layers.
+    """Return the final hidden states that predict the trained tokens, row by row, and a lens's views of other layers.
 
-    Padding is on the right, where a causal model never looks: without a mask attention takes its fastest way.  `body`
-    runs in place of the layers.
+    Padding is on the right, where causal attention never looks.  No attention mask is needed, so attention uses its
+    fastest kernel.  `body` replaces the backbone, for example by its compiled version.
     """
     out = (body or base(model).base_model)(input_ids=at.ids, use_cache=False, output_hidden_states=lens is not None)
     final = predictors(out.last_hidden_state, at.trained)
@@ -91,20 +100,21 @@ def states(
 
 
 def final_states(model: PreTrainedModel | PeftModel, at: Rows) -> Float[Tensor, "N H"]:
-    """The hidden states that predict the trained tokens, row by row."""
+    """Return the final hidden states that predict the trained tokens, row by row, [N, H]."""
     return states(model, at)[0]
 
 
 def unprompted(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[list[bool]]]:
-    """The responses without their prompts, and their tokens that something precedes."""
+    """Return the rollouts without prompts, and masks of all response tokens but the first, which has no context."""
     plain = [replace(r, prompt_ids=(), teacher_prompt_ids=()) for r in rollouts]
     return plain, [[i > 0 for i in range(len(r.ids))] for r in rollouts]
 
 
 def cross_entropies(hidden: Hidden | Given, rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> list[float]:
-    """-mean log p(y_t | y_<t) of each, from its second token on, in nats; 0 where there is none.  arXiv:2308.12032.
+    """Return -mean log p(y_t | y_<t) of each response without its prompt, in nats per token.  arXiv:2308.12032.
 
-    `hidden` are the states of what `unprompted` made of the rollouts.
+    The mean starts at the second token; a response with a single token gets 0.  `hidden` is computed from the rows and
+    masks that `unprompted` returns.
     """
     if isinstance(hidden, Given):
         logp = hidden.logp
@@ -116,24 +126,28 @@ def cross_entropies(hidden: Hidden | Given, rollouts: Sequence[Rollout], vocabul
 
 
 class Student(nn.Module):
-    """The model being trained; with `checkpointing` its layers recompute their activations in the backward pass."""
+    """The trained model; with `checkpointing`, its layers recompute their activations in the backward pass."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.model, self.layers = model, []
-        self.body: Body | None = None  # the layers compiled
+        self.body: Body | None = None  # the compiled backbone, or None
         if checkpointing:
             base(model).gradient_checkpointing_enable({"use_reentrant": False})
             self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only; what is inside them stays in eval mode, no dropout."""
+        """Enable gradient checkpointing inside the block.
+
+        transformers checkpoints only layers in training mode.  The modules inside the layers stay in eval mode, so
+        dropout stays off.
+        """
         for layer in self.layers:
             layer.training = True
         yield
         for layer in self.layers:
-            layer.training = False  # generation needs the KV cache, which checkpointing turns off
+            layer.training = False  # generation needs the KV cache, which checkpointing would disable
 
     def forward(
         self,
@@ -145,9 +159,15 @@ class Student(nn.Module):
         *,
         likeliest: int = 0,
     ) -> tuple[Float[Tensor, ""], Columns | Alternatives]:
-        """Loss and columns of the trained tokens; without targets (flat, [N]) only the columns are measured.
+        """Return the loss and the columns of the trained tokens.
 
-        With `likeliest`, nothing but so many of each model's likeliest tokens.
+        Args:
+            at: input ids and the mask of the N trained tokens.
+            heard: outputs of the frozen models.
+            method: the method whose terms are computed.
+            targets: targets of each term, flat [N]; None measures the columns without a loss.
+            vocabulary: common ids, temperature and stop class of the LM heads.
+            likeliest: if above 0, return only each model's top-k tokens with k = `likeliest`, as `Alternatives`.
         """
         with self.recomputing():
             final, views = states(self.model, at, heard.lens, self.body)
@@ -171,7 +191,7 @@ def _matched(
     loss: Float[Tensor, ""],
     columns: Columns,
 ) -> tuple[Float[Tensor, ""], Columns]:
-    """Loss and columns with the share of the term on hidden states, where the method has one."""
+    """Add the hidden-state term's loss and columns, if the method has such a term."""
     term = method.hidden()
     if term is None:
         return loss, columns

@@ -1,6 +1,6 @@
-"""Do two models mean the same by a token, and how does each read a prompt?  Tokenizers and ids only, no weights.
+"""Comparison of the tokenizers of student and teacher: token ids, LM head rows, stop tokens and chat templates.
 
-`agreement` compares, `require` refuses, `render` turns a Prompt into one model's token ids, `stop_ids` reads its EOS.
+`agreement` compares two tokenizers, and `require` refuses a pair whose ids differ.  No weights are needed.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from opd.types import Prompt, Refusal
 
 
 class Severity(StrEnum):
-    """What a difference asks of the user: nothing, a look, or another pair of models."""
+    """The severity of a difference: nothing to do (NOTE), check it (WARNING), or use other models (REFUSE)."""
 
     NOTE = "note"
     WARNING = "warning"
@@ -24,7 +24,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One finding about two models: both values, and one line saying what differs, why it matters, what to do."""
+    """A difference between two models: both values, and a line on what differs, why it matters and what to do."""
 
     field: str
     student: str
@@ -38,15 +38,18 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What two models share.  `vocabulary` means nothing for training where a difference refuses: call `require`."""
+    """The result of comparing two tokenizers.
 
-    vocabulary: int  # both heads and the sampler keep ids 0 .. vocabulary - 1
-    stop: tuple[int, ...]  # ids that end a response: the student's own, then those only the teacher has
+    `vocabulary` is valid for training only if no difference has the severity REFUSE; `require` checks that.
+    """
+
+    vocabulary: int  # both LM heads and the sampler are cut to ids 0 .. vocabulary - 1
+    stop: tuple[int, ...]  # ids that end a response: the student's, then those of the teacher only
     differences: tuple[Difference, ...]
 
     @property
     def refusals(self) -> tuple[Difference, ...]:
-        """The differences that make training meaningless."""
+        """Return the differences that make training meaningless."""
         return tuple(d for d in self.differences if d.severity is Severity.REFUSE)
 
     def __str__(self) -> str:
@@ -56,22 +59,22 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class _Side:
-    """One model as `agreement` sees it."""
+    """The properties of a model that `agreement` compares."""
 
     who: str
     tokenizer: PreTrainedTokenizerBase
     rows: int
     eos: tuple[int, ...]
-    ids: Mapping[str, int]  # the whole map, added tokens included
+    ids: Mapping[str, int]  # token to id, including added tokens
     names: Mapping[int, str]
 
     def show(self, ids: Iterable[int]) -> str:
-        """Ids as a person reads them."""
+        """Return ids as readable text: each token with its id."""
         return ", ".join(f"{self.names[i]!r} ({i})" if i in self.names else f"no token ({i})" for i in ids) or "none"
 
     @property
     def named(self) -> set[str]:
-        """BOS, EOS, padding and unknown; a tokenizer's map may name others, of pictures or sounds."""
+        """Return the BOS, EOS, padding and unknown tokens, without other special tokens (for images or audio)."""
         return {token for field, token in self.tokenizer.special_tokens_map.items() if field in _ADVICE}
 
 
@@ -81,7 +84,8 @@ _CONVERSATIONS: Mapping[str, tuple[Mapping[str, str], ...]] = {
     "a system turn": ({"role": "system", "content": "Be brief."}, _ASK),
     "three turns": (_ASK, {"role": "assistant", "content": "5"}, _ASK),
 }
-# Where tokenizers with one map part ways: digits, blanks, accents (composed or not), CJK, contractions.
+# Texts that tokenizers with the same vocabulary may split differently: digits, spaces, accents (composed or not), CJK,
+# contractions.
 _SAMPLES = (
     "\\boxed{12345.67}",
     "  f(x):\n\treturn x**2\n\n",
@@ -107,11 +111,19 @@ def agreement(
     student_eos: tuple[int, ...],
     teacher_eos: tuple[int, ...],
 ) -> Agreement:
-    """Compare token maps, rows of the heads, stop ids, special tokens and chat templates; refuses nothing itself.
+    """Compare token maps, LM head rows, stop ids, special tokens and chat templates; never raises Refusal.
 
-    The cut is at the last shared token, not at the smaller head: a padding row beyond it has a logit but no text, and
-    engines do draw them (vllm#13175, NeMo-RL#237).  So the numbers do not depend on how a head was padded.  The cut is
-    a prefix: an id below it that has no token stays in (see the note `holes`).
+    Both vocabularies are cut after the last shared token, not at the smaller LM head.  A padding row beyond that token
+    has a logit but no text, and engines do sample such rows (vllm#13175, NeMo-RL#237).  The results therefore do not
+    depend on the padding of the head.  The cut is a prefix: an id below it without a token stays in (note `holes`).
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_rows: rows of the student's LM head.
+        teacher_rows: rows of the teacher's LM head.
+        student_eos: stop ids of the student.
+        teacher_eos: stop ids of the teacher.
     """
     s, t = _side("student", student, student_rows, student_eos), _side("teacher", teacher, teacher_rows, teacher_eos)
     top = max((*s.names, *t.names)) + 1
@@ -125,7 +137,7 @@ def agreement(
 
 
 def require(agreed: Agreement) -> Agreement:
-    """The agreement itself, where nothing refuses; raises Refusal with the first refusing difference."""
+    """Return the agreement unchanged.  Raises Refusal, with the first such difference, if any has severity REFUSE."""
     if not agreed.refusals:
         return agreed
     first, *others = agreed.refusals
@@ -134,14 +146,14 @@ def require(agreed: Agreement) -> Agreement:
 
 
 def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-    """A diff, for people, of how two models read the same conversations (no template arguments); empty if alike."""
+    """Return a readable diff of how two models render the same conversations, "" if equal; no template arguments."""
     out: list[str] = []
     for title, turns in _CONVERSATIONS.items():
         (a, ids), (b, other) = _read(student, turns), _read(teacher, turns)
         if ids == other:
             continue
         left, right = a.replace("\n", "⏎\n").split("\n"), b.replace("\n", "⏎\n").split("\n")
-        if a == b:  # one text, cut differently
+        if a == b:  # the same text, but tokenized differently
             left = [f"{token} ({i})" for token, i in zip(student.convert_ids_to_tokens(list(ids)), ids, strict=True)]
             right = [
                 f"{token} ({i})" for token, i in zip(teacher.convert_ids_to_tokens(list(other)), other, strict=True)
@@ -151,8 +163,8 @@ def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    """The text of each token as it reads inside a response, spaces included; pieces of a character by their name."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # alone, some tokenizers drop a leading space
+    """Return the text of each token inside a response, with its spaces; the token's name for a partial character."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # context: a first token may lose its space
     start = str(tokenizer.decode(before))
     whole = {i: str(tokenizer.decode([*before, i], clean_up_tokenization_spaces=False)) for i in sorted(set(ids))}
     cut = {i: text.removeprefix(start) for i, text in whole.items()}
@@ -166,7 +178,7 @@ def _side(who: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[in
 
 
 def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
-    """Tokens under another id, or known to one model only: its log-prob would be of another token."""
+    """Report tokens whose id differs or that only one model has, because their log-probs would be of another token."""
     moved = sorted((x for x in s.ids.keys() & t.ids.keys() if s.ids[x] != t.ids[x]), key=s.ids.__getitem__)
     mine = sorted(s.ids.keys() - t.ids.keys(), key=s.ids.__getitem__)
     theirs = sorted(t.ids.keys() - s.ids.keys(), key=t.ids.__getitem__)
@@ -192,7 +204,7 @@ def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
 
 
 def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
-    """Rows of the heads against tokens: padding is cut, a token without a row cannot be used."""
+    """Compare LM head rows with tokens: padding rows are cut, and a token without a row cannot be used."""
 
     def found(field: str, severity: Severity, text: str) -> Difference:
         return Difference(field=field, student=f"{s.rows}", teacher=f"{t.rows}", severity=severity, text=text)
@@ -202,7 +214,7 @@ def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
         if not lost:
             continue
         added, template = side.tokenizer.get_added_vocab(), str(side.tokenizer.chat_template or "")
-        # A text-only Gemma 3 has '<image_soft_token>' one past its last row; it works, unless that token is written.
+        # A text-only Gemma 3 has '<image_soft_token>' just past its last row; it works unless a prompt has that token.
         used = [x for x in map(side.names.__getitem__, lost) if x not in added or x in side.named or x in template]
         yield found(
             "rows",
@@ -229,7 +241,7 @@ def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
 
 
 def _stops(s: _Side, t: _Side, stop: tuple[int, ...]) -> Iterator[Difference]:
-    """Where responses end: a teacher that ends elsewhere finds the student's stop token next to impossible."""
+    """Compare stop ids: a teacher that stops at another token gives the student's stop token almost no probability."""
 
     def found(severity: Severity, text: str) -> Difference:
         return Difference(field="eos", student=s.show(s.eos), teacher=t.show(t.eos), severity=severity, text=text)
@@ -265,7 +277,7 @@ def _stops(s: _Side, t: _Side, stop: tuple[int, ...]) -> Iterator[Difference]:
 
 
 def _specials(s: _Side, t: _Side) -> Iterator[Difference]:
-    """The named special tokens, and the set of all of them."""
+    """Compare the named special tokens (BOS, EOS, padding, unknown) and the set of all other special tokens."""
     a, b = s.tokenizer.special_tokens_map, t.tokenizer.special_tokens_map
     for field, advice in _ADVICE.items():
         mine, theirs = (x.get(field, "none") for x in (a, b))
@@ -286,7 +298,7 @@ def _specials(s: _Side, t: _Side) -> Iterator[Difference]:
 
 
 def _segmentation(s: _Side, t: _Side) -> Iterator[Difference]:
-    """The same map can still cut text in other places (merges, normaliser, digits)."""
+    """Compare how equal vocabularies split text: merges, normaliser and digit rules may still differ."""
     if s.ids != t.ids:
         return
     for sample in _SAMPLES:
@@ -307,7 +319,7 @@ def _segmentation(s: _Side, t: _Side) -> Iterator[Difference]:
 
 
 def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
-    """How each model is asked; compared by what the templates write, for their source differs in harmless ways."""
+    """Compare chat templates by the text they render, because their sources may differ without effect."""
     mine, theirs = s.tokenizer.chat_template, t.tokenizer.chat_template
     values = {"student": "template" if mine else "none", "teacher": "template" if theirs else "none"}
 
@@ -341,7 +353,7 @@ def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
-    """What a model reads of a conversation, as text and ids; the reason and no ids where its template refuses."""
+    """Return a rendered conversation as text and ids; if the template refuses it, the reason and no ids."""
     try:
         ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={})
     except Refusal as refusal:

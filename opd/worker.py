@@ -1,7 +1,9 @@
-"""The worker process, `python -m opd.worker PIPE`: a student of its own writes rollouts while another one trains.
+"""The worker process, `python -m opd.worker PIPE`: generates rollouts while the trainer trains the student.
 
-Jobs and draws go through a pipe, as `opd/jobs.py` has them; weights come through safetensors files alone.  The end of
-its trainer is its own: a thread sees the pipe close, removes the snapshots and leaves, whatever is being written.
+It has a copy of the student.  Jobs and finished draws go through a pipe, as messages of `opd/jobs.py`; weights come
+only through safetensors files.
+The worker ends with its trainer: a thread detects that the pipe is closed, removes the snapshots and exits at once,
+even during generation.
 """
 
 import contextlib
@@ -29,12 +31,12 @@ from opd.engines.hf import HFEngine
 from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.types import Refusal
 
-LOOK = 1.0  # seconds between looks for the parent, should another process hold the pipe open
+LOOK = 1.0  # seconds between checks that the parent lives, because another process may hold the pipe open
 
 
 @dataclass
 class Writer:
-    """A student, and the version of its weights."""
+    """Generates rollouts with the worker's copy of the student, and keeps the version of its weights."""
 
     told: Opening
     model: PreTrainedModel | PeftModel
@@ -43,7 +45,7 @@ class Writer:
 
     @classmethod
     def of(cls, told: Opening) -> "Writer":
-        """Loaded as the trainer loads its own."""
+        """Load the student in the same way as the trainer does."""
         torch.set_num_threads(told.threads)
         config = told.config
         source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
@@ -55,7 +57,7 @@ class Writer:
         return cls(told, model, collector)
 
     def write(self, job: Job) -> Done:
-        """One draw with the weights that it names."""
+        """Generate a draw with the weights that the job names."""
         start, computed, config = time.perf_counter(), time.process_time(), self.told.config
         if job.version != self.version:
             self._load(job.version)
@@ -76,7 +78,7 @@ class Writer:
 
     @torch.no_grad()
     def _load(self, version: int) -> None:
-        """Take up the trained weights; the others never change."""
+        """Load the trained parameters of a snapshot; all other parameters never change."""
         new = load_file(snapshot(self.told.folder, version))
         mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         assert new.keys() == mine.keys(), "the trainer's student is another model"
@@ -86,8 +88,8 @@ class Writer:
 
 
 def main() -> None:
-    """Serve one trainer until it ends."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # they are for the trainer, and the worker ends with it
+    """Generate rollouts for the trainer until it ends."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # the trainer handles these signals, and the worker ends with it
         signal.signal(name, signal.SIG_IGN)
     pipe, parent = Connection(int(sys.argv[1])), os.getppid()
     with contextlib.suppress(EOFError, OSError):
@@ -110,7 +112,7 @@ def main() -> None:
 
 
 def _listen(pipe: Connection, jobs: "queue.Queue[Job]", folder: Path, parent: int) -> None:
-    """Pass on what comes; leave, with all that a verifier started, when nobody is there any more."""
+    """Queue the jobs that arrive.  When the trainer ends, kill this process and all that a verifier started."""
     while True:
         try:
             if pipe.poll(LOOK):

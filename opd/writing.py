@@ -1,4 +1,7 @@
-"""The rollouts of a run's steps, whoever writes them: `Writing.open(...)`, then `taken(step, ...)` step by step."""
+"""The source of rollouts for the steps of a run: call `Writing.open(...)`, then `taken(step, ...)` at each step.
+
+The student's process or a worker process generates them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +26,18 @@ from opd.types import Rollout, Sampling
 
 @dataclass
 class Writing:
-    """The prompts of a step, and the rollouts to them."""
+    """The prompts and rollouts of each step of a run."""
 
     config: Train
     method: Method
     session: Session
-    source: Source | None = None  # of rollouts to train on
+    source: Source | None = None  # buffer of training rollouts; None before `open`
 
     def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> Source:
-        """Begin to draw rollouts for the steps after `step`: here, or in a worker process where one is asked for."""
+        """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
+
+        `state` is the training-state folder of a checkpoint, whose saved rollouts are used first.
+        """
         config, session, who = self.config, self.session, self.method.rollouts
         kept = self._restored(state) if state is not None else {}
         if config.staleness or config.worker:
@@ -47,7 +53,7 @@ class Writing:
         return self.source
 
     def close(self) -> None:
-        """End what draws rollouts."""
+        """Stop the rollout source, the engine and the teachers."""
         if self.source is not None:
             self.source.close()
             self.source = None
@@ -56,7 +62,10 @@ class Writing:
             teacher.close()
 
     def save(self, folder: Path) -> None:
-        """The draws that a run which resumes takes up; all processes call it, the main one writes."""
+        """Save the buffered rollouts that a resumed run continues with.
+
+        Every process must call it; only the main process writes.
+        """
         kept: list[dict[int, list[Rollout]]] = [{}]
         if self.source is not None:
             self.source.settle()
@@ -65,7 +74,7 @@ class Writing:
             draws.save({d: [r for part in kept for r in part.get(d, ())] for d in {*chain(*kept)}}, folder)
 
     def taken(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
-        """The rollouts that `step` trains on, of all processes, in order."""
+        """Return the rollouts that `step` trains on, from all processes, in order."""
         who = self.method.rollouts
         source = self.source or self.open(step - 1, memory, None, print)
         drawn, draw = source.take(step, memory), draw_of(who, step, memory)
@@ -87,7 +96,10 @@ class Writing:
         memory: Memory = NOTHING,
         first: int = 0,
     ) -> list[Rollout]:
-        """This process's share of the prompts, sampled and verified; then everyone's, in order, from number `first`."""
+        """Generate and verify rollouts, each process for its share of the prompts; return those of all processes.
+
+        They are in order and numbered from `first`.
+        """
         return gather_object(self._mine(prompts, who, sampling, step, task, memory, first))
 
     def _mine(
@@ -100,7 +112,7 @@ class Writing:
         memory: Memory,
         first: int = 0,
     ) -> list[Rollout]:
-        """This process's share alone."""
+        """Generate and verify the rollouts of this process's share of the prompts."""
         accelerator = self.session.accelerator
         mine = draws.share(len(prompts), accelerator.process_index, accelerator.num_processes)
         with accelerator.autocast():
@@ -118,7 +130,7 @@ class Writing:
             )
 
     def _prompts(self, number: int, memory: Memory) -> list[Rendered]:
-        """The prompts of a step, with the notes of earlier attempts at the same questions where there are any."""
+        """Return the prompts of step `number`; a method that reflects adds the notes on earlier attempts to them."""
         session, asks, count = self.session, self.method.asks, self.config.batch // self.method.rollouts.per_prompt
         reflect = asks.reflect if isinstance(asks, Stages) else None
         if reflect is None:

@@ -57,7 +57,7 @@ server=
 say "two processes, one of which is killed, and --resume"
 two() {
     "$bin/python" -m torch.distributed.run --standalone --nproc_per_node 2 -m opd train --student $student \
-        --teacher $teacher "${run[@]}" --quiet "$@" vopd
+        --teacher $teacher "${run[@]}" --steps 12 --quiet "$@" vopd
 }
 two --out "$work/whole"
 two --out "$work/cut" >"$work/cut.log" 2>&1 &
@@ -67,7 +67,7 @@ until [ -d "$work/cut/checkpoints/step-000002" ]; do
     sleep 0.05
 done
 pkill -KILL -n -f -- "opd train .* --out $work/cut" || true
-wait $launcher || true
+if wait $launcher; then echo "the run ended before one of its processes was killed"; exit 1; fi
 two --out "$work/cut" --resume
 cmp "$work/whole/metrics.jsonl" "$work/cut/metrics.jsonl"
 echo "the resumed run wrote the bytes of the uninterrupted one"

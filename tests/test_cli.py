@@ -194,7 +194,7 @@ def test_methods_lists_every_method_with_its_source(capsys):
     assert all(row["source"] and row["what"] and row["value"].startswith("Method(") for row in listed)
     assert main(["methods", "vopd-topk"]) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "2605.07865" in page and "--k (20) tokens of the baseline" in page and "--lora-rank 64" in page
+    assert "2605.07865" in page and "--k (20) Number of tokens in the baseline" in page and "--lora-rank 64" in page
     assert "did you mean vopd?" in refused(capsys, "methods", "vopdd")
 
 

@@ -468,7 +468,7 @@ def test_malformed_messages(tmp_path):
 
 def test_bad_names():
     said = refusal(source="nobody/nothing")
-    assert "no such file or folder here" in said and "hub" in said
+    assert "no such file or folder here" in said and "hub" in said.lower()
     assert "embedded:ledger-short" in refusal(source="embedded:leger")
     assert "did you mean" in (said := refusal(source="reasoning-gym:chain_sums")) and "chain_sum" in said
     assert "max_terms" in refusal(source="reasoning-gym:chain_sum?terms=3")

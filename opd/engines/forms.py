@@ -1,6 +1,6 @@
-"""Responses in a form that is asked for, a JSON schema: a token that could not go on to it is not drawn.
+"""Constrained decoding by a JSON schema: a token that would violate the schema is never sampled.
 
-llguidance keeps the grammar, as it does in vLLM and OpenAI's own servers.
+llguidance implements the grammar, as in vLLM and in OpenAI's servers.
 """
 
 import json
@@ -17,18 +17,21 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.types import Refusal
 
-COMPACT: Any = {"whitespace_flexible": False}  # no blank that a model could go on writing for ever
+COMPACT: Any = {"whitespace_flexible": False}  # without optional white space, which a model could generate for ever
 
 
 @dataclass(frozen=True)
 class Forms:
-    """A tokenizer as the grammar reads it; made once, it takes a second."""
+    """A tokenizer prepared for grammars.  Preparing it takes about a second."""
 
     tokens: Any  # llguidance.LLTokenizer
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int, stop: Sequence[int]) -> "Forms":
-        """For the first `size` ids, those of `stop` end a response; raises Refusal where it cannot be."""
+        """Prepare the first `size` ids of a tokenizer.  The ids `stop` end a response.
+
+        Raises Refusal if llguidance is not installed or the tokenizer is not a fast one.
+        """
         try:
             import llguidance.hf
         except ImportError as error:
@@ -42,7 +45,7 @@ class Forms:
         return cls(llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(stop)))
 
     def form(self, schema: Mapping[str, object]) -> "Form":
-        """Of one response; raises Refusal for a schema that it cannot keep to."""
+        """Return the form of one response.  Raises Refusal for a schema that llguidance does not support."""
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
@@ -54,18 +57,18 @@ class Forms:
 
 @dataclass(frozen=True)
 class Form:
-    """Where a response stands in its form."""
+    """The grammar state of one response."""
 
     matcher: Any
 
     def take(self, token: int) -> None:
-        """The response goes on with this."""
+        """Advance the state by a token of the response."""
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
 
 
 def within(logits: Float[Tensor, "B V"], forms: Sequence[Form]) -> Float[Tensor, "B V"]:
-    """The logits, -inf where a token would leave the form."""
+    """Return the logits, set to -inf at tokens that would violate the form of their row."""
     may = np.frombuffer(b"".join(form.matcher.compute_bitmask() for form in forms), dtype=np.uint8)
     bits = np.unpackbits(may.reshape(len(forms), -1), axis=1, bitorder="little", count=logits.shape[1])
     return logits.masked_fill(torch.from_numpy(cast(np.ndarray, bits) == 0).to(logits.device), -torch.inf)

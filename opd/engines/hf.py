@@ -1,4 +1,7 @@
-"""Sampling with transformers: batched decoding, places filled again as responses end; a teacher may read along."""
+"""Rollout generation with transformers: batched decoding that refills rows as responses end.
+
+A teacher may decode beside the student.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,34 +26,34 @@ from opd.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response."""
+    """A generated response."""
 
     ids: tuple[int, ...]
-    logp: tuple[float, ...]  # nats, under what was sampled from
+    logp: tuple[float, ...]  # nats, under the sampled distribution
     stopped: bool
-    notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # one number, or one a token
+    notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # one number, or one per token
     others: Others | None = None
 
 
 @dataclass(frozen=True)
 class Blended:
-    """Sample from the mixture with the teacher that stays within KL `eps` (nats) of the student."""
+    """A decode mode that samples from a mixture with the teacher, within KL `eps` (nats) of the student."""
 
     eps: float
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Sample from the student; stop a response once the teacher has agreed with it for a while."""
+    """A decode mode that samples from the student and stops a response once the teacher has agreed long enough."""
 
     rule: StopOnAgreement
     threshold: float  # nats
-    vocabulary: Vocabulary  # how the two distributions are compared, as in the loss
+    vocabulary: Vocabulary  # defines how the two distributions are compared, as in the loss
 
 
 @dataclass(frozen=True)
 class Beside:
-    """The teacher that reads along while the student writes, after its own prompts."""
+    """A teacher that decodes beside the student, after the teacher's prompts."""
 
     model: PreTrainedModel | PeftModel
     prompts: Sequence[Sequence[int]]
@@ -59,22 +62,23 @@ class Beside:
 
 @dataclass(frozen=True)
 class HFEngine:
-    """Samples from a transformers model in this process; weights need no sync, they are the student's own."""
+    """An engine that samples from a transformers model in this process.
+
+    It needs no weight sync, because it uses the student's weights.
+    """
 
     model: PreTrainedModel | PeftModel
     vocabulary: int  # ids that may be sampled
     stop: tuple[int, ...]  # any of them ends a response
-    rows: int = 64  # decoded at once
-    merged: tuple[int, ...] | None = None  # ids drawn as one, each at the probability of all; None: those that stop
-    compact: float = (
-        0.9  # finished rows leave once no more than this share is alive; prompts that wait take their places
-    )
+    rows: int = 64  # responses decoded at once
+    merged: tuple[int, ...] | None = None  # ids that count as one token, with their total probability; None: `stop`
+    compact: float = 0.9  # finished rows are replaced by waiting prompts once at most this share of the rows is alive
 
     def follow(self) -> None:
-        """The student made a step: these are its weights."""
+        """Do nothing after an optimizer step: the engine already has the new weights."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the engine holds no resources."""
 
     @torch.no_grad()
     def generate(
@@ -90,11 +94,11 @@ class HFEngine:
         samples: int = 1,
         forms: Sequence[Form] = (),
     ) -> list[Sample]:
-        """One response per prompt; token t of rollout `index[i]` draws from the counter (seed, step, index[i], t).
+        """Generate one response per prompt.  Token t of rollout `index[i]` uses the noise of (seed, step, index[i], t).
 
-        A response goes on from its prefix, whose tokens count as its first and are not repeated in what comes back.
-        Where one ends, the next prompt that waits takes its place.  At each position `samples` tokens are drawn, the
-        response's own among them.  With `forms`, one a prompt, a response keeps to its own until the limit.
+        A response continues its prefix.  The prefix counts as its first tokens and is not returned.  When a response
+        ends, the next waiting prompt takes its row.  At each position `samples` tokens are drawn; the first of them is
+        the response's token.  With `forms`, one per prompt, a response keeps to its form until the length limit.
         """
         n, device, key = len(prompts), self.model.device, np.array(index, dtype=np.int64)
         prefixes = prefixes or ((),) * n
@@ -108,7 +112,7 @@ class HFEngine:
         one = stop if self.merged is None else torch.tensor(self.merged, dtype=torch.long, device=device)
         written, sampled = np.array([len(x) for x in prefixes], dtype=np.int64), np.zeros(n, dtype=np.int64)
         done, ended = written >= sampling.max_new_tokens, np.zeros(n, dtype=bool)
-        waiting, alive = (~done).nonzero()[0], np.zeros(0, dtype=np.int64)  # alive: row of the streams -> prompt
+        waiting, alive = (~done).nonzero()[0], np.zeros(0, dtype=np.int64)  # alive[row] = prompt
         tokens: list[list[int]] = [[] for _ in prompts]
         logps: list[list[float]] = [[] for _ in prompts]
         notes: dict[str, list[list[float]]] = {}
@@ -168,13 +172,16 @@ class HFEngine:
         return [Sample(tuple(ids), tuple(logp), bool(stopped), note, more) for ids, logp, stopped, note, more in parts]
 
 
-AS_IS = Head(torch.empty(0, 0))  # the model has applied its own
+AS_IS = Head(torch.empty(0, 0))  # no scale or softcap: the model has applied them to the logits
 
 
 def _noise(
     seed: int, step: int, rollout: Int[np.ndarray, " B"], token: Int[np.ndarray, " B"], samples: int
 ) -> Float[np.ndarray, "B m"]:
-    """The first of a position is the response's own; those beside it have keys of six (of five are coins)."""
+    """Return the noise [B, samples]: column 0 for the response's token, the others for the extra samples.
+
+    The extra samples have keys of six numbers, because keys of five numbers are used for coins.
+    """
     own = np.asarray(uniform(seed, step, rollout, token))[:, None]
     beside = uniform(seed, step, rollout[:, None], token[:, None], 2, np.arange(1, samples))
     return np.concatenate((own, beside), 1)
@@ -193,7 +200,10 @@ def _blended(
     eps: float,
     stop: Int[Tensor, " S"],
 ) -> tuple[Float[Tensor, "B V"], dict[str, Float[Tensor, " B"]]]:
-    """log mu, and the numbers of the mixture; the stop class is one token, the member the student likes best."""
+    """Return log mu of the mixture, with its weight `beta` and its KL from the student in nats.
+
+    The stop ids are merged into one token, the stop id that the student prefers.
+    """
     p, q = ((x / temperature).log_softmax(-1) for x in (student, teacher))
     if len(stop) > 1:
         own = stop[p[:, stop].argmax(-1)][:, None]
@@ -206,9 +216,9 @@ def _blended(
 def draw(
     logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B k"], merged: Int[Tensor, " S"]
 ) -> tuple[Int[Tensor, "B k"], Float[Tensor, "B k"]]:
-    """The tokens at the quantiles `noise` of the (tempered, truncated) distribution, and their log-probs.
+    """Return the tokens at the quantiles `noise` of the tempered, truncated distribution, and their log-probs in nats.
 
-    The log-prob of one of the `merged` ids, of a stop class say, is that of all of them.
+    The log-prob of one of the `merged` ids, such as the stop ids, is the log-prob of all of them.
     """
     if sampling.temperature == 0:
         ids = logits.argmax(-1, keepdim=True).expand(-1, noise.shape[1])
@@ -223,7 +233,7 @@ def draw(
 
 
 def truncate(logp: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Top-k, then nucleus (the fewest tokens that reach top_p), renormalised."""
+    """Apply top-k, then nucleus truncation (the fewest tokens that reach top_p), and renormalise."""
     if sampling.top_k and sampling.top_k < logp.shape[-1]:
         kth = logp.topk(sampling.top_k, -1).values[:, -1:]
         logp = logp.masked_fill(logp < kth, -torch.inf).log_softmax(-1)

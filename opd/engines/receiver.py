@@ -1,4 +1,4 @@
-"""vLLM's side of the `opd` weight transfer; imported by vLLM alone, in the process that holds the model."""
+"""vLLM's side of the `opd` weight transfer.  Only vLLM imports it, in the process that holds the model."""
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -8,31 +8,31 @@ from opd.engines.transfer import Opened, Update
 
 
 class Receiver(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdateInfo]):
-    """Loads what it is handed, layer by layer, as vLLM's own backends do."""
+    """A weight-transfer engine of vLLM that loads weights layer by layer, as vLLM's backends do."""
 
     init_info_cls = Opened
     update_info_cls = Update
 
     def init_transfer_engine(self, init_info: Opened) -> None:
-        """Nothing to meet."""
+        """Do nothing: this backend opens no connection."""
 
     def start_weight_update(self) -> None:
-        """Expect weights as a checkpoint has them."""
+        """Prepare the model for weights in checkpoint format."""
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
-        """Some of them, or all."""
+        """Load some of the weights, or all of them."""
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":  # there is nothing to wait for there, and vLLM's own call raises
+        if self.device.type != "cpu":  # on a CPU nothing is asynchronous, and vLLM's call raises
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Update) -> None:
-        """Into the model."""
+        """Load the weights into the model."""
         self.model.load_weights(iter(update_info))
 
     def finish_weight_update(self) -> None:
-        """Whatever a layer does to its weights once it has them all."""
+        """Run the post-processing of each layer, now that its weights are complete."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the engine holds no resources."""

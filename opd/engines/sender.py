@@ -1,6 +1,6 @@
-"""The trainer's side of vLLM's own weight transfers between GPUs; needs vLLM here, too.
+"""The trainer's side of vLLM's weight transfers between GPUs.  vLLM must be installed here, too.
 
-`nccl(url, weights, ...) -> send` and `ipc(url, weights) -> send`, where `send()` brings the server all weights of now.
+`nccl(url, weights, ...)` and `ipc(url, weights)` return a function that sends the current weights to the server.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +18,10 @@ Weights = Callable[[], Mapping[str, Tensor]]
 
 
 class Student(torch.nn.Module):
-    """The weights as they are when they are asked for, under the names of a checkpoint.
+    """A module that yields the current weights under their checkpoint names.
 
-    A module, for `ModuleSource` asks one for its parameters in every version; `WeightSource` itself changed in 0.33.
+    It is a module because `ModuleSource` reads the parameters of a module in every version of vLLM, while
+    `WeightSource` changed in 0.33.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -28,17 +29,20 @@ class Student(torch.nn.Module):
         self.weights = weights
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
-        """Names and tensors."""
+        """Yield names and current tensors."""
         yield from self.weights().items()
 
 
 def nccl(url: str, weights: Weights, workers: int) -> Callable[[], None]:
-    """From this GPU to those of a server with so many workers."""
+    """Return a function that sends weights from this GPU to the GPUs of a server with `workers` workers."""
     return _opened(NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0), url, weights)
 
 
 def ipc(url: str, weights: Weights) -> Callable[[], None]:
-    """To a server on this very GPU; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1 there."""
+    """Return a function that sends weights to a server on the same GPU.
+
+    The server needs VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+    """
     return _opened(IPCTrainerInitInfo(rank=0), url, weights)
 
 

@@ -1,4 +1,4 @@
-"""Sampling with a vLLM server, given by its address; weights go over by its own routes."""
+"""Rollout generation with a vLLM server, given by its address.  Weights are sent by vLLM's routes."""
 
 import contextlib
 import json
@@ -22,13 +22,14 @@ from opd.tensors import save_tensors
 from opd.types import Refusal, Sampling
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
-LEAST = -9998.0  # vLLM writes -9999 for -inf
+LEAST = -9998.0  # nats: vLLM sends -9999 for -inf
 
 
 class VLLMServer(Sent):
-    """A vLLM server, given by its address and started as `START`.
+    """An engine that uses a vLLM server, started by the command `START`.
 
-    Every answer says which weights wrote it: a server that came back with others gets ours again.
+    Every response names the weights that generated it.  If the server was restarted or has the weights of another
+    client, it gets the student's weights again.
     """
 
     def __init__(
@@ -58,26 +59,29 @@ class VLLMServer(Sent):
         cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
         self.name, self.version = self.client.model or cards[0], ""
         self.link: Callable[[], None] | None = None
-        # What a trainer that was killed while it sent has left: an update (none is refused, too), and a pause.
+        # A trainer killed during a transfer leaves an open update and a pause.  Without an update vLLM refuses.
         with contextlib.suppress(Refusal):
             self._post("/finish_weight_update", {})
-        self._post("/resume", {}, tries=2)  # vLLM drops the connection behind such a refusal
+        self._post("/resume", {}, tries=2)  # vLLM drops the connection after such a refusal
 
     def processed(self) -> bool:
-        """Whether its log-probs are of what it draws from: near-greedy, those of the tokens drawn are near 0."""
+        """Return whether the server's log-probs are those of the sampled distribution (`processed_logprobs`).
+
+        At temperature 0.01 they are then near 0 for the sampled tokens.
+        """
         hot, cold = (Sampling(temperature=t, max_new_tokens=8) for t in (1.0, 0.01))
         asked = requests([[1, 1]], [], hot, seed=0, step=0, index=[0])
         return all(sum(x.logp) > -0.5 for x in self._ask(asked[0], cold) or ())
 
     def _ours(self) -> bool:
-        """Whether it still has the weights that it was sent last."""
+        """Return whether the server still has the weights that were sent last."""
         asked = requests([[1, 1]], [], Sampling(max_new_tokens=1), seed=0, step=0, index=[0])
         return self._ask(asked[0], Sampling(max_new_tokens=1)) is not None
 
     def _send(self) -> None:
-        self.client.knows("/health")  # one that is starting is waited for
+        self.client.knows("/health")  # waits for a server that is starting
         if self.link is not None and not self._ours():
-            self.link = None  # it was started again
+            self.link = None  # the server was restarted
         self.version = f"opd-{secrets.token_hex(8)}"
         if self.link is None:
             try:
@@ -87,15 +91,15 @@ class VLLMServer(Sent):
         self._post("/pause?mode=wait", {})
         try:
             self.link()
-        except (OSError, RuntimeError) as error:  # of vLLM's own client and its backends
+        except (OSError, RuntimeError) as error:  # raised by vLLM's client and its backends
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise Refusal(f"--engine {self.client.url}: the weights did not get there: {said}") from error
         self._post("/update_weight_version", {"new_version": self.version})
-        self._post("/reset_prefix_cache", {})  # its keys are of other weights
+        self._post("/reset_prefix_cache", {})  # its keys belong to the old weights
         self._post("/resume", {})
 
     def _opened(self) -> Callable[[], None]:
-        """The way of the weights, by the backend that the server was started with."""
+        """Return the function that sends the weights, for the backend that the server was started with."""
         if self.how.engine_transfer == "opd":
             self._post("/init_weight_transfer_engine", {"init_info": {}})
             return self._by_file
@@ -115,7 +119,7 @@ class VLLMServer(Sent):
     def _by_file(self) -> None:
         path = (self.folder / "engine" / "weights.safetensors").absolute()
         whole = {name: x.to(self.dtype) for name, x in weights(self.model).items()}
-        # The server may run as another user: the file has the mode that the umask asks for.
+        # The server may run as another user, so the file's mode follows the umask.
         try:
             with disk(f"writing {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,11 +129,11 @@ class VLLMServer(Sent):
             self._post("/finish_weight_update", {})
         finally:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it was never made
+            with contextlib.suppress(OSError):  # the folder was never created
                 path.parent.rmdir()
 
     def _post(self, path: str, body: object, tries: int = 1) -> None:
-        """One of the calls about weights: never repeated where it may not run twice."""
+        """Call a route for weights.  By default it is not retried, because most of these calls must not run twice."""
         self.client.post(path, body, lambda response: None, tries=tries)
 
     def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
@@ -139,7 +143,7 @@ class VLLMServer(Sent):
                 found = list(pool.map(lambda x: self._ask(x, sampling), asked))
                 if None not in found:
                     return [x for x in found if x is not None]
-                # It was started again, or somebody else sent it weights: it gets ours, and the whole batch is theirs.
+                # The server was restarted, or another client sent it weights.  Send ours, then repeat the batch.
                 self.link, self.stale = None, True
                 self.sync()
         raise Refusal(
@@ -148,7 +152,7 @@ class VLLMServer(Sent):
         )
 
     def _ask(self, asked: Request, sampling: Sampling) -> list[Sample] | None:
-        """The rollouts of a request; None where other weights than the newest had a part in them."""
+        """Return the rollouts of a request, or None if older or other weights generated any part of them."""
         body = {
             "model": self.name,
             "token_ids": list(asked.ids),

@@ -1,6 +1,6 @@
-"""A model in the middle of reading some rows, which come and go: prompts are spliced in, finished rows leave.
+"""The KV cache of rows that are decoded together: new prompts are spliced in, finished rows leave.
 
-All rows end in the last column of the KV cache; what lies left of a row is masked.
+All rows end in the last column of the KV cache.  Columns to the left of a row's first token are masked.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,20 +17,20 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from opd.models import base
 
 Ids = tuple[int, ...]
-Rows = Int[Tensor, " _"]  # which, in order; some more than once
+Rows = Int[Tensor, " _"]  # indices of rows, in order; a row may occur more than once
 
 
 class Roomy(DynamicLayer):
-    """Keys and values with room on their right: a token is written there, and nothing before it is copied."""
+    """A KV-cache layer with spare columns on the right, so that appending a token copies nothing."""
 
     keys: Tensor
     values: Tensor
-    places: tuple[Tensor, Tensor]  # of which `keys` and `values` are the first columns
+    places: tuple[Tensor, Tensor]  # buffers whose first columns are `keys` and `values`
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append; the views of all columns."""
+        """Append keys and values, and return views of all filled columns."""
         new = key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -47,20 +47,20 @@ class Roomy(DynamicLayer):
         return self.keys, self.values
 
     def hold(self, places: tuple[Tensor, Tensor], width: int) -> None:
-        """Have places of which the first `width` columns are written."""
+        """Use buffers whose first `width` columns are filled."""
         self.places = places
         self.keys, self.values = (place[:, :, :width] for place in places)
 
     def batch_select_indices(self, indices: Rows) -> None:
-        """Some rows."""
+        """Keep only the rows `indices`."""
         self.hold((self.keys[indices], self.values[indices]), self.keys.shape[2])
 
 
-Layer = Roomy | DynamicSlidingWindowLayer  # what splices
+Layer = Roomy | DynamicSlidingWindowLayer  # the layers that support splicing
 
 
 def _rooms(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Places [rows, heads, room, D] with nothing in them yet, for so many columns and a quarter more."""
+    """Allocate buffers [rows, heads, room, D] for `width` columns and a quarter more, at least 32 more."""
     room = width + max(32, width // 4)
     keys, values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in like)
     return keys, values
@@ -68,28 +68,28 @@ def _rooms(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, 
 
 @dataclass
 class Cache:
-    """What a model remembers of some rows."""
+    """The KV cache of some rows."""
 
     cache: DynamicCache
     length: Int[Tensor, " B"]  # tokens of each row
-    width: int  # columns, as many as the longest row has tokens
+    width: int  # columns: the number of tokens of the longest row
 
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
-        """Nothing yet."""
+        """Return an empty cache for a model."""
         cache = DynamicCache(config=base(model).config)
         cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cls(cache, torch.zeros(0, dtype=torch.long, device=model.device), 0)
 
     def splices(self) -> bool:
-        """Whether rows of two such caches can be put together: keys and values by column, and nothing else."""
+        """Return whether rows of two such caches can be joined: each layer holds only keys and values by column."""
         return all(type(layer) in (Roomy, DynamicSlidingWindowLayer) for layer in self.cache.layers)
 
     def _layers(self) -> list[Layer]:
         return cast(list[Layer], self.cache.layers)
 
     def join_(self, parts: Sequence[tuple["Cache", Rows]]) -> None:
-        """Hold the chosen rows of all parts, one below the other, instead; this cache may be one of the parts."""
+        """Replace this cache's rows by the chosen rows of all parts, in order.  This cache may be one of the parts."""
         length = torch.cat([part.length[rows] for part, rows in parts])
         width = int(length.max()) if len(length) else 0
         for i, layer in enumerate(self._layers()):
@@ -97,17 +97,17 @@ class Cache:
         self.length, self.width = length, width
 
     def drop_(self, kept: Rows) -> None:
-        """Some rows of a cache that does not splice."""
+        """Keep only the rows `kept`, in a cache that does not splice."""
         self.cache.batch_select_indices(kept)
         self.length = self.length[kept]
 
 
 def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> None:
-    """The last `width` columns of the chosen rows become the layer's; narrower rows have zeros before them."""
+    """Fill a layer with the last `width` columns of the chosen rows.  Narrower rows get zeros on their left."""
     held = [_held(source) for source, _ in parts]
     like = next((x for x in held if x is not None), None)
     if like is None or not width:
-        layer.reset()  # nothing comes before the next token; or never written: its keys are another layer's
+        layer.reset()  # no token is cached yet, or the layer is never written: it shares another layer's keys
         return
     stored = width if isinstance(layer, Roomy) else min(width, layer.sliding_window - 1)
     places, start = _rooms(like, sum(len(at) for _, at in parts), stored), 0
@@ -133,20 +133,20 @@ def _held(layer: Layer) -> tuple[Tensor, Tensor] | None:
 
 @dataclass
 class Stream:
-    """The rows that a model reads side by side."""
+    """The rows that a model decodes together."""
 
     model: PreTrainedModel | PeftModel
     rows: Cache
-    last: Int[Tensor, " B"]  # token of each row, yet to be read
-    shelf: tuple[list[Ids], Cache]  # prompts that were read once for rows yet to come
+    last: Int[Tensor, " B"]  # last token of each row, not in the cache yet
+    shelf: tuple[list[Ids], Cache]  # prefilled prompts that later rows will use, and their cache
 
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel) -> "Stream":
-        """Without rows."""
+        """Return a stream without rows."""
         return cls(model, Cache.of(model), torch.zeros(0, dtype=torch.long, device=model.device), ([], Cache.of(model)))
 
     def change(self, kept: Rows, new: Sequence[Ids], soon: Collection[Ids]) -> None:
-        """Keep some rows and add prompts; one that is among `soon` is read once for all."""
+        """Keep some rows and add prompts.  A new prompt that is also in `soon` is prefilled once for all its rows."""
         kept = kept.to(self.model.device)
         self.last = torch.cat((self.last[kept], self.last.new_tensor([p[-1] for p in new])))
         if self.rows.splices() and not new:
@@ -166,7 +166,7 @@ class Stream:
             self.rows.drop_(kept)
 
     def read(self) -> Float[Tensor, "B V"]:
-        """The last token of each row; the logits of the next."""
+        """Read the last token of each row, and return the logits of the next token."""
         rows, device = self.rows, self.model.device
         real = torch.arange(rows.width + 1, device=device) >= rows.width - rows.length[:, None]
         out = base(self.model)(
@@ -181,7 +181,7 @@ class Stream:
         return out.logits[:, -1]
 
     def _known(self, prompts: Sequence[Ids]) -> tuple[list[Ids], Cache]:
-        """What there is to remember of prompts, each once: from the shelf, or read now."""
+        """Return prompts, each once, and their cache: from the shelf, or prefilled now."""
         names, shelved = self.shelf
         missing = [p for p in dict.fromkeys(prompts) if p not in names]
         if not missing:
@@ -194,7 +194,7 @@ class Stream:
         return names + missing, both
 
     def _prefilled(self, prompts: Sequence[Ids]) -> Cache:
-        """After all but the last token of each."""
+        """Return the cache after all but the last token of each prompt."""
         out, device, width = Cache.of(self.model), self.model.device, max(map(len, prompts)) - 1
         out.length, out.width = torch.tensor([len(p) - 1 for p in prompts], device=device), width
         if width:

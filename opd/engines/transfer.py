@@ -1,8 +1,8 @@
-"""Weights on their way to vLLM, by its own four calls: init, start, update, finish.
+"""Weight transfer to vLLM, by vLLM's four calls: init, start, update, finish.
 
-vLLM has backends for GPUs (nccl, ipc); `opd` is one more of its registry, for any device: tensors by reference to an
-engine of the same process, or safetensors files to one that shares a folder.  vLLM finds it by the entry point
-`vllm.general_plugins` of this package, in servers too, which are started with `--weight-transfer-config`.
+vLLM has backends for GPUs (nccl, ipc).  This module adds the backend `opd`, for any device.  It passes tensors by
+reference to an engine in the same process, or safetensors files to a server that shares a folder.  vLLM finds it by
+this package's entry point `vllm.general_plugins`, in servers too.  Start those with `--weight-transfer-config`.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ BACKEND = "opd"
 
 
 def register() -> None:
-    """Make the backend known to vLLM; called by it in each of its processes."""
+    """Register the backend with vLLM.  vLLM calls this in each of its processes."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    with contextlib.suppress(ValueError):  # it has the name already
+    with contextlib.suppress(ValueError):  # it is registered already
         WeightTransferEngineFactory.register_engine(BACKEND, "opd.engines.receiver", "Receiver")
 
 
 @dataclass
 class Opened:
-    """What the backend is told first: nothing."""
+    """The init message of the backend, which is empty."""
 
 
 @dataclass
 class Update:
-    """New weights under the names of the checkpoint: themselves, or the files that hold them."""
+    """New weights under their checkpoint names: as tensors, or as files that hold them."""
 
     weights: list[tuple[str, Tensor]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Update:
 
 @torch.no_grad()
 def weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Every weight under the name that a checkpoint has for it, adapters merged in copies; tied ones once."""
+    """Return every weight under its checkpoint name.  Adapters are merged into copies; a tied weight occurs once."""
     plain = base(model)
     if not isinstance(model, PeftModel):
         return revert_weight_conversion(plain, {name: p.detach() for name, p in plain.named_parameters()})

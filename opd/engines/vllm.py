@@ -1,9 +1,9 @@
-"""Sampling with vLLM in this process: what `HFEngine` is to a `Collector`, from weights that it is handed.
+"""Rollout generation with vLLM in this process, with the interface of `HFEngine`; the weights are sent to it.
 
-Token ids go in and out, nothing is detokenized.  A request is one prompt and the rollouts of it that stand side by
-side; vLLM gives the j-th of them the seed plus j, so the seed of a rollout is the step's plus its index, however the
-rollouts are cut into requests.  Log-probs are those of what was drawn from (`processed_logprobs`).  `Sent` is shared
-with `engines/server.py`, which asks a vLLM server the same.
+Token ids go in and out, and nothing is detokenized.  A request is one prompt with its adjacent rollouts.  vLLM gives
+the j-th of them the seed plus j.  The seed of a rollout is the seed of the step plus its index.  So it does not depend
+on how rollouts are grouped into requests.  Log-probs are those of the sampled distribution (`processed_logprobs`).
+`Sent` is shared with `engines/server.py`, which sends the same requests to a vLLM server.
 """
 
 import os
@@ -24,15 +24,15 @@ from opd.models import Source, head
 from opd.noise import uniform
 from opd.types import Refusal, Sampling
 
-SEEDS = -4  # a token number whose noise no token draws: where a step's seeds begin
+SEEDS = -4  # a key that no rollout has: its noise gives the first seed of a step
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and `n` rollouts of it that stand side by side from `first` on."""
+    """A prompt and its `n` rollouts, which have the places `first`, `first` + 1, ... in the batch."""
 
     ids: tuple[int, ...]
-    room: int  # tokens that may follow
+    room: int  # tokens that may be generated
     first: int
     n: int
     seed: int
@@ -47,7 +47,7 @@ def requests(
     step: int,
     index: Sequence[int],
 ) -> list[Request]:
-    """Rollouts in as few requests as there are prompts, where those of a prompt stand together."""
+    """Group rollouts into requests: adjacent rollouts of one prompt and prefix share a request."""
     begin, out = int(uniform(seed, step, SEEDS) * 2**52), list[Request]()
     for i, (prompt, prefix) in enumerate(zip(prompts, prefixes or ((),) * len(prompts), strict=True)):
         ids, room = (*prompt, *prefix), sampling.max_new_tokens - len(prefix)
@@ -62,16 +62,16 @@ def requests(
 def parameters(
     asked: Request, sampling: Sampling, stop: tuple[int, ...], allowed: Sequence[int] | None
 ) -> dict[str, Any]:
-    """vLLM's `SamplingParams` by name.  Where several ids stop, their log-probs are asked for at each token."""
+    """Return vLLM's `SamplingParams` by name.  With several stop ids, their log-probs are requested at each token."""
     out: dict[str, Any] = {
-        "n": 1 if sampling.temperature == 0 else asked.n,  # greedy: all the same
+        "n": 1 if sampling.temperature == 0 else asked.n,  # greedy: all rollouts are equal
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": asked.seed,
         "max_tokens": asked.room,
         "stop_token_ids": list(stop),
-        "ignore_eos": True,  # the stop ids are the run's, not the model's
+        "ignore_eos": True,  # the run sets the stop ids, not the model
         "detokenize": False,
         "logprobs": 0,
     }
@@ -88,9 +88,10 @@ def sample(
     stop: tuple[int, ...],
     merged: tuple[int, ...] | None = None,
 ) -> Sample:
-    """What came back, as `HFEngine` says it: the log-prob of one of the `merged` ids (None: those that stop) is of all.
+    """Convert a response of vLLM into a `Sample`, as `HFEngine` returns it.
 
-    `last` has the log-probs of the stop ids where the response ended, if there are several.
+    The log-prob of one of the `merged` ids (None: the stop ids) is the log-prob of all of them.  `last` holds the
+    log-probs of the stop ids at the last token, if the run has several stop ids.
     """
     stopped = ids[-1] in stop
     if sampling.temperature == 0:
@@ -102,28 +103,28 @@ def sample(
 
 
 class Sent:
-    """What both kinds share: requests out, samples back in their order, weights sent once they have changed."""
+    """The common part of both vLLM engines: it sends requests, restores their order, and sends changed weights."""
 
-    merged: tuple[int, ...] | None = None  # as of `HFEngine`
+    merged: tuple[int, ...] | None = None  # as in `HFEngine`
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
         self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
-        self.stale, self.seconds = True, 0.0  # that sending weights took so far
+        self.stale, self.seconds = True, 0.0  # seconds: time spent on sending weights so far
         self.allowed = range(vocabulary) if vocabulary < len(head(model).weight) else None
 
     def follow(self) -> None:
-        """The student made a step."""
+        """Mark the engine's weights as stale after an optimizer step."""
         self.stale = True
 
     def sync(self) -> None:
-        """Send the weights, if they are others than the engine's."""
+        """Send the weights to the engine if they have changed."""
         if self.stale:
             start = time.perf_counter()
             self._send()
             self.stale, self.seconds = False, self.seconds + time.perf_counter() - start
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release resources."""
 
     def generate(
         self,
@@ -135,12 +136,12 @@ class Sent:
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
     ) -> list[Sample]:
-        """One response per prompt, after its prefix; rollout `index[i]` has a seed of its own."""
+        """Generate one response per prompt, after its prefix.  Each rollout `index[i]` has a different seed."""
         asked = requests(prompts, prefixes, sampling, seed=seed, step=step, index=index)
         out: dict[int, Sample] = {i: Sample((), (), False) for i in range(len(prompts))}
         some = [x for x in asked if x.room > 0]
         for x, found in zip(some, self._draw(some, sampling) if some else [], strict=True):
-            found = found * x.n if len(found) < x.n else found  # greedy: one for all
+            found = found * x.n if len(found) < x.n else found  # greedy: one sample serves all rollouts
             out |= zip(range(x.first, x.first + x.n), found, strict=True)
         return [out[i] for i in range(len(prompts))]
 
@@ -152,7 +153,7 @@ class Sent:
 
 
 class VLLMEngine(Sent):
-    """vLLM in this process: weights are handed over by reference."""
+    """An engine that runs vLLM in this process.  Weights are passed by reference."""
 
     def __init__(
         self,
@@ -166,9 +167,9 @@ class VLLMEngine(Sent):
         rows: int,
     ) -> None:
         super().__init__(model, vocabulary, stop, rows)
-        # Without a process of its own, so that tensors are handed over as they are.
+        # The engine core runs in this process, so that tensors are passed by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's, too
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer uses the cores, too
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             from vllm import LLM, SamplingParams
@@ -191,7 +192,7 @@ class VLLMEngine(Sent):
                 enable_prefix_caching=True,
                 enable_sleep_mode=how.engine_sleep,
                 enforce_eager=not torch.cuda.is_available(),
-                # On a CPU it dies of a seeded request whose prompt it would read in parts.
+                # On a CPU, vLLM crashes on a seeded request with chunked prefill.
                 enable_chunked_prefill=None if torch.cuda.is_available() else False,
                 weight_transfer_config={"backend": BACKEND},
             )
@@ -207,10 +208,10 @@ class VLLMEngine(Sent):
         self.llm.finish_weight_update()
         if self.sleeps:
             self.llm.wake_up(["kv_cache"])
-        self.llm.reset_prefix_cache()  # its keys are of other weights
+        self.llm.reset_prefix_cache()  # its keys belong to the old weights
 
     def close(self) -> None:
-        """End the engine; another may be opened in this process."""
+        """Shut the engine down.  Another engine may be opened in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
@@ -221,16 +222,16 @@ class VLLMEngine(Sent):
         how = [self.parameters(**parameters(x, sampling, self.stop, self.allowed), flat_logprobs=True) for x in asked]
         try:
             told = self.llm.generate([{"prompt_token_ids": list(x.ids)} for x in asked], how, use_tqdm=False)
-        except ValueError as error:  # a prompt that does not fit its memory
+        except ValueError as error:  # a prompt does not fit into the KV cache
             raise Refusal(f"--engine vllm: {_line(error)}: raise --engine-kv-gb") from error
         if self.sleeps:
             self.llm.sleep(2)
-            self.stale = True  # the weights are gone
+            self.stale = True  # sleep level 2 discards the weights
         return [[self._sample(one, sampling) for one in sorted(x.outputs, key=lambda o: o.index)] for x in told]
 
     def _sample(self, one: Any, sampling: Sampling) -> Sample:
         flat = one.logprobs
-        logp = [flat.logprobs[start] for start in flat.start_indices]  # the drawn one is the first of each
+        logp = [flat.logprobs[start] for start in flat.start_indices]  # the sampled token is the first of each position
         at = slice(flat.start_indices[-1], flat.end_indices[-1])
         last = dict(zip(flat.token_ids[at], flat.logprobs[at], strict=True))
         return sample(one.token_ids, logp, last, sampling, self.stop, self.merged)

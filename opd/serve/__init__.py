@@ -1,1 +1,1 @@
-"""A model behind HTTP: for teachers on another machine, and for whatever speaks to an OpenAI-compatible server."""
+"""The command `opd serve`: a model behind HTTP, for teachers on another machine and any OpenAI-compatible client."""

@@ -1,4 +1,4 @@
-"""Answers in the shapes of vLLM's OpenAI-compatible protocol (0.33): what was drawn and scored becomes plain json."""
+"""Response bodies of vLLM's OpenAI-compatible protocol (0.33): samples and scores become plain json."""
 
 import secrets
 import time
@@ -12,12 +12,12 @@ from opd.serve.model import Asked
 from opd.serve.protocol import Drawing
 from opd.vocabulary import Scores
 
-LIMIT = 9999.0  # vLLM writes -9999 for -inf, which json has no number for
+LIMIT = 9999.0  # vLLM sends -9999 for -inf, which json cannot represent
 Json = dict[str, object]
 
 
 def choice(text: Tokenizer, sample: Sample, asked: Drawing, *, index: int, row: Sequence[int]) -> Json:
-    """One response to a prompt `row`, as text, and as ids where they are wanted."""
+    """Return one response to a prompt (`row`) as text, and as ids if the request wants them."""
     ids = sample.ids[:-1] if sample.stopped else sample.ids
     said = str(text.decode(list(ids), skip_special_tokens=asked.skip_special_tokens))
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -40,7 +40,7 @@ def choice(text: Tokenizer, sample: Sample, asked: Drawing, *, index: int, row: 
 
 
 def rollout(sample: Sample, *, index: int, version: str) -> Json:
-    """One response as ids, with the log-probs of what they were drawn from and the weights that wrote it."""
+    """Return one rollout as ids, with log-probs under the sampled distribution and the version of the weights."""
     told: list[Json] = [
         {"token_id": t, "logprob": max(x, -LIMIT), "rank": None, "top_logprobs": []}
         for t, x in zip(sample.ids, sample.logp, strict=True)
@@ -55,7 +55,10 @@ def rollout(sample: Sample, *, index: int, version: str) -> Json:
 
 
 def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
-    """Per token of a prompt but the first: itself and the most probable ones, by id; the first has none."""
+    """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
+
+    The first token has no prediction, so its entry is None.
+    """
     out: list[Json | None] = [None]
     columns = (found.logp[:, 0], found.rank, found.top_ids, found.top_logp)
     for i, logp, rank, ids, best in zip((asked.ids[t] for t in asked.at), *(x.tolist() for x in columns), strict=True):
@@ -72,7 +75,7 @@ def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
 
 
 def drawn(text: Tokenizer, ids: Sequence[int], found: Scores) -> Json:
-    """OpenAI's log-probs of one response, before temperature and truncation: the model's own."""
+    """Return OpenAI's log-probs of one response.  They are the model's, before temperature and truncation."""
     tokens = [text.decode([i]) for i in ids]
     tops: list[dict[str, float]] = [
         {str(text.decode([j])): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
@@ -88,7 +91,10 @@ def drawn(text: Tokenizer, ids: Sequence[int], found: Scores) -> Json:
 def whole(
     kind: tuple[str, str], model: str, choices: Sequence[Mapping[str, object]], *, read: int, written: int
 ) -> Json:
-    """The answer around its choices: `kind` is the object's name and how its id begins; tokens read and written."""
+    """Return the response body around its choices.
+
+    `kind` is the name of the object and the prefix of its id.  `read` and `written` count prompt and response tokens.
+    """
     name, prefix = kind
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",

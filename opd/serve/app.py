@@ -1,6 +1,6 @@
-"""The routes: HTTP in, `Served` called, HTTP out; every mistake of a caller is a 4xx with one line of json.
+"""The HTTP routes of `opd serve`.  Each mistake of a caller gives a 4xx with one line of json.
 
-vLLM's OpenAI-compatible protocol (0.33) for any client, and `opd.teachers.wire` for exact distillation.
+The protocol is vLLM's OpenAI-compatible one (0.33) for any client, and `opd.teachers.wire` for exact distillation.
 """
 
 import base64
@@ -31,20 +31,20 @@ from opd.vocabulary import Scores
 
 
 class Routes:
-    """One method a route."""
+    """The request handlers, one method per route."""
 
     def __init__(self, served: Served, limits: Limits) -> None:
         self.served, self.limits = served, limits
         self.started = int(time.time())
 
     def models(self) -> dict[str, object]:
-        """GET /v1/models."""
+        """Handle GET /v1/models."""
         name, context = self.served.name, self.served.context
         card = {"id": name, "object": "model", "created": self.started, "owned_by": "opd", "root": name}
         return {"object": "list", "data": [card | {"parent": None, "max_model_len": context}]}
 
     def completions(self, asked: Completion) -> dict[str, object]:
-        """POST /v1/completions."""
+        """Handle POST /v1/completions."""
         self._check_model(asked.model)
         rows, text = self._prompts(asked), self.served.tokenizer
         most = 16 if asked.max_tokens is None else asked.max_tokens
@@ -70,7 +70,7 @@ class Routes:
         return self._answer(("text_completion", "cmpl"), choices, rows, drawn)
 
     def chat(self, asked: Chat) -> dict[str, object]:
-        """POST /v1/chat/completions."""
+        """Handle POST /v1/chat/completions."""
         self._check_model(asked.model)
         turns = tuple({"role": m.role, "content": m.text()} for m in asked.messages)
         text = str(turns[-1]["content"]) if asked.continue_final_message else ""
@@ -87,7 +87,10 @@ class Routes:
         return self._answer(("chat.completion", "chatcmpl"), choices, [row], drawn)
 
     def generate(self, asked: Generate) -> dict[str, object]:
-        """POST /inference/v1/generate: log-probs of chosen ids at each row, as float32 .npy in base64; or rollouts."""
+        """Handle POST /inference/v1/generate.
+
+        Return rollouts, or the log-probs of chosen ids at each position as float32 .npy in base64.
+        """
         self._check_model(asked.model)
         row, how = tuple(asked.token_ids), asked.sampling_params
         self._check_row(row, how.max_tokens)
@@ -118,7 +121,10 @@ class Routes:
         return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
 
     def _rollouts(self, row: tuple[int, ...], how: DrawingParameters) -> dict[str, object]:
-        """n responses as ids, log-probs of what they were drawn from; the j-th has the seed plus j, as vLLM has it."""
+        """Return n rollouts as ids, with log-probs under the sampled distribution.
+
+        The j-th rollout has the seed plus j, as in vLLM.
+        """
         if max(how.stop_token_ids) >= self.served.rows:
             raise Refusal(f"stop_token_ids: an id beyond the vocabulary of {self.served.rows}")
         if len(how.stop_token_ids) > 1:
@@ -131,25 +137,25 @@ class Routes:
         return self._answer(("generate", "gen"), choices, [row], drawn)
 
     def world(self) -> dict[str, int]:
-        """GET /get_world_size."""
+        """Handle GET /get_world_size."""
         return {"world_size": 1}
 
     def called(self) -> dict[str, str]:
-        """POST to what vLLM has to do before and after new weights, and this server has not."""
+        """Handle the POST routes that only vLLM needs before and after new weights.  This server does nothing."""
         return {"message": "nothing to do"}
 
     def take(self, asked: NewWeights) -> dict[str, str]:
-        """POST /update_weights."""
+        """Handle POST /update_weights."""
         self.served.take(asked.update_info.files)
         return {"message": "taken"}
 
     def rename(self, asked: Version) -> dict[str, object]:
-        """POST /update_weight_version."""
+        """Handle POST /update_weight_version."""
         self.served.version = asked.new_version
         return {"success": True, "new_version": asked.new_version}
 
     def hidden(self, asked: HiddenRows) -> Response:
-        """POST /opd/hidden."""
+        """Handle POST /opd/hidden."""
         for row in asked.rows:
             self._check_row(row.ids, 0)
             if any(b <= a for a, b in zip(row.at, row.at[1:], strict=False)) or max(row.at, default=0) >= len(row.ids):
@@ -159,7 +165,7 @@ class Routes:
         return self._tensors({"states": torch.cat(found)})
 
     def head(self) -> Response:
-        """GET /opd/head."""
+        """Handle GET /opd/head."""
         return self._tensors(self.served.tensors_of_head())
 
     def _tensors(self, tensors: dict[str, torch.Tensor]) -> Response:
@@ -231,12 +237,12 @@ IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pau
 
 
 def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = False) -> ASGIApp:
-    """The whole application."""
+    """Build the ASGI application, with the checks of `Gate` around it."""
     app = FastAPI(title="opd serve", openapi_url=None)
     routes = Routes(served, limits)
 
     @app.get("/health")
-    async def health() -> Response:  # on the loop: requests that wait for the model fill every thread
+    async def health() -> Response:  # async: requests that wait for the model occupy every thread
         return Response()
 
     app.get("/v1/models")(routes.models)
@@ -248,7 +254,7 @@ def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = F
     app.get("/opd/identity")(served.identity)
     app.get("/opd/tokenizer")(lambda: wire.pack_tokenizer(served.tokenizer))
 
-    if takes_weights:  # vLLM's routes, with the backend `opd`
+    if takes_weights:  # vLLM's routes for new weights, with the backend `opd`
         app.get("/get_world_size")(routes.world)
         app.post("/update_weights")(routes.take)
         app.post("/update_weight_version")(routes.rename)

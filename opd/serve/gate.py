@@ -1,4 +1,4 @@
-"""What a request must get past: the token, the size of its body, and the shape in which a mistake is told."""
+"""The checks before every request, token and body size, and the format of error responses."""
 
 import secrets
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits on a single request."""
 
     body_bytes: int
     sequences: int
@@ -19,19 +19,22 @@ class Limits:
 
 
 def error(status: int, text: str) -> JSONResponse:
-    """A mistake in vLLM's shape."""
+    """Return an error response in vLLM's format."""
     kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
     return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
 
 
 class Gate:
-    """Checks the bearer token and the size of a body before anything reads it; /health is open."""
+    """ASGI middleware that checks the bearer token and the body size before the application reads a request.
+
+    /health needs no token.
+    """
 
     def __init__(self, app: ASGIApp, *, token: str, most: int) -> None:
         self.app, self.token, self.most = app, token, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Check a request, then pass it to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -45,7 +48,7 @@ class Gate:
         if not said.isdigit() or int(said) > self.most:
             return await self._too_large(scope, receive, send)
         whole, more = bytearray(), scope["method"] == "POST"
-        while more:  # a body without a length is counted as it comes
+        while more:  # count the bytes, because a body may come without a length
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None

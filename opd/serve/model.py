@@ -1,4 +1,4 @@
-"""The model behind a server: batched forwards under one lock, without a word about HTTP."""
+"""The model behind a server: batched forwards under one lock, independent of HTTP."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ from opd.vocabulary import Scores, Vocabulary, scores
 
 @dataclass(frozen=True)
 class Asked:
-    """A sequence of token ids, and the tokens of it that are asked about."""
+    """A sequence of token ids, and the positions of the requested tokens in it."""
 
     ids: tuple[int, ...]
-    at: tuple[int, ...]  # ascending positions, from 1 on: the first token has no prediction
+    at: tuple[int, ...]  # ascending positions >= 1: the first token has no prediction
 
 
 class Served:
-    """A frozen model that many requests share: whoever holds the lock computes."""
+    """A frozen model that many requests share.  A lock lets one request compute at a time."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Served:
         self.engine = HFEngine(model, self.rows, stop, decode_rows)
         self.lock = threading.Lock()
         self.fingerprint = wire.weights_hash(model)
-        self.version = "as loaded"  # of the weights, in the words of whoever sent them
+        self.version = "as loaded"  # name of the weights, set by the client that sends them
 
     def identity(self) -> dict[str, object]:
-        """What a client compares before it trusts a number."""
+        """Return what a client compares before it uses any number of this server."""
         return {
             "protocol": wire.VERSION,
             "model": self.name,
@@ -75,13 +75,13 @@ class Served:
         }
 
     def tensors_of_head(self) -> dict[str, Tensor]:
-        """The LM head, once a client."""
+        """Return weight and bias of the LM head.  A client fetches them once."""
         bias = {} if self.head.bias is None else {"bias": self.head.bias}
         return {"weight": self.head.weight, **bias}
 
     @torch.no_grad()
     def states(self, asked: Sequence[Asked]) -> list[Float[Tensor, "n H"]]:
-        """The final states that predict the asked tokens of each sequence, on the model's device."""
+        """Return the final hidden states that predict the requested tokens of each sequence, on the model's device."""
         out: dict[int, Tensor] = {}
         with self.lock:
             for group in micro_batches({i: len(a.ids) for i, a in enumerate(asked)}, self.budget):
@@ -91,7 +91,7 @@ class Served:
         return [out[i] for i in range(len(asked))]
 
     def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[Scores]:
-        """Log-probs of the candidates (padded with -1) at the asked tokens, and the `top` most probable, in nats."""
+        """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
         vocabulary = Vocabulary(self.rows)
         return [
             scores(Hidden(states, self.head), ids.to(states.device), vocabulary, top)
@@ -100,7 +100,7 @@ class Served:
 
     @cached_property
     def forms(self) -> Forms:
-        """What keeps responses to json schemas."""
+        """Return the compiler of JSON schemas for this tokenizer; made once."""
         return Forms.of(self.tokenizer, self.rows, self.stop)
 
     def generate(
@@ -112,21 +112,27 @@ class Served:
         stop: Sequence[int],
         schema: Mapping[str, object] | None = None,
     ) -> list[Sample]:
-        """One response per prompt, as a schema would have it; the i-th draws from the counter (seed, 0, i, t)."""
+        """Generate one response per prompt, constrained by a schema if given.
+
+        Token t of the i-th response uses the noise of (seed, 0, i, t).
+        """
         engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
         with self.lock:
             forms = [] if schema is None else [self.forms.form(schema) for _ in prompts]
             return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)), forms=forms)
 
     def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
-        """A response to one prompt for each seed, ended by `stop` alone: a seed's is the same in any company."""
+        """Generate a response to one prompt for each seed.  Only the ids `stop` end it.
+
+        The response for a seed does not depend on the other seeds.
+        """
         with self.lock:
             engine = replace(self.engine, stop=tuple(stop))
             return engine.generate([ids] * len(seeds), sampling, seed=0, step=0, index=seeds)
 
     @torch.no_grad()
     def take(self, files: Sequence[str]) -> None:
-        """Take up weights; raises Refusal for others than its own by name and shape."""
+        """Replace the weights by those in files.  Raises Refusal unless names and shapes match the model's."""
         with self.lock:
             mine = weights(self.model)
             shared = {p.data_ptr() for p in self.model.parameters()}

@@ -1,6 +1,7 @@
-"""What may be asked, field by field: vLLM's OpenAI-compatible names and defaults (0.33), as far as they are served.
+"""The request bodies: fields and defaults of vLLM's OpenAI-compatible protocol (0.33), as far as they are supported.
 
-A field that is not served is refused by name rather than ignored: an ignored `logit_bias` is a wrong number.
+A field that is not supported is rejected by name.  If it were ignored, `logit_bias` for example would give wrong
+numbers.
 """
 
 from typing import Annotated, Literal
@@ -12,13 +13,13 @@ Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 class Asking(BaseModel):
-    """No field that nobody reads."""
+    """A request body that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Drawing(Asking):
-    """How tokens are drawn; what vLLM and OpenAI call the sampling parameters."""
+    """The sampling parameters of vLLM and OpenAI."""
 
     model: str | None = None
     n: int = Field(1, ge=1, le=128)
@@ -35,7 +36,7 @@ class Drawing(Asking):
 
 
 class Completion(Drawing):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: Ids | Annotated[list[Ids], Field(min_length=1)] | str | Annotated[list[str], Field(min_length=1)]
     max_tokens: int | None = Field(16, ge=0)
@@ -45,7 +46,7 @@ class Completion(Drawing):
 
 
 class Part(Asking):
-    """A piece of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -58,7 +59,7 @@ class Message(Asking):
     content: str | list[Part]
 
     def text(self) -> str:
-        """The content as one string."""
+        """Return the content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -72,14 +73,14 @@ class Schema(Asking):
 
 
 class Format(Asking):
-    """The form of an answer; there is no other."""
+    """The response format: only json_schema is supported."""
 
     type: Literal["json_schema"]
     json_schema: Schema
 
 
 class Chat(Drawing):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
@@ -91,7 +92,7 @@ class Chat(Drawing):
 
     @model_validator(mode="after")
     def begun(self) -> "Chat":
-        """One goes on from an answer that has begun, or opens a new one."""
+        """Check that the request either opens an answer or continues a partial one."""
         if self.add_generation_prompt == self.continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message: one of them must be true, not both")
         if self.continue_final_message and (len(self.messages) < 2 or self.messages[-1].role != "assistant"):
@@ -110,7 +111,7 @@ class ScoringParameters(Asking):
 
 
 class DrawingParameters(Asking):
-    """The sampling parameters of rollouts: ids in, ids out."""
+    """The sampling parameters of rollouts: token ids in, token ids out."""
 
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0)
@@ -126,7 +127,10 @@ class DrawingParameters(Asking):
 
 
 class Generate(Asking):
-    """POST /inference/v1/generate: chosen tokens scored, or rollouts drawn; other uses are not served."""
+    """The body of POST /inference/v1/generate: it scores chosen tokens, or generates rollouts.
+
+    Other uses are not supported.
+    """
 
     model: str | None = None
     token_ids: Ids
@@ -134,31 +138,31 @@ class Generate(Asking):
 
 
 class Files(Asking):
-    """Weights under the names of a checkpoint, in files that this machine can read."""
+    """Weights under their checkpoint names, in files that this machine can read."""
 
     files: Annotated[list[str], Field(min_length=1)]
 
 
 class NewWeights(Asking):
-    """POST /update_weights."""
+    """The body of POST /update_weights."""
 
     update_info: Files
 
 
 class Version(Asking):
-    """POST /update_weight_version."""
+    """The body of POST /update_weight_version."""
 
     new_version: str
 
 
 class HiddenRow(Asking):
-    """One sequence, and the ascending positions of the tokens whose predicting states are wanted."""
+    """A sequence, and the ascending positions of the tokens whose predicting hidden states are requested."""
 
     ids: Ids
     at: list[Annotated[StrictInt, Field(ge=1)]]
 
 
 class HiddenRows(Asking):
-    """POST /opd/hidden."""
+    """The body of POST /opd/hidden."""
 
     rows: Annotated[list[HiddenRow], Field(min_length=1)]

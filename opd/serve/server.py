@@ -1,4 +1,4 @@
-"""`opd serve MODEL`: load it, open a port, answer until stopped."""
+"""The command `opd serve MODEL`: load a model, open a port, serve requests until stopped."""
 
 import socket
 
@@ -10,7 +10,7 @@ from opd.types import Refusal
 
 
 def serve(config: Serve) -> None:
-    """Answer until SIGINT or SIGTERM; raises Refusal for what the user can mend."""
+    """Serve requests until SIGINT or SIGTERM.  Raises Refusal for mistakes that the user can fix."""
     token = config.check()
     try:
         import uvicorn
@@ -24,11 +24,11 @@ def serve(config: Serve) -> None:
         limits = Limits(
             body_bytes=config.max_request_mb << 20, sequences=config.max_sequences, logprobs=config.max_logprobs
         )
-        listening.listen()  # from here on a client is queued, not turned away
+        listening.listen()  # from here on clients wait in the queue instead of being rejected
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
-        # uvicorn's access log would hold a line for each request of a run.
+        # uvicorn's access log would have a line for each request of a run.
         options = uvicorn.Config(
             build(served, limits, token=token, takes_weights=config.takes_weights),
             access_log=False,
@@ -56,7 +56,7 @@ def _open(config: Serve) -> Served:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound before the model loads: a port in use is known at once."""
+    """Return a bound socket.  It is bound before the model loads, so that a port in use fails at once."""
     try:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         out = socket.socket(family, socket.SOCK_STREAM)

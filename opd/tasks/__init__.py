@@ -1,1 +1,1 @@
-"""Problems and the functions that score answers to them: `opd.tasks.load.load(Data(source=...))` makes a `Task`."""
+"""Tasks: prompts and their verifiers.  `opd.tasks.load.load(Data(source=...))` makes a `Task`."""

@@ -1,13 +1,13 @@
-r"""Finding the answer in a text: `(text) -> str`, or a number; "" or None where there is none.
+r"""Extraction of the final answer from a text, as text or number; "" or None if the text has no answer.
 
-A marked answer is the last of \boxed{...}, <answer>...</answer> and a line that ends in "#### 42"; a said one follows
-"answer is" or "answer:".
+A marked answer is the last \boxed{...}, <answer>...</answer> or line that ends in "#### 42".  A stated answer
+(functions and variables named `said`) follows "answer is" or "answer:".
 """
 
 import re
 from fractions import Fraction
 
-TAIL = 500  # characters at the end of a response in which an answer that is neither marked nor said is looked for
+TAIL = 500  # characters: an answer that is neither marked nor stated is searched for in this tail of a response
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _HASHES = re.compile(r"####[ \t]*([-+$€£]*\d[\d.,/%]*)[ \t]*$", re.MULTILINE)  # not the heading "#### Step 1"
@@ -20,14 +20,14 @@ _LETTER = re.compile(r"\s*(?:option |choice )?([a-z])(?:\s*$|\s*[.:),;]|\s+(?![a
 
 
 def spoken(response: str) -> str:
-    """Return the response after its thinking."""
+    """Return the response without its thinking: the text after the last </think>."""
     return response.rpartition("</think>")[2].strip()
 
 
 def marked(text: str) -> str:
-    """Return the marked answer."""
+    r"""Return the marked answer: the last \boxed{...}, <answer>...</answer> or "#### 42"; "" if the text has none."""
     found = [(0, "")]
-    for box in list(_BOX.finditer(text))[:-9:-1]:  # a few: unclosed ones must not cost a scan each
+    for box in list(_BOX.finditer(text))[:-9:-1]:  # at most 8 boxes, because each unclosed box costs a scan
         if content := _braced(text, box.end()):
             found.append((box.end() + len(content), content))
             break
@@ -40,7 +40,7 @@ def marked(text: str) -> str:
 
 
 def _braced(text: str, start: int) -> str:
-    """Return the text up to the brace that closes the one before `start`, "" if there is none within reach."""
+    """Return the text up to the brace that matches the brace before `start`; "" if none is within 4 TAIL characters."""
     depth = 1
     for i in range(start, min(len(text), start + 4 * TAIL)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -50,45 +50,48 @@ def _braced(text: str, start: int) -> str:
 
 
 def said(text: str) -> str:
-    """Return what the last "answer is" or "answer:" is followed by on its line."""
+    """Return the rest of the line after the last "answer is" or "answer:"; "" if the text has neither."""
     phrases = _SAID.findall(text)
     return phrases[-1].strip(" *_") if phrases else ""
 
 
 def reference(answer: str) -> str:
-    """Return the expected answer alone, where a data set gives a worked solution that ends in a marked one."""
+    """Return the expected answer; if the data set gives a worked solution, the marked answer in it."""
     return marked(answer) or answer.strip()
 
 
 def number(text: str, *, first: bool = False) -> Fraction | None:
-    """Return the last number of a text, or its first: 1,234 and -$5 and 3/4 and 2e3; a percent sign is dropped."""
+    """Return the last (or first) number of a text, in forms such as 1,234, -$5, 3/4 and 2e3; None without a number.
+
+    A percent sign is ignored.
+    """
     text = _FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")  # the minus sign of typeset text
     hits = list(_NUMBER.finditer(text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "")))
     if not hits:
         return None
     minus, minus_too, top, power, bottom = hits[0 if first else -1].groups(default="")
     if len(top) + len(bottom) > TAIL:
-        return None  # Python refuses to read thousands of digits
+        return None  # Python raises ValueError for integers of thousands of digits
     value = Fraction(top.replace(",", "")) * Fraction(10) ** int(power or 0)
     below = Fraction(bottom.replace(",", "") or 1)
     return (-value if minus or minus_too else value) / below if below else None
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is one number and nothing else."""
+    """Return whether a text is a single number and nothing else."""
     return _NUMBER.fullmatch(text) is not None
 
 
 def letter(text: str) -> str:
-    """Return the option that a text opens with: "B", "(B)", "B. text"; "A dog" opens with a word."""
+    """Return the option letter that a text starts with, as in "B", "(B)" or "B. text"; "" for a word, as in "A dog"."""
     opening = _LETTER.match(re.sub(r"[\s$*_{}\\(\[]+", " ", _STYLE.sub(" ", text)))
     return opening[1].upper() if opening else ""
 
 
 def plain(text: str) -> str:
-    """Return a text without the LaTeX that carries no meaning: spacing, sizes, dollar signs, text boxes, a full stop.
+    """Return a text without LaTeX that has no meaning: spacing, sizes, dollar signs, text boxes, a final full stop.
 
-    Spaces go too, but those between words and digits.
+    Spaces are removed, except between words and digits.
     """
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,!;:$ ]|\$", "", text)
     text = re.sub(rf"{_STYLE.pattern}\s*\{{([^{{}}]*)\}}", r"\1", text.replace("\\dfrac", "\\frac"))

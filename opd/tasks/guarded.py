@@ -1,9 +1,9 @@
-"""Judges that may hang or eat memory on what a model wrote, run in child processes with hard limits.
+"""Scorers that may hang or use much memory on a model's text, run in child processes with hard limits.
 
-`score(judge, *question) -> float` asks a child.  Run as a script this file is the child: one pickled question a line
-comes in (the parent's, so it is trusted), one number a line goes out.  It imports nothing of ours, which keeps torch
-out of the children.  The limit is a timer whose signal nobody handles: the kernel ends the child even inside one long
-step of C code such as 9**9**9, which neither a Python signal handler nor a thread can interrupt.
+`score(judge, *question) -> float` asks a child process.  This file, run as a script, is the child: it reads a pickled
+question per line (trusted, because it comes from the parent) and writes a number per line.  It imports no module of
+opd, which keeps torch out of the children.  The time limit is a timer whose signal has no handler.  So the kernel ends
+the child even inside a long C call such as 9**9**9, which no Python signal handler or thread can interrupt.
 """
 
 import atexit
@@ -21,16 +21,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 
-CPU_LIMIT = 2.0  # seconds of the child's own work on one question; busy neighbours do not change a score
-WALL_LIMIT = 30  # seconds, should the child sleep instead of work
+CPU_LIMIT = 2.0  # CPU seconds per question; CPU time, so that other load on the machine does not change a score
+WALL_LIMIT = 30  # wall-clock seconds per question, in case the child sleeps
 MEMORY_LIMIT = 4 << 30  # bytes of address space
-CHILDREN = min(4, os.cpu_count() or 1)  # of each judge, started when calls overlap
+CHILDREN = min(4, os.cpu_count() or 1)  # maximum child processes per judge; started when calls overlap
 
 
 def score(judge: str, *question: object) -> float:
-    """Return the score that a judge of JUDGES gives, 0.0 if it passes a limit; safe to call from many threads."""
+    """Return the score that a judge of JUDGES gives, or 0.0 if it exceeds a limit; thread-safe."""
     line = base64.b64encode(pickle.dumps(question)) + b"\n"
-    for _ in range(2):  # a child ended from outside says nothing about the question: ask another
+    for _ in range(2):  # a child that was killed from outside is no verdict on the question: retry with another child
         reply, status = _children(judge).ask(line)
         if reply:
             return float(reply)
@@ -40,16 +40,16 @@ def score(judge: str, *question: object) -> float:
 
 
 class Children:
-    """Child processes of one judge; an idle one is taken by one caller at a time."""
+    """A pool of child processes of a judge; a caller takes an idle child and puts it back."""
 
     def __init__(self, judge: str, *, size: int):
         self.judge = judge
-        self.idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()  # the last used is the first taken
+        self.idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()  # reuses the child that was used last
         for _ in range(size):
             self.idle.put(None)
 
     def ask(self, line: bytes) -> tuple[bytes, int]:
-        """Return the reply and 0, or nothing and the exit status of the child."""
+        """Return the reply and 0, or b"" and the exit status of a child that died."""
         child, reply, status = self.idle.get(), b"", 0
         try:
             child = child or _start(self.judge)
@@ -59,7 +59,7 @@ class Children:
                 child.stdin.flush()
                 reply = child.stdout.readline()
         finally:
-            if child and not reply:  # also when the caller was interrupted: its reply must not go to the next one
+            if child and not reply:  # also if the caller was interrupted: the next caller must not get its reply
                 status, child = _end(child), None
             self.idle.put(child)
         return reply, status
@@ -72,7 +72,10 @@ class Children:
 
 
 def _start(judge: str) -> subprocess.Popen:
-    """Start a child; -P keeps the modules beside this file from shadowing others."""
+    """Start a child process.
+
+    -P keeps the modules in this folder from shadowing others.  Raises RuntimeError if the child does not start.
+    """
     command = [sys.executable, "-P", os.path.abspath(__file__), judge]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy's answers depend on the order of sets
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -86,7 +89,7 @@ def _end(child: subprocess.Popen) -> int:
     """End a child that may be dead already, and return its exit status."""
     assert child.stdin and child.stdout
     with contextlib.suppress(BrokenPipeError):
-        child.stdin.close()  # an idle child leaves by itself, and one that ended keeps its own status
+        child.stdin.close()  # an idle child exits on end of file; a dead child keeps its exit status
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(timeout=0.5)
     child.kill()
@@ -96,7 +99,7 @@ def _end(child: subprocess.Popen) -> int:
 
 @cache
 def _children(judge: str) -> Children:
-    """Return the children of one judge, which last as long as this process."""
+    """Return the pool of a judge's child processes, which is kept until this process ends."""
     children = Children(judge, size=CHILDREN)
     atexit.register(children.close)
     return children
@@ -106,15 +109,19 @@ os.register_at_fork(after_in_child=_children.cache_clear)  # a forked process mu
 
 
 def _math() -> Callable[[str, str, bool], bool]:
-    """Return `(answer, candidate, bare) -> equal?` by math-verify; a bare candidate is the answer and nothing else."""
+    """Return the function `(answer, candidate, bare) -> equal?` of math-verify.
+
+    `bare` means that the candidate is only an answer, without other text.
+    """
     import sympy
     from math_verify import parse, verify
 
     def read(text: str, bare: bool) -> list:
-        text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}", text)  # it would read 2e3 as 2 * e * 3
+        text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}", text)  # math-verify reads 2e3 as 2 * e * 3
         return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)
 
-    def tiny(gold: sympy.Basic, said: sympy.Basic) -> bool:  # math-verify keeps 6 decimals: 1e-9 and 2e-9 would be one
+    # math-verify compares 6 decimals, so 1e-9 and 2e-9 would be equal.
+    def tiny(gold: sympy.Basic, said: sympy.Basic) -> bool:
         numbers = all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, said))
         return numbers and bool(0 < abs(gold.doit()) < 1e-3)
 
@@ -123,7 +130,7 @@ def _math() -> Callable[[str, str, bool], bool]:
             gold, said = read(answer, True), read(candidate, bare)
             if gold and said and tiny(gold[0], said[0]):
                 return bool(abs(said[0].doit() / gold[0].doit() - 1) < 1e-5)
-            return verify(gold, said, timeout_seconds=None)  # the reference comes first
+            return verify(gold, said, timeout_seconds=None)  # not symmetric: the reference is the first argument
 
     return equal
 
@@ -137,9 +144,9 @@ def _reasoning_gym() -> Callable[[str, str, str, dict], float]:
         return reasoning_gym.create_dataset(name, seed=0, size=10, **json.loads(options))
 
     def judge(name: str, options: str, response: str, entry: dict) -> float:
-        scorer = dataset(name, options)  # some take seconds to make; no text of a model is in that
+        scorer = dataset(name, options)  # outside the limits: it may take seconds and reads no model text
         with _limits():
-            return min(1.0, max(0.0, float(scorer.score_answer(response, entry))))  # in this order NaN is 0
+            return min(1.0, max(0.0, float(scorer.score_answer(response, entry))))  # this order maps NaN to 0
 
     return judge
 
@@ -149,7 +156,7 @@ JUDGES: dict[str, Callable[[], Callable[..., float]]] = {"math": _math, "reasoni
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Let the kernel end this process if what is inside takes too long."""
+    """Let the kernel end this process if the block exceeds CPU_LIMIT or WALL_LIMIT."""
     signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
     signal.alarm(WALL_LIMIT)
     try:
@@ -161,7 +168,7 @@ def _limits() -> Iterator[None]:
 
 def _serve(judge: str) -> None:
     """Answer questions until the parent closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     for end in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(end, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGPROF})  # a parent's mask is inherited
@@ -176,7 +183,7 @@ def _serve(judge: str) -> None:
     for line in sys.stdin.buffer:
         try:
             reply = float(answer(*pickle.loads(base64.b64decode(line))))
-        except Exception:  # whatever a model wrote that no parser expected is a wrong answer
+        except Exception:  # text that makes a parser fail is a wrong answer
             reply = 0.0
         replies.write(b"%r\n" % reply)
 

@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: `task(name, data) -> Task`, generated problems under the scorers that come with them."""
+"""Tasks of reasoning-gym, `task(name, data) -> Task`: generated problems, scored by reasoning-gym's scorers."""
 
 import dataclasses
 import difflib
@@ -15,14 +15,18 @@ from opd.tasks.answers import marked, spoken
 from opd.tasks.task import SIZES, Data, Made, Task, ask
 from opd.types import Prompt, Refusal
 
-SEEDS = 2**10  # distinct ones; a stream keeps 2**21 problems, and all fit under 2**32, where numpy's seeds end
+SEEDS = 2**10  # distinct seeds; each has 2**21 problems and two splits, which fills numpy's 2**32 seeds
 
 
 def task(name: str, data: Data) -> Task:
     """Make the task NAME?option=value&option=value.
 
-    Item i of seed s is item 0 of seed s + i in reasoning-gym, so that two neighbouring seeds share nearly all their
-    problems: seeds are spread here.  A generator with few distinct problems still repeats some in the other split.
+    In reasoning-gym, item i of seed s equals item 0 of seed s + i, so neighbouring seeds share nearly all problems.
+    Therefore the run's seeds are spread 2**21 apart.  A generator with few distinct problems still repeats some of
+    them in the other split.
+
+    Raises:
+        Refusal: the name, an option or its value is unknown to reasoning-gym.
     """
     name, _, query = name.partition("?")
     if name not in DATASETS:
@@ -38,7 +42,7 @@ def task(name: str, data: Data) -> Task:
     try:
         made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
         made[0]
-    except Exception as error:  # each generator checks its options in its own way
+    except Exception as error:  # each generator raises different exceptions for invalid options
         raise Refusal(f"--prompts {data.source}, --limit {size}: {name} refuses: {error!r}; change them") from error
     score = partial(_score, name, json.dumps(options))
     return Task(name=name, prompts=Made(partial(_prompt, made, data), size), verify=score)
@@ -58,6 +62,6 @@ def _prompt(made: ProceduralDataset, data: Data, index: int) -> Prompt:
 
 
 def _score(name: str, options: str, response: str, prompt: Prompt) -> float:
-    """Score the final answer alone, as the scorers want it; some give partial credit to a wrong one."""
+    """Score only the final answer, as the scorers expect; some give partial credit to a wrong answer."""
     text = spoken(response)
     return guarded.score("reasoning-gym", name, options, marked(text) or text, prompt.columns)

@@ -1,11 +1,11 @@
-"""Ledger word problems with worked solutions and a strict verifier; every entry is `(numbers, text) -> text or float`.
+"""Ledger word problems with worked solutions and a strict verifier: the embedded task.
 
 A problem opens an account, books one gain or loss a month, and asks for the balance:
 
     Mia has 47 coins. Nov: wins 35. Dec: loses 18. How many does Mia have?
 
-A solution goes through four stages. Sums run over the columns from the ones up, and `^` or `_` between two columns
-says whether one is carried (or borrowed) into the next:
+A solution has four stages. Sums run over the digit columns from the ones up. The mark between two columns is `^` if
+a 1 is carried (or borrowed) into the next column, else `_`:
 
     <plan>Nov: +35
     Dec: -18
@@ -39,12 +39,12 @@ OBJECTS = _words(
     "pens pins plums ropes rings seeds shells stamps stones toys tiles"
 )
 STAGES = ("<plan>", "<work>", "<check>", "<answer>")
-HELDOUT_SHARE = 8  # one prompt in this many belongs to the held-out split
+HELDOUT_SHARE = 8  # 1 in HELDOUT_SHARE prompts belongs to the held-out split
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model reads, the bare answer, and one right response without its end token."""
+    """A problem: the prompt, the bare answer, and a correct response without its end token."""
 
     prompt: str
     answer: str
@@ -53,7 +53,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Level:
-    """The digits of every amount and balance, and the numbers of entries to draw from (repeats are weights)."""
+    """A difficulty level: digits per amount and balance, and the entry counts to sample from (repeats are weights)."""
 
     digits: int
     entries: tuple[int, ...]
@@ -66,7 +66,7 @@ LEVELS = {
 
 
 def problem(rng: random.Random, *, level: str) -> Problem:
-    """Draw one problem; every balance and amount has exactly the level's number of digits."""
+    """Sample a problem; every balance and amount has exactly the level's number of digits."""
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
     shape = LEVELS[level]
@@ -85,10 +85,11 @@ def problem(rng: random.Random, *, level: str) -> Problem:
 
 
 def careless(problem: Problem, rng: random.Random, *, rate: float) -> str:
-    """Return a response with two school-book bugs, each made with chance `rate` wherever it can be.
+    """Return a response with two kinds of arithmetic error, each made with probability `rate` wherever it is possible.
 
-    It forgets to add the carry, and it takes the smaller digit from the larger rather than borrow. The form is kept
-    and each line goes on soundly from the one before: a corpus of such responses makes a weak but fluent student.
+    The errors are a forgotten carry, and subtracting the smaller digit from the larger instead of borrowing. The
+    format is correct, and each line continues correctly from the line before. A model trained on such responses is a
+    weak but fluent student.
     """
     return _write(*_read(problem.prompt), lambda: rng.random() < rate)
 
@@ -101,7 +102,7 @@ def _read(prompt: str) -> tuple[str, list[tuple[str, str, str]]]:
 
 
 def _write(balance: str, entries: list[tuple[str, str, str]], slips: Callable[[], bool]) -> str:
-    """Write the four stages of the response; `slips` is asked at each carry and each borrow whether to get it wrong."""
+    """Return the response with its four stages; `slips()` decides at each carry and borrow whether to make an error."""
     plan = work = before = ""
     for month, sign, amount in entries:
         plan += f"{month}: {sign}{amount}\n"
@@ -118,7 +119,7 @@ def _write(balance: str, entries: list[tuple[str, str, str]], slips: Callable[[]
 
 
 def _column(a: int, sign: str, b: int, *, carried: bool, slips: Callable[[], bool]) -> int:
-    """Return `a + b` or `a - b` with what is carried in: outside 0 to 9 if something is to be carried or borrowed."""
+    """Return `a + b` or `a - b` with the carry or borrow included; a result outside 0..9 carries or borrows again."""
     if sign == "+":
         return a + b + int(carried and not slips())
     total = a - b - carried
@@ -126,20 +127,20 @@ def _column(a: int, sign: str, b: int, *, carried: bool, slips: Callable[[], boo
 
 
 def verify(response: str, answer: str) -> float:
-    """Return 1.0 if the response, read strictly, closes with the answer tag and the answer, else 0.0.
+    """Return 1.0 if the response ends with the answer tag and the correct answer, else 0.0.
 
-    All four stage tags must stand once and in order, and nothing but the answer may follow the last: leave the end
-    token out of `response`.
+    All four stage tags must occur once and in order, and only the answer may follow the last tag.  `response` must not
+    contain the end token.
     """
     tags = tuple(re.findall(r"<[a-z]+>", response))
     return float(tags == STAGES and response.partition(STAGES[-1])[2] == answer)
 
 
 def problem_at(seed: int, index: int, *, level: str, heldout: bool = False) -> Problem:
-    """Return problem `index` of stream `seed`: the same one at each call, in any order of calls.
+    """Return problem `index` of stream `seed`, a pure function of its arguments.
 
-    The two splits share no prompt whatever the seeds: a hash of the prompt says which split it belongs to, and draws
-    from the other split are thrown back.
+    The two splits share no prompt, for all seeds: a hash of the prompt decides its split, and samples of the other
+    split are rejected.
     """
     rng = random.Random(f"{seed}/{index}/{level}/{heldout}")
     while True:

@@ -1,4 +1,4 @@
-"""Prompts from the rows of a table: `prompts(rows, data) -> Made`, the columns chosen and every row checked."""
+"""Prompts from the rows of a table: `prompts(rows, data) -> Made` selects the columns and checks every row."""
 
 import random
 import warnings
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The names of the columns that were chosen; "" where there is none."""
+    """The names of the selected columns; "" for a missing column."""
 
     prompt: str
     answer: str
@@ -27,7 +27,10 @@ class Columns:
 
 
 def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Made:
-    """Choose the columns, keep `data.limit` rows and check them; the prompts are made of them when asked for."""
+    """Select the columns, keep `data.limit` rows and check them; each prompt is made when it is accessed.
+
+    Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
+    """
     columns = choose(rows, data, needs_answers=needs_answers)
     kept: Sequence[int] = range(len(rows))
     if 0 < data.limit < len(rows):
@@ -42,7 +45,7 @@ def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Made:
 
 
 def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
-    """Choose the columns by what the first row holds, as the help of each option says."""
+    """Select the columns by the values in the first row, as described in the help of each flag."""
     first, there = rows[0], f"the columns are {', '.join(rows.column_names)}"
     chosen = Columns(
         prompt=_pick(first, data.prompt_column, _is_question),
@@ -67,14 +70,14 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
 
 
 def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
-    """Return the first of some comma-separated names whose value fits; one name alone only has to be there."""
+    """Return the first of some comma-separated names whose value fits; a single name only has to exist."""
     names = [name.strip() for name in wanted.split(",")]
     there = [name for name in names if name in row or _at(row, name) is not None]
     return next((name for name in there if len(names) == 1 or fits(_at(row, name))), "")
 
 
 def _at(row: Row, name: str) -> Any:
-    """Return the value of a column, or of a field inside one as in reward_model.ground_truth; None if there is none."""
+    """Return the value of a column or of a nested field (reward_model.ground_truth); None if it is missing."""
     if name in row:
         return row[name]
     value: object = row
@@ -84,7 +87,7 @@ def _at(row: Row, name: str) -> Any:
 
 
 def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, needs_answers: bool) -> None:
-    """Refuse rows that make no prompt or an empty one, and answers that are all missing; warn where some are."""
+    """Refuse rows without a valid prompt, and data whose answers are all missing; warn if some answers are missing."""
     empty: dict[str, list[int]] = {"prompt": [], "answer": []}
     total = 0
     for number, row in rows:
@@ -119,7 +122,7 @@ def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, ne
 
 
 def _prompt(rows: datasets.Dataset, columns: Columns, data: Data, index: int) -> Prompt:
-    """Make the prompt of one row; what its other columns hold goes along."""
+    """Make the prompt of a row; its unselected columns are kept in `Prompt.columns`."""
     row = rows[index]
     question, value = _at(row, columns.prompt), _at(row, columns.answer)
     labels, texts = _options(_at(row, columns.choices))
@@ -151,20 +154,20 @@ def _is_question(value: object) -> bool:
 
 
 def _asked(turns: Sequence[Row]) -> tuple[Row, ...]:
-    """Return the turns up to the answer of the assistant that closes them."""
+    """Return the turns without a closing assistant turn."""
     end = len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
     return tuple({"role": t["role"], "content": t["content"]} for t in turns[:end])
 
 
 def _options(value: object) -> tuple[list[str], list[str]]:
-    """Return the labels, where the data has them, and the texts of the options of a multiple-choice question."""
+    """Return the labels (empty if the data has none) and the texts of the options of a multiple-choice question."""
     if isinstance(value, dict):
         return [_text(label, "") for label in value.get("label") or []], [_text(t, "") for t in value.get("text") or []]
     return [], [_text(t, "") for t in value] if isinstance(value, list) else []
 
 
 def _text(value: object, joint: str) -> str:
-    """Return a value as text: 27.0 is 27, a list is joined, a chat turn is what it says, nothing is ""."""
+    """Return a value as text: 27.0 becomes 27, a list is joined, a chat turn becomes its content, None becomes ""."""
     if isinstance(value, list | tuple):
         return joint.join(_text(item, joint) for item in value)
     if isinstance(value, dict):

@@ -1,7 +1,8 @@
-r"""Benchmark sets by name: how the rows of a local file are read, asked and scored, `load(name, Data(...)) -> Task`.
+r"""Benchmarks by name, `load(name, Data(...)) -> Task`: columns, instruction and verifier for the rows of a local file.
 
-A set is settings of `Data`; what the user sets wins.  Questions end in the instruction that the papers of this field
-use (vOPD, arXiv:2605.07865; PowerOPD, arXiv:2606.17199), and so are the samples: 8 a problem, 32 for AIME.
+A benchmark is a set of `Data` settings, which the user's settings override.  The instruction after each question and
+the number of samples (8 per problem, 32 for AIME) are those of papers on on-policy distillation (vOPD,
+arXiv:2605.07865; PowerOPD, arXiv:2606.17199).
 """
 
 import random
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LETTER = "\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
-OPTIONS = "options"  # the column that options of several columns are put in
+OPTIONS = "options"  # the column into which `gather` merges options from several columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """How one set is read; `columns` are fields of `Data`."""
+    """The settings of a benchmark; `columns` are fields of `Data`."""
 
     what: str
     columns: Mapping[str, str]
     verifier: str = "math"
     instruction: str = BOXED
     samples: int = 8
-    gathered: tuple[str, ...] = ()  # columns with one option each, the right one first: they are shuffled
+    gathered: tuple[str, ...] = ()  # columns with an option each, the correct option first; `gather` merges them
 
 
 def _columns(prompt: str, answer: str, choices: str = "") -> Mapping[str, str]:
@@ -78,14 +79,14 @@ SETS: Mapping[str, Set] = {
 
 
 def find(name: str) -> Set:
-    """The set of that name."""
+    """Return the benchmark with this name.  Raises Refusal for an unknown name."""
     if name not in SETS:
         raise Refusal(f"--set {name} is not known: choose {', '.join(SETS)}; or leave it out and name the columns")
     return SETS[name]
 
 
 def settings(name: str, data: Data) -> Data:
-    """The settings of a set, under what the user set."""
+    """Return `data` with the benchmark's settings in all fields that the user left at their defaults."""
     chosen = find(name)
     wanted: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
     wanted |= {"choices_column": OPTIONS} if chosen.gathered else {}
@@ -93,11 +94,11 @@ def settings(name: str, data: Data) -> Data:
 
 
 def load(name: str, data: Data) -> Task:
-    """Make the task of a set from its file."""
+    """Make the task of a benchmark from its file.  Raises Refusal if the source or a column does not fit."""
     chosen, data = find(name), settings(name, data)
     if data.source.startswith(("embedded:", "reasoning-gym:")):
         raise Refusal(f"--set {name} is read from a file: give it as --prompts, not {data.source}")
-    from opd.tasks.tables import read  # `datasets` takes seconds to import, and the other tasks do without
+    from opd.tasks.tables import read  # `datasets` takes seconds to import, and other tasks do not need it
 
     rows = read(data)
     if missing := [column for column in chosen.gathered if column not in rows.column_names]:
@@ -107,7 +108,7 @@ def load(name: str, data: Data) -> Task:
 
 
 def gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
-    """The rows with the options of several columns in one, in an order of their own for each row and seed."""
+    """Merge the options of several columns into the column `options`, shuffled by the seed and the row's number."""
     options = []
     for number, row in enumerate(rows.select_columns(list(columns))):
         texts = [str(row[column]).strip() for column in columns]

@@ -32,8 +32,8 @@ def read(data: Data) -> datasets.Dataset:
             raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
         reason = hub.reason(error, hub.Repository(*_id(data.source)), dataset=True).rstrip(".")
         raise Refusal(
-            f"--prompts {data.source}, --split {data.split}: {hub.no_path(path, 'file or folder')}{reason}; correct the "
-            "path, the dataset id, --subset or --split"
+            f"--prompts {data.source}, --split {data.split}: {hub.no_path(path, 'file or folder')}{reason}; correct "
+            "the path, the dataset id, --subset or --split"
         ) from error
     if len(rows) == 0:
         raise Refusal(f"--prompts {data.source}, --split {data.split} has no rows: give one with at least one prompt")

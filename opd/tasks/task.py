@@ -1,4 +1,4 @@
-"""What a task is: prompts, a verifier `(response, prompt) -> score from 0 to 1`, and the options that choose them."""
+"""The task type: prompts with a verifier `(response, prompt) -> score from 0 to 1`; the settings that choose them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,66 +8,67 @@ import tyro
 
 from opd.types import Prompt
 
-SIZES = {"train": 50_000, "test": 1_000}  # the splits of a procedural source, and their prompts without a limit
+SIZES = {"train": 50_000, "test": 1_000}  # prompts in each split of a procedural source if --limit is 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts, and the function that scores a response to one of them."""
+    """Prompts with the function that scores a response to a prompt."""
 
     name: str
-    prompts: Sequence[Prompt]  # may make each prompt anew when it is asked for
-    verify: Callable[[str, Prompt], float]  # never raises on what a model says; a user's own function may
-    scored: bool = True  # False: there is no verifier and every score is 0
-    by_answer: bool = False  # verify looks at nothing of the prompt but its answer: it can compare two responses
+    prompts: Sequence[Prompt]  # may create each prompt when it is accessed
+    verify: Callable[[str, Prompt], float]  # built-in verifiers never raise on a response; a user's function may
+    scored: bool = True  # False: the task has no verifier, and every score is 0
+    by_answer: bool = False  # verify reads only the prompt's answer, so it can also compare two responses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the prompts come from, how their rows are read, and how responses are scored."""
+    """Settings of the data: source of the prompts, columns of their rows, and the verifier."""
 
     source: Annotated[str, tyro.conf.Suppress] = "embedded:ledger"  # --prompts and --eval-prompts on the command line
-    """Where the prompts are: a .jsonl, .json, .parquet or .csv file, a folder of such files or one written by
+    """Source of the prompts: a .jsonl, .json, .parquet or .csv file, a folder of such files, a folder written by
     `Dataset.save_to_disk`, a dataset id of the Hugging Face hub, embedded:ledger, embedded:ledger-short, or
-    reasoning-gym:NAME with options as reasoning-gym:NAME?key=value&key=value."""
+    reasoning-gym:NAME, with options as reasoning-gym:NAME?key=value&key=value."""
     subset: str = ""
-    """Configuration of a hub dataset ("main" for openai/gsm8k); empty: its default one."""
+    """Configuration name of a hub dataset ("main" for openai/gsm8k).  Empty: the dataset's default."""
     split: str = "train"
-    """Split to read. Procedural sources have train and test; a single file is whatever split you call it."""
+    """Split to read.  Procedural sources have train and test.  A single file accepts any split name."""
     prompt_column: str = "prompt,messages,question,problem,instruction,query,input"
-    """Column with the question, as text or as chat messages: the first of these names that holds either.
-    A dot reaches into a nested column. A closing assistant message becomes the reference response."""
+    """Column with the question, as text or as chat messages: the first of these names that contains either.
+    A dot selects a nested field.  A closing assistant message becomes the reference response."""
     answer_column: str = "answer,expected_answer,final_answer,ground_truth,reward_model.ground_truth,answerKey,label"
-    """Column with the expected answer: the first of these names that is filled in the first row."""
+    """Column with the expected answer: the first of these names that is not empty in the first row."""
     response_column: str = "response,completion,solution,reference_solution"
-    """Column with a reference response, for methods that train on data: the first of these names, if there is any."""
+    """Column with a reference response, for methods that train on data: the first of these names that exists."""
     choices_column: str = ""
-    """Column with the options of a multiple-choice question, a list of texts or {"label": [...], "text": [...]}.
-    They are written under the question as "A. ...", and the answer becomes a letter; empty: no options."""
+    """Column with the options of a multiple-choice question: a list of texts, or {"label": [...], "text": [...]}.
+    They are added under the question as "A. ...", and the answer becomes a letter.  Empty: no options."""
     verifier: str = "math"
-    """How answers are compared: math (LaTeX and expressions), numeric (last number, as for GSM8K), exact (same text),
-    choice (a letter), none (prompts without answers; nothing is scored), or module:function for your own
-    `(response, answer) -> score from 0 to 1`. Procedural sources bring their own, and it is used
-    whatever stands here."""
+    """Verifier that compares a response with the expected answer: math (LaTeX and expressions), numeric (last number,
+    as for GSM8K), exact (same text), choice (a letter), none (no answers; nothing is scored), or module:function for a
+    Python function `(response, answer) -> score from 0 to 1`.  Procedural sources always use their built-in
+    verifier."""
     chat: bool = True
-    """Make a question given as text one user message; off: it is continued as plain text without a chat template."""
+    """Turn a question given as text into a user message.  Off: use it as plain text without a chat template."""
     system: str = ""
-    """System message put before every conversation, in place of the row's own; empty: leave the rows as they are."""
+    """System message for every conversation; it replaces the row's system message.  Empty: do not change the rows."""
     instruction: str = ""
-    r"""Text put on a new line after the question, such as
+    r"""Text to add on a new line after the question, such as
     "Please reason step by step, and put your final answer within \boxed{}."."""
     template_args: str = ""
-    """Arguments of the chat templates as json, such as '{"enable_thinking": false}'; the teacher gets what it reads."""
+    """Arguments of the chat templates, as JSON, such as '{"enable_thinking": false}'.  The teacher's template gets only
+    the arguments that it reads."""
     limit: int = 0
-    """Number of prompts to keep; 0 keeps all. Of rows, a random choice in the order of the file; a larger limit keeps
-    the same ones and more. Of a procedural source, how many there are: 0 is 50000 for train, 1000 for test."""
+    """Number of prompts to keep.  0: all rows, or 50000 (train) and 1000 (test) prompts of a procedural source.  Rows
+    are selected at random and keep the order of the file; a larger limit keeps the same rows and adds more."""
     seed: Annotated[int, tyro.conf.Suppress] = 0  # the run's --seed on the command line
-    """Seed of the rows that `limit` keeps, and of procedural problems. Train and test differ at every seed."""
+    """Seed of the rows that `limit` selects, and of procedural problems.  Train and test differ at every seed."""
 
 
 @dataclass(frozen=True)
 class Made(Sequence[Prompt]):
-    """Prompts made when asked for: `make(i)` for every i below `size`.  A slice is a tuple."""
+    """A sequence of prompts that are created on access: `make(i)` for every i below `size`.  A slice is a tuple."""
 
     make: Callable[[int], Prompt]
     size: int
@@ -90,7 +91,10 @@ class Made(Sequence[Prompt]):
 
 
 def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
-    """Make the prompt of a question: the options and `data.instruction` end its last turn, `data.system` opens it."""
+    """Make the prompt of a question.
+
+    The options and `data.instruction` are added to its last turn, and `data.system` becomes its first turn.
+    """
     if isinstance(question, str):
         text = "\n".join(filter(None, (question, options, data.instruction)))
         if not data.chat:

@@ -1,7 +1,7 @@
-"""Whether a response is right: pure functions `(response, answer) -> score from 0 to 1` that no text makes raise.
+"""Verifiers: pure functions `(response, answer) -> score from 0 to 1`, which never raise on any text.
 
-What is scored is the marked answer, else the said one, else the end of the response (`answers.py` has the rules); what
-stands before </think> is not looked at.  The expected answer may itself be a worked solution with a marked answer.
+They score the marked answer, else the stated answer, else the end of the response (`answers.py` has the rules).  Text
+before </think> is ignored.  The expected answer may be a worked solution with a marked answer.
 """
 
 import importlib
@@ -20,10 +20,10 @@ Verifier = Callable[[str, str], float]
 
 
 def math(response: str, answer: str) -> float:
-    """Score 1 if the final answer equals the expected one as mathematics, by math-verify.
+    """Score 1 if the final answer is mathematically equal to the expected answer, by math-verify.
 
-    It runs in child processes; a comparison that takes more than `guarded.CPU_LIMIT` seconds scores 0.  50 and 50% are
-    one, and so is 0.5 where the percent sign is in the expected answer.
+    math-verify runs in child processes; a comparison that takes more than `guarded.CPU_LIMIT` CPU seconds scores 0.
+    50 and 50% are equal.  0.5 and 50% are equal if the percent sign is in the expected answer.
     """
     text, gold = spoken(response), reference(answer)
     if not plain(gold) or not text:
@@ -33,7 +33,7 @@ def math(response: str, answer: str) -> float:
     if plain(final) == plain(gold) or plain(text) == plain(gold):
         return 1.0
     if content:
-        parts = (plain(content).strip("()"), plain(gold))  # (073) is a number, whatever the parentheses
+        parts = (plain(content).strip("()"), plain(gold))  # (073) is a number in spite of its parentheses
         if all(re.fullmatch(r"-?\d{1,9}", part) for part in parts):
             return float(int(parts[0]) == int(parts[1]))
         return _equal(gold, content, True)
@@ -42,15 +42,16 @@ def math(response: str, answer: str) -> float:
     return _equal(gold, said(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
 
 
-@lru_cache(maxsize=4096)  # the rollouts of one prompt repeat each other's answers
+@lru_cache(maxsize=4096)  # rollouts of the same prompt often have the same answer
 def _equal(gold: str, candidate: str, bare: bool) -> float:
     return guarded.score("math", gold, candidate, bare)
 
 
 def numeric(response: str, answer: str) -> float:
-    """Score 1 if the final number is the expected one: the last of a marked answer, first of a said one, else the last.
+    """Score 1 if the final number equals the expected number.
 
-    Whole numbers must be equal; others agree to five digits.
+    The final number is the last in a marked answer, else the first in a stated answer, else the last in the response.
+    Integers must be equal; other numbers must agree to five digits.
     """
     text, gold = spoken(response), number(reference(answer))
     if content := marked(text):
@@ -62,14 +63,14 @@ def numeric(response: str, answer: str) -> float:
 
 
 def _close(a: Fraction, b: Fraction) -> bool:
-    """Return whether two numbers are the same, or both broken and the same to five digits."""
+    """Return whether two numbers are equal, or both are not integers and agree to five digits."""
     return a == b or (1 not in (a.denominator, b.denominator) and abs(a - b) * 10**5 <= abs(b))
 
 
 def exact(response: str, answer: str) -> float:
     """Score 1 if the final answer, the last line or the whole response is the expected text.
 
-    Case, spacing, quotes and the punctuation at the ends do not count, so "CO" and "Co" are one.
+    Case, spacing, quotes and punctuation at the ends are ignored, so "CO" equals "Co".
     """
     text, gold = spoken(response), _tidy(reference(answer))
     content = marked(text)
@@ -100,14 +101,17 @@ VERIFIERS: dict[str, Verifier] = {"math": math, "numeric": numeric, "exact": exa
 
 
 def find(name: str) -> Verifier:
-    """Return the verifier of that name, or the function that `module:function` names, from the working folder too."""
+    """Return the verifier with this name, or the function that `module:function` names.
+
+    Modules are also searched in the working folder.  Raises Refusal for an unknown name or a failed import.
+    """
     if name in VERIFIERS:
         return VERIFIERS[name]
     module, _, function = name.partition(":")
     if not (module and function):
         raise Refusal(f"--verifier {name} is not known: choose {', '.join(VERIFIERS)}, or module:function for your own")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a file there shadows nothing
+        sys.path.append(os.getcwd())  # appended last, so that a file there shadows no installed module
     try:
         return partial(_checked, vars(importlib.import_module(module))[function], name)
     except ImportError as error:
@@ -117,7 +121,10 @@ def find(name: str) -> Verifier:
 
 
 def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:
-    """Score with a user's function; its own errors are left to rise, they are bugs that a score of 0 would hide."""
+    """Score with a user's function and refuse a score outside [0, 1].
+
+    Exceptions of the function are not caught: they are bugs that a score of 0 would hide.
+    """
     score = theirs(response, answer)
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         raise Refusal(f"--verifier {name} returned {score!r}: return a number from 0 to 1")

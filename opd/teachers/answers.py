@@ -1,4 +1,4 @@
-"""What models wrote, kept on disk: the same question is asked once, by this run or by another with the same file."""
+"""A cache of generated texts on disk, so that runs that share its file send the same request only once."""
 
 import hashlib
 import json
@@ -11,19 +11,19 @@ from opd.types import Refusal
 
 
 def key(*parts: object) -> str:
-    """The name of a question: model, prompt, parameters and seed, as json gives them."""
+    """Return the cache key of a request: a hash of model, prompt, parameters and seed as json."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class Answers:
-    """Texts by key in one SQLite file, which appears with the first of them; threads and processes may share it."""
+    """A SQLite file of texts by key.  Threads and processes may share it.  The first entry creates the file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
         self.file: sqlite3.Connection | None = None
 
     def find(self, key: str) -> list[str] | None:
-        """What was written; None if nothing was."""
+        """Return the texts of a key, or None if the cache has none."""
         with self.lock:
             if self.file is None and not self.path.is_file():
                 return None
@@ -31,12 +31,12 @@ class Answers:
         return None if row is None else json.loads(row[0])
 
     def keep(self, key: str, texts: Sequence[str]) -> None:
-        """Write it down."""
+        """Store the texts of a key."""
         with self.lock:
             self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
 
     def drop(self, keys: Sequence[str]) -> None:
-        """Forget some."""
+        """Delete the entries of some keys."""
         with self.lock:
             for key in keys if self.file is not None or self.path.is_file() else ():
                 self._do("DELETE FROM answers WHERE key = ?", key)
@@ -45,7 +45,7 @@ class Answers:
         try:
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # Every statement is a transaction of its own: what was paid for outlives a killed run.
+                # Each statement is one transaction, so that paid answers survive a killed run.
                 self.file = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
                 self.file.execute("PRAGMA journal_mode=WAL")
                 self.file.execute("PRAGMA synchronous=NORMAL")

@@ -1,4 +1,7 @@
-"""What every teacher has: `provides` says what may be asked of it; the rest does nothing, where a kind has no need."""
+"""The base class of all teachers.
+
+`provides` names what a teacher can compute.  The other methods do nothing unless a subclass needs them.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,25 +12,25 @@ STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need n
 
 
 class Teacher:
-    """Who scores tokens or writes texts."""
+    """A model that scores tokens or generates text."""
 
     provides: frozenset[str]
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
-        """What `hidden` will be asked next, for those that gain by knowing it early."""
+        """Announce the batch of the next `hidden` call.  Server teachers send their requests early."""
 
     def follow(self) -> None:
-        """The student made a step."""
+        """Update the teacher after an optimizer step of the student."""
 
     def traffic(self) -> dict[str, float]:
-        """What went over a wire since the last call, for perf.jsonl."""
+        """Return the network traffic since the last call, for perf.jsonl."""
         return {}
 
     def save(self, folder: Path) -> None:
-        """Add to a checkpoint what it cannot be opened again from."""
+        """Add the teacher's state to a checkpoint, if it has any."""
 
     def restore(self, folder: Path) -> None:
-        """Take up what `save` wrote, or refuse to go on with another."""
+        """Load what `save` stored.  Raises Refusal if the teacher has changed since then."""
 
     def close(self) -> None:
-        """The run ends: nothing more is asked."""
+        """Release resources at the end of the run."""

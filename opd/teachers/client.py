@@ -1,7 +1,7 @@
-"""A server asked until it answers: retries with back-off, time limits, and an account of what went over the wire.
+"""An HTTP client for one server, with retries, back-off, timeouts and traffic counters.
 
-What comes back malformed is asked again like what does not come back: `read` turns a response into a value, or raises
-`Malformed`.  What the server says is the caller's mistake (4xx) is not: it is refused at once.
+`read` turns a response into a value, or raises `Malformed`.  A malformed response is retried like a lost one.  A status
+that blames the caller (most of 4xx) is not retried: the client raises Refusal at once.
 """
 
 import os
@@ -18,54 +18,56 @@ import tyro
 
 from opd.types import Refusal, one_line, positive
 
-AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # the server may answer later what it cannot now
+AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
 ANY: frozenset[int] = frozenset()
-LONGEST = 30.0  # seconds between two tries
+LONGEST = 30.0  # seconds: the longest wait between two attempts
 T = TypeVar("T")
 
 
 class Malformed(ValueError):
-    """A response that is not what was asked for."""
+    """A response whose content does not match the protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remote:
-    """How a teacher behind a server is spoken to; unused by teachers in this process."""
+    """Settings of server teachers, text-only teachers and judges."""
 
     teacher_token_env: str = "OPD_TOKEN"
-    """Name of the environment variable with the token or API key of --teacher's host; unset: none is sent."""
+    """Environment variable that holds the token or API key of --teacher's host.  If it is unset, no token is sent."""
     route_token_env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=VARIABLE: the variable with the key of a --route's host; without, --teacher's is sent where it is the same
-    host, else none.  Repeat for more."""
+    """Environment variable that holds the key of a --route's host, as NAME=VARIABLE.  Repeat for more routes.  Default:
+    --teacher's key where the host is the same, else no key."""
     judge_token_env: str = ""
-    """Name of the variable with the key of --judge's host; empty: --teacher's where it is the same host, else none."""
+    """Environment variable that holds the key of --judge's host.  Empty: --teacher's key where the host is the same,
+    else no key."""
     teacher_timeout: float = 300.0
-    """Seconds until a request to a server teacher counts as failed."""
+    """Seconds after which a request to a server teacher, a text-only teacher or a judge counts as failed."""
     teacher_retries: int = 8
-    """Times a failed request is asked again, after 0.5, 1, 2, ... 30 s (with jitter); by OpenAI's client, for text-only
-    teachers and judges, at most 8 s apart or when Retry-After says."""
+    """Retries of a failed request.  The waits are 0.5, 1, 2, ... 30 s, with jitter.  For text-only teachers and judges,
+    OpenAI's client chooses the waits: at most 8 s, or what Retry-After says."""
     teacher_concurrency: int = 8
-    """Requests to a server teacher in flight at once."""
+    """Requests in flight at once to a server teacher, a text-only teacher or a judge."""
     teacher_tokenizer: str = ""
-    """Tokenizer of a server that is not `opd serve`: hub id or folder; empty: it has the student's."""
+    """Tokenizer of a server other than `opd serve`.  Hub id or folder.  Empty: the student's tokenizer."""
     teacher_local: str = ""
-    """A local copy of the model behind --teacher: their log-probs are compared before the first step."""
+    """Local copy of the model behind --teacher.  Its log-probs are compared with the server's before the first step."""
     teacher_prefix: Literal["continue", "ask"] = "continue"
-    """How a text-only teacher (openai:) is made to go on from a begun answer: continue, by continue_final_message,
-    which vLLM and `opd serve` have; or ask, in words, for any other endpoint."""
+    """How a text-only teacher (openai:) continues a partial response.  continue: by continue_final_message, which vLLM
+    and `opd serve` support.  ask: by an instruction in the conversation, for any other endpoint."""
     teacher_cache: str = ""
-    """Folder where the answers of text-only teachers and judges are kept, for several runs; empty: the run's own."""
+    """Folder that caches the answers of text-only teachers and judges.  Several runs may share it.  Empty: the run
+    folder."""
     judge_tokens: int = 4096
     """Longest answer of a judge, in tokens."""
     judge_schema: bool = False
-    """Ask that a judge keeps to the JSON schema of what it fills in (vLLM, SGLang, OpenAI, `opd serve`, a model here);
-    a model that thinks in its answer cannot think then."""
+    """Constrain a judge's answer to the JSON schema of its form.  Works with vLLM, SGLang, OpenAI, `opd serve` and
+    local models.  Leave it off for a judge that reasons in its answer, because the schema leaves no room for that."""
     judge_failures: float = 0.4
-    """Share of the last questions to a text-only teacher or judge that may fail, and of the last groups or rollouts
-    that may go without a judgement; beyond it the run stops."""
+    """Largest share of failures, in [0, 1], above which the run stops.  It applies to the last questions to a text-only
+    teacher or judge, and to the last groups or rollouts that need a judgement."""
 
     def check(self) -> None:
-        """Refuse impossible settings."""
+        """Raise Refusal for invalid settings."""
         positive(self, "teacher_timeout", "teacher_concurrency", "judge_tokens")
         if self.teacher_retries < 0:
             raise Refusal(f"--teacher-retries {self.teacher_retries}: must be 0 or more")
@@ -73,14 +75,17 @@ class Remote:
             raise Refusal(f"--judge-failures {self.judge_failures}: a share lies in [0, 1]")
 
     def towards(self, field: str, model: str, teacher: str) -> "Remote":
-        """The same, with the key for the model that a flag names: --teacher's goes to --teacher's host alone."""
+        """Return these settings with the key for the model of flag `field`.
+
+        `field` is "teacher", "judge" or "route NAME".  The key of --teacher is sent only to the host of --teacher.
+        """
         named = {f"route {name}": variable for name, _, variable in (x.partition("=") for x in self.route_token_env)}
         named |= {"judge": self.judge_token_env}
         own = self.teacher_token_env if host(model) == host(teacher) else ""
         return replace(self, teacher_token_env=named.get(field, "") or own)
 
     def keep(self, field: str) -> str:
-        """Where the key for the model of a flag belongs, for messages."""
+        """Return a hint for error messages: which variable should hold the key for the model of flag `field`."""
         kind, _, name = field.partition(" ")
         flag = f"--{kind}-token-env {name}=VARIABLE" if name else f"--{kind}-token-env VARIABLE"
         known = self.teacher_token_env
@@ -106,9 +111,9 @@ def endpoint(name: str) -> tuple[str, str]:
 
 
 def secret(variable: str) -> str:
-    """The token in an environment variable, without the blanks around it; empty where there is none.
+    """Return the token in an environment variable, stripped of white space; empty if the variable is unset.
 
-    Raises Refusal, which does not show it, for one that no header can hold.
+    Raises Refusal for a token that no HTTP header can hold.  The message does not show the token.
     """
     token = os.environ.get(variable, "").strip() if variable else ""
     if not (token.isascii() and token.isprintable()):
@@ -118,16 +123,16 @@ def secret(variable: str) -> str:
 
 @dataclass
 class Traffic:
-    """What went over the wire so far; threads add to it under the lock."""
+    """Counters of HTTP traffic.  Threads update them under the client's lock."""
 
     sent: int = 0  # bytes of request bodies
-    received: int = 0  # bytes of response bodies, as they came
+    received: int = 0  # bytes of response bodies, still compressed
     requests: int = 0
     retries: int = 0
 
 
 class Client:
-    """One server; safe to call from several threads."""
+    """An HTTP client for one server.  Several threads may call it at once."""
 
     def __init__(self, url: str, how: Remote, *, field: str = "teacher") -> None:
         self.field, parts = field, _split(url)
@@ -146,21 +151,24 @@ class Client:
         token = secret(how.teacher_token_env)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         most = httpx.Limits(max_connections=how.teacher_concurrency)
-        # trust_env: a proxy of the environment must not see log-probs meant for the loopback.
+        # trust_env=False: a proxy named in the environment must not see log-probs sent to the loopback.
         self.http = httpx.Client(headers=headers, timeout=how.teacher_timeout, limits=most, trust_env=False)
 
     @property
     def who(self) -> str:
-        """The flag and the address, as messages begin."""
+        """Return the flag and the address with which each error message begins."""
         return f"--{self.field} {self.url}"
 
     def close(self) -> None:
-        """Ask nothing again: a process cannot end before its threads do, and a silent server would hold them long."""
+        """Stop all requests and retries.
+
+        A process cannot end before its threads do, and a silent server would keep them waiting.
+        """
         self.closed.set()
         self.http.close()
 
     def get(self, path: str, read: Callable[[httpx.Response], T]) -> T:
-        """What `read` makes of GET path."""
+        """Send GET `path` and return what `read` makes of the response."""
         return self._ask("GET", path, None, read)
 
     def post(
@@ -172,14 +180,15 @@ class Client:
         fine: frozenset[int] = ANY,
         tries: int = 0,
     ) -> T:
-        """What `read` makes of POST path with a json body, or of an answer of a `fine` status.
+        """Send POST `path` with a json body and return what `read` makes of the response.
 
-        `tries` 0: as many as the run was told.
+        A response whose status is in `fine` is passed to `read`, too.  `tries` is the number of attempts; 0 means
+        --teacher-retries + 1.
         """
         return self._ask("POST", path, body, read, fine=fine, tries=tries)
 
     def knows(self, path: str) -> bool:
-        """Whether the server answers GET path at all; one that is down is waited for."""
+        """Return whether the server has GET `path`: status 200 means yes, 404 and 405 no.  Retries while it is down."""
         return self._ask("GET", path, None, lambda r: r.status_code == 200, fine=frozenset({404, 405}))
 
     def _ask(
@@ -235,7 +244,7 @@ class Client:
 
 
 def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
-    """A reader of a json object; whatever it stumbles over is malformed."""
+    """Return a reader that parses a json object and applies `read` to it.  Its parse errors become `Malformed`."""
 
     def whole(response: httpx.Response) -> T:
         found = payload(response)
@@ -250,7 +259,7 @@ def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
 
 
 def payload(response: httpx.Response) -> dict:
-    """A json object."""
+    """Return the json object in a response.  Raises Malformed for any other content."""
     try:
         found = response.json()
     except ValueError as error:
@@ -268,7 +277,7 @@ def _split(url: str) -> SplitResult:
 
 
 def said(response: httpx.Response) -> str:
-    """The server's own words, in one line."""
+    """Return the server's error message in one line."""
     try:
         error = response.json()["error"]
         return one_line(str(error["message"] if isinstance(error, dict) else error))

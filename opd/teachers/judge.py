@@ -1,7 +1,8 @@
-"""Judges: a rubric for the answers to one question, and which criteria each answer meets.
+"""Judges that write a rubric for the answers to a question, and grade each answer by it.
 
-`rubrics(groups, ...) -> one each`, `grades(groups, rubrics) -> booleans of each answer`; Failed, and why, where a judge
-did.  A model writes json, which is validated; `verifier.py` has the judge that reads the answers by itself.
+`rubrics(groups, ...)` returns one rubric per group, `grades(groups, rubrics)` the booleans of each answer.  Either
+holds `Failed` with the reason where the judge failed.  Here a model writes json, which is validated.  `verifier.py` has
+a judge that needs no model.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from opd.teachers.schema import Listed, Lists, schema
 from opd.teachers.text import Begun, Failed, How, TextTeacher
 from opd.types import Prompt
 
-Met = tuple[tuple[bool, ...], ...]  # of each answer, by criterion
+Met = tuple[tuple[bool, ...], ...]  # [answer][criterion]
 F = TypeVar("F", bound=BaseModel)
 _TAG = re.compile(
     r"<(?=/|(reference|answer|stage)\s+number\b|(question|rubric|criteria|attempt|reflection)\b)", re.IGNORECASE
@@ -70,57 +71,60 @@ AGAIN = "That was not as asked ({why}). Return the one json object and nothing e
 
 
 class Criterion(BaseModel, frozen=True):
-    """One thing that an answer does or does not."""
+    """A criterion that an answer meets or does not meet."""
 
     criterion: Annotated[str, Field(min_length=1)]
     points: Annotated[int, Field(ge=1, le=5)]
 
 
 class Rubric(BaseModel, frozen=True):
-    """What is asked of the answers to a question."""
+    """A rubric: the criteria for the answers to one question."""
 
     criteria: tuple[Criterion, ...]
 
     def score(self, met: Sequence[bool]) -> float:
-        """Points earned over all points, from the booleans alone."""
+        """Return the share of points earned, in [0, 1], from one boolean per criterion."""
         total = sum(c.points for c in self.criteria)
         return sum(c.points for c, yes in zip(self.criteria, met, strict=True) if yes) / total
 
 
 class Checked(BaseModel, frozen=True):
-    """One answer, checked."""
+    """The grades of one answer."""
 
     index: int
     met: tuple[bool, ...]
 
 
 class Sheet(BaseModel, frozen=True):
-    """All answers to a question, checked."""
+    """The grades of the answers to one question."""
 
     answers: tuple[Checked, ...]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A question, the teacher's answers and the student's; without their thinking."""
+    """A question with the teacher's answers (references) and the student's, all without their reasoning."""
 
     prompt: Prompt
     references: tuple[str, ...]
     answers: tuple[str, ...]
 
     def shuffled(self) -> list[int]:
-        """All answers, the teacher's first, in an order that says nothing of whose they are, always the same."""
+        """Return a pseudo-random but fixed order of all answers, as indices into (*references, *answers).
+
+        The order hides from the judge which answers are the teacher's.
+        """
         every = (*self.references, *self.answers)
         name = lambda i: hashlib.sha256(json.dumps([self.question(), i, every[i]]).encode()).digest()
         return sorted(range(len(every)), key=name)
 
     def question(self) -> str:
-        """As a judge reads it."""
+        """Return the question as the judge reads it."""
         return question(self.prompt)
 
 
 def question(prompt: Prompt) -> str:
-    """A prompt as a judge reads it."""
+    """Return a prompt as the judge reads it: a single user turn without its role, else all turns with their roles."""
     turns = [f"{turn['role']}: {turn['content']}" for turn in prompt.messages]
     alone = len(turns) == 1 and prompt.messages[0]["role"] == "user"
     return prompt.text if not turns else prompt.messages[0]["content"] if alone else "\n\n".join(turns)
@@ -128,29 +132,29 @@ def question(prompt: Prompt) -> str:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Whoever writes rubrics, and keeps to them."""
+    """A judge that writes rubrics and grades answers by them."""
 
     def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
-        """One for each group."""
+        """Return a rubric of `least` to `most` criteria for each group."""
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
-        """For each group what each of its answers meets, the teacher's first."""
+        """Return for each group which criteria each answer meets, the teacher's answers first."""
 
     def traffic(self) -> dict[str, float]:
-        """What was asked since the last call, for perf.jsonl."""
+        """Return the counters since the last call, for perf.jsonl."""
 
 
 @dataclass(frozen=True)
 class ModelJudge:
-    """A model that is asked in words; an answer that is no valid json is asked for once again, with the reason."""
+    """A language model as judge.  If an answer is not valid, the judge gets the reason and a second try."""
 
     model: TextTeacher
     max_tokens: int
-    shared: bool  # whether the model is the teacher, whose account has its calls already
-    schemas: bool = False  # whether who writes is asked to keep to the form's json schema
+    shared: bool  # the model is also the teacher, whose counters include its calls
+    schemas: bool = False  # whether decoding is constrained to the form's JSON schema
 
     def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
-        """A little warm, as ROPD's rubricator is."""
+        """Return a rubric for each group.  Temperature 0.7, as in ROPD."""
 
         def check(i: int, rubric: Rubric) -> str:
             n = len(rubric.criteria)
@@ -165,7 +169,7 @@ class ModelJudge:
         )
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
-        """Blind: shuffled, in one question a group."""
+        """Return the grades of each group.  A request holds all answers of a group, shuffled.  Temperature 0."""
         orders = [g.shuffled() for g in groups]
 
         def check(i: int, sheet: Sheet) -> str:
@@ -206,7 +210,11 @@ class ModelJudge:
         temperature: float,
         lists: Callable[[int], Lists] = lambda i: {},
     ) -> list[F | Failed]:
-        """The forms, filled in; those that are not right are asked for again once."""
+        """Return the filled forms.  An answer that is not valid is requested once more.
+
+        `check(i, form)` returns an error message, or an empty string if form i is right.  `lists(i)` constrains the
+        lists in the schema of form i.
+        """
         schemas = [schema(form, lists(i)) if self.schemas else "" for i in range(len(asked))]
         how = How(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in asked]
@@ -227,21 +235,21 @@ class ModelJudge:
                 rejected[i].append(question)
                 again = {"role": "user", "content": AGAIN.format(why=why[i])}
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
-        # What was no answer in the end is not kept as one: a judge that is mended is asked again.
+        # Rejected answers leave the cache, so that a later run requests them from a repaired judge.
         self.model.forget([question for i in why for question in rejected[i]], how, seed)
         return [Failed(why[i]) if x is None else x for i, x in enumerate(out)]
 
     def traffic(self) -> dict[str, float]:
-        """By the names of a judge."""
+        """Return the counters under the names judge_*; empty if the teacher counts them."""
         if self.shared:
             return {}
         return {f"judge_{name.removeprefix('teacher_')}": x for name, x in self.model.traffic().items()}
 
 
 def read(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None, str]:
-    """The form in a model's answer, or why there is none.
+    """Parse the form in a model's answer: return (form, ""), or (None, reason).
 
-    Words and fences around the object are left out, commas before a closing bracket dropped.
+    Text and code fences around the json object are ignored, and so are commas before a closing bracket.
     """
     text = spoken(text)
     start, end = text.find("{"), text.rfind("}")
@@ -257,20 +265,23 @@ def read(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None,
 
 
 def shown(name: str, texts: Sequence[str]) -> str:
-    """Texts between numbered tags, which none of them can open or close."""
+    """Return texts between numbered tags, escaped so that no text can open or close a tag."""
     return tagged(name, [safe(text) for text in texts])
 
 
 def tagged(name: str, texts: Sequence[str]) -> str:
-    """Texts that are safe already between numbered tags."""
+    """Return texts, which are escaped already, between numbered tags."""
     return "\n".join(f'<{name} number="{i}">\n{text}\n</{name}>' for i, text in enumerate(texts, 1))
 
 
 def line(text: str) -> str:
-    """A criterion as one of a list: what a judge wrote of an answer may hold what the answer would have it say."""
+    """Return a criterion as one escaped line.
+
+    A judge may quote an answer in its criterion, and the answer may hold tags.
+    """
     return " ".join(safe(text).splitlines())
 
 
 def safe(text: str) -> str:
-    """A text in which no tag closes, and none of those a judge is shown texts between opens."""
+    """Escape a text: no closing tag remains, and no opening tag of those that a prompt of a judge uses."""
     return _TAG.sub("< ", text)

@@ -1,4 +1,7 @@
-"""Teachers in this process: another model, or the student's own weights as they are, were, or have been on average."""
+"""Teachers in this process.
+
+A teacher is another model, the student's current weights, its weights without the adapter, or their moving average.
+"""
 
 import contextlib
 import copy
@@ -22,13 +25,13 @@ from opd.types import MEASURED, Refusal, Rollout
 
 
 class LocalTeacher(Teacher):
-    """A transformers model that scores every token, whole distributions included, on its own device.
+    """A transformers model that scores tokens with whole distributions.
 
-    `low` is the type its products are rounded to where its weights are wider; `own_prompt` says which of a rollout's
-    two prompts it reads.
+    It may be on another device than the student.  `low` is the autocast dtype of its matmuls, for weights of a wider
+    dtype.  It reads the teacher's prompt of each rollout if `own_prompt` is true, else the student's.
     """
 
-    provides = MEASURED | {"vocabulary", "layers", "decoding"}  # columns, whole distributions, hidden states
+    provides = MEASURED | {"vocabulary", "layers", "decoding"}  # columns, distributions, layers
 
     def __init__(
         self,
@@ -39,14 +42,17 @@ class LocalTeacher(Teacher):
         own_prompt: bool = True,
     ) -> None:
         self.model, self.to, self.low, self.own_prompt = model, to, low, own_prompt
-        self.body: Body | None = None  # the layers compiled
+        self.body: Body | None = None  # the compiled layers, if any
         own = head(model)
-        # The head pass runs where the student is: the head moves there once, the states of each batch after it.
+        # The head pass runs on the student's device: the head is copied there once, the states of each batch follow.
         self.head = Head(own.weight.to(to), own.bias if own.bias is None else own.bias.to(to), own.scale, own.softcap)
 
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
-        """Final states at the trained tokens, after the teacher's own prompt; and the views of a lens on its layers."""
+        """Return the final hidden states [N, H] at the N trained tokens, and a lens' views of the layers.
+
+        The context of a token is the prompt that `own_prompt` selects and the response before the token.
+        """
         device = self.model.device
         with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
             at = rows(rollouts, masks, teacher=self.own_prompt, device=device)
@@ -55,11 +61,11 @@ class LocalTeacher(Teacher):
 
 
 class WithoutAdapter(LocalTeacher):
-    """The weights under the student's adapter: no second copy of them is held."""
+    """The student's base weights, with the adapter disabled.  They are not copied."""
 
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
-        """States at the trained tokens, the adapter off."""
+        """Return the hidden states at the trained tokens, computed with the adapter disabled."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext():
             return super().hidden(rollouts, masks, lens)
 
@@ -74,30 +80,33 @@ class Average(LocalTeacher):
         self.rate, self.student = rate, student
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(average, student) of every trained weight."""
+        """Return the pair (average, student) of every trained weight, by name."""
         mine = dict(self.model.named_parameters())
         return {name: (mine[name], p.detach()) for name, p in self.student.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move towards the student."""
+        """Move the averages towards the student's weights."""
         for average, current in self._pairs().values():
             average.lerp_(current, self.rate)
 
     def save(self, folder: Path) -> None:
-        """The averages."""
+        """Write the averages to a checkpoint."""
         save_tensors({name: pair[0] for name, pair in self._pairs().items()}, folder / "teacher.safetensors")
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """The averages of a checkpoint."""
+        """Load the averages of a checkpoint."""
         kept = load_file(folder / "teacher.safetensors")
         for name, (average, _) in self._pairs().items():
             average.copy_(kept[name])
 
 
 def average_rate(name: str) -> float | None:
-    """The rate of `ema:RATE`; None for another name."""
+    """Return the rate of a teacher named `ema:RATE` (`ema`: 0.05), or None for any other name.
+
+    Raises Refusal for a rate outside (0, 1].
+    """
     kind, colon, rate = name.partition(":")
     if kind != "ema":
         return None

@@ -1,7 +1,7 @@
-"""Who answers at an address, `reach(url, how) -> Server`, and vLLM's protocol of log-probs: requests and readers.
+"""Connect to a server, `reach(url, how) -> Server`, and build and parse requests of vLLM's log-prob protocol.
 
-`scoring` asks for the log-probs of prompts (/v1/completions), `choosing` for those of named ids
-(/inference/v1/generate), which `matrix` reads.
+`scoring` requests the log-probs of prompts (/v1/completions).  `choosing` requests those of given token ids
+(/inference/v1/generate), and `matrix` parses the response.
 """
 
 import base64
@@ -22,39 +22,40 @@ from opd.teachers.base import STUDENTS
 from opd.teachers.client import AGAIN, ANY, Client, Remote, payload, read_json, said
 from opd.types import MEASURED, Refusal
 
-CHUNK = 4096  # tokens of a request: the loss of one is cheap, and it fills a forward
-LOWEST = -9998.0  # vLLM writes -9999 for -inf
-HIGHEST = 1e-3  # nats: no log-prob rounds to more
-SPREAD = 64  # ids whose text a plain server is asked for, beside the added ones
-NO = frozenset(range(400, 500)) - AGAIN - {401} | {500, 501}  # there is no such route, or the model's runner cannot
-WHOLE = MEASURED | {"vocabulary"}  # what an `opd serve` provides
-TOKENS = STUDENTS | {"teacher_logp", "teacher_top"}  # what any other does
+CHUNK = 4096  # tokens per request: cheap to repeat when one fails, and enough to fill a forward
+LOWEST = -9998.0  # nats: vLLM sends -9999 for -inf
+HIGHEST = 1e-3  # nats: rounding makes no log-prob larger than this
+SPREAD = 64  # ids whose text is probed on a server other than `opd serve`, in addition to the added tokens
+NO = frozenset(range(400, 500)) - AGAIN - {401} | {500, 501}  # HTTP status: no such route, or the runner cannot do it
+WHOLE = MEASURED | {"vocabulary"}  # what `opd serve` provides
+TOKENS = STUDENTS | {"teacher_logp", "teacher_top"}  # what any other server provides
 
 
 @dataclass(frozen=True)
 class Server:
-    """Who answers at an address."""
+    """A server that was reached, and what it can score."""
 
     client: Client
     model: str
     context: int  # tokens
-    told: Mapping[str, Any]  # the identity of an `opd serve`; empty for any other
-    chosen: bool = False  # whether it scores tokens that the client names
+    told: Mapping[str, Any]  # the identity that `opd serve` sends; empty for any other server
+    chosen: bool = False  # whether it scores token ids that the client names
 
     @property
     def provides(self) -> frozenset[str]:
-        """The columns it allows to measure, and whether whole distributions."""
+        """Return the columns that can be measured with it, and "vocabulary" if it gives whole distributions."""
         return WHOLE if self.told else TOKENS | ({"chosen"} if self.chosen else set())
 
     @property
     def weights(self) -> str:
-        """Whose numbers it gives: the hash that an `opd serve` tells; of any other the name alone is known."""
+        """Return an id of the server's weights: the hash that `opd serve` sends, else only the model's name."""
         return str(self.told.get("fingerprint", self.model))
 
     def tokenizer(self, likely: Tokenizer, rows: int) -> Tokenizer:
-        """An `opd serve` hands out its own; any other has the likely one, or Refusal where an id means another token.
+        """Return the server's tokenizer.
 
-        Of the first `rows` ids, which the student has.
+        An `opd serve` sends its tokenizer.  Any other server is expected to have the `likely` one, which is probed on
+        the first `rows` ids (the student's).  Raises Refusal if ids mean other tokens there.
         """
         if not self.told:
             self._probe(likely, rows)
@@ -66,12 +67,12 @@ class Server:
         return found
 
     def _probe(self, likely: Tokenizer, rows: int) -> None:
-        # Siblings differ in added tokens: where one has none, there is a row that nobody trained, or no row at all.
+        # Sibling models differ in added tokens: where one model has a token, the other has an untrained row, or no row.
         added = sorted(i for i in likely.get_added_vocab().values() if i < rows)
         some = [i for i in _spread(likely) if i < rows and i not in added]
         wrong = self._differing(some, likely)
         moved = self._differing([*some[:1], *added], likely, fine=frozenset({400}))
-        if moved or len(wrong) > len(some) // 8:  # a few differ where servers decode in context
+        if moved or len(wrong) > len(some) // 8:  # a few ids differ on servers that decode in context
             raise Refusal(
                 f"{self.client.who}: {len(wrong)} of {len(some) - 1} probed ids and {len(moved)} of {len(added)} added "
                 f"tokens mean another token there: {'; '.join([*moved, *wrong][:3])}: serve a model with the student's "
@@ -79,7 +80,10 @@ class Server:
             )
 
     def _differing(self, ids: Sequence[int], likely: Tokenizer, fine: frozenset[int] = ANY) -> list[str]:
-        """What differs in the texts of some ids, the first left out; or why it refused them."""
+        """Describe each id whose text differs from the `likely` one, except the first id, which has no prediction.
+
+        If the server rejects the ids with a status in `fine`, return its error message.
+        """
         first, *rest = ids or [0]
         room = min(CHUNK, self.context) - 1
         rows = [[first, *rest[i : i + room]] for i in range(0, len(rest), room)]
@@ -116,7 +120,10 @@ class Server:
 
 
 def reach(url: str, how: Remote, *, field: str = "teacher") -> Server:
-    """Ask an address who it is; waits for one that is starting."""
+    """Identify the server at an address.  Waits for a server that is starting.
+
+    Raises Refusal if the server has another protocol version, or if the model cannot be chosen.
+    """
     how.check()
     client, told = Client(url, how, field=field), {}
     if client.knows("/opd/identity"):
@@ -134,12 +141,12 @@ def reach(url: str, how: Remote, *, field: str = "teacher") -> Server:
         raise Refusal(f"{client.who}: it serves {', '.join(cards) or 'no model'}; name one as {client.url}#NAME")
     if told:
         return Server(client, model, cards[model], told)
-    # One token is always generated beside the prompt that is scored.
+    # vLLM generates at least one token after the prompt that it scores.
     return Server(client, model, (cards[model] or 1 << 30) - 1, {}, _chooses(client, model))
 
 
 def _chooses(client: Client, model: str) -> bool:
-    """Whether a server scores chosen tokens: asked once, for a sequence of two."""
+    """Return whether a server scores chosen tokens.  It sends one request for a sequence of two tokens."""
     asked = [[1]]
 
     def read(response: httpx.Response) -> bool:
@@ -152,19 +159,28 @@ def _chooses(client: Client, model: str) -> bool:
 
 
 def scoring(model: str, rows: Sequence[Sequence[int]], top: int = 0) -> dict[str, object]:
-    """A request for the log-probs of prompts; vLLM generates at least one token."""
+    """Build a request for the log-probs of prompts, and of the `top` most probable tokens at each position.
+
+    vLLM generates at least one token.
+    """
     how = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}
     return {"model": model, "prompt": list(map(list, rows)), **how}
 
 
 def choosing(model: str, ids: Sequence[int], start: int, asked: Sequence[Sequence[int]]) -> dict[str, object]:
-    """A request for the log-probs of named ids (-1: none) at each token of a sequence from `start` (> 0) on."""
+    """Build a request for the log-probs of given ids at each token of a sequence, from position `start` (> 0).
+
+    `asked` has one row of ids per token; an id of -1 is a placeholder.
+    """
     how = {"max_tokens": 1, "prompt_logprob_token_ids": asked, "prompt_logprob_start": start - 1, "detokenize": False}
     return {"model": model, "token_ids": list(ids), "sampling_params": how}
 
 
 def matrix(asked: Sequence[Sequence[int]]) -> Callable[[dict], Float[Tensor, "n k"]]:
-    """A reader of its answer, -inf where none was named: float32 of the shape that was asked for, as .npy in base64."""
+    """Return a parser of the response to `choosing`: log-probs [n, k] in nats, -inf where the id is -1.
+
+    The response holds them as float32 .npy in base64.  The parser raises ValueError for another shape or dtype.
+    """
     named = torch.tensor(asked) >= 0
 
     def read(told: dict) -> Tensor:
@@ -178,14 +194,14 @@ def matrix(asked: Sequence[Sequence[int]]) -> Callable[[dict], Float[Tensor, "n 
 
 
 def logprobs(found: Tensor) -> Tensor:
-    """The same with -inf again where json had none; raises ValueError for what is no log-prob."""
+    """Return the log-probs with -inf restored, which vLLM sends as -9999.  Raises ValueError for invalid log-probs."""
     if found.isnan().any() or (found > HIGHEST).any():
         raise ValueError(f"{found.max():.4g} is no log-prob")
     return found.where(found > LOWEST, -torch.inf)
 
 
 def _spread(tokenizer: Tokenizer) -> list[int]:
-    """Ids all over the vocabulary that decode to whole characters."""
+    """Return ids, spread over the vocabulary, that decode to whole characters."""
     every = sorted(tokenizer.get_vocab().values())
     whole = [i for i in every[:: max(1, len(every) // (4 * SPREAD))] if "\ufffd" not in str(tokenizer.decode([i]))]
     return whole[:: max(1, len(whole) // SPREAD)]

@@ -1,4 +1,7 @@
-"""The JSON schema of a form, for servers and engines that keep to one; `judge.read` is what decides all the same."""
+"""JSON schemas of the forms that a judge fills in, for servers and engines with constrained decoding.
+
+`judge.read` validates every answer again.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +12,11 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Listed:
-    """What a list must hold: so many items, the first of which have given values of a field, the others one of some."""
+    """Constraints on a list: its length, and the values of one field of its items.
+
+    The list has `least` to `most` items.  The first items have the given `values` of `field`, in order.  In each later
+    item the field has one of the values `others`, if any are given.
+    """
 
     least: int
     most: int
@@ -18,11 +25,11 @@ class Listed:
     others: tuple[int, ...] = ()
 
 
-Lists = Mapping[str, Listed]  # by the name of their field
+Lists = Mapping[str, Listed]  # by the name of the list's field in the form
 
 
 def schema(form: type[BaseModel], lists: Lists) -> str:
-    """Closed, with such lists."""
+    """Return the JSON schema of a form, without additional properties and with constraints on its lists."""
     whole = form.model_json_schema()
     parts = whole.get("$defs", {})
     every = (*parts.values(), whole)

@@ -1,7 +1,7 @@
-"""A teacher behind HTTP: `opd serve`, whole distributions by hidden states; or vLLM's protocol, log-probs of tokens.
+"""Teachers behind HTTP: `opd serve` sends hidden states, and any server of vLLM's protocol sends log-probs.
 
-`open_teacher` makes of a `Server` what `LocalTeacher` is, for the same rollouts and masks.  A batch goes out as chunks,
-several at once; a chunk that fails is asked again alone.
+`open_teacher` turns a `Server` into a teacher with the interface of `LocalTeacher`.  A batch is sent in chunks, several
+at once.  If a chunk fails, only that chunk is sent again.
 """
 
 import json
@@ -27,7 +27,7 @@ from opd.teachers.client import Malformed, Traffic, read_json
 from opd.teachers.reach import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
 from opd.types import Refusal, Rollout
 
-TIES = 2  # tokens beside the student's k most probable: a tie may round otherwise in its next pass
+TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 K = TypeVar("K", Hidden, Given)
 R = TypeVar("R")
@@ -36,15 +36,15 @@ NONE: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class _Row:
-    """One rollout as the teacher reads it."""
+    """A rollout as the teacher reads it: prompt and response in one sequence."""
 
     ids: tuple[int, ...]
-    start: int  # where the response begins
-    at: tuple[int, ...]  # the trained tokens
+    start: int  # position of the first response token
+    at: tuple[int, ...]  # positions of the trained tokens
 
 
 class _Remote(Teacher, Generic[K]):
-    """What both kinds of server teacher share: rows out in chunks, answers back in order, an account of the bytes."""
+    """The common part of both server teachers: it sends rows in chunks, keeps their order and counts the traffic."""
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         self.server, self.client, self.to = server, server.client, to
@@ -54,11 +54,14 @@ class _Remote(Teacher, Generic[K]):
         self.before = Traffic()
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
-        """Ask now what `hidden` will want next: the server works while the student does."""
+        """Send the requests of the next `hidden` call now, so that the server works while the student does."""
         self.pending = (_key(rollouts, masks), self.early.submit(self._ask, rollouts, masks))
 
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> K:
-        """What the server says of the trained tokens, after the teacher's own prompt; no layer below the last."""
+        """Return what the server computes at the trained tokens, after the teacher's prompt.
+
+        `lens` must be None, because a server does not send the states of inner layers.
+        """
         assert lens is None, "a server shows no layers"
         pending, self.pending = self.pending, None
         if pending is not None and pending[0] == _key(rollouts, masks):
@@ -69,30 +72,30 @@ class _Remote(Teacher, Generic[K]):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Whose weights the run learns from."""
+        """Write the id of the server's weights to a checkpoint."""
         (folder / "teacher.json").write_text(json.dumps({"weights": self.server.weights}))
 
     def restore(self, folder: Path) -> None:
-        """Refuses to go on with others."""
+        """Raise Refusal if the server has other weights than those of the checkpoint."""
         path = folder / "teacher.json"
         if path.is_file() and json.loads(path.read_text())["weights"] != self.server.weights:
             raise self.changed()
 
     def changed(self) -> Refusal:
-        """What is said of a server that has other weights."""
+        """Return the Refusal for a server whose weights have changed."""
         return Refusal(
             f"{self.client.who}: other weights answer there now ({self.server.model}) than when the run started: serve "
             "those again, or start a new run"
         )
 
     def close(self) -> None:
-        """Let the threads that still ask end."""
+        """Cancel the requests in flight, so that their threads end."""
         self.client.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.early.shutdown(wait=False, cancel_futures=True)
 
     def traffic(self) -> dict[str, float]:
-        """What went over the wire since the last call, for perf.jsonl."""
+        """Return the network traffic since the last call, for perf.jsonl."""
         with self.client.lock:
             now = Traffic(**asdict(self.client.traffic))
         new = {name: value - getattr(self.before, name) for name, value in asdict(now).items()}
@@ -105,7 +108,10 @@ class _Remote(Teacher, Generic[K]):
         }
 
     def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
-        """The answer for each row; chunks of at most `most` tokens are asked side by side."""
+        """Return the answer for each row that has a trained token.
+
+        Chunks of at most `most` padded tokens are sent in parallel.
+        """
         out: dict[int, R] = {}
         groups = list(_chunks(rows, most))
         jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
@@ -119,9 +125,10 @@ class _Remote(Teacher, Generic[K]):
 
 
 class HiddenTeacher(_Remote[Hidden]):
-    """An `opd serve`: final states come over the wire, 2 or 4 bytes times the width for each token.
+    """A teacher behind `opd serve`, which sends final hidden states: 2 or 4 bytes times the hidden width per token.
 
-    Exact, and every method works: the head is fetched once, and the head pass measures whole distributions.
+    It is exact and supports every method, because the LM head is fetched once and the head pass measures whole
+    distributions.
     """
 
     provides = WHOLE
@@ -164,11 +171,12 @@ class HiddenTeacher(_Remote[Hidden]):
 
 
 class LogpTeacher(_Remote[Given]):
-    """Any server of vLLM's protocol: it says log q of the sampled tokens, and of some others where a method needs them.
+    """A teacher behind any server of vLLM's protocol, which sends log q of single tokens.
 
-    Exact ids through /inference/v1/generate where the server has it (vLLM >= 0.32, V2 runner), 4 bytes a token; else
-    prompt_logprobs of /v1/completions, about 80.  Its softmax is over all its rows, padded ones included.
-    The others: the server's own `tops["teacher"]` most probable tokens, or those that the caller names.
+    These are the sampled tokens and, where a method needs them, others: the server's `tops["teacher"]` most probable
+    tokens, or those that the caller names.  The request is /inference/v1/generate where the server has it (vLLM >=
+    0.32, V2 runner; 4 bytes per token), else prompt_logprobs of /v1/completions (about 80 bytes per token).  The
+    server's softmax is over all rows of its head, padded ones included.
     """
 
     provides: frozenset[str] = TOKENS
@@ -178,7 +186,7 @@ class LogpTeacher(_Remote[Given]):
     ) -> None:
         super().__init__(server, to=to)
         self.provides = server.provides
-        self.stop = stop if len(stop) > 1 else ()  # merged into one class
+        self.stop = stop if len(stop) > 1 else ()  # ids merged into one class
         self.size, self.top = size, tops.get("teacher", 0)
         self.likeliest, self.drawn = tops["student"] + TIES if "student" in tops else 0, tops.get("drawn", 0)
         if sum(map(bool, (self.top, self.likeliest, self.drawn))) > 1:
@@ -191,7 +199,7 @@ class LogpTeacher(_Remote[Given]):
                 f"{self.client.who}: it cannot say the probability of a chosen token, which merging the stop "
                 f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
             )
-        # What it gives at most (vLLM's --max-logprobs) is known before the first step.
+        # This request shows before the first step whether the server's --max-logprobs is large enough.
         if self.top:
             self._prompted([_Row((1, 1), 1, (1,))])
         elif named := self.likeliest or self.drawn:
@@ -204,7 +212,7 @@ class LogpTeacher(_Remote[Given]):
         lens: Lens | None = None,
         ids: Int[Tensor, "N k"] | None = None,
     ) -> Given:
-        """What the server says of the trained tokens, and of `ids` at each of them."""
+        """Return log q of the trained tokens, and of the N rows of `ids` at them."""
         return super().hidden(rollouts, masks, lens) if ids is None else self._ask(rollouts, masks, ids)
 
     def _ask(
@@ -226,7 +234,10 @@ class LogpTeacher(_Remote[Given]):
         return Given(logp, ids, beside, min(self.top, self.size))
 
     def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
-        """By vLLM's fixed-token scoring; one sequence a request.  A class is asked for member by member."""
+        """Score named ids with vLLM's fixed-token scoring, one sequence per request.
+
+        The probability of the stop class is the sum over its members, which are requested one by one.
+        """
         ((row, named),) = rows
         beside = {t: ids.tolist() for t, ids in zip(row.at, named, strict=True)}
         own = lambda t: [row.ids[t], *self.stop, *beside.get(t, ())]
@@ -245,7 +256,10 @@ class LogpTeacher(_Remote[Given]):
         return [Given(logp[:, 0], named, logp[:, 1:]) if k else Given(logp[:, 0])]
 
     def _prompted(self, rows: list[_Row]) -> list[Given]:
-        """By the log-probs of a prompt's own tokens, and of the most probable ones; many sequences a request."""
+        """Score tokens with vLLM's prompt_logprobs, many sequences per request.
+
+        The response holds the log-probs of the sequence's tokens and of the most probable ones.
+        """
 
         def read(told: dict) -> list[Given]:
             choices = sorted(told["choices"], key=lambda c: c["index"])
@@ -263,7 +277,10 @@ class LogpTeacher(_Remote[Given]):
         return self.client.post("/v1/completions", body, read_json(read))
 
     def _tops(self, row: _Row, found: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
-        """Ids and log-probs of the common vocabulary, in rows of one width: short ones repeat their own token."""
+        """Return ids and log-probs [n, top + 1] of the most probable tokens that both models have.
+
+        A row with fewer of them repeats the sampled token.
+        """
         ids, logp = [], []
         for t, at in zip(row.at, found, strict=True):
             some = {i: x for i, x in at.items() if i < self.size}
@@ -279,15 +296,16 @@ class LogpTeacher(_Remote[Given]):
 def open_teacher(
     server: Server, *, to: torch.device, stop: tuple[int, ...], size: int = 1 << 62, tops: Mapping[str, int] = NONE
 ) -> HiddenTeacher | LogpTeacher:
-    """The teacher behind a server; `stop` are the ids merged into one class, of `size` that both models have.
+    """Return the teacher behind a server.
 
-    `tops`: of how many of whose most probable tokens a method must know (`Method.supports`).
+    `stop` are the ids merged into one class.  `size` is the number of ids that both models have.  `tops` says how many
+    of the most probable tokens of which model a method must know (`Method.supports`).
     """
     return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
 
 
 def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:
-    """Which tokens are asked about."""
+    """Return a key that identifies the requested tokens."""
     return tuple((r.teacher_prompt_ids, r.ids, *mask) for r, mask in zip(rollouts, masks, strict=True))
 
 
@@ -300,7 +318,10 @@ def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[
 
 
 def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
-    """Rows that have a trained token, longest first, within `most` padded tokens; a longer one goes alone."""
+    """Yield groups of the rows that have a trained token, longest first, with at most `most` padded tokens each.
+
+    A row longer than that forms a group by itself.
+    """
     group: list[int] = []
     for i in sorted((i for i, row in enumerate(rows) if row.at), key=lambda i: -len(rows[i].ids)):
         if group and (len(group) + 1) * len(rows[group[0]].ids) > most:

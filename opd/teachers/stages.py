@@ -1,7 +1,7 @@
-"""Judges of stages: criteria drawn from the contrast of rollouts, marks of each rollout by them, worth of reflections.
+"""Judges that score the stages of a response, and reflections on it.  RubricEM, arXiv:2605.10899.
 
-`evolve(groups) -> new criteria`, `marks(responses, criteria) -> 0 to 2 by criterion`, `worth(reflections) -> [0, 1]`;
-Failed, and why, where a judge did.  RubricEM, arXiv:2605.10899.
+`evolve(groups)` returns new criteria from the contrast of rollouts, `marks(responses, criteria)` 0 to 2 per criterion,
+and `worth(reflections)` a score in [0, 1].  Each holds `Failed` with the reason where the judge failed.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from opd.teachers.schema import Listed, Lists
 from opd.teachers.text import Failed
 from opd.types import Prompt
 
-FEW, MANY = (1, 4), (2, 5)  # new criteria of a stage, and of the answer
+FEW, MANY = (1, 4), (2, 5)  # (fewest, most) new criteria of a stage, and of the answer, the last stage
 WORTH = {"accuracy": 0.4, "specificity": 0.3, "scope": 0.3}
 
 EVOLVE = """You keep a rubric for answers to one question. An answer has {count} stages, one after another: {names}.
@@ -82,7 +82,7 @@ Return one json object and nothing else: {{"reason": "...", "accuracy": 2, "spec
 
 
 class Proposed(BaseModel, frozen=True):
-    """A new criterion."""
+    """A new criterion of one stage."""
 
     stage: Annotated[int, Field(ge=1)]
     title: str = ""
@@ -98,7 +98,7 @@ class Evolved(BaseModel, frozen=True):
 
 
 class Marked(BaseModel, frozen=True):
-    """How far one criterion is met, and why."""
+    """The mark for one criterion, with a reason."""
 
     index: int
     reason: str
@@ -106,13 +106,13 @@ class Marked(BaseModel, frozen=True):
 
 
 class Marking(BaseModel, frozen=True):
-    """One response by all criteria."""
+    """The marks of one response for all criteria."""
 
     marks: tuple[Marked, ...]
 
 
 class Weighed(BaseModel, frozen=True):
-    """What a reflection is worth."""
+    """The marks of a reflection."""
 
     reason: str
     accuracy: Literal[0, 1, 2]
@@ -120,25 +120,25 @@ class Weighed(BaseModel, frozen=True):
     scope: Literal[0, 1, 2]
 
     def worth(self) -> float:
-        """In [0, 1]."""
+        """Return the weighted mean of the marks, scaled to [0, 1]; the weights are WORTH."""
         return sum(share * getattr(self, name) for name, share in WORTH.items()) / MOST
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A response by stage; "" where one is missing."""
+    """A response split into stages; a missing stage is ""."""
 
     prompt: Prompt
     stages: tuple[str, ...]
 
     def whole(self) -> str:
-        """All of it."""
+        """Return the whole response, stripped."""
         return "".join(self.stages).strip()
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A question, the student's responses and the teacher's, if any, and the criteria kept so far."""
+    """A question with the student's responses, the teacher's (may be empty), and the criteria kept so far."""
 
     prompt: Prompt
     answers: tuple[Staged, ...]
@@ -148,7 +148,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Reflected:
-    """A reflection on an attempt."""
+    """A reflection (`text`) on an attempt to answer a prompt."""
 
     prompt: Prompt
     attempt: str
@@ -157,35 +157,41 @@ class Reflected:
 
 @runtime_checkable
 class StageJudge(Protocol):
-    """Whoever keeps rubrics of stages."""
+    """A judge that writes criteria for stages and marks responses by them."""
 
     def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
-        """New criteria of each question."""
+        """Return new criteria for each question."""
 
     def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
-        """Of each response by its criteria."""
+        """Return the marks of each response for its criteria."""
 
     def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
-        """Of each reflection, in [0, 1]."""
+        """Return the worth of each reflection, in [0, 1]."""
 
     def traffic(self) -> dict[str, float]:
-        """What was asked since the last call, for perf.jsonl."""
+        """Return the counters since the last call, for perf.jsonl."""
 
 
 @dataclass(frozen=True)
 class ModelStageJudge:
-    """A model that is asked in words: one question a group for criteria, one a response for marks."""
+    """A language model as judge of stages.
+
+    It gets one request per group for criteria, one per response for marks, and one per reflection for its worth.
+    """
 
     judge: ModelJudge
     tags: tuple[str, ...]
 
     def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
-        """A little warm; too many criteria of a stage, or too few, are asked for again."""
+        """Return new criteria for each question.  Temperature 0.7.
+
+        If a stage gets too many or too few criteria, they are requested once more.
+        """
         last = len(self.tags)
 
         def bounds(i: int, stage: int) -> tuple[int, int]:
             least, most = MANY if stage == last else FEW
-            known = any(c.stage == stage for c in groups[i].kept)  # then there may be nothing new to say
+            known = any(c.stage == stage for c in groups[i].kept)  # then the judge may add none
             return 0 if known else least, most
 
         def check(i: int, found: Evolved) -> str:
@@ -196,7 +202,10 @@ class ModelStageJudge:
             return "" if all(c.stage <= last for c in found.criteria) else f"there are {last} stages"
 
         def lists(i: int) -> Lists:
-            """The fewest of each stage, then as many of any as none has too many by."""
+            """Constrain the list: first the fewest criteria of each stage, then extra ones of any stage.
+
+            Their number is such that no stage can get too many.
+            """
             stages = tuple(range(1, last + 1))
             first = tuple(stage for stage in stages for _ in range(bounds(i, stage)[0]))
             more = min(most - least for least, most in (bounds(i, stage) for stage in stages))
@@ -218,7 +227,7 @@ class ModelStageJudge:
         return [x if isinstance(x, Failed) else tuple(map(made, x.criteria)) for x in found]
 
     def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
-        """Cold."""
+        """Return the marks of each response.  Temperature 0."""
 
         def check(i: int, found: Marking) -> str:
             n = len(criteria[i])
@@ -239,7 +248,7 @@ class ModelStageJudge:
         return [x if isinstance(x, Failed) else tuple(m.mark for m in x.marks) for x in found]
 
     def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
-        """Cold."""
+        """Return the worth of each reflection.  Temperature 0."""
         asked = [
             WEIGH.format(question=safe(question(x.prompt)), attempt=safe(x.attempt), reflection=safe(x.text))
             for x in reflections
@@ -248,16 +257,16 @@ class ModelStageJudge:
         return [x if isinstance(x, Failed) else x.worth() for x in found]
 
     def traffic(self) -> dict[str, float]:
-        """By the names of a judge."""
+        """Return the judge's counters since the last call."""
         return self.judge.traffic()
 
 
 def _by_stage(response: Staged) -> str:
-    """A response as a judge reads it: no text of a stage can begin another."""
+    """Return a response as the judge reads it: stages between tags, escaped so that no stage can open another."""
     return shown("stage", [text or "(missing)" for text in response.stages])
 
 
 def _listed(criteria: Buffer) -> str:
-    """Criteria as a judge reads them."""
+    """Return criteria as the judge reads them: a numbered list."""
     said = lambda c: f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{line(c.text)}"
     return "\n".join(f"{i}. {said(c)}" for i, c in enumerate(criteria, 1))

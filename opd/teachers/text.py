@@ -1,7 +1,7 @@
-"""Teachers and judges that only write: `continue_(prefixes, ...) -> texts`, `chat(conversations, ...) -> texts`.
+"""Teachers and judges that only generate text: `continue_(prefixes, ...) -> texts`, `chat(prompts, ...) -> texts`.
 
-A model behind an OpenAI-compatible endpoint, or one in this process.  A question that fails comes back without texts
-and is counted; the others of its batch are kept, on disk too.  Where too many fail, the run stops and says why.
+The model is behind an OpenAI-compatible endpoint, or in this process.  A request that fails is counted and returns no
+texts; the other answers of its batch are kept, in memory and on disk.  If too many requests fail, the run stops.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from opd.teachers.client import Remote, endpoint, secret
 from opd.types import Prompt, Refusal, Rollout, Sampling, one_line
 
 T = TypeVar("T")
-LEAST, LAST = 10, 50  # questions before failures can stop a run, and those that are looked at
+LEAST, LAST = 10, 50  # requests: the fewest after which failures can stop a run, and the window that is counted
 ON = (
     "Below, an answer to the last question has begun. Write what comes next, from the very character where it breaks "
     "off. Repeat none of it, and say nothing else.\n\n"
@@ -37,49 +37,52 @@ ON = (
 
 @dataclass(frozen=True)
 class Begun:
-    """A question, and how its answer begins."""
+    """A request: a prompt, and the prefix of its answer."""
 
     prompt: Prompt
     text: str = ""
-    schema: str = ""  # json: the answer keeps to it
+    schema: str = ""  # JSON schema of the answer; empty: free text
 
 
 @dataclass(frozen=True)
 class How:
-    """The parameters of a question."""
+    """The generation parameters of a request."""
 
     n: int
     max_tokens: int
     temperature: float
-    setting: str  # the flag that max_tokens comes from, for messages
+    setting: str  # the flag that sets max_tokens, for error messages
 
 
 @dataclass
 class Account:
-    """What was asked so far; threads add to it under the lock."""
+    """Counters of requests and tokens.  Threads update them under the lock."""
 
-    calls: int = 0  # questions that went to the model
-    cached: int = 0  # questions that it had answered before
+    calls: int = 0  # requests sent to the model
+    cached: int = 0  # requests answered from the cache
     failed: int = 0
     read_tokens: int = 0
     written_tokens: int = 0
-    seconds: float = 0.0  # of the calls, side by side ones added up
+    seconds: float = 0.0  # sum over the calls, parallel ones included
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **more: float | int) -> None:
-        """Count."""
+        """Add to the counters."""
         with self.lock:
             for name, value in more.items():
                 setattr(self, name, getattr(self, name) + value)
 
     def numbers(self) -> dict[str, float]:
-        """All counts."""
+        """Return all counters by name."""
         with self.lock:
             return {f.name: float(getattr(self, f.name)) for f in fields(self) if f.name != "lock"}
 
 
 class Gate:
-    """Stops a run in which too many questions fail: more than a share of the last ones, once there are some."""
+    """A limit on failures: it stops the run when more than the share `most` of the last LAST requests failed.
+
+    It waits for LEAST requests first.
+    """
 
     def __init__(self, who: str, most: float, of: str = "questions") -> None:
         self.who, self.most, self.of, self.lock = who, most, of, threading.Lock()
@@ -87,7 +90,7 @@ class Gate:
         self.why = ""
 
     def note(self, why: str) -> None:
-        """One question more: empty if it was answered, else why not."""
+        """Count one request.  `why` is the reason of its failure, or empty.  Raises Refusal above the limit."""
         with self.lock:
             self.last.append(bool(why))
             self.why = why or self.why
@@ -99,30 +102,30 @@ class Gate:
 
 
 class Failed(Exception):
-    """A question without an answer, and why."""
+    """A request without an answer, with the reason."""
 
 
 Written = list[tuple[int, list[str] | Failed]]
-"""(place, texts) of some questions."""
+"""Pairs (index of a request, its texts or its failure)."""
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """A model that writes."""
+    """A model that generates text."""
 
     @property
     def name(self) -> str:
-        """Part of every key."""
+        """Return the model's name, which is part of each cache key."""
 
     def reads(self, begun: Begun) -> object:
-        """A question as it goes out, for json: with name, parameters and seed it is the whole key."""
+        """Return what the model reads, as json.  With name, parameters and seed it forms the cache key."""
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
-        """The texts of each question and its seed, in any order, some at a time."""
+        """Generate texts for pairs (request, seed).  Yields results as they finish, in any order."""
 
 
 class Endpoint:
-    """An OpenAI-compatible server."""
+    """A model behind an OpenAI-compatible server."""
 
     def __init__(self, name: str, how: Remote, *, field: str) -> None:
         self.model, self.url = endpoint(name)
@@ -137,7 +140,7 @@ class Endpoint:
             )
         openai = needed("openai", f"--{field} {self.name}")
         self.errors = openai
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy of the environment does not reach it
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy from the environment cannot reach it
         self.client = openai.OpenAI(
             api_key=secret(how.teacher_token_env) or "none",
             base_url=self.url or "https://api.openai.com/v1",
@@ -147,16 +150,16 @@ class Endpoint:
         )
 
     def reads(self, begun: Begun) -> object:
-        """The conversation with what is added to the request, or the plain text."""
+        """Return the conversation with the extra fields of the request, or the plain text."""
         return self._turns(begun) if begun.prompt.messages else begun.prompt.text + begun.text
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
-        """Some requests at a time."""
+        """Send the requests in parallel, at most --teacher-concurrency at once."""
         jobs = [partial(self._one, begun, seed, how, account) for begun, seed in asked]
         return beside(jobs, self.how.teacher_concurrency)
 
     def _one(self, begun: Begun, seed: int, how: How, account: Account) -> list[str] | Failed:
-        """All the texts of one question: servers that give fewer at once are asked again."""
+        """Return all n texts of one request.  A server that returns fewer at once gets further requests."""
         texts: list[str] = []
         start, openai = time.perf_counter(), self.errors
         try:
@@ -173,7 +176,7 @@ class Endpoint:
             ) from error
         except openai.NotFoundError as error:
             raise Refusal(f"--{self.field} {self.name}: {one_line(error)}: name a model that the server has") from error
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # the latter: malformed answers
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # malformed answers
             return Failed(f"{type(error).__name__}: {one_line(error)}")
         finally:
             account.add(seconds=time.perf_counter() - start)
@@ -182,7 +185,7 @@ class Endpoint:
         drawing: dict[str, Any] = {"model": self.model, "n": n, "temperature": how.temperature, "seed": seed}
         if begun.prompt.messages:
             turns, more = self._turns(begun)
-            # OpenAI's own models know one of the two names, older servers the other.
+            # OpenAI's current models accept max_completion_tokens, older servers only max_tokens.
             most = "max_tokens" if self.url else "max_completion_tokens"
             said = self.client.chat.completions.create(
                 messages=turns, extra_body=more, **{most: how.max_tokens}, **drawing
@@ -197,7 +200,7 @@ class Endpoint:
         return worded(texts, how) if texts else Failed(f"{self.name} gave no text")
 
     def _turns(self, begun: Begun) -> tuple[list[dict[str, str]], dict[str, object]]:
-        """The conversation, and what is added to the request."""
+        """Return the conversation, and the extra fields of the request."""
         turns = [dict(turn) for turn in begun.prompt.messages]
         if begun.schema:
             form = {"name": "form", "schema": json.loads(begun.schema)}
@@ -206,32 +209,32 @@ class Endpoint:
             return turns, {}
         if self.how.teacher_prefix == "ask":
             return [*turns, {"role": "user", "content": ON + begun.text}], {}
-        # vLLM's, which other servers share.
+        # Extensions of vLLM, which some other servers have, too.
         more: dict[str, object] = {"add_generation_prompt": False, "continue_final_message": True}
         return [*turns, {"role": "assistant", "content": begun.text}], more
 
 
 @dataclass
 class Local:
-    """A model in this process."""
+    """A text model in this process."""
 
     name: str
     engine: HFEngine
     tokenizer: Tokenizer
     context: int  # tokens
-    arguments: Mapping[str, Any]  # of its chat template
+    arguments: Mapping[str, Any]  # arguments of its chat template
 
     @cached_property
     def forms(self) -> Forms:
-        """What keeps answers to schemas."""
+        """Return the compiler of JSON schemas for this tokenizer; made once."""
         return Forms.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
 
     def reads(self, begun: Begun) -> object:
-        """Token ids, which its chat template and its arguments are in; and a schema."""
+        """Return the token ids after the chat template, and the schema if the request has one."""
         return [self._ids(begun), begun.schema] if begun.schema else self._ids(begun)
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
-        """All of them in batches; the i-th text of a question draws from a stream of its own."""
+        """Generate texts for all requests in batches.  Each text of a request has a separate random stream."""
         start, rows, index, places, forms = time.perf_counter(), [], [], [], []
         for i, (begun, seed) in enumerate(asked):
             ids = self._ids(begun)
@@ -262,21 +265,21 @@ class Local:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A model in the main process, which alone asks: here it has a name and no weights."""
+    """A placeholder for a text model that only the main process (rank 0) holds: it has a name and no weights."""
 
     name: str
 
     def reads(self, begun: Begun) -> object:
-        """Nothing here."""
+        """Raise AssertionError: only the main process generates."""
         raise AssertionError("the main process asks")
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
-        """Nothing here."""
+        """Raise AssertionError: only the main process generates."""
         raise AssertionError("the main process asks")
 
 
 class TextTeacher(Teacher):
-    """A model that answers in texts.  It scores nothing: for methods that ask for no log-prob of it."""
+    """A teacher that answers with text only.  It suits methods that need no log-probs of the teacher."""
 
     provides = STUDENTS | {"text"}
 
@@ -287,22 +290,28 @@ class TextTeacher(Teacher):
     def continue_(
         self, prefixes: Sequence[Begun], n: int, max_tokens: int, seed: int, temperature: float = 1.0
     ) -> list[list[str]]:
-        """`n` continuations of each begun answer, in tokens of the teacher's own; none of one that failed."""
+        """Return `n` continuations of each prefix; an empty list where the request failed.
+
+        `max_tokens` counts tokens of the teacher's tokenizer.
+        """
         return self.texts(prefixes, How(n, max_tokens, temperature, "--length"), seed)
 
     def chat(self, conversations: Sequence[Prompt], how: How, seed: int) -> list[list[str]]:
-        """Answers to each conversation; none where it failed."""
+        """Return the answers to each conversation; an empty list where the request failed."""
         return self.texts([Begun(x) for x in conversations], how, seed)
 
     def forget(self, asked: Sequence[Begun], how: How, seed: int) -> None:
-        """Drop some answers from disk: they were of no use, and are asked for again."""
+        """Delete useless answers from the cache, so that the requests are sent again next time."""
         self.answers.drop([self._key(x, how, seed) for x in asked])
 
     def _key(self, begun: Begun, how: How, seed: int) -> str:
         return key(self.writer.name, self.writer.reads(begun), how.n, how.max_tokens, how.temperature, seed)
 
     def texts(self, asked: Sequence[Begun], how: How, seed: int) -> list[list[str]]:
-        """From disk, else from the model; equal questions are one."""
+        """Return the texts of each request, from the cache or from the model; an empty list where it failed.
+
+        Equal requests are sent once.
+        """
         keys, found = [self._key(x, how, seed) for x in asked], dict[str, list[str]]()
         wanted: dict[str, tuple[Begun, int]] = {}
         for k, x in zip(keys, asked, strict=True):
@@ -311,11 +320,11 @@ class TextTeacher(Teacher):
             if (kept := self.answers.find(k)) is not None:
                 found[k] = kept
             else:
-                wanted[k] = (x, int(k[:7], 16))  # the seed of a question is its own: 28 bits
+                wanted[k] = (x, int(k[:7], 16))  # a request's seed comes from its key: 28 bits
         self.account.add(calls=len(wanted), cached=len(found))
         names = list(wanted)
         for some in self.writer.write(list(wanted.values()), how, self.account) if wanted else ():
-            for i, texts in some:  # all of them are kept before a failure may end the run
+            for i, texts in some:  # store all answers before a failure can stop the run
                 if not isinstance(texts, Failed):
                     self.answers.keep(names[i], texts)
                     found[names[i]] = texts
@@ -326,10 +335,10 @@ class TextTeacher(Teacher):
         return [found.get(k, []) for k in keys]
 
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> None:
-        """No states."""
+        """Return None: a text-only teacher has no hidden states."""
 
     def traffic(self) -> dict[str, float]:
-        """What was asked since the last call, for perf.jsonl."""
+        """Return the counters since the last call, for perf.jsonl."""
         now = self.account.numbers()
         new = {f"teacher_{name}": value - self.before.get(name, 0.0) for name, value in now.items()}
         self.before = now
@@ -337,9 +346,9 @@ class TextTeacher(Teacher):
 
 
 def worded(ended: Sequence[tuple[str, str | None]], how: How) -> list[str] | Failed:
-    """Texts that came with the reason why they end there; an empty one is an answer only if the model would have it so.
+    """Return the texts of pairs (text, finish_reason), or Failed if one is empty for another reason than "stop".
 
-    A model that thinks first may spend all its tokens on that, and say nothing.
+    A reasoning model may spend all its tokens on thinking and return no text.
     """
     for text, why in ended:
         if not text and why != "stop":
@@ -348,9 +357,10 @@ def worded(ended: Sequence[tuple[str, str | None]], how: How) -> list[str] | Fai
 
 
 def beside(jobs: Sequence[Callable[[], T]], most: int) -> Iterator[list[tuple[int, T]]]:
-    """(place, result) of each call, `most` of them at a time; all those that ended since the last look.
+    """Run calls in at most `most` threads.  Yields lists of (index, result): all calls that ended since the last list.
 
-    A call that waits for an answer when nobody looks any more holds up neither the caller nor the end of the process.
+    The threads are daemons.  When the caller stops reading, a call that still waits delays neither the caller nor the
+    end of the process.
     """
     left = deque(enumerate(jobs))
     done, broken = SimpleQueue[tuple[int, T] | None](), list[BaseException]()
@@ -359,7 +369,7 @@ def beside(jobs: Sequence[Callable[[], T]], most: int) -> Iterator[list[tuple[in
         while left:
             try:
                 i, job = left.popleft()
-            except IndexError:  # another thread took the last
+            except IndexError:  # another thread took the last job
                 return
             try:
                 done.put((i, job()))
@@ -384,7 +394,7 @@ def beside(jobs: Sequence[Callable[[], T]], most: int) -> Iterator[list[tuple[in
 
 
 def needed(package: str, what: str) -> Any:
-    """A package of the extra `text`."""
+    """Import a package of the extra `text`.  Raises Refusal if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,6 +1,7 @@
-"""The task's verifier as a judge: rubrics of what right answers share, marks by reading, without a model.
+"""Judges that use the task's verifier instead of a model.
 
-`VerifierJudge` grades whole answers, `VerifierStageJudge` their stages; both are deterministic, and cost nothing.
+Their rubrics consist of fixed rules and of the lines that right answers share.  `VerifierJudge` grades whole answers,
+`VerifierStageJudge` grades stages.  Both are deterministic and need no request.
 """
 
 import re
@@ -28,17 +29,18 @@ _SUM = re.compile(r"(?<![\w.^])(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)(?![\w.])")
 
 @dataclass(frozen=True)
 class VerifierJudge:
-    """The task's verifier, and the steps that right answers share: deterministic, here, for nothing.
+    """A judge of answers that uses the task's verifier.
 
-    Its rubric: is the final answer right; is there one; are the question's numbers used; does it go round in circles;
-    and the lines that most right references have (right answers of the student, where no reference is right), those
-    that set the student's answers apart first.
+    Its rubric has four fixed criteria: the final answer is right, an answer exists, the question's numbers are used,
+    and no line is repeated three times.  Further criteria are the lines that most right references contain; if no
+    reference is right, those of the student's right answers.  Lines that about half of the student's answers contain
+    come first.
     """
 
     verify: Callable[[str, Prompt], float]
 
     def rubrics(self, groups: Sequence[Group], least: int, most: int, seed: int) -> list[Rubric | Failed]:
-        """From the answers' own lines."""
+        """Return a rubric for each group, made from the lines of its answers."""
         return [self._rubric(g, least, most) for g in groups]
 
     def _rubric(self, group: Group, least: int, most: int) -> Rubric | Failed:
@@ -49,13 +51,13 @@ class VerifierJudge:
         shared = [line for line, n in counts.items() if 2 * n > len(right)]
         of = [set(lines(text)) for text in group.answers]
         apart = lambda line: abs(sum(line in said for said in of) / max(1, len(of)) - 0.5)
-        steps = sorted(shared, key=apart)[: most - len(base)]  # stable: then in their order
+        steps = sorted(shared, key=apart)[: most - len(base)]  # stable: ties keep their order
         found = [*base, *((STATES + line, 2) for line in steps)]
         rubric = Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in found))
         return rubric if len(found) >= least else Failed(f"{len(found)} criteria, and --least is {least}")
 
     def grades(self, groups: Sequence[Group], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
-        """By reading each answer."""
+        """Return which criteria each answer meets, by fixed rules."""
         return [
             tuple(tuple(self._meets(c.criterion, x, g.prompt) for c in r.criteria) for x in (*g.references, *g.answers))
             for g, r in zip(groups, rubrics, strict=True)
@@ -74,24 +76,25 @@ class VerifierJudge:
         return rules[criterion]()
 
     def traffic(self) -> dict[str, float]:
-        """Nothing went anywhere."""
+        """Return nothing: this judge sends no request."""
         return {}
 
 
 @dataclass(frozen=True)
 class VerifierStageJudge:
-    """The task's verifier, sums that are worked out, and the lines that right answers share: here, for nothing.
+    """A judge of stages that uses the task's verifier and checks sums.
 
-    Its criteria: the final answer is right; the sums of a stage are; the stage does not go round in circles; and the
-    lines of a stage that most right references have (right answers of the student, where no reference is right), those
-    that set the student's answers apart first.  A reflection is worth what it comes to: the right answer, the
-    question's numbers, and no copy of a wrong attempt.
+    Its criteria: the final answer is right; the sums of a stage are right; a line of a stage is repeated three times
+    (a fault); the stage states a line that most right references contain.  If no reference is right, the student's
+    right answers take their place.  Criteria whose marks vary most over the student's answers come first.  A reflection
+    is marked by three things: it reaches the right answer, it uses the question's numbers, and it is no copy of a wrong
+    attempt.
     """
 
     verify: Callable[[str, Prompt], float]
 
     def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
-        """From the responses' own lines."""
+        """Return new criteria for each question, made from the lines of its responses."""
         return [self._evolved(g) for g in groups]
 
     def _evolved(self, group: Contrast) -> Buffer:
@@ -108,12 +111,12 @@ class VerifierStageJudge:
             found += [OfStage(stage, STATES + line, 2) for line in shared]
             new = [c for c in found if (c.stage, c.text) not in known]
             marks = lambda c: [self._mark(c, x) for x in group.answers]
-            apart = sorted(new, key=lambda c: -_spread(marks(c)))  # stable: then in their order
+            apart = sorted(new, key=lambda c: -_spread(marks(c)))  # stable: ties keep their order
             out += apart[: (MANY if stage == last else FEW)[1]]
         return tuple(out)
 
     def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
-        """By reading each response."""
+        """Return the marks of each response, by fixed rules."""
         return [tuple(self._mark(c, x) for c in some) for x, some in zip(answers, criteria, strict=True)]
 
     def _mark(self, criterion: OfStage, response: Staged) -> int:
@@ -124,14 +127,14 @@ class VerifierStageJudge:
             return MOST * self._right(response)
         if criterion.text == ROUND:
             return MOST * (max(Counter(lines(text)).values(), default=0) >= 3)
-        share = _sums(text) if criterion.text == SUMS else 0.0  # a criterion of another's making is not met
+        share = _sums(text) if criterion.text == SUMS else 0.0  # a criterion of another judge is not met
         return MOST if share == 1 else int(share >= 0.5)
 
     def _right(self, response: Staged) -> bool:
         return self.verify(response.whole(), response.prompt) > RIGHT
 
     def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
-        """By what each comes to."""
+        """Return the worth of each reflection, by fixed rules."""
         return [self._weighed(x).worth() for x in reflections]
 
     def _weighed(self, x: Reflected) -> Weighed:
@@ -148,17 +151,17 @@ class VerifierStageJudge:
         return Weighed.model_validate({"reason": "by what it comes to", **found})
 
     def traffic(self) -> dict[str, float]:
-        """Nothing went anywhere."""
+        """Return nothing: this judge sends no request."""
         return {}
 
 
 def lines(text: str) -> list[str]:
-    """Lines, or the sentences of one; without the space around them."""
+    """Return the lines of a text, split into sentences and stripped."""
     return [part.strip() for part in re.split(r"\n+|(?<=[.!?])\s+", text) if part.strip()]
 
 
 def _sums(text: str) -> float:
-    """The share of the sums of a text that are right; 0 where there are none."""
+    """Return the share of right sums (`a + b = c`, also - and *) in a text; 0 if it has none."""
     does = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     right = [does[sign](int(a), int(b)) == int(c) for a, sign, b, c in _SUM.findall(text)]
     return sum(right) / len(right) if right else 0.0

@@ -1,9 +1,9 @@
-"""What `opd serve` and its clients say to each other beyond the OpenAI protocol: identity, tokenizer, tensors.
+"""The protocol of `opd serve` beyond the OpenAI protocol: identity, tokenizer, tensors.
 
-GET /opd/identity   json: hashes of vocabulary, chat template and weights; rows, stop ids, context, type
+GET /opd/identity   json: hashes of vocabulary, chat template and weights; rows, stop ids, context, dtype
 GET /opd/tokenizer  json: the tokenizer's files, base64
-GET /opd/head       safetensors: weight and bias of the LM head, once
-POST /opd/hidden    json {rows: [{ids, at}]} -> safetensors: the final state that predicts each asked token
+GET /opd/head       safetensors: weight and bias of the LM head; a client fetches it once
+POST /opd/hidden    json {rows: [{ids, at}]} -> safetensors: the final hidden state that predicts each requested token
 """
 
 import base64
@@ -19,24 +19,27 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-VERSION = 1  # of this protocol
-FINGERPRINT = "x-opd-fingerprint"  # header: the weights that answered
-SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})  # of a tokenizer's files: data, never code
+VERSION = 1  # version of this protocol
+FINGERPRINT = "x-opd-fingerprint"  # HTTP header: hash of the weights that computed the response
+SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})  # a tokenizer's files that are sent: data, never code
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """Of the whole token -> id map: equal exactly where two tokenizers give every id the same token."""
+    """Return a hash of the token -> id map.  It is equal exactly if two tokenizers map each id to the same token."""
     ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
     return _hash(json.dumps(sorted(ids.items(), key=lambda pair: (pair[1], pair[0]))).encode())
 
 
 def template_hash(tokenizer: Tokenizer) -> str:
-    """Of the chat template's source; empty where there is none."""
+    """Return a hash of the chat template's source; empty without a template."""
     return _hash(str(tokenizer.chat_template).encode()) if tokenizer.chat_template else ""
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """Of every parameter's name, shape and 64 of its numbers: two checkpoints of one architecture differ in it."""
+    """Return a hash of each parameter's name, shape, dtype and about 64 of its values.
+
+    It distinguishes two checkpoints of one architecture.
+    """
     seen = hashlib.sha256()
     for name, x in model.named_parameters():
         flat = x.detach().flatten()
@@ -46,7 +49,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
-    """Its files by name, base64."""
+    """Return the tokenizer's files by name, in base64."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in SUFFIXES]
@@ -54,7 +57,7 @@ def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def unpack_tokenizer(files: Mapping[str, str], name: str) -> Tokenizer:
-    """The tokenizer of those files; raises ValueError for what is none.  Runs no code that came with them."""
+    """Load a tokenizer from files in base64, without running code from them.  Raises ValueError for invalid files."""
     with tempfile.TemporaryDirectory() as folder:
         for file, content in files.items():
             if Path(file).name != file or Path(file).suffix not in SUFFIXES:
@@ -69,12 +72,12 @@ def unpack_tokenizer(files: Mapping[str, str], name: str) -> Tokenizer:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors by name, as safetensors."""
+    """Serialize tensors by name as safetensors."""
     return save({name: x.detach().contiguous().cpu() for name, x in tensors.items()})
 
 
 def unpack(body: bytes) -> dict[str, Tensor]:
-    """What `pack` wrote; raises SafetensorError for anything else."""
+    """Load tensors that `pack` serialized.  Raises SafetensorError for anything else."""
     return load(body)
 
 
