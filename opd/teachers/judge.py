@@ -71,14 +71,14 @@ AGAIN = "That was not as asked ({why}). Return the one json object and nothing e
 
 
 class Criterion(BaseModel, frozen=True):
-    """A criterion that an answer meets or does not meet."""
+    """One thing that an answer does or does not."""
 
     criterion: Annotated[str, Field(min_length=1)]
     points: Annotated[int, Field(ge=1, le=5)]
 
 
 class Rubric(BaseModel, frozen=True):
-    """A rubric: the criteria for the answers to one question."""
+    """What is asked of the answers to a question."""
 
     criteria: tuple[Criterion, ...]
 
@@ -89,14 +89,14 @@ class Rubric(BaseModel, frozen=True):
 
 
 class Checked(BaseModel, frozen=True):
-    """The grades of one answer."""
+    """One answer, checked."""
 
     index: int
     met: tuple[bool, ...]
 
 
 class Sheet(BaseModel, frozen=True):
-    """The grades of the answers to one question."""
+    """All answers to a question, checked."""
 
     answers: tuple[Checked, ...]
 

@@ -82,7 +82,7 @@ Return one json object and nothing else: {{"reason": "...", "accuracy": 2, "spec
 
 
 class Proposed(BaseModel, frozen=True):
-    """A new criterion of one stage."""
+    """A new criterion."""
 
     stage: Annotated[int, Field(ge=1)]
     title: str = ""
@@ -98,7 +98,7 @@ class Evolved(BaseModel, frozen=True):
 
 
 class Marked(BaseModel, frozen=True):
-    """The mark for one criterion, with a reason."""
+    """How far one criterion is met, and why."""
 
     index: int
     reason: str
@@ -106,13 +106,13 @@ class Marked(BaseModel, frozen=True):
 
 
 class Marking(BaseModel, frozen=True):
-    """The marks of one response for all criteria."""
+    """One response by all criteria."""
 
     marks: tuple[Marked, ...]
 
 
 class Weighed(BaseModel, frozen=True):
-    """The marks of a reflection."""
+    """What a reflection is worth."""
 
     reason: str
     accuracy: Literal[0, 1, 2]
