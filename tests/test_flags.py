@@ -102,6 +102,9 @@ def test_what_is_missing_is_named_beside_method_flags(method, capsys):
 def test_all_that_is_missing_is_named_at_once(capsys):
     assert refused(capsys, "train").startswith(f"--student, --prompts and {METHOD} must be given; ")
     assert refused(capsys, "prune").startswith("--model, --keep and --out must be given; ")
+    assert refused(capsys, ["train", "--student", "", "--prompts=", "--teacher", "t", "vopd"]).startswith(
+        "--student and --prompts must be given; "
+    )
     # A method that has a teacher of its own needs no --teacher.
     assert refused(capsys, "train opsd").startswith("--student and --prompts must be given; ")
 
@@ -156,6 +159,7 @@ def test_all_that_is_missing_is_named_at_once(capsys):
         ("eval --model_name_or_path x", "--model_name_or_path: unknown flag (opd calls it --model); `opd eval --help`"),
         ("exact --seqs 3", "--seqs: unknown flag"),
         ("report --ot page.html run", "--ot: unknown flag (did you mean --out?); `opd report --help`"),
+        ("bench head --hlep", "--hlep: unknown flag (did you mean --help?); `opd bench head --help`"),
         ("serve a b", "b: belongs to no flag; `opd serve --help`"),
         ("serve a a", "a: belongs to no flag; `opd serve --help`"),
         ("prune --model m --keep 1- --out o", "--keep 1-: '1-' is not a layer"),

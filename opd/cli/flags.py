@@ -174,7 +174,7 @@ def unknown_flag(word: str, names: Sequence[str], *, prog: str) -> Refusal:
     flag = word.partition("=")[0]
     bare = flag.lstrip("-").replace("_", "-").lower()
     translated = [ours for ours in TRL_FLAGS.get(bare, ()) if ours.split()[0] in names]
-    similar = near(bare, [name.removeprefix("--") for name in names], "--")
+    similar = near(bare, ["help", *(name.removeprefix("--") for name in names)], "--")
     meant = f" (opd calls it {translated[0]})" if translated else similar
     return Refusal(f"{flag}: unknown flag{meant}; `{prog} --help` lists the flags")
 
@@ -200,9 +200,9 @@ def scanned(what: Any, args: Sequence[str]) -> Words:
             rest.append(word)
             continue
         flag = names[name]
-        given.append(flag.name)
         if flag.count == 0:
             _refuse_value(flag, value if equals else queue[0] if queue and queue[0].lower() in BOOLEANS else None)
+            given.append(flag.name)
             known.append(name)
             continue
         values = [value] if equals else []
@@ -210,8 +210,11 @@ def scanned(what: Any, args: Sequence[str]) -> Words:
             values.append(queue.popleft())
         if len(values) < (flag.count or 0):
             raise _too_few(flag, len(values), queue[0] if queue else "", names)
+        if values == [""] and flag.required:
+            continue  # as if it were not there: often a shell variable that is not set
         for value in values:
             flag.check(value)
+        given.append(flag.name)
         known += [f"{name}={values[0]}", *values[1:]] if equals else [name, *values]
     for flag in flags:
         if flag.positional:
