@@ -2,7 +2,7 @@
 
 
 class Refusal(ValueError):
-    """What the user asked cannot be done: one line naming the field, the value, why, and what to do."""
+    """An error that the user can mend: one line that names the flag, the value, the reason and the remedy."""
 
 
 def positive(settings: object, *names: str) -> None:
@@ -20,6 +20,6 @@ def at_least(settings: object, **least: int) -> None:
 
 
 def one_line(said: object) -> str:
-    """What a server or an error says, in one line of a message."""
+    """Return the text of a server's answer or of an error as one line, cut to 200 characters."""
     text = " ".join(str(said).split())
     return text if len(text) <= 200 else text[:197] + "..."

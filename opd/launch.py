@@ -39,7 +39,8 @@ def check_launch() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
         raise Refusal(
             "accelerate launch: it was asked for several processes and started one, because this machine has fewer "
-            "than two GPUs; use torchrun --nproc_per_node N -m opd train ..., or --num_processes 1"
+            "than two GPUs; use torchrun --nproc_per_node N -m opd train ...; for one process use --num_processes 1, "
+            "and unset MASTER_ADDR if your shell exports it"
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
     on_cpu = needs_cpu_backend() or parse_flag_from_env("ACCELERATE_USE_CPU")

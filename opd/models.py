@@ -40,7 +40,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are: a local folder, which may be the cache of a hub id; of an adapter, its base too."""
+    """A model's local folder, which may be the cache of a hub id; for an adapter also the model under it."""
 
     folder: str
     trust_remote_code: bool = False

@@ -86,11 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_processes(command: str) -> None:
     """Refuse a launcher's processes for a command that does not share its work among them: each would do all of it."""
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if started > 1 and command != "train":
+    if command == "train" or "LOCAL_RANK" not in os.environ:
+        return
+    from opd.launch import num_processes  # imports torch, which only a launcher's processes have to wait for
+
+    if num_processes() > 1:
         raise Refusal(
-            f"opd {command}: it runs in one process, and the launcher started {started}; run it without torchrun or "
-            "accelerate launch (only opd train shares its work among processes)"
+            f"opd {command}: it runs in one process, and the launcher started {num_processes()}; run it without "
+            "torchrun or accelerate launch (only opd train shares its work among processes)"
         )
 
 

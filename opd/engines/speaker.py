@@ -10,14 +10,14 @@ from opd.errors import Refusal, positive
 
 @dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """Who writes the student's rollouts."""
+    """The engine that generates the student's rollouts, and how it gets the weights."""
 
     engine: str = "hf"
-    """Who samples from the student: hf, transformers on the very weights that are trained; vllm, vLLM in this process;
-    or the http://host:port of a vLLM server that takes weights."""
+    """Select the engine that generates the student's rollouts: hf, transformers on the trained weights; vllm, vLLM in
+    this process; or the http://host:port of a vLLM server that accepts weights."""
     engine_transfer: Literal["nccl", "ipc", "opd"] = "nccl"
-    """How weights reach a vLLM server: the backend it was started with; nccl, ipc (on the same GPU), or opd (by files
-    in the run folder; it needs opd installed beside it)."""
+    """Select how weights reach a vLLM server, by the backend that the server was started with: nccl, ipc (on the same
+    GPU), or opd (files in the run folder; the server needs opd installed beside it)."""
     engine_kv_gb: float = 4.0
     """Memory of --engine vllm for keys and values, GB."""
     engine_sleep: bool = False
