@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.disk import follow_umask
+from opd.errors import one_line
 from opd.hub import Missing, Repository
-from opd.types import one_line
 
 SETTINGS = "adapter_config.json"
 BASE = "base"  # folder of a run that holds the weights under its adapter, where no other folder holds them

@@ -31,11 +31,12 @@ from opd import adapters, models
 from opd.config import Train
 from opd.disk import disk
 from opd.draws import forget, outdate, share
+from opd.errors import Refusal
 from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 from opd.method import Method
 from opd.rollouts import Memory, Rollouts, Snapshot, draw_of, opened, prompts_of
 from opd.session import Session
-from opd.types import Refusal, Rollout
+from opd.types import Rollout
 
 DEATHS = 3  # the run ends after this many deaths of the worker in a row without a finished draw
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all weights

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from opd.collect import masks
+from opd.errors import Refusal
 from opd.method import Method
 from opd.representation import Bridge, Lens, Lenses, Projection, fit, layer_map
 from opd.student import Student, rows, states
 from opd.teachers.local import LocalTeacher
 from opd.tensors import save_tensors
-from opd.types import Batch, Refusal, Rollout
+from opd.types import Batch, Rollout
 
 
 def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, PretrainedConfig]) -> Lenses | None:

@@ -14,25 +14,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.engines.hf import Beside, Blended, HFEngine, Sample, Watched
+from opd.errors import Refusal
 from opd.heard import Columns, Hidden
 from opd.models import head
 from opd.noise import uniform
 from opd.rollouts import NOTHING, Blend, Memory, OnPolicy, Rollouts, StopOnAgreement, TeacherPrefix, source_of
+from opd.sampling import Prompt, Sampling, StopToken, Truncated
 from opd.student import cross_entropies, final_states, rows, unprompted
-from opd.types import (
-    ALONE,
-    DATA,
-    STUDENT,
-    TEACHER,
-    Batch,
-    Prompt,
-    Refusal,
-    Rollout,
-    Sampling,
-    StopToken,
-    Truncated,
-    pad,
-)
+from opd.types import ALONE, DATA, STUDENT, TEACHER, Batch, Rollout, pad
 from opd.vocabulary import Vocabulary
 
 KEPT = 1 << 24  # tokens: limit of the cache of teacher prefixes, 4 bytes per token

@@ -1,28 +1,26 @@
-"""Settings of a training run (`Train`) and of an evaluation (`Evaluate`), for Python and for the command line."""
+"""Settings of a training run (`Train`) and of an evaluation (`Evaluate`), for Python and for the command line.
+
+This module does not import torch, so that the command line can read flags and refuse mistakes at once.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 
 from opd.engines.speaker import Speaker
-from opd.method import Method, PolicyGradient, Term
-from opd.methods import METHODS
-from opd.questions import Grade, Stages
-from opd.rollouts import Mixture, OnPolicy, Snapshot, TeacherPrefix, listens
-from opd.surrogates import Reinforce, TruncatedRatio
+from opd.errors import Refusal
+from opd.precision import Precision, default_chunk_mb, default_device, default_precision
+from opd.sampling import Sampling, StopToken, Truncated
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import DATA, Column, Refusal, Sampling, StopToken, Truncated, positive
-from opd.weights import Constant, SequenceMean, TokenMean, TruncatedImportance
 
-Precision = Literal["fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
+if TYPE_CHECKING:
+    from opd.method import Method
+else:
+    Method = Any  # no flag: the command line reads METHOD by itself
 
 CONTEXT = """{prompt}
 
@@ -33,17 +31,10 @@ Here is a correct solution:
 Now answer the question in your own words."""
 
 
-def native() -> Precision:
-    """Return the default precision: bf16 on a GPU, fp32 on a CPU, because few CPUs compute bf16 faster."""
-    return "bf16" if torch.cuda.is_available() else "fp32"
+def _vopd() -> Method:
+    from opd.methods.vopd import vopd
 
-
-def room() -> int:
-    """Return the default memory for logits in MB: 3072 on a GPU, 256 on a CPU.
-
-    It holds the logits of some thousand tokens on a GPU and of some hundred on a CPU.  More memory gains no speed.
-    """
-    return 3072 if torch.cuda.is_available() else 256
+    return vopd()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +68,7 @@ class Train:
     which is none for most methods."""
     context_template: str = CONTEXT
     """Template of the teacher's prompt when --context is set; it must contain {prompt} and {context}."""
-    method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=METHODS["vopd"])
+    method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=_vopd)
     """Training method; on the command line it is METHOD, followed by its flags."""
     out: Path = Path("outputs/opd")
     """Run folder for the configuration, metrics and checkpoints."""
@@ -139,16 +130,16 @@ class Train:
     lora_targets: str = "all-linear"
     """Names of the layers that get an adapter, comma separated; all-linear selects every linear layer except the LM
     head, which never gets an adapter."""
-    precision: Precision = field(default_factory=native)
+    precision: Precision = field(default_factory=default_precision)
     """dtype of the student's computation: fp32 or bf16 (autocast).  Trained weights and optimizer state stay fp32."""
-    teacher_precision: Precision = field(default_factory=native)
+    teacher_precision: Precision = field(default_factory=default_precision)
     """dtype of the teacher's weights."""
     teacher_device: str = "same"
     """Device of the teacher: same (as the student), cpu, cuda:1, ..."""
     remote: Remote = Remote()
     micro_batch_tokens: int = 8192
     """Tokens in a micro-batch, padding included.  Lower it when memory runs out."""
-    chunk_mb: int = field(default_factory=room)
+    chunk_mb: int = field(default_factory=default_chunk_mb)
     """Memory for the logits in the LM head's pass, in MB.  The pass works on chunks of tokens that fit in it."""
     logit_precision: Precision = "fp32"
     """dtype of the logits that the LM head's pass stores between its matmuls.  bf16 halves their memory and memory
@@ -186,66 +177,6 @@ class Train:
     quiet: bool = False
     """Print no progress."""
 
-    def resolved(self) -> Method:
-        """Return the method with the run's overrides of its rollouts, reduction and importance cap."""
-        who = self.method.rollouts
-        who = replace(who, per_prompt=self.per_prompt or who.per_prompt, updates=self.updates or who.updates)
-        reductions: dict[str, Callable[[], Column]] = {
-            "method": lambda: self.method.reduction,
-            "token": TokenMean,
-            "sequence": SequenceMean,
-            "constant": lambda: Constant(self.sampling.max_new_tokens),
-        }
-        try:
-            terms = tuple(self._weighed(term) for term in self.method.terms)
-            return replace(self.method, terms=terms, rollouts=who, reduction=reductions[self.reduction]())
-        except ValueError as error:
-            raise Refusal(str(error)) from error
-
-    def _weighed(self, term: Term) -> Term:
-        """Add --importance-cap to a policy-gradient term that has no ratio to the sampler; return others unchanged."""
-        cap = self.importance_cap or (0.0 if self.speaker.engine == "hf" else 2.0)
-        if not cap or not isinstance(term, PolicyGradient) or term.corrected():
-            return term
-        if term.surrogate == Reinforce():
-            return replace(term, surrogate=TruncatedRatio(cap))
-        return replace(term, weights=(*term.weights, TruncatedImportance(cap)))
-
-    def check(self) -> None:
-        """Refuse impossible settings before anything loads."""
-        self._check_teachers()
-        self._check_worker()
-        self._check_engine()
-        positive(self, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
-        positive(self, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
-        positive(self, "loss_temperature", "max_grad_norm")
-        positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates")
-        for name in (*positive_or_0, "staleness", "importance_cap"):
-            if not getattr(self, name) >= 0:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise Refusal(f"--betas {self.betas[0]} {self.betas[1]}: both must lie in [0, 1)")
-        if not 0 <= self.seed < 1 << 32:
-            raise Refusal(f"--seed {self.seed}: must lie in [0, {(1 << 32) - 1}]")
-        self.sampling.check()
-        if not self.sampling.temperature > 0:
-            raise Refusal(
-                f"--temperature {self.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
-            )
-        who = self.resolved().rollouts
-        if isinstance(who, Snapshot) and not self.compares():
-            s = self.sampling
-            raise Refusal(
-                f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --loss-temperature "
-                f"{self.loss_temperature}: {who} takes the log-probs of the draw for the snapshot's own, in its drift "
-                "and in Delta-IFD: leave them at 1, 1, 0 and 1, or take another method"
-            )
-        if self.batch % (who.per_prompt * who.updates):
-            raise Refusal(
-                f"--batch {self.batch}: must be a multiple of {who.per_prompt * who.updates} "
-                f"({who.per_prompt} rollouts per prompt x {who.updates} updates)"
-            )
-
     def routes(self) -> dict[str, str]:
         """Return the teacher models by route name; "" is --teacher."""
         own = self.method.teacher
@@ -275,94 +206,6 @@ class Train:
             case "cosine":
                 return self.lr * (1 + math.cos(math.pi * done)) / 2
 
-    def _check_worker(self) -> None:
-        """Refuse rollouts that a worker process cannot generate, because it has only the student."""
-        apart = "--worker" if self.worker and not self.staleness else f"--staleness {self.staleness}"
-        who = self.resolved().rollouts
-        alone = isinstance(who, OnPolicy | Snapshot) or (isinstance(who, Mixture) and who.other == DATA)
-        if (self.worker or self.staleness) and not alone:
-            raise Refusal(
-                f"{apart}: rollouts of {who} need the teacher or what earlier steps measured, and the worker process "
-                "has the student alone: leave the flag out, or take a method on the student's own rollouts"
-            )
-        if (self.worker or self.staleness) and isinstance(self.method.asks, Stages) and self.method.asks.reflect:
-            raise Refusal(f"{apart}: the prompts of {self.method.asks} hold what earlier steps reflected: leave it out")
-        if self.exact_staleness and not self.staleness:
-            raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
-        if self.worker_device != "same" and not (self.worker or self.staleness):
-            raise Refusal(f"--worker-device {self.worker_device}: there is no worker; add --staleness 1, or --worker")
-
-    def _check_engine(self) -> None:
-        """Refuse rollouts that an engine other than hf cannot generate."""
-        self.speaker.check()
-        engine, who = self.speaker.engine, self.resolved().rollouts
-        if engine == "hf":
-            return
-        if isinstance(who, OnPolicy) and who.samples > 1:
-            raise Refusal(
-                f"--engine {engine}: {who} draws more tokens at each position, which hf alone does: take --engine hf, "
-                "or leave --samples out"
-            )
-        if listens(who):
-            raise Refusal(f"--engine {engine}: {who} lets the teacher read along token by token, which hf alone does")
-        if "student_alone" in self.method.reads():
-            raise Refusal(
-                f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
-                "alone tells: leave the flag out, or switch the filter off (npd --no-filtered)"
-            )
-        if self.worker or self.staleness:
-            raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
-
-    def _check_teachers(self) -> None:
-        """Refuse a missing teacher, and settings of teacher, judge or context that contradict each other."""
-        teachers, told, who = self.routes(), self.told(), self.resolved().rollouts
-        if not teachers[""]:
-            raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
-        addresses = ("http://", "https://", "openai:")
-        for pair in self.remote.route_token_env:
-            name, _, variable = pair.partition("=")
-            if not (name and variable and teachers.get(name, "").startswith(addresses)):
-                raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route to a server")
-        if (key := self.remote.judge_token_env) and not self.judge.startswith(addresses):
-            raise Refusal(f"--judge-token-env {key}: no --judge is behind a server; leave it out")
-        local = self.remote.teacher_local
-        if local and not teachers[""].startswith(("http://", "https://")):
-            raise Refusal(
-                f"--teacher-local {local}: is compared with --teacher, and that is no server here: leave it out"
-            )
-        for name, model in teachers.items():
-            field = f"--route {name}=" if name else "--teacher "
-            if model == "self" and not told:
-                raise Refusal(
-                    f"{field}self: the student itself; the KL between the two is 0 and nothing is learnt: "
-                    "give --context, what the teacher knows and the student does not, or name another teacher"
-                )
-        missing = [part for part in ("{prompt}", "{context}") if part not in self.context_template]
-        if missing:
-            raise Refusal(f"--context-template {self.context_template!r}: lacks {' and '.join(missing)}")
-        asks = self.method.asks
-        if self.judge and not isinstance(asks, Grade | Stages):
-            raise Refusal(f"--judge {self.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
-        if self.judge and isinstance(asks, Stages) and not asks.references:
-            raise Refusal(
-                f"--teacher {teachers['']}: is never asked, for the judge is --judge {self.judge} and the method takes "
-                "no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
-            )
-        if told and self.method.asks is not None:
-            raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
-        if told and self.teacher_prompt == "same":
-            raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")
-        if told == "peer" and who.per_prompt < 2:
-            raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
-        if told == "peer" and (listens(who) or isinstance(who, TeacherPrefix)):
-            raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {who}")
-        moving = [m for m in teachers.values() if m == "self" or m.startswith("ema")]
-        if isinstance(who, TeacherPrefix) and moving:
-            raise Refusal(
-                f"--teacher {moving[0]}: its weights move, and it would begin each response once for all steps: switch "
-                "the prefix off (tropd --no-prefix), or name base or another model"
-            )
-
     def _tempered(self) -> bool:
         """Return whether temperature, top-p or top-k make the sampler differ from the student's distribution."""
         return self.sampling.temperature != 1 or self.sampling.top_p < 1 or self.sampling.top_k > 0
@@ -370,24 +213,6 @@ class Train:
     def compares(self) -> bool:
         """Return whether the sampler's log-probs and the loss's log-probs are of the same distribution."""
         return not self._tempered() and self.loss_temperature == 1
-
-    def warnings(self) -> list[str]:
-        """Return warnings about settings that are allowed but bias the gradient, each with its reason."""
-        out, s = [], self.sampling
-        if self._tempered():
-            out.append(
-                f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
-                "distribution than the loss assumes: gradients are biased (1, 1, 0 is unbiased)"
-            )
-        if self.resolved().rollouts.updates > 1:
-            out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
-        bare = [t for t in self.resolved().terms if isinstance(t, PolicyGradient) and not t.corrected()]
-        if self.staleness and bare:
-            out.append(
-                f"--staleness {self.staleness}: rollouts are of an older student, and a policy gradient without the "
-                "ratio to it is biased: take async-opd, add --importance-cap 2, or match distributions (opd-full)"
-            )
-        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,9 +235,9 @@ class Evaluate:
     """Responses per prompt (the k of avg@k, pass@k and maj@k).  0: the number that --set defines if --temperature is
     above 0, else 1."""
     sampling: Sampling = Sampling(temperature=0.0)
-    precision: Precision = field(default_factory=native)
+    precision: Precision = field(default_factory=default_precision)
     """dtype of the weights: fp32 or bf16."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = field(default_factory=default_device)
     """Device of the model: cpu, cuda, cuda:1, ..."""
     interval: Literal["wilson", "bootstrap"] = "wilson"
     """Method of the 95 % confidence intervals over prompts: wilson, which is also valid near 0 and 1, or bootstrap

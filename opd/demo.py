@@ -16,14 +16,15 @@ from rich.table import Table
 from opd import models, prompts
 from opd.config import Evaluate, Train
 from opd.disk import AGAIN, OutputFolder, disk
+from opd.errors import Refusal
 from opd.evaluation import Estimate, evaluate, interval
 from opd.loop import train
 from opd.methods import METHODS
 from opd.presets import settings
+from opd.sampling import Sampling
 from opd.settings import Demo
 from opd.tasks.load import load
 from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -20,7 +20,8 @@ from opd.reading import Prompts
 from opd.rollouts import Memory
 from opd.rubrics import Buffer, Criterion
 from opd.runs import digest
-from opd.types import Prompt, Rollout
+from opd.sampling import Prompt
+from opd.types import Rollout
 
 T = TypeVar("T")
 NAME = "episode"  # its key in a memory

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 
 from opd import models, prompts
-from opd.config import DTYPES, Evaluate
+from opd.config import Evaluate
 from opd.disk import OutputFile
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal, at_least
+from opd.precision import dtype_of
 from opd.progress import loading
 from opd.runs import digest
+from opd.sampling import Prompt
 from opd.tasks import sets
 from opd.tasks.answers import marked, plain, said, spoken
 from opd.tasks.load import load
 from opd.tasks.task import Task
-from opd.types import Prompt, Refusal, at_least
 
 DRAWS = 4000  # bootstrap resamples
 CONFIDENCE = 0.95  # confidence level of all intervals
@@ -178,7 +180,7 @@ def evaluate(config: Evaluate) -> Scores:
     stop = models.stop_ids(source, text)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
-        model = models.load(source, field="model", dtype=DTYPES[config.precision], device=device)
+        model = models.load(source, field="model", dtype=dtype_of(config.precision), device=device)
     models.small_threads(model)
     arguments = prompts.template_arguments(config.data.template_args)
     ids = [prompts.render(text, p, chat_template_kwargs=arguments) for p in task.prompts]

@@ -5,7 +5,6 @@ At a single context, only the vocabulary is enumerated, which is cheap on real m
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,11 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.divergences import kl
+from opd.errors import Refusal
 from opd.estimators import Several, mean
 from opd.method import Match, Method, PolicyGradient, Positions, Target
 from opd.noise import uniform
 from opd.rollouts import Mixture, OnPolicy
-from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch, Refusal, at_least
+from opd.types import ALONE, COLUMNS, DATA, STUDENT, Batch
 
 
 @torch.no_grad()
@@ -294,29 +294,3 @@ class World:
         cosine = torch.nn.functional.cosine_similarity(first.flatten(), true.flatten(), dim=0)
         bias, noise = (first - true).norm() / true.norm(), variance / first.square().sum()
         return Row(cosine.item(), bias.item(), noise.item())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """Size and seed of a random world (`World.random`)."""
-
-    vocab: int = 3
-    """Number of tokens in the vocabulary.  2 or more; vocab^length may be at most 4096."""
-    length: int = 3
-    """Number of tokens in a sequence.  1 or more."""
-    mismatch: float = 1.0
-    """Standard deviation of the student's logits around the teacher's.  Above 0."""
-    seed: int = 0
-    """Seed of both models' logits."""
-
-    def world(self) -> World:
-        """Build the world.  Raises Refusal if it is too large to enumerate."""
-        at_least(self, vocab=2, length=1, seed=0)
-        if not 0 < self.mismatch < math.inf:
-            raise Refusal(f"--mismatch {self.mismatch}: must be above 0, or there is no gradient to estimate")
-        if self.length * math.log(self.vocab) > math.log(4096):
-            raise Refusal(
-                f"--vocab {self.vocab} --length {self.length}: {self.vocab}^{self.length} sequences are too many to "
-                "enumerate; 4096 are the most"
-            )
-        return World.random(self.vocab, self.length, mismatch=self.mismatch, seed=self.seed)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm, validate_repo_id
 
-from opd.types import one_line
+from opd.errors import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # A name that ends in one of these is a file of weights, never a hub id.

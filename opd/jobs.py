@@ -7,7 +7,8 @@ from pathlib import Path
 from opd.collect import Rendered
 from opd.config import Train
 from opd.rollouts import Rollouts
-from opd.types import Prompt, Rollout
+from opd.sampling import Prompt
+from opd.types import Rollout
 from opd.vocabulary import Vocabulary
 
 NEWEST = -1  # version of a job that uses the newest weights when it starts

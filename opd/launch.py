@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from opd.types import Refusal
+from opd.errors import Refusal
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",

@@ -9,10 +9,11 @@ from types import MappingProxyType
 import torch
 from accelerate.utils import gather_object
 
-from opd import opening
+from opd import checks, opening
 from opd.config import Train
 from opd.doctor.examine import examined, noted
 from opd.doctor.findings import alarming, errors
+from opd.errors import Refusal
 from opd.models import newest_checkpoint
 from opd.progress import Progress, loading
 from opd.report.alarms import alarms
@@ -21,7 +22,6 @@ from opd.rollouts import NOTHING
 from opd.runs import Run, load_memory, plain, training_state
 from opd.session import open_session
 from opd.steps import Loop
-from opd.types import Refusal
 
 FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
@@ -49,8 +49,8 @@ def train(
     Raises:
         Refusal: the settings, models or data cannot be used; the message says what to change.
     """
-    config.check()
-    method, run = config.resolved(), Run(Path(config.out))
+    checks.check(config)
+    method, run = checks.resolved(config), Run(Path(config.out))
     config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
     written = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if run.exists() and config.resume:

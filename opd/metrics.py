@@ -9,7 +9,8 @@ from torch import Tensor
 from opd.method import Target
 from opd.questions import Continue, Question
 from opd.rollouts import drift
-from opd.types import Batch, Prompt
+from opd.sampling import Prompt
+from opd.types import Batch
 
 
 def summary(batch: Batch) -> dict[str, float]:

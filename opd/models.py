@@ -29,10 +29,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from opd import adapters, hub, prompts
 from opd.adapters import BASE, SETTINGS
+from opd.errors import Refusal
 from opd.hub import Missing
 from opd.kernels.linear import Linear, quicken
 from opd.kernels.logits import Head
-from opd.types import Refusal
 
 disable_progress_bar()  # loading bars drown the lines that matter
 EMBEDDED = Path(__file__).parent / "embedded"

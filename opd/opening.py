@@ -10,25 +10,27 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd import adapters, models, prompts, remote
+from opd import adapters, checks, models, prompts, remote
 from opd.collect import Engine
-from opd.config import DTYPES, Train
+from opd.config import Train
 from opd.disk import disk
 from opd.engines.hf import HFEngine
 from opd.engines.server import VLLMServer
 from opd.engines.vllm import VLLMEngine
+from opd.errors import Refusal
 from opd.method import Method
 from opd.methods import METHODS
 from opd.panel import Panel
+from opd.precision import dtype_of
 from opd.questions import Grade, Stages
 from opd.rollouts import OnPolicy
+from opd.sampling import Sampling
 from opd.tasks.task import Task
 from opd.teachers import wire
 from opd.teachers.answers import Answers
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
 from opd.teachers.reach import Server
 from opd.teachers.text import Elsewhere, Endpoint, Gate, Local, TextTeacher, needed
-from opd.types import Refusal, Sampling
 
 if TYPE_CHECKING:
     from opd.teachers.judge import Judge
@@ -47,7 +49,7 @@ def _own(model: str) -> bool:
 
 def source_of(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server | None:
     """Where a teacher's tokenizer and weights come from, None where only texts matter; refuses one without a word."""
-    method = config.resolved()
+    method = checks.resolved(config)
     if method.asks is not None:
         if missing := method.needs() - TextTeacher.provides:
             raise Refusal(
@@ -94,7 +96,9 @@ def writer(model: str, config: Train, on: torch.device, *, field: str, main: boo
     if not main:
         return Elsewhere(model)
     text = models.tokenizer(source, field=field)
-    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on).requires_grad_(False)
+    weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
+        False
+    )
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
     models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
     stop = models.stop_ids(source, text)
@@ -163,7 +167,7 @@ def teacher(
     field: str,
 ) -> LocalTeacher:
     """A teacher in this process, its weights loaded or shared."""
-    low = DTYPES[config.precision]
+    low = dtype_of(config.precision)
     rate = average_rate(model)
     if _own(model) and on != to:
         raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
@@ -172,7 +176,7 @@ def teacher(
     if rate is not None:
         return Average(student, rate, to=to, low=low)
     if model == "base" and isinstance(student, PeftModel):
-        if not isinstance(config.resolved().rollouts, OnPolicy):
+        if not isinstance(checks.resolved(config).rollouts, OnPolicy):
             raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
         return WithoutAdapter(student, to=to, low=low)
     return _frozen(source, field, config, on, to)
@@ -191,7 +195,7 @@ def reference(
     if "reference_logp" not in method.models():
         return None
     if not config.reference and isinstance(student, PeftModel):
-        return WithoutAdapter(student, to=to, low=DTYPES[config.precision], own_prompt=False)
+        return WithoutAdapter(student, to=to, low=dtype_of(config.precision), own_prompt=False)
     if config.reference:
         source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
     reference = _frozen(source, "reference", config, on, to, own_prompt=False)
@@ -207,7 +211,7 @@ def _frozen(
     source: models.Source, field: str, config: Train, on: torch.device, to: torch.device, *, own_prompt: bool = True
 ) -> LocalTeacher:
     """A model that is never trained."""
-    weights = models.load(source, field=field, dtype=DTYPES[config.teacher_precision], device=on)
+    weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on)
     models.verify_head(weights, field=field)
     return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
 
@@ -285,7 +289,7 @@ def speaker(
         return HFEngine(student, size, stop, config.decode_rows, merged)
     if accelerator.num_processes > 1:
         raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
-    dtype = DTYPES[config.precision]
+    dtype = dtype_of(config.precision)
     if how.engine == "vllm":
         engine = VLLMEngine(student, source, size, stop, how, dtype=dtype, rows=config.decode_rows)
         engine.merged = merged

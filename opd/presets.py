@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from opd.types import Refusal, Sampling
+from opd.errors import Refusal
+from opd.sampling import Sampling
 
 _EMBEDDED: Mapping[str, Any] = {
     "lr": 1e-3,

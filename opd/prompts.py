@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from opd.types import Prompt, Refusal
+from opd.errors import Refusal
+from opd.sampling import Prompt
 
 
 def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from opd import models
 from opd.disk import OutputFolder
+from opd.errors import Refusal
 from opd.settings import Prune
-from opd.types import Refusal
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd import prompts
 from opd.collect import Rendered
 from opd.config import Train
+from opd.errors import Refusal
+from opd.sampling import Prompt
 from opd.tasks.answers import spoken
 from opd.tasks.task import Made, Task
-from opd.types import RIGHT, Prompt, Refusal, Rollout
+from opd.types import RIGHT, Rollout
 
 
 @dataclass(frozen=True)

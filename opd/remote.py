@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd import models
-from opd.config import DTYPES, Train
+from opd import checks, models
+from opd.config import Train
+from opd.errors import Refusal
 from opd.heard import Given, Hidden
 from opd.methods import METHODS
+from opd.precision import dtype_of
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reach import WHOLE, Server, reach
 from opd.teachers.server import HiddenTeacher, LogpTeacher
-from opd.types import Refusal, Rollout
+from opd.types import Rollout
 from opd.vocabulary import Vocabulary, scores
 
 APART = 0.05  # nats: mean difference between a server and a local copy of its model beyond which they are not the same
@@ -57,7 +59,7 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
 
 def reached(url: str, config: Train, *, field: str) -> Server:
     """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
-    how, method = config.remote.towards(field, url, config.routes()[""]), config.resolved()
+    how, method = config.remote.towards(field, url, config.routes()[""]), checks.resolved(config)
     server = reach(url, how, field=field)
     needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
     missing = needs(method) - server.provides
@@ -93,7 +95,7 @@ def compared(
     """Refuse a server that does not say what the local copy of its model says (--teacher-local)."""
     name = config.remote.teacher_local
     source = models.locate(name, field="teacher-local", trust_remote_code=config.trust_remote_code)
-    weights = models.load(source, field="teacher-local", dtype=DTYPES[config.teacher_precision], device=on)
+    weights = models.load(source, field="teacher-local", dtype=dtype_of(config.teacher_precision), device=on)
     models.verify_head(weights, field="teacher-local")
     apart = compare(teacher, LocalTeacher(weights.requires_grad_(False), to=on), texts)
     if not apart.mean() <= APART:

@@ -31,6 +31,7 @@ from opd import (
 )
 from opd import weights as weighing
 from opd.against import Teacher
+from opd.errors import Refusal
 from opd.estimators import Sampled, Value
 from opd.method import Match, MatchHidden, Method, PolicyGradient, Target, Term
 from opd.methods import METHODS
@@ -39,7 +40,7 @@ from opd.report.logs import lines, saved_at
 from opd.rewards import LogRatio, One, ReverseKLPlus
 from opd.rollouts import OnPolicy
 from opd.settings import Rescore
-from opd.types import Batch, Refusal
+from opd.types import Batch
 
 LEAVES = (
     *(against, divergences, estimators, judged, method, representation, rewards, rollouts, surrogates, transforms),

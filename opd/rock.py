@@ -20,16 +20,17 @@ from torch import Tensor
 
 from opd import models
 from opd.collect import collate, masks
-from opd.config import DTYPES
+from opd.errors import Refusal
 from opd.method import Method
 from opd.occurrences import Corpus, above, consistency, matched, rank, stability
+from opd.precision import dtype_of
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
 from opd.settings import Rock
 from opd.steps import Loop
 from opd.student import Student, final_states, micro_batches, rows
-from opd.types import Batch, Refusal, Rollout
+from opd.types import Batch, Rollout
 
 SHOWN = 20  # types printed on the terminal
 
@@ -109,7 +110,7 @@ def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpu
     persists = above(corpus.kl, how.high)
     if how.before:
         source = models.locate(how.before, field="before", trust_remote_code=config.trust_remote_code)
-        dtype = DTYPES[config.precision]
+        dtype = dtype_of(config.precision)
         earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
         other = Loop(loop.config, loop.method, replace(session, student=Student(earlier)), loop.run)
         batch = other.measure(rollouts, 0)

@@ -32,10 +32,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.disk import disk, follow_umask
+from opd.errors import Refusal
 from opd.kernels.choice import sweeper
 from opd.method import Method, Target
+from opd.sampling import Prompt
 from opd.tensors import save_tensors
-from opd.types import Batch, Prompt, Refusal, Rollout
+from opd.types import Batch, Rollout
 
 
 def plain(value: object) -> object:

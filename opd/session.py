@@ -29,6 +29,7 @@ from opd import adapters, bridge, models, opening, remote, tokens
 from opd.collect import Collector
 from opd.config import Train
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal
 from opd.launch import check_connected, check_launch, needs_cpu_backend
 from opd.method import Method
 from opd.panel import Panel
@@ -42,7 +43,6 @@ from opd.teachers.reach import Server
 from opd.teachers.server import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.text import TextTeacher
 from opd.teachers.writer import ServerEngine
-from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher

@@ -1,23 +1,25 @@
 """Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each.
 
-This module imports neither transformers nor peft, so that help and mistakes on the command line are answered at once.
+This module does not import torch, so that the command line can read flags and refuse mistakes at once.
 """
 
 import ipaddress
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from opd.config import Precision, Train, native
+from opd.config import Train
 from opd.disk import OutputFile
+from opd.errors import Refusal, at_least, positive
+from opd.precision import Precision, default_device, default_precision
+from opd.sampling import Sampling
 from opd.tasks.task import Data
 from opd.teachers.client import secret
-from opd.types import Refusal, Sampling, at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,9 @@ class Rock:
     consistency: Context = Context()
     data: Data = Data()
     sampling: Sampling = Sampling()
-    precision: Precision = field(default_factory=native)
+    precision: Precision = field(default_factory=default_precision)
     """Compute type of the student."""
-    teacher_precision: Precision = field(default_factory=native)
+    teacher_precision: Precision = field(default_factory=default_precision)
     """Type of the teacher's weights."""
     micro_batch_tokens: int = 8192
     """Padded tokens that go through a model at once; lower it when memory runs out."""
@@ -193,6 +195,31 @@ class Rescore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Size:
+    """Size and seed of the random world of `opd exact`."""
+
+    vocab: int = 3
+    """Number of tokens in the vocabulary.  2 or more; vocab^length may be at most 4096."""
+    length: int = 3
+    """Number of tokens in a sequence.  1 or more."""
+    mismatch: float = 1.0
+    """Standard deviation of the student's logits around the teacher's.  Above 0."""
+    seed: int = 0
+    """Seed of both models' logits."""
+
+    def check(self) -> None:
+        """Refuse a world that is too large to enumerate, or has no gradient."""
+        at_least(self, vocab=2, length=1, seed=0)
+        if not 0 < self.mismatch < math.inf:
+            raise Refusal(f"--mismatch {self.mismatch}: must be above 0, or there is no gradient to estimate")
+        if self.length * math.log(self.vocab) > math.log(4096):
+            raise Refusal(
+                f"--vocab {self.vocab} --length {self.length}: {self.vocab}^{self.length} sequences are too many to "
+                "enumerate; 4096 are the most"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variance:
     """Two models, the prompts they are compared on, and how long to look."""
 
@@ -248,9 +275,9 @@ class Serve:
     """Name of an environment variable with the token that clients must send; empty: no token asked."""
     name: str = ""
     """Name under which clients ask for the model; empty: the name it was given by."""
-    precision: Precision = field(default_factory=native)
+    precision: Precision = field(default_factory=default_precision)
     """Type of the weights."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = field(default_factory=default_device)
     """Where the model runs: cpu, cuda, cuda:1, ..."""
     max_batch_tokens: int = 16384
     """Padded tokens that go through the model at once."""

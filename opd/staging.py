@@ -10,13 +10,15 @@ from torch import Tensor
 
 from opd import stages
 from opd.episode import Deferred, Episode
+from opd.errors import Refusal
 from opd.panel import Panel
 from opd.questions import Stages
 from opd.rubrics import Buffer, Criterion, added, kept, stage_scores
 from opd.runs import digest
+from opd.sampling import Prompt
 from opd.tasks.answers import spoken
 from opd.teachers.text import Failed
-from opd.types import Batch, Prompt, Refusal, Rollout, pad
+from opd.types import Batch, Rollout, pad
 
 if TYPE_CHECKING:
     from opd.teachers.stages import Staged

@@ -18,6 +18,7 @@ from opd.collect import Rendered, collate
 from opd.config import Train
 from opd.engines.vllm import Sent
 from opd.episode import Deferred, Episode
+from opd.errors import Refusal
 from opd.evaluation import interval
 from opd.method import Method
 from opd.metrics import (
@@ -37,12 +38,13 @@ from opd.questions import Question, Stages
 from opd.representation import Bridge
 from opd.rollouts import Memory, OnPolicy, Snapshot, StopOnAgreement
 from opd.runs import STATE, Clock, Run, save_memory
+from opd.sampling import Sampling
 from opd.session import Session
 from opd.student import micro_batches
 from opd.tasks.task import Task
 from opd.teachers.local import LocalTeacher
 from opd.tokens import spelled
-from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.types import Batch, Rollout
 from opd.writing import Writing
 
 LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement

@@ -10,8 +10,9 @@ from enum import StrEnum
 
 from transformers import PreTrainedTokenizerBase
 
+from opd.errors import Refusal
 from opd.prompts import render, short
-from opd.types import Prompt, Refusal
+from opd.sampling import Prompt
 
 
 class Severity(StrEnum):

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from opd.config import Train
 from opd.divergences import kl
+from opd.errors import Refusal
 from opd.evaluation import CONFIDENCE, Estimate
 from opd.exact import alone, slopes
 from opd.heard import Hidden
@@ -45,7 +46,6 @@ from opd.rollouts import OnPolicy
 from opd.session import open_session
 from opd.settings import Variance
 from opd.student import Rows, Student, final_states, rows
-from opd.types import Refusal
 from opd.vocabulary import Vocabulary, blocks
 
 ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal

@@ -28,8 +28,8 @@ from opd import models, opening
 from opd.collect import Collector
 from opd.draws import bare
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal
 from opd.jobs import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
-from opd.types import Refusal
 
 LOOK = 1.0  # seconds between checks that the parent lives, because another process may hold the pipe open
 

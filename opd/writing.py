@@ -19,9 +19,10 @@ from opd.method import Method
 from opd.passes import Passes
 from opd.questions import Stages
 from opd.rollouts import NOTHING, Memory, Rollouts, Snapshot, draw_of, prompts_of
+from opd.sampling import Sampling
 from opd.session import Session
 from opd.tasks.task import Task
-from opd.types import Rollout, Sampling
+from opd.types import Rollout
 
 
 @dataclass

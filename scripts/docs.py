@@ -18,21 +18,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from opd.cli import main as opd
+from opd.cli.explain import helps as arguments
 from opd.cli.flags import TRL_FLAGS
-from opd.cli.tables import helps as arguments
 from opd.config import Evaluate, Train
 from opd.engines.speaker import Speaker
 from opd.estimators import Full, Sampled, Stratified
-from opd.exact import Size
 from opd.method import Match, MatchHidden, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.presets import arguments as method_flags
 from opd.presets import spelled
-from opd.settings import Context, Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Variance
+from opd.sampling import Sampling
+from opd.settings import Context, Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
 from opd.tasks.sets import SETS
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 ARXIV = re.compile(r"(?<!\[)arXiv:(\d{4}\.\d{5})")
@@ -247,7 +246,7 @@ def default_of(field: dataclasses.Field) -> str:
         return code(" ".join(map(str, value)) if isinstance(value, tuple) else value)
     if field.default_factory is dataclasses.MISSING:
         return "required"
-    return cell((inspect.getdoc(field.default_factory) or "by machine").partition(":")[0])
+    return cell(re.split("[:.]", inspect.getdoc(field.default_factory) or "")[0].removeprefix("Return "))
 
 
 def dashed(name: str) -> str:

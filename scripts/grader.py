@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from opd.sampling import Prompt
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.judge import Group, Rubric
 from opd.teachers.verifier import VerifierJudge
-from opd.types import Prompt
 
 Request = Mapping[str, Any]
 

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from opd.config import Train
 from opd.models import EMBEDDED
+from opd.sampling import Sampling
 from opd.steps import Loop
-from opd.types import Rollout, Sampling
+from opd.types import Rollout
 
 
 def started(command: list[str], processes: int) -> subprocess.CompletedProcess:

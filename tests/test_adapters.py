@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd import adapters, cli, models
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.serve.server import Serve, _open
-from opd.types import Refusal
 from scripts import fake_hub
 from tests.models_for_tests import interrupted_at, logged, small, started, tiny
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import opd
-from opd import background, draws
+from opd import background, checks, draws
 from opd.engines.speaker import Speaker
+from opd.errors import Refusal
 from opd.exact import World, measure
 from opd.method import Positions
 from opd.methods import METHODS
@@ -32,12 +33,13 @@ from opd.methods.npd import DeltaIFD
 from opd.passes import Passes
 from opd.rollouts import NOTHING, OnPolicy, Snapshot, draw_of, drift, opened, prompts_of
 from opd.runs import Run
+from opd.sampling import Sampling
 from opd.session import open_session
 from opd.steps import Loop
 from opd.student import Student
 from opd.surrogates import TruncatedRatio
 from opd.teachers.local import LocalTeacher
-from opd.types import Batch, Refusal, Rollout, Sampling
+from opd.types import Batch, Rollout
 from opd.weights import TruncatedImportance
 from tests.models_for_tests import logged, small
 
@@ -58,7 +60,7 @@ def prompts(pair):
     """Of a run."""
     told = config(pair, Path("unused"))
     told = replace(told, data=replace(told.data, source=told.prompts))
-    return open_session(told, told.resolved(), None).prompts
+    return open_session(told, checks.resolved(told), None).prompts
 
 
 def alike(a: Path, b: Path) -> None:
@@ -304,7 +306,7 @@ def _threads(monkeypatch, _one_thread):
 def test_the_queue_is_bounded(pair, tmp_path, _threads):
     told = config(pair, tmp_path / "run", staleness=2, steps=50)
     told = replace(told, data=replace(told.data, source=told.prompts))
-    method, run = told.resolved(), Run(tmp_path / "run")
+    method, run = checks.resolved(told), Run(tmp_path / "run")
     run.start({}, "", 0)
     (run.folder / ".worker-0-1").mkdir()  # of a trainer that was killed together with its worker
     loop = Loop(told, method, open_session(told, method, None), run)
@@ -374,7 +376,7 @@ def test_what_older_weights_cannot_write_is_refused(pair, tmp_path, changes, say
 
 
 def test_policy_gradients_without_a_ratio_are_warned_of(pair, tmp_path):
-    told = lambda **changes: config(pair, tmp_path, staleness=2, **changes).warnings()
+    told = lambda **changes: checks.warnings(config(pair, tmp_path, staleness=2, **changes))
     assert any("--importance-cap" in line for line in told())
     assert not told(importance_cap=2.0)
     assert not told(method=METHODS["opd-full"]()) and not told(method=METHODS["gkd"]())
@@ -387,11 +389,11 @@ def test_what_a_judge_pays_is_no_likelihood(pair, tmp_path, name):
     """A reward on tokens that other weights drew: warned of, weighed by the cap, also where another engine writes."""
     method = METHODS[name](reflections=0) if name == "rubricem" else METHODS[name]()
     told = lambda **changes: config(pair, tmp_path, method=method, **changes)
-    assert any("--importance-cap" in line for line in told(staleness=2).warnings())
+    assert any("--importance-cap" in line for line in checks.warnings(told(staleness=2)))
     capped = told(staleness=2, importance_cap=1.5)
-    assert not any("--importance-cap" in line for line in capped.warnings())
+    assert not any("--importance-cap" in line for line in checks.warnings(capped))
     for run, cap in ((capped, 1.5), (told(speaker=Speaker(engine="vllm")), 2.0)):
-        paid = run.resolved().terms[0]
+        paid = checks.resolved(run).terms[0]
         assert paid.surrogate == TruncatedRatio(cap) or TruncatedImportance(cap) in paid.weights
 
 

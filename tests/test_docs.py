@@ -15,12 +15,11 @@ import opd
 from opd import cli
 from opd.config import Evaluate, Train
 from opd.engines.speaker import Speaker
-from opd.exact import Size
 from opd.methods import METHODS
-from opd.settings import Context, Rock, Serve, Variance
+from opd.sampling import Sampling
+from opd.settings import Context, Rock, Serve, Size, Variance
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import Sampling
 from tests import test_laws
 from tests.test_laws import given, ids, world  # noqa: F401
 

@@ -23,14 +23,15 @@ from opd.doctor.findings import Level, alarming, errors
 from opd.doctor.probe import Probe
 from opd.doctor.settings import sweeps
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.runs import Run
+from opd.sampling import Sampling
 from opd.session import open_session
 from opd.steps import Loop
 from opd.tasks.task import Data
 from opd.teachers.client import Remote
-from opd.types import Refusal, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ from opd.engines.stream import Cache, Stream
 from opd.kernels import draw as draws
 from opd.kernels.draw import quantile
 from opd.noise import uniform
-from opd.types import Sampling
+from opd.sampling import Sampling
 from tests.models_for_tests import tiny
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 5, 9], [1, 20, 30, 40, 50, 60], [1, 7], [1, 8, 8]]

@@ -10,12 +10,13 @@ import pytest
 
 from opd.cli import main
 from opd.config import Evaluate
+from opd.errors import Refusal
 from opd.evaluation import Scores, bootstrapped, evaluate, final, interval, majority, pass_at_k
 from opd.report.compare import versus
+from opd.sampling import Sampling
 from opd.tasks import sets
 from opd.tasks.sets import BOXED, LETTER, SETS
 from opd.tasks.task import Data
-from opd.types import Refusal, Sampling
 from tests.models_for_tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """The reading of the command line: which words are flags, what is missing, what was meant; tyro has the same flags."""
 
+import ast
 import inspect
 import re
 import shlex
@@ -11,13 +12,12 @@ import pytest
 from opd import cli
 from opd.bench.command import PARTS
 from opd.cli.flags import TRL_FLAGS, built, flags_of, scanned
-from opd.cli.methods import listing
+from opd.cli.methods import flag_names, listing
 from opd.cli.runs import DoctorFlags, TrainFlags
 from opd.config import Evaluate
 from opd.errors import Refusal
-from opd.exact import Size
 from opd.methods import METHODS
-from opd.settings import Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Variance
+from opd.settings import Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
 from tests.test_docs import parse
 
 MODELS = "--student embedded:student --teacher embedded:teacher"
@@ -221,18 +221,28 @@ def test_a_method_of_a_module_is_explained(capsys):
 
 
 def test_the_list_of_methods_is_that_of_the_code():
-    assert dict(listing()) == {name: inspect.getdoc(factory) for name, factory in METHODS.items()}
+    docstrings = {name: inspect.cleandoc(ast.get_docstring(factory) or "") for name, factory in listing().items()}
+    assert list(docstrings.items()) == [(name, inspect.getdoc(factory)) for name, factory in METHODS.items()]
+    for name, factory in METHODS.items():
+        assert flag_names(name) == [flag.name for flag in flags_of(factory)]
 
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
-WITHOUT_TORCH = ["", "--help", "--version", "help", "methods", "methods vopdd", "trian"]
-WITH_TORCH = [  # the fields of a run name methods, which are made of functions on tensors
+WITHOUT_TORCH = [
+    *("", "--help", "--version", "help", "methods", "methods vopdd", "trian"),
+    "train --studnet x vopd",
+    "train --student s --teacher t --prompts p --steps ten vopd",
+    "train --student s --teacher t --prompts p voppd",
+    "train --student s --teacher t --prompts p vopd-topk --kk 3",
+    "exact vopd --kk 3",
+    *COMPLETE,  # required flags are missing
+    *(f"{command} --unknown x" for command in (*COMPLETE, "exact", "demo")),
+]
+WITH_TORCH = [  # a help shows the precision, which is bf16 where torch finds a GPU; methods are functions on tensors
     "methods vopd",
     "bench --help",
     "bench hed",
-    "train --studnet x vopd",
     "train --student s --teacher t --prompts p vopd-topk --k ten",
-    *COMPLETE,  # required flags are missing
     *(f"{command} --help" for command in (*COMPLETE, "exact", "demo")),
 ]
 

@@ -14,13 +14,13 @@ import opd
 from opd import rubrics
 from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine
+from opd.sampling import Prompt, Sampling
 from opd.teachers.answers import Answers
 from opd.teachers.client import Remote
 from opd.teachers.judge import Criterion, Group, ModelJudge, Rubric
 from opd.teachers.schema import Listed, schema
 from opd.teachers.stages import Contrast, Evolved, Marking, ModelStageJudge, Proposed
 from opd.teachers.text import Endpoint, Failed, Gate, Local, TextTeacher
-from opd.types import Prompt, Sampling
 from scripts.soak import serving
 
 pytest.importorskip("llguidance")

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.methods import METHODS
-from opd.types import Sampling
+from opd.sampling import Sampling
 from tests.models_for_tests import tiny
 
 huggingface = pytest.importorskip(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import opd
 from opd import cli, hub, models, remote
+from opd.errors import Refusal
 from opd.models import EMBEDDED
 from opd.serve.server import Serve, _open
 from opd.tasks.load import load
@@ -29,7 +30,6 @@ from opd.tasks.task import Data
 from opd.teachers.client import Client, Remote, endpoint, host
 from opd.teachers.reach import Server
 from opd.teachers.server import LogpTeacher
-from opd.types import Refusal
 from scripts import fake_hub
 from tests.models_for_tests import logged, started, tiny
 

@@ -12,16 +12,16 @@ import opd
 ROOT = Path(opd.__file__).parent
 FLOORS = {  # a floor imports itself and those above it in this list
     "mathematics": (
-        "errors types noise questions rubrics rewards against estimators divergences transforms weights judged "
-        "surrogates rollouts representation terms method methods methods.* metrics exact occurrences"
+        "errors sampling types noise questions rubrics rewards against estimators divergences transforms weights "
+        "judged surrogates rollouts representation terms method methods methods.* metrics exact occurrences"
     ),
     "vocabulary": "vocabulary heard kernels kernels.*",
     "edges": (
-        "disk tensors hub prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student models "
-        "collect adapters adapters.*"
+        "precision disk tensors hub prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student "
+        "models collect adapters adapters.*"
     ),
     "program": (
-        "config settings presets launch reading remote opening panel asking staging episode session bridge runs "
+        "config checks settings presets launch reading remote opening panel asking staging episode session bridge runs "
         "progress draws jobs background worker passes writing steps loop doctor doctor.* evaluation rescore variance "
         "prune rock report report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
         "opd"  # opd: the package's front door, which opens on all floors

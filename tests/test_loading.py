@@ -9,9 +9,10 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import opd
 from opd import progress
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.models import EMBEDDED
-from opd.types import Refusal, Sampling
+from opd.sampling import Sampling
 from tests.models_for_tests import tiny
 
 TEXT = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")

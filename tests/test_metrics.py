@@ -13,7 +13,8 @@ from opd.cli import main
 from opd.method import Target
 from opd.metrics import advantages, agreeing, by_task, by_third, effective, repetition, speaking, summary, weighting
 from opd.report.alarms import Alarm
-from opd.types import DATA, Batch, Prompt, Sampling
+from opd.sampling import Prompt, Sampling
+from opd.types import DATA, Batch
 
 
 def batch(**columns):

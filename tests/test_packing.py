@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from opd.errors import Refusal
 from opd.models import verify_head
 from opd.student import micro_batches, rows, states
-from opd.types import Refusal, Rollout
+from opd.types import Rollout
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "gpt2", "bloom", "mamba"]
 

@@ -5,12 +5,13 @@ from dataclasses import fields, replace
 
 import pytest
 
+from opd import checks
 from opd.cli import main
 from opd.cli.naming import method_of
 from opd.config import Train
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.presets import PAPER, arguments, settings
-from opd.types import Refusal
 
 BASE = Train(student="s", teacher="t", prompts="p")
 FIELDS = {f.name for f in fields(Train)} - {"student", "teacher", "prompts", "method"}
@@ -25,7 +26,7 @@ def test_preset_is_a_run(preset, name):
         return
     chosen = settings(preset, name)
     assert chosen and chosen.keys() <= FIELDS
-    replace(BASE, method=method_of(name, arguments(preset, name)), **chosen).check()
+    checks.check(replace(BASE, method=method_of(name, arguments(preset, name)), **chosen))
 
 
 def test_a_run_says_what_its_user_set(tmp_path, capsys):
@@ -61,7 +62,7 @@ def test_every_paper_preset_is_of_a_method():
 )
 def test_numbers_as_published(name, prompts, each, lr, tokens):
     run = replace(BASE, method=METHODS[name](), **settings("paper", name))
-    assert run.resolved().rollouts.per_prompt == each and run.batch == prompts * each
+    assert checks.resolved(run).rollouts.per_prompt == each and run.batch == prompts * each
     assert run.lr == (BASE.lr if lr is None else lr)
     assert run.sampling.max_new_tokens == (BASE.sampling.max_new_tokens if tokens is None else tokens)
 

@@ -6,9 +6,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3C
 
 from opd import models
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal
 from opd.prune import container, prune, select
+from opd.sampling import Sampling
 from opd.settings import Prune, layers
-from opd.types import Refusal, Sampling
 from tests.models_for_tests import tiny
 
 IDS = torch.arange(1, 13).view(2, 6)

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import opd
+from opd import checks
 from opd.cli import main
 from opd.models import EMBEDDED
 from opd.teachers.client import Client, Remote, host
@@ -370,7 +371,7 @@ def test_keys_and_copies_for_nobody(remote, told, tmp_path):
         remote=Remote(**remote),
     )
     with pytest.raises(opd.Refusal) as caught:
-        run.check()
+        checks.check(run)
     assert str(caught.value).startswith(told)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import opd
+from opd.errors import Refusal
 from opd.heard import Given, Hidden
 from opd.kernels.logits import Head, Vocabulary
 from opd.methods import METHODS
@@ -25,8 +26,8 @@ from opd.report.figures import payload, phases, positions
 from opd.report.logs import Group, Log, grouped, read
 from opd.report.page import Report, finite, report
 from opd.report.tokens import Inspect, inspect, rocks
+from opd.sampling import Sampling
 from opd.tokens import spelled
-from opd.types import Refusal, Sampling
 from opd.vocabulary import alternatives
 from tests.models_for_tests import tiny
 

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 import opd
 from opd.cli import main
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.rescore import OWN, Rescore, apart, asked, batch_of, compared, own_targets, ranks, read, rescore
-from opd.types import Batch, Refusal, Sampling
+from opd.sampling import Sampling
+from opd.types import Batch
 from tests.models_for_tests import tiny
 
 TOLD = ("opd", "vopd", "poweropd", "reopold", "opd-zscore", "topd", "fire", "iw-opd", "scope", "entropy")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.cli import main
+from opd.errors import Refusal
 from opd.exact import World
 from opd.method import Match, Method
 from opd.methods import opd_full, rock_freeze
@@ -17,10 +18,11 @@ from opd.methods.rock import Released
 from opd.occurrences import SHARES, Corpus, above, consistency, matched, rank, stability
 from opd.rock import _contexts, _look, rock
 from opd.runs import Run
+from opd.sampling import Sampling
 from opd.session import open_session
 from opd.settings import Context, Rock
 from opd.steps import Loop
-from opd.types import Refusal, Sampling, call
+from opd.types import call
 from opd.weights import Frozen
 from tests.models_for_tests import logged, tiny
 

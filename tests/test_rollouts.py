@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from opd import checks
 from opd.collect import Collector, Rendered, collate
 from opd.config import Train
 from opd.divergences import kl
@@ -27,9 +28,10 @@ from opd.models import EMBEDDED
 from opd.noise import uniform
 from opd.rollouts import Blend, Mixture, OnPolicy, StopOnAgreement, TeacherPrefix, blend
 from opd.runs import Run
+from opd.sampling import Prompt, Sampling
 from opd.session import open_session
 from opd.steps import Loop
-from opd.types import STUDENT, Batch, Prompt, Sampling
+from opd.types import STUDENT, Batch
 from opd.vocabulary import Vocabulary
 from opd.weights import TruncatedImportance
 from tests.models_for_tests import logged, small, tiny
@@ -476,7 +478,7 @@ def test_online_and_late_cuts_have_one_gradient(folders, tmp_path):
     for online in (True, False):
         method = METHODS["kat"](**SMALL, online=online)
         settings = config(folders, tmp_path / str(online), method=method, max_grad_norm=1e9)
-        settings.check()
+        checks.check(settings)
         session = open_session(replace(settings, data=replace(settings.data, source=settings.prompts)), method, None)
         session.optimizer.zero_grad = lambda: None
         loop = Loop(settings, method, session, Run(tmp_path / str(online)))

@@ -32,6 +32,7 @@ from opd.method import Match, Method, PolicyGradient
 from opd.methods import METHODS
 from opd.models import head
 from opd.remote import compare
+from opd.sampling import Sampling
 from opd.serve.app import build
 from opd.serve.gate import Limits
 from opd.serve.model import Served
@@ -41,7 +42,7 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.reach import reach
 from opd.teachers.server import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.writer import ServerEngine
-from opd.types import Rollout, Sampling
+from opd.types import Rollout
 from opd.vocabulary import Vocabulary, head_pass, measure
 from scripts.soak import Proxy, free_port, serving
 from tests.models_for_tests import logged, small, started, tiny

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import opd
-from opd import draws
+from opd import checks, draws
 from opd.engines.hf import HFEngine
 from opd.estimators import Several, TopKValue, Value
 from opd.exact import alone, measure
@@ -18,8 +18,9 @@ from opd.kernels.logits import Head
 from opd.method import Method, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.rollouts import Mixture, OnPolicy
+from opd.sampling import Sampling
 from opd.surrogates import Clipped, OffPolicy
-from opd.types import Others, Rollout, Sampling
+from opd.types import Others, Rollout
 from opd.vocabulary import Vocabulary, head_pass
 from tests.models_for_tests import interrupted_at
 from tests.test_async import alike, config
@@ -189,7 +190,7 @@ def test_what_is_no_such_method(make, why):
 def test_who_cannot_draw_or_tell(pair, tmp_path):
     method = METHODS["async-opd"](samples=M)
     with pytest.raises(opd.Refusal, match=r"--engine vllm: .*samples=4.* hf alone"):
-        config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm")).check()
+        checks.check(config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm")))
     assert method.supports() == {"drawn": M - 1} and method.needs_of_tokens() == {"teacher_logp", "chosen"}
     with_baseline = Method((PolicyGradient(estimator=Several(), baseline=TopKValue(3)),), rollouts=OnPolicy(samples=M))
     assert not with_baseline.supports() and "several tokens" in alone(with_baseline)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd import cli, episode, prompts, rubrics, stages
 from opd.config import Train
+from opd.errors import Refusal
 from opd.exact import World
 from opd.judged import LAMBDA, StageReturn, StageScore, stage_means
 from opd.method import Match, Method, PolicyGradient, Positions, Target
@@ -24,6 +25,7 @@ from opd.reading import Prompts
 from opd.rewards import LogRatio, One
 from opd.rubrics import Criterion
 from opd.runs import digest, load_memory
+from opd.sampling import Prompt
 from opd.staging import given
 from opd.tasks.load import load
 from opd.tasks.task import Data
@@ -31,7 +33,7 @@ from opd.teachers.judge import ModelJudge
 from opd.teachers.stages import Contrast, ModelStageJudge, Reflected, Staged
 from opd.teachers.text import Failed
 from opd.teachers.verifier import ROUND, SUMS, VerifierStageJudge
-from opd.types import Batch, Prompt, Refusal
+from opd.types import Batch
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, started
 from tests.test_server import Proxy

@@ -5,13 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from opd.errors import Refusal
 from opd.heard import Heard
 from opd.method import Target
 from opd.methods import METHODS
 from opd.models import head, verify_head
 from opd.student import Student, rows
 from opd.teachers.local import LocalTeacher
-from opd.types import Refusal
 from opd.vocabulary import Vocabulary
 from tests.models_for_tests import MASKS, ROLLOUTS, started, tiny
 

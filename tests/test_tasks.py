@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opd.errors import Refusal
 from opd.tasks import guarded, ledger, verify
 from opd.tasks.answers import letter, marked, number, reference
 from opd.tasks.load import load
 from opd.tasks.task import SIZES, Data, Task
-from opd.types import Refusal
 
 ROOT = Path(__file__).parents[1]
 PLACES = (Path(os.environ.get("OPD_DATA") or "-"), ROOT / "shared/data", ROOT.parent / "shared/data")

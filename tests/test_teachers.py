@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.config import CONTEXT
+from opd.errors import Refusal
 from opd.methods import METHODS
 from opd.prompts import rewritten
 from opd.reading import Prompts
+from opd.sampling import Prompt, Sampling
 from opd.teachers.local import Average, LocalTeacher, WithoutAdapter, average_rate
-from opd.types import Prompt, Refusal, Rollout, Sampling
+from opd.types import Rollout
 from tests.models_for_tests import logged, tiny
 
 CPU = torch.device("cpu")

@@ -24,12 +24,14 @@ from opd import cli, opening, prompts, session
 from opd.asking import continued
 from opd.collect import collate
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal
 from opd.judged import Audited, CentredPosterior, GroupAdvantage, Posterior, Unaudited
 from opd.method import Positions
 from opd.methods import METHODS
 from opd.models import EMBEDDED
 from opd.panel import Panel
 from opd.questions import Continue
+from opd.sampling import Prompt
 from opd.tasks.load import load
 from opd.tasks.task import Data
 from opd.teachers.answers import Answers
@@ -37,7 +39,7 @@ from opd.teachers.client import Remote
 from opd.teachers.judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, read
 from opd.teachers.text import ON, Begun, Elsewhere, Endpoint, Failed, Gate, How, Local, TextTeacher, beside
 from opd.teachers.verifier import VerifierJudge
-from opd.types import Batch, Prompt, Refusal, Rollout
+from opd.types import Batch, Rollout
 from scripts.grader import Grader, Scripted
 from tests.models_for_tests import interrupted_at, logged, tiny
 from tests.test_server import Proxy, serving

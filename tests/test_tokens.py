@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from opd import prompts, tokens
+from opd.errors import Refusal
+from opd.sampling import Prompt
 from opd.tokens import Severity
-from opd.types import Prompt, Refusal
 
 TEXT = [
     "What is 2 + 3? The answer is five.",

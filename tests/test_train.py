@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import opd
+from opd.errors import Refusal
 from opd.loop import FREE
 from opd.method import Method
 from opd.methods import METHODS
 from opd.runs import Run
 from opd.steps import Loop
-from opd.types import Refusal
 from opd.vocabulary import _Side
 from tests.models_for_tests import interrupted_at, logged, small
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import opd
+from opd import checks
 from opd.config import Train
 from opd.engines.server import VLLMServer
 from opd.engines.speaker import Speaker
@@ -32,8 +33,8 @@ from opd.method import PolicyGradient, Positions
 from opd.methods import METHODS
 from opd.metrics import mismatch
 from opd.models import EMBEDDED, Source
+from opd.sampling import Sampling
 from opd.surrogates import Clipped, Reinforce, TruncatedRatio
-from opd.types import Sampling
 from opd.weights import TruncatedImportance
 from scripts.soak import Proxy, free_port, serving
 from tests.models_for_tests import logged, tiny
@@ -240,7 +241,7 @@ def test_an_update_gives_tensors_or_what_the_files_hold(tmp_path):
 
 def told(method, **changes) -> opd.method.Method:
     whole = Train(student="a", teacher="b", prompts="c", method=method, speaker=Speaker(engine="vllm"))
-    return replace(whole, **changes).resolved()
+    return checks.resolved(replace(whole, **changes))
 
 
 def test_policy_gradients_are_weighed_where_another_engine_writes():
@@ -326,7 +327,7 @@ def test_mismatch_by_enumeration():
 )
 def test_what_another_engine_cannot_do_is_refused(changes, words):
     with pytest.raises(opd.Refusal) as caught:
-        replace(Train(student="a", teacher="b", prompts="c"), **changes).check()
+        checks.check(replace(Train(student="a", teacher="b", prompts="c"), **changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -23,8 +23,8 @@ from opd.loop import train
 from opd.methods import METHODS
 from opd.presets import settings
 from opd.rollouts import NOTHING, Memory
+from opd.sampling import Sampling
 from opd.steps import Loop
-from opd.types import Sampling
 
 
 @dataclass(frozen=True)

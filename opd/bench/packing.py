@@ -17,10 +17,11 @@ from torch import Tensor
 
 from opd.bench.result import Result, Timed, in_turn, ratio, spread, versions
 from opd.bench.run import Trained, opened
+from opd.errors import positive
 from opd.models import base
 from opd.rollouts import OnPolicy
 from opd.student import micro_batches
-from opd.types import pad, positive
+from opd.types import pad
 
 
 @dataclass(frozen=True)

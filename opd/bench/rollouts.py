@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from opd.bench.result import Result, Timed, in_turn, spread, versions
 from opd.engines.hf import HFEngine
 from opd.kernels.linear import faster, quicken
-from opd.types import Sampling
+from opd.sampling import Sampling
 
 STOP = 2
 LABELS = {

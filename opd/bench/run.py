@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd import checks
 from opd.config import Train
 from opd.methods import METHODS
 from opd.runs import Run
+from opd.sampling import Sampling
 from opd.session import open_session
 from opd.steps import Loop
 from opd.tasks.task import Data
-from opd.types import Sampling
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,6 @@ class Trained:
 
 def opened(config: Train) -> Loop:
     """Open a run as `opd train` does."""
-    method, run = config.resolved(), Run(config.out)
+    method, run = checks.resolved(config), Run(config.out)
     run.start({}, repr(method), 0)
     return Loop(config, method, open_session(config, method, None), run)

@@ -228,7 +228,12 @@ def scanned(what: Any, args: Sequence[str]) -> Words:
 def _split(word: str) -> tuple[str, str, str]:
     """Split "--max_new_tokens=3" into the flag's name with dashes, "=" and the value."""
     name, equals, value = word.partition("=")
-    return (f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name), equals, value
+    return (spelled_flag(name[2:]) if name.startswith("--") else name), equals, value
+
+
+def spelled_flag(name: str) -> str:
+    """Return the flag of a field or parameter: --max-new-tokens of max_new_tokens."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _negated(name: str) -> str:
@@ -293,7 +298,7 @@ def _declared(what: Any, *, given: bool) -> Iterator[Flag]:
         if tyro.conf.Positional in marks:
             yield Flag(name.upper().removesuffix("S" if count is None else ""), kind, count, required, positional=True)
         else:
-            yield Flag(f"--{name.replace('_', '-')}", kind, count, required)
+            yield Flag(spelled_flag(name), kind, count, required)
 
 
 def _shape(base: Any, marks: Sequence[Any], has_default: bool) -> tuple[Any, int | None]:

@@ -5,14 +5,15 @@ The list comes from the source files, without importing them: what is imported o
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
 
-from opd.cli.flags import near, parsed
+from opd.cli.flags import near, parsed, spelled_flag, unknown_flag
 from opd.errors import Refusal
 
 
@@ -27,12 +28,11 @@ class _MethodsFlags:
 def methods(args: list[str]) -> int:
     """Print all methods, or one explained."""
     flags = parsed(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
-    docstrings = dict(listing())
-    if flags.name and flags.name not in docstrings and ":" not in flags.name:
-        near_name = near(flags.name, docstrings)
-        raise Refusal(f"{flags.name}: unknown method{near_name}; there are {', '.join(docstrings)}")
+    docstrings = {name: inspect.cleandoc(ast.get_docstring(factory) or "") for name, factory in listing().items()}
+    if flags.name:
+        check_name(flags.name)
     if flags.name or flags.json:
-        from opd.cli.tables import explain_methods
+        from opd.cli.explain import explain_methods
 
         return explain_methods([flags.name] if flags.name else list(docstrings), json=flags.json)
     from rich.console import Console
@@ -47,8 +47,9 @@ def methods(args: list[str]) -> int:
     return 0
 
 
-def listing() -> Iterator[tuple[str, str]]:
-    """Yield the name and docstring of each method in the order of `opd.methods.FACTORIES`, from the source files."""
+@cache
+def listing() -> dict[str, ast.FunctionDef]:
+    """Return the factory of each method in the order of `opd.methods.FACTORIES`, as the source files define it."""
     package = find_spec("opd.methods")
     assert package is not None and package.origin is not None
     tree = ast.parse(Path(package.origin).read_text())
@@ -65,14 +66,37 @@ def listing() -> Iterator[tuple[str, str]]:
         and isinstance(node.value, ast.Tuple)
         and ast.unparse(node.target) == "FACTORIES"
     )
-    sources: dict[str, ast.Module] = {}
-    for factory in map(ast.unparse, factories):
-        module = modules[factory]
-        if module not in sources:
-            path = Path(package.origin).with_name(module.rpartition(".")[2] + ".py")
-            sources[module] = ast.parse(path.read_text())
-        (function,) = (x for x in sources[module].body if isinstance(x, ast.FunctionDef) and x.name == factory)
-        yield factory.replace("_", "-"), inspect.cleandoc(ast.get_docstring(function) or "")
+    names = [ast.unparse(factory) for factory in factories]
+    functions = {
+        x.name: x
+        for module in {modules[name] for name in names}
+        for x in ast.parse(Path(package.origin).with_name(module.rpartition(".")[2] + ".py").read_text()).body
+        if isinstance(x, ast.FunctionDef)
+    }
+    return {name.replace("_", "-"): functions[name] for name in names}
+
+
+def check_name(name: str) -> None:
+    """Refuse a METHOD that is not in the list and not written as module:factory."""
+    if name not in listing() and ":" not in name:
+        raise Refusal(f"{name}: unknown method{near(name, listing())}; `opd methods` lists them")
+
+
+def flag_names(name: str) -> list[str]:
+    """Return the flags of a method of the list, from its source."""
+    arguments = listing()[name].args
+    return [spelled_flag(argument.arg) for argument in (*arguments.args, *arguments.kwonlyargs)]
+
+
+def check_flags(name: str, words: Iterable[str], run_flags: Iterable[str]) -> None:
+    """Refuse a flag that a method of the list does not have; `run_flags` are suggested, too, for misspelt ones."""
+    if name not in listing():  # module:factory
+        return
+    flags = flag_names(name)
+    known = {"--help", *flags, *(flag.replace("--", "--no-", 1) for flag in flags)}
+    for word in words:
+        if word[:2] == "--" and word[2:3].isalpha() and spelled_flag(word[2:].partition("=")[0]) not in known:
+            raise unknown_flag(word, [*flags, *run_flags], prog=f"opd train {name}")
 
 
 def summary(docstring: str) -> tuple[str, str]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from opd.cli.flags import near, parsed
+from opd.cli.flags import parsed
+from opd.cli.methods import check_name
+from opd.errors import Refusal
 from opd.method import Method
 from opd.methods import METHODS
 from opd.rollouts import OnPolicy
-from opd.types import Refusal
 
 SECOND = {name: f"a run has one METHOD; add its terms by --also {name}:WEIGHT" for name in METHODS}
 
@@ -36,9 +37,8 @@ def factory_of(name: str) -> Callable[..., Method]:
     """Return the factory of a listed method, or import that of a name written as module:factory."""
     if name in METHODS:
         return METHODS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise Refusal(f"{name}: unknown method{near(name, list(METHODS))}; `opd methods` lists them")
+    check_name(name)
+    module, _, attribute = name.partition(":")
     sys.path.insert(0, "")  # a factory in the folder one works in
     try:
         factory = vars(importlib.import_module(module))[attribute]

@@ -11,11 +11,9 @@ import tyro
 from rich.console import Console
 
 from opd.cli.flags import asks_for_help, built, refuse_missing, scanned, unknown_flag
-from opd.cli.naming import factory_of, method_of, plus
+from opd.cli.methods import check_flags, check_name, listing
 from opd.config import Train
-from opd.methods import METHODS
-from opd.presets import arguments, settings
-from opd.types import Refusal
+from opd.errors import Refusal
 
 EXAMPLE = "{} --student embedded:student --teacher embedded:teacher --prompts embedded:ledger --preset embedded vopd"
 
@@ -74,13 +72,16 @@ def doctor(args: list[str]) -> int:
 
 
 def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
-    """The flags of a run and its METHOD, read as `kind`."""
-    asked = next((a for a in args if a in METHODS), None)
+    """Return the flags of a run and its METHOD, read as `kind`; a misspelt name is refused before torch is imported."""
+    listed = listing()
+    asked = next((a for a in args if a in listed), None)
     if asked and asks_for_help(args[args.index(asked) :]):
+        from opd.cli.naming import method_of
+
         method_of(asked, ["--help"])
     description = (
         f"{about}\n{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
-        f"METHOD is {', '.join(METHODS)}, or module:factory for your own. "
+        f"METHOD is {', '.join(listed)}, or module:factory for your own. "
         "`opd methods` explains them, `opd train METHOD --help` lists a method's flags."
     )
     if asks_for_help(args):
@@ -89,14 +90,18 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
     name, *rest = words.rest or ("",)
     if name.startswith("-"):
         raise unknown_flag(name, words.names(), prog=prog)
-    if name not in METHODS and (later := next((word for word in rest if word in METHODS), None)):
+    if name not in listed and (later := next((word for word in rest if word in listed), None)):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
-    teaches_itself = name not in METHODS or METHODS[name]().teacher is not None
     absent = words.missing()
-    absent += [] if teaches_itself or "--teacher" in words.given else ["--teacher"]
+    absent += ["--teacher"] if name in listed and "--teacher" not in words.given and not _teaches_itself(name) else []
     absent += [] if name else ["METHOD (`opd methods` lists them)"]
     refuse_missing(absent, EXAMPLE.format(prog))
-    factory_of(name)  # a misspelt METHOD before its flags
+    check_name(name)
+    check_flags(name, rest, words.names())
+    from opd.cli.naming import factory_of, method_of, plus
+    from opd.presets import arguments, settings
+
+    factory_of(name)  # a module that cannot be imported is refused before the flags of the run
     flags = built(kind, words.known, prog=prog, description=description)
     method = method_of(name, [*arguments(flags.preset, name), *rest], words.names())
     for other in flags.also:
@@ -107,3 +112,10 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
         default = replace(flags, run=run, also=())
         flags = built(kind, words.known, prog=prog, description=description, default=default)
     return replace(flags, run=replace(flags.run, method=method))
+
+
+def _teaches_itself(name: str) -> bool:
+    """Return whether a method of the list has a default teacher."""
+    from opd.methods import METHODS
+
+    return METHODS[name]().teacher is not None

@@ -1,101 +1,23 @@
-"""Commands that print a table: exact, variance, eval, rescore, and `opd methods NAME`."""
+"""Commands that print a table: exact, variance, eval, rescore.
 
-import inspect
-import re
-from collections.abc import Iterator, Mapping
+Each imports what it runs after its flags are read, so that mistakes are answered at once.
+"""
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
 from opd.cli.flags import asks_for_help, built, parsed, scanned, unknown_flag
-from opd.cli.methods import summary
-from opd.cli.naming import factory_of, method_of, several
+from opd.cli.methods import check_flags, check_name
 from opd.config import Evaluate
-from opd.exact import Size
-from opd.methods import METHODS
-from opd.presets import arguments, settings, spelled
-from opd.types import Refusal
-
-
-def explain_methods(names: list[str], *, json: bool) -> int:
-    """Print what there is to know of some methods: as json, or of one as a page."""
-    rows = [_explained(name) for name in names]
-    if json:
-        print(dumps(rows[0] if len(names) == 1 else rows, indent=2))
-        return 0
-    console = Console()
-    for head, lines in _page(rows[0]):
-        console.print(f"[bold]{head}[/bold]", highlight=False)
-        for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2)))
-    return 0
-
-
-def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """What a person reads of one method: (head, lines)."""
-    name, told = row["name"], helps(inspect.getdoc(factory_of(row["name"])) or "")
-    yield name, [row["what"], *filter(None, [row["source"]])]
-    if told:
-        default = lambda flag: row["defaults"][flag] if row["defaults"][flag] not in ("", ()) else "none"
-        flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in told.items()]
-        yield "flags, with their defaults", flags
-    for preset in ("paper", "embedded"):
-        if spelled(preset, name):
-            yield f"--preset {preset} is", [" ".join([spelled(preset, name), name, *arguments(preset, name)])]
-    local = (
-        "each position is scored alone" if row["token_local"] else "a pass without gradient measures the batch first"
-    )
-    yield "reads", [f"{', '.join(row['reads'])}; {local}"]
-    yield "as code", [row["value"]]
-    if name in METHODS:
-        yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
-
-
-def helps(text: str) -> dict[str, str]:
-    """The Args of a docstring, by name."""
-    found: dict[str, str] = {}
-    for line in text.partition("Args:\n")[2].splitlines():
-        if new := re.match(r"    (\w+): (.*)", line):
-            name, found[new[1]] = new[1], new[2]
-        elif line.strip():
-            found[name] += " " + line.strip()
-    return found
-
-
-def _explained(name: str) -> dict[str, object]:
-    factory = factory_of(name)
-    method = method_of(name, [])
-    document = inspect.getdoc(factory) or ""
-    presets = {
-        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
-        for p in ("paper", "embedded")
-        if _has(p, name)
-    }
-    return {
-        "name": name,
-        "what": summary(document)[0],
-        "source": summary(document)[1],
-        "value": repr(method),
-        "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
-        "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
-        "token_local": method.local(),
-        "reads": sorted(method.reads()),
-        "presets": presets,
-    }
-
-
-def _has(preset: str, name: str) -> bool:
-    try:
-        settings(preset, name)
-    except Refusal:
-        return False
-    return True
+from opd.errors import Refusal
+from opd.settings import Rescore, Size, Variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +42,19 @@ def exact(args: list[str]) -> int:
     name, *rest = words.rest or ("",)
     if name.startswith("-"):
         raise unknown_flag(name, words.names(), prog=prog)
+    if name:
+        check_name(name)
+        check_flags(name, rest, words.names())
     flags = built(_ExactFlags, words.known, prog=prog, description=about)
     if name and flags.methods:
         raise Refusal(f"--methods {flags.methods} beside METHOD {name}: give one of the two")
-    world = flags.what.world()
+    size = flags.what
+    size.check()
+    from opd.cli.naming import method_of, several
+    from opd.exact import World
+    from opd.methods import METHODS
+
+    world = World.random(size.vocab, size.length, mismatch=size.mismatch, seed=size.seed)
     listed = {name: method_of(name, rest, words.names())} if name else {name: make() for name, make in METHODS.items()}
     rows = []
     for name, method in (several(flags.methods) if flags.methods else listed).items():
@@ -148,7 +79,6 @@ def exact(args: list[str]) -> int:
 
 def variance(args: list[str]) -> int:
     """Methods on two real models."""
-    from opd.settings import Variance
 
     @dataclass(frozen=True, kw_only=True)
     class Flags:
@@ -165,6 +95,7 @@ def variance(args: list[str]) -> int:
         description="How noisy the gradient of each method is on two models, at fixed contexts of the student's own.",
         example="opd variance --student embedded:student --teacher embedded:teacher --prompts embedded:ledger",
     )
+    from opd.cli.naming import several
     from opd.variance import variance
 
     found = variance(flags.what, several(flags.methods))
@@ -245,7 +176,6 @@ def _show_scores(what: Evaluate, scores: Mapping[str, Any], *, json: bool) -> No
 
 def rescore(args: list[str]) -> int:
     """Methods on the saved rollouts of a run."""
-    from opd.settings import Rescore
 
     @dataclass(frozen=True, kw_only=True)
     class Flags:
@@ -262,6 +192,8 @@ def rescore(args: list[str]) -> int:
         description="What other methods would have said about the saved rollouts of a run.",
         example="opd rescore outputs/opd --method vopd-topk",
     )
+    from opd.cli.naming import several
+    from opd.methods import METHODS
     from opd.rescore import rescore
 
     asked = several(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+from opd import checks
 from opd.config import Train
 from opd.doctor.examine import examined
 from opd.doctor.findings import Finding, Level
+from opd.errors import Refusal
 from opd.progress import loading
 from opd.runs import Run
 from opd.session import open_session
 from opd.steps import Loop
-from opd.types import Refusal
 
 
 def doctor(config: Train) -> list[Finding]:
@@ -19,8 +20,8 @@ def doctor(config: Train) -> list[Finding]:
     A `Refusal` raised while the run is opened becomes a finding of level error.
     """
     try:
-        config.check()
-        method = config.resolved()
+        checks.check(config)
+        method = checks.resolved(config)
         config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
         with loading(config.student, *config.routes().values(), quiet=config.quiet):
             session = open_session(config, method, None)

@@ -10,10 +10,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from opd import models
-from opd.config import DTYPES
 from opd.doctor.findings import Finding, Level, ok
 from opd.doctor.probe import Looked, Probe
 from opd.models import base
+from opd.precision import dtype_of
 from opd.teachers.local import LocalTeacher
 
 SHORT, LONG = 16, 48  # tokens; row lengths of the two forwards that give the activation memory per token
@@ -62,7 +62,7 @@ def kept(probe: Probe, tokens: int) -> int:
         return x
 
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    low = DTYPES[config.precision]
+    low = dtype_of(config.precision)
     with (
         torch.enable_grad(),
         torch.autocast(model.device.type, low, enabled=low != torch.float32),
@@ -79,7 +79,7 @@ def parts(probe: Probe) -> list[Part]:
     model = session.plain().model
     shape = model.config.get_text_config()
     trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
-    itemsize, layers, width = DTYPES[config.precision].itemsize, shape.num_hidden_layers, shape.hidden_size
+    itemsize, layers, width = dtype_of(config.precision).itemsize, shape.num_hidden_layers, shape.hidden_size
     longest = max(max(len(p.ids), len(p.teacher_ids)) for p in session.prompts.first(64))
     row = longest + config.sampling.max_new_tokens
     share = -(-config.batch // session.accelerator.num_processes)

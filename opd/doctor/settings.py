@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from opd import checks
 from opd.doctor.findings import Finding, Level, ok
 from opd.doctor.probe import Looked, Probe
 from opd.kernels.choice import sweeper
 from opd.metrics import repetition
 from opd.prompts import short
 from opd.rollouts import Mixture
+from opd.sampling import Prompt
 from opd.teachers.server import LogpTeacher
-from opd.types import DATA, RIGHT, Prompt
+from opd.types import DATA, RIGHT
 
 VERIFIED = 32  # prompts whose reference answers are verified
 FULL = 0.2  # highest learning rate of full fine-tuning times the width: 1e-4 at 2048, 5e-5 at 4096
@@ -25,7 +27,7 @@ GAP = {"fp32": 0.01, "bf16": 0.3}  # nats on one token; largest difference betwe
 
 def told(probe: Probe) -> Iterator[Finding]:
     """Report settings that change what the loss estimates."""
-    for line in probe.config.warnings():
+    for line in checks.warnings(probe.config):
         yield Finding(check="settings", level=Level.WARNING, what=line)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from opd.types import Refusal
+from opd.errors import Refusal
 
 COMPACT: Any = {"whitespace_flexible": False}  # without optional white space, which a model could generate for ever
 

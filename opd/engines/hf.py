@@ -20,7 +20,8 @@ from opd.kernels.draw import quantile
 from opd.kernels.logits import Head
 from opd.noise import uniform
 from opd.rollouts import StopOnAgreement, blend
-from opd.types import Others, Sampling
+from opd.sampling import Sampling
+from opd.types import Others
 from opd.vocabulary import Vocabulary
 
 

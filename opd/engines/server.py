@@ -17,9 +17,10 @@ from opd.engines.hf import Sample
 from opd.engines.speaker import Speaker
 from opd.engines.transfer import weights
 from opd.engines.vllm import Request, Sent, parameters, requests, sample
+from opd.errors import Refusal
+from opd.sampling import Sampling
 from opd.teachers.client import Client, Malformed, Remote, read_json
 from opd.tensors import save_tensors
-from opd.types import Refusal, Sampling
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
 LEAST = -9998.0  # nats: vLLM sends -9999 for -inf

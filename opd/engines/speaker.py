@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from opd.errors import Refusal, positive
+from opd.precision import has_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,10 @@ class Speaker:
         if self.engine not in ("hf", "vllm") and not self.engine.startswith(("http://", "https://")):
             raise Refusal(f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server")
         positive(self, "engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch")
-        if self.engine.startswith("http") and self.engine_transfer != "opd" and not torch.cuda.is_available():
+        if self.engine.startswith("http") and self.engine_transfer != "opd" and not has_gpu():
             raise Refusal(
                 f"--engine-transfer {self.engine_transfer}: sends from a GPU, and none is visible here: start the "
                 "server with the backend opd and take --engine-transfer opd"
             )
-        if self.engine_sleep and (self.engine != "vllm" or not torch.cuda.is_available()):
+        if self.engine_sleep and (self.engine != "vllm" or not has_gpu()):
             raise Refusal("--engine-sleep: frees the memory of a GPU that --engine vllm shares with the student")

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from opd.engines.hf import Sample
 from opd.engines.speaker import Speaker
 from opd.engines.transfer import BACKEND, register, weights
+from opd.errors import Refusal
 from opd.models import Source, head
 from opd.noise import uniform
-from opd.types import Refusal, Sampling
+from opd.sampling import Sampling
 
 SEEDS = -4  # a key that no rollout has: its noise gives the first seed of a step
 

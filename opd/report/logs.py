@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from opd.errors import Refusal
 from opd.evaluation import interval
 from opd.methods import METHODS
 from opd.runs import flat
-from opd.types import Refusal
 
 INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # ignored in grouping
 Row = Mapping[str, Any]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from opd.disk import OutputFile, has_mark
+from opd.errors import Refusal
 from opd.report.figures import payload
 from opd.report.logs import grouped, read
 from opd.settings import Inspect, Report
-from opd.types import Refusal
 
 PICTURE_MARK = "opd report"  # in the metadata of each picture
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opd.errors import Refusal
 from opd.occurrences import Corpus
 from opd.report.logs import lines, saved_at
 from opd.report.page import page_file, write
 from opd.settings import Inspect
-from opd.types import Refusal
 
 PLAIN: Mapping[str, str] = {  # columns for colouring tokens -> their titles
     "reverse_kl": "reverse KL",

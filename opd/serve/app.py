@@ -21,12 +21,13 @@ from starlette.types import ASGIApp
 
 from opd import prompts
 from opd.engines.hf import Sample
+from opd.errors import Refusal
+from opd.sampling import Prompt, Sampling
 from opd.serve import answers
 from opd.serve.gate import Gate, Limits, error
 from opd.serve.model import Asked, Served
 from opd.serve.protocol import Chat, Completion, Drawing, DrawingParameters, Generate, HiddenRows, NewWeights, Version
 from opd.teachers import wire
-from opd.types import Prompt, Refusal, Sampling
 from opd.vocabulary import Scores
 
 

@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine, Sample
 from opd.engines.transfer import weights
+from opd.errors import Refusal
 from opd.heard import Hidden
 from opd.models import base, head
+from opd.sampling import Sampling
 from opd.student import Rows, final_states, micro_batches
 from opd.teachers import wire
-from opd.types import Refusal, Sampling, pad
+from opd.types import pad
 from opd.vocabulary import Scores, Vocabulary, scores
 
 

@@ -3,10 +3,10 @@
 import socket
 
 from opd import models
-from opd.config import DTYPES
+from opd.errors import Refusal
+from opd.precision import dtype_of
 from opd.serve.model import Served
 from opd.settings import Serve
-from opd.types import Refusal
 
 
 def serve(config: Serve) -> None:
@@ -42,7 +42,7 @@ def _open(config: Serve) -> Served:
     text = models.tokenizer(source, field="model")
     stop = models.stop_ids(source, text)
     on = models.device(config.device, field="device")
-    model = models.load(source, field="model", dtype=DTYPES[config.precision], device=on)
+    model = models.load(source, field="model", dtype=dtype_of(config.precision), device=on)
     models.verify_head(model, field="model")
     models.small_threads(model)
     return Served(

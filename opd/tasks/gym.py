@@ -10,10 +10,11 @@ import reasoning_gym
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
+from opd.errors import Refusal
+from opd.sampling import Prompt
 from opd.tasks import guarded
 from opd.tasks.answers import marked, spoken
 from opd.tasks.task import SIZES, Data, Made, Task, ask
-from opd.types import Prompt, Refusal
 
 SEEDS = 2**10  # distinct seeds; each has 2**21 problems and two splits, which fills numpy's 2**32 seeds
 

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opd.errors import Refusal
+from opd.sampling import Prompt
 from opd.tasks import ledger
 from opd.tasks.task import SIZES, Data, Made, Task, ask
 from opd.tasks.verify import VERIFIERS, find
-from opd.types import Prompt, Refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset

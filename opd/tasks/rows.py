@@ -10,8 +10,9 @@ from typing import Any
 
 import datasets
 
+from opd.errors import Refusal
+from opd.sampling import Prompt
 from opd.tasks.task import Data, Made, ask
-from opd.types import Prompt, Refusal
 
 Row = Mapping[str, Any]
 

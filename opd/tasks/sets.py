@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from opd.errors import Refusal
 from opd.tasks.load import table
 from opd.tasks.task import Data, Task
-from opd.types import Refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,8 +7,8 @@ from pathlib import Path
 import datasets
 
 from opd import hub
+from opd.errors import Refusal
 from opd.tasks.task import Data
-from opd.types import Refusal
 
 datasets.disable_progress_bars()  # reading a table is quick, and its bars drown the lines that matter
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, overload
 
 import tyro
 
-from opd.types import Prompt
+from opd.sampling import Prompt
 
 SIZES = {"train": 50_000, "test": 1_000}  # prompts in each split of a procedural source if --limit is 0
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, partial
 
+from opd.errors import Refusal
 from opd.tasks import guarded
 from opd.tasks.answers import TAIL, is_number, letter, marked, number, plain, reference, said, spoken
-from opd.types import Refusal
 
 Verifier = Callable[[str, str], float]
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.types import Refusal
+from opd.errors import Refusal
 
 
 def key(*parts: object) -> str:

@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 import httpx
 import tyro
 
-from opd.types import Refusal, one_line, positive
+from opd.errors import Refusal, one_line, positive
 
 AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
 ANY: frozenset[int] = frozenset()

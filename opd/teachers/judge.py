@@ -15,10 +15,10 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, Field, ValidationError
 
+from opd.sampling import Prompt
 from opd.tasks.answers import spoken
 from opd.teachers.schema import Listed, Lists, schema
 from opd.teachers.text import Begun, Failed, How, TextTeacher
-from opd.types import Prompt
 
 Met = tuple[tuple[bool, ...], ...]  # [answer][criterion]
 F = TypeVar("F", bound=BaseModel)

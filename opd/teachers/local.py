@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd.errors import Refusal
 from opd.heard import Hidden
 from opd.kernels.logits import Head
 from opd.models import head
@@ -21,7 +22,7 @@ from opd.representation import Lens
 from opd.student import Body, rows, states
 from opd.teachers.base import Teacher
 from opd.tensors import save_tensors
-from opd.types import MEASURED, Refusal, Rollout
+from opd.types import MEASURED, Rollout
 
 
 class LocalTeacher(Teacher):

@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from opd.errors import Refusal
 from opd.teachers import wire
 from opd.teachers.base import STUDENTS
 from opd.teachers.client import AGAIN, ANY, Client, Remote, payload, read_json, said
-from opd.types import MEASURED, Refusal
+from opd.types import MEASURED
 
 CHUNK = 4096  # tokens per request: cheap to repeat when one fails, and enough to fill a forward
 LOWEST = -9998.0  # nats: vLLM sends -9999 for -inf

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from opd.errors import Refusal
 from opd.heard import Given, Hidden
 from opd.kernels.logits import Head
 from opd.representation import Lens
@@ -25,7 +26,7 @@ from opd.teachers import wire
 from opd.teachers.base import Teacher
 from opd.teachers.client import Malformed, Traffic, read_json
 from opd.teachers.reach import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
-from opd.types import Refusal, Rollout
+from opd.types import Rollout
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

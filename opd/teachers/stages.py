@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, Field
 
 from opd.rubrics import MOST, Buffer, Criterion, Marks
+from opd.sampling import Prompt
 from opd.teachers.judge import ModelJudge, line, question, safe, shown, tagged
 from opd.teachers.schema import Listed, Lists
 from opd.teachers.text import Failed
-from opd.types import Prompt
 
 FEW, MANY = (1, 4), (2, 5)  # (fewest, most) new criteria of a stage, and of the answer, the last stage
 WORTH = {"accuracy": 0.4, "specificity": 0.3, "scope": 0.3}

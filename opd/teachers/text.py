@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd import prompts
 from opd.engines.forms import Forms
 from opd.engines.hf import HFEngine
+from opd.errors import Refusal, one_line
 from opd.representation import Lens
+from opd.sampling import Prompt, Sampling
 from opd.teachers.answers import Answers, key
 from opd.teachers.base import STUDENTS, Teacher
 from opd.teachers.client import Remote, endpoint, secret
-from opd.types import Prompt, Refusal, Rollout, Sampling, one_line
+from opd.types import Rollout
 
 T = TypeVar("T")
 LEAST, LAST = 10, 50  # requests: the fewest after which failures can stop a run, and the window that is counted

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from opd.rubrics import MOST, Buffer, Marks
 from opd.rubrics import Criterion as OfStage
+from opd.sampling import Prompt
 from opd.tasks.answers import marked, number, said
 from opd.teachers.judge import Criterion, Group, Met, Rubric, question
 from opd.teachers.stages import FEW, MANY, Contrast, Reflected, Staged, Weighed
 from opd.teachers.text import Failed
-from opd.types import RIGHT, Prompt
+from opd.types import RIGHT
 
 RIGHT_ANSWER = "The final answer is right."
 CLOSES = "It closes with an answer."

@@ -8,9 +8,9 @@ import torch
 
 from opd.engines.hf import Sample
 from opd.noise import uniform
+from opd.sampling import Sampling
 from opd.teachers.client import read_json
 from opd.teachers.reach import Server, logprobs
-from opd.types import Sampling
 
 
 @dataclass(frozen=True)

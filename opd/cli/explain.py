@@ -1,0 +1,92 @@
+"""`opd methods NAME`: one method explained; `opd methods --json`: all of them."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from json import dumps
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from opd.cli.methods import summary
+from opd.cli.naming import factory_of, method_of
+from opd.errors import Refusal
+from opd.methods import METHODS
+from opd.presets import arguments, settings, spelled
+
+
+def explain_methods(names: list[str], *, json: bool) -> int:
+    """Print what there is to know of some methods: as json, or of one as a page."""
+    rows = [_explained(name) for name in names]
+    if json:
+        print(dumps(rows[0] if len(names) == 1 else rows, indent=2))
+        return 0
+    console = Console()
+    for head, lines in _page(rows[0]):
+        console.print(f"[bold]{head}[/bold]", highlight=False)
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
+    return 0
+
+
+def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """What a person reads of one method: (head, lines)."""
+    name, told = row["name"], helps(inspect.getdoc(factory_of(row["name"])) or "")
+    yield name, [row["what"], *filter(None, [row["source"]])]
+    if told:
+        default = lambda flag: row["defaults"][flag] if row["defaults"][flag] not in ("", ()) else "none"
+        flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in told.items()]
+        yield "flags, with their defaults", flags
+    for preset in ("paper", "embedded"):
+        if spelled(preset, name):
+            yield f"--preset {preset} is", [" ".join([spelled(preset, name), name, *arguments(preset, name)])]
+    local = (
+        "each position is scored alone" if row["token_local"] else "a pass without gradient measures the batch first"
+    )
+    yield "reads", [f"{', '.join(row['reads'])}; {local}"]
+    yield "as code", [row["value"]]
+    if name in METHODS:
+        yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
+
+
+def helps(text: str) -> dict[str, str]:
+    """The Args of a docstring, by name."""
+    found: dict[str, str] = {}
+    for line in text.partition("Args:\n")[2].splitlines():
+        if new := re.match(r"    (\w+): (.*)", line):
+            name, found[new[1]] = new[1], new[2]
+        elif line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def _explained(name: str) -> dict[str, object]:
+    factory = factory_of(name)
+    method = method_of(name, [])
+    document = inspect.getdoc(factory) or ""
+    presets = {
+        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
+        for p in ("paper", "embedded")
+        if _has(p, name)
+    }
+    return {
+        "name": name,
+        "what": summary(document)[0],
+        "source": summary(document)[1],
+        "value": repr(method),
+        "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
+        "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
+        "token_local": method.local(),
+        "reads": sorted(method.reads()),
+        "presets": presets,
+    }
+
+
+def _has(preset: str, name: str) -> bool:
+    try:
+        settings(preset, name)
+    except Refusal:
+        return False
+    return True
