@@ -30,7 +30,7 @@ docs: install
 
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/opd bench all --clock cpu --out outputs/bench
+	$(BIN)/python -m benchmarks all --clock cpu --out outputs/bench
 
 clean:
 	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -33,10 +33,10 @@ import sys
 import torch
 
 from opd import models, prompts
-from opd.engines.hf import HFEngine
-from opd.tasks.load import load
-from opd.tasks.task import Data
-from opd.types import Sampling
+from opd.rollouts.engines.hf import HFEngine
+from opd.data.tasks.load import load
+from opd.config.data import Data
+from opd.core.sampling import Sampling
 
 teacher, before, after, test = sys.argv[1:5]
 count, new = 16, 48

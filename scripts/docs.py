@@ -19,19 +19,21 @@ from typing import Any, Literal, get_args, get_origin
 
 from opd.cli import main as opd
 from opd.cli.explain import helps as arguments
-from opd.cli.flags import TRL_FLAGS
-from opd.config import Evaluate, Train
-from opd.engines.speaker import Speaker
-from opd.estimators import Full, Sampled, Stratified
-from opd.method import Match, MatchHidden, Method, PolicyGradient
+from opd.cli.parse import TRL_FLAGS
+from opd.config.commands import Context, Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
+from opd.config.data import Data
+from opd.config.engine import Speaker
+from opd.config.evaluate import Evaluate
+from opd.config.presets import arguments as method_flags
+from opd.config.presets import spelled
+from opd.config.servers import Remote
+from opd.config.train import Train
+from opd.core.sampling import Sampling
+from opd.data.tasks.benchmarks import SETS
+from opd.losses.estimators import Full, Sampled, Stratified
+from opd.losses.terms import Match, MatchHidden, PolicyGradient
 from opd.methods import METHODS
-from opd.presets import arguments as method_flags
-from opd.presets import spelled
-from opd.sampling import Sampling
-from opd.settings import Context, Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
-from opd.tasks.sets import SETS
-from opd.tasks.task import Data
-from opd.teachers.client import Remote
+from opd.methods.method import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 ARXIV = re.compile(r"(?<!\[)arXiv:(\d{4}\.\d{5})")
@@ -197,7 +199,7 @@ flags stand after its name, and in [methods](methods.md).
         ("opd inspect", Inspect, '"Looking at runs" in [running](running.md) shows the page.'),
         ("opd rescore", Rescore, "`--method NAME:flag=value` repeats, none is all; `--json`: numbers for machines."),
         ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
-        ("context filter of opd rock", Context, "Fields of `opd.settings.Context`; the paper gives no values."),
+        ("context filter of opd rock", Context, "Fields of `opd.config.commands.Context`; the paper gives no values."),
         ("opd prune", Prune, "Makes a smaller student of a model's own layers."),
         ("opd demo", Demo, "What `make demo` runs."),
         ("prompts (all commands)", Data, "Fields of `opd.Data`."),
@@ -213,7 +215,7 @@ flags stand after its name, and in [methods](methods.md).
                     name = shown[1] if shown else field.name.upper()
                 out.append(f"| `{name}` | {default_of(field)} | {cell(helps[field.name])} |")
         out.append("")
-    out += ["## sets (opd eval)\n", "Fields of `opd.tasks.sets.SETS`; columns as in their files.\n"]
+    out += ["## sets (opd eval)\n", "Fields of `opd.data.tasks.benchmarks.SETS`; columns as in their files.\n"]
     out += ["| `--set` | what | question, answer, options | verifier | samples |", "|---|---|---|---|---|"]
     for name, x in SETS.items():
         columns = listed(filter(None, (*list(x.columns.values())[:3], *x.gathered[1:])))

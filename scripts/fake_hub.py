@@ -16,8 +16,8 @@ from pathlib import Path
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.file_download import repo_folder_name
 
-from opd.hub import parse
-from opd.models import EMBEDDED
+from opd.data.hub import parse
+from opd.models.load import EMBEDDED
 
 
 def add(cache: Path, name: str, folder: Path) -> str:

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd.sampling import Prompt
-from opd.tasks.load import load
-from opd.tasks.task import Data
-from opd.teachers.judge import Group, Rubric
-from opd.teachers.verifier import VerifierJudge
+from opd.config.data import Data
+from opd.core.sampling import Prompt
+from opd.data.tasks.load import load
+from opd.teachers.judges.rubric_judge import Group, Rubric
+from opd.teachers.judges.verifier_judge import VerifierJudge
 
 Request = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Make `opd/embedded`: the tokenizer, the teacher and the two students, trained from scratch on the ledger task.
+"""Make `opd/models/embedded`: the tokenizer, the teacher and the two students, trained from scratch on the ledger task.
 
 python scripts/make_embedded.py                                  # everything: 40 minutes of one CPU core
 python scripts/make_embedded.py --only small --out /tmp/try      # one model
@@ -15,7 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.tasks import ledger
+from opd.data.tasks import ledger
+from opd.models.load import EMBEDDED
 
 WORDS = r"<[a-z]+>|[A-Za-z]+[:.?]? ?|[0-9]|\. |\s|[^\sA-Za-z0-9]"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
@@ -26,7 +27,7 @@ CHAT = (
 HELDOUT = 512  # held-out problems behind each accuracy
 README = """# Embedded models
 
-A teacher and two students for the ledger task (`opd/tasks/ledger.py`), small enough to ship with the package. Each
+A teacher and two students for the ledger task (`opd/data/tasks/ledger.py`), small enough to ship with the package. Each
 folder loads with `AutoModelForCausalLM` and `AutoTokenizer`; the three share one tokenizer. The students have their
 own seeds: trained on gold solutions to a fifth of the answers right, then on careless ones, which get three in four
 carries and borrows wrong. They keep the form and always end; what they lack is the carrying. Accuracies are over
@@ -217,7 +218,7 @@ def readme(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(ledger.__file__).parents[1] / "embedded")
+    parser.add_argument("--out", type=Path, default=EMBEDDED)
     parser.add_argument("--only", choices=tuple(RECIPES), action="append", help="may be repeated; default all")
     args = parser.parse_args()
     torch.set_num_threads(1)

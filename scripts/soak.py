@@ -208,7 +208,7 @@ def worker_of(trainer: subprocess.Popen) -> psutil.Process | None:
     """Return the trainer's worker process, or None if it does not run."""
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(trainer.pid).children():
-            if "opd.worker" in child.cmdline():
+            if "opd.rollouts.worker.process" in child.cmdline():
                 return child
     return None
 

@@ -1,8 +1,8 @@
-"""Write the signatures of vLLM that opd uses to a json file: `python scripts/vllm_contract.py [FOLDER ...]`.
+"""Read from vLLM's sources what opd calls: `python scripts/vllm_contract.py [FOLDER ...]` writes a json.
 
-A FOLDER contains the package `vllm`, like an unpacked wheel.  Without FOLDER, the installed package is read.  vLLM is
-not imported: signatures, fields and routes come from its syntax trees, so a GPU build can be read without a GPU.
-tests/test_vllm.py checks opd's calls against tests/vllm_contract.json, and the json against an installed vLLM.
+A FOLDER holds the package `vllm`, as an unpacked wheel does; without one it is the installed package.  Nothing of it is
+imported: signatures, fields and routes are read from the syntax, so a GPU build is as good as any.
+tests/rollouts/test_vllm.py checks our calls against tests/vllm_contract.json, and the json against an installed vLLM.
 """
 
 import ast

@@ -17,7 +17,7 @@ def _seeded():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Folders of a student and a wider teacher, random and of one vocabulary."""
-    from tests.models_for_tests import tiny  # here: whoever imports opd before the jaxtyping option acts has no checks
+    from tests.tiny_models import tiny  # here: whoever imports opd before the jaxtyping option acts has no checks
 
     root = tmp_path_factory.mktemp("pair")
     return tiny(root / "student", seed=1), tiny(root / "teacher", seed=2, width=48)

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 
 import opd
+from benchmarks.command import PARTS
 from opd import cli
-from opd.config import Evaluate, Train
-from opd.engines.speaker import Speaker
+from opd.cli.parse import parsed
+from opd.config.commands import Context, Rock, Serve, Size, Variance
+from opd.config.data import Data
+from opd.config.engine import Speaker
+from opd.config.evaluate import Evaluate
+from opd.config.servers import Remote
+from opd.config.train import Train
+from opd.core.sampling import Sampling
 from opd.methods import METHODS
-from opd.sampling import Sampling
-from opd.settings import Context, Rock, Serve, Size, Variance
-from opd.tasks.task import Data
-from opd.teachers.client import Remote
-from tests import test_laws
-from tests.test_laws import given, ids, world  # noqa: F401
+from tests.laws import test_method_laws
+from tests.laws.test_method_laws import given, ids, world  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md"))))
@@ -102,18 +105,17 @@ def parse(words: list[str], monkeypatch) -> object:
         raise Parsed(value)
 
     for module, function in (
-        ("loop", "train"),
-        ("evaluation", "evaluate"),
-        ("variance", "variance"),
-        ("rock", "rock"),
-        ("report.page", "report"),
-        ("report.tokens", "inspect"),
-        ("rescore", "rescore"),
-        ("serve.server", "serve"),
-        ("demo", "demo"),
-        ("prune", "prune"),
-        ("doctor.command", "doctor"),
-        ("bench.command", "bench"),
+        ("training.train", "train"),
+        ("analysis.evaluate", "evaluate"),
+        ("analysis.variance", "variance"),
+        ("analysis.rock_tokens", "rock"),
+        ("analysis.report.page", "report"),
+        ("analysis.report.inspect", "inspect"),
+        ("analysis.rescore", "rescore"),
+        ("teachers.serve.server", "serve"),
+        ("cli.demo", "demo"),
+        ("models.prune", "prune"),
+        ("training.doctor.command", "doctor"),
     ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:
@@ -152,7 +154,10 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
         case "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         case "python":
-            assert (ROOT / words[0]).is_file(), line
+            if words[:2] == ["-m", "benchmarks"]:
+                parsed(PARTS[words[2]].settings(), words[3:], prog="python -m benchmarks", description="")
+            else:
+                assert (ROOT / words[0]).is_file(), line
         case "vllm":
             flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
             for known in json.loads((ROOT / "tests/vllm_contract.json").read_text()).values():
@@ -185,7 +190,7 @@ def test_links_and_named_files_exist():
 
 
 def test_named_tests_exist():
-    source = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in ("exact", "variance"))
+    source = "".join((ROOT / f"tests/analysis/test_{name}.py").read_text() for name in ("exact", "variance"))
     named = re.findall(r"`(test_\w+)`", TEXT["docs/estimators.md"])
     assert len(named) > 10
     assert all(f"def {name}(" in source for name in named), [x for x in named if f"def {x}(" not in source]
@@ -193,12 +198,8 @@ def test_named_tests_exist():
 
 def test_the_tree_of_the_readme_is_the_package():
     (tree,) = [body for page, body in blocks("") if page == "README.md"]
-    told = {name for row in re.findall(r"^  (\S+(?: \S+)*)", tree, re.MULTILINE) for name in row.split()}
-    there = {
-        p.name + "/" * p.is_dir()
-        for p in (ROOT / "opd").iterdir()
-        if not p.name.startswith("__") and (p.is_file() or any(p.glob("[!_]*")))
-    }
+    told = set(re.findall(r"^  (\S+/)", tree, re.MULTILINE))
+    there = {f"{p.name}/" for p in (ROOT / "opd").iterdir() if p.is_dir() and any(p.glob("*.py"))}
     assert told == there, f"README.md, 'What is where': missing {there - told}, gone {told - there}"
 
 
@@ -208,7 +209,7 @@ def test_the_python_twin_is_the_command(monkeypatch):
     (line,) = [line for page, line in commands() if page == "README.md" and "outputs/mine vopd-topk" in line]
     run = parse(shlex.split(line)[1:], monkeypatch)
     seen = []
-    monkeypatch.setattr("opd.loop.train", seen.append)
+    monkeypatch.setattr("opd.training.train.train", seen.append)
     exec(body, {})
     same = {f.name for f in fields(Train)} - {"out"}
     assert [f for f in same if getattr(run, f) != getattr(seen[0], f)] == [] and str(run.out) == str(seen[0].out)
@@ -216,7 +217,7 @@ def test_the_python_twin_is_the_command(monkeypatch):
 
 LAWS = {
     name: law
-    for name, law in vars(test_laws).items()
+    for name, law in vars(test_method_laws).items()
     if name.startswith("test_") and {"m"} < set(inspect.signature(law).parameters) <= {"m", "world", "ids", "given"}
 }
 

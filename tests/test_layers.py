@@ -1,8 +1,7 @@
-"""Imports point one way: mathematics <- vocabulary <- edges <- program."""
+"""Imports point one way: a file imports its own package and those before it in ORDER, never a later one."""
 
 import ast
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -10,86 +9,57 @@ import pytest
 import opd
 
 ROOT = Path(opd.__file__).parent
-FLOORS = {  # a floor imports itself and those above it in this list
-    "mathematics": (
-        "errors sampling types noise questions rubrics rewards against estimators divergences transforms weights "
-        "judged surrogates rollouts representation terms method methods methods.* metrics exact occurrences"
-    ),
-    "vocabulary": "vocabulary heard kernels kernels.*",
-    "edges": (
-        "precision disk tensors hub prompts tokens stages tasks tasks.* engines engines.* teachers teachers.* student "
-        "models collect adapters adapters.*"
-    ),
-    "program": (
-        "config checks settings presets launch reading remote opening panel asking staging episode session bridge runs "
-        "progress draws jobs background worker passes writing steps loop doctor doctor.* evaluation rescore variance "
-        "prune rock report report.* inspect bench bench.* serve serve.* cli cli.* demo __main__ "
-        "opd"  # opd: the package's front door, which opens on all floors
-    ),
-}
-ORDER = tuple(FLOORS)
-FOREIGN = {"mathematics": {"torch", "numpy", "jaxtyping"}, "vocabulary": {"torch", "numpy", "jaxtyping", "triton"}}
-
-
-def name_of(path: Path) -> str:
-    """opd/methods/vopd.py -> methods.vopd; a package's __init__ is the package; the root is opd."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "opd"
-
-
-MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def floor(module: str) -> str | None:
-    return next((f for f, globs in FLOORS.items() if any(fnmatch(module, g) for g in globs.split())), None)
+ORDER = [
+    "core",
+    "losses",
+    "methods",
+    "config",
+    "head",
+    "data",
+    "models",
+    "rollouts",
+    "teachers",
+    "training",
+    "analysis",
+    "cli",
+]
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT]
+LIBRARIES = {"torch", "numpy", "jaxtyping"}  # all that the mathematics knows of the outside
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, wherever in the file: `from a import b` counts as a and a.b."""
-    package = ("opd", *path.relative_to(ROOT).parts[:-1])
-    out = set()
+    """Return the dotted names that a file imports, anywhere in it: `from a import b` gives a.b."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            out |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
-            base = base if node.level else node.module
-            out |= ({base} - {"opd"}) | {f"{base}.{alias.name}" for alias in node.names}
-    return out
+            assert not node.level, f"{path}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def ours(path: Path) -> set[str]:
-    """The modules of this project among a file's imports."""
-    names = {name.removeprefix("opd.") for name in imports(path) if name.split(".")[0] == "opd"}
-    front = {"opd" for name in names if name.split(".")[0] not in MODULES}  # a name that the front door gives
-    return {name for name in names if name in MODULES} | front
+def test_the_packages_are_those_of_the_order():
+    packages = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert packages == set(ORDER)
+    assert {path.name for path in ROOT.glob("*.*")} <= {"__init__.py", "__main__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_stands_on_a_floor(module):
-    assert floor(module), (
-        f"opd/{module.replace('.', '/')} stands on no floor: add it to FLOORS in tests/test_layers.py, on the highest "
-        "floor whose rules it keeps (ARCHITECTURE.md, 'One picture')"
-    )
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("opd.")}
+    later = ours - set(ORDER[: ORDER.index(package) + 1])
+    assert not later, f"{path.relative_to(ROOT)} imports from {later}: only from {ORDER[: ORDER.index(package) + 1]}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_up(module):
-    here = ORDER.index(floor(module) or "program")
-    below = {name: floor(name) for name in ours(MODULES[module]) if ORDER.index(floor(name) or "program") > here}
-    assert not below, f"{module} ({ORDER[here]}) imports from a floor below: {below}"
+@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(ROOT).parts[0] in ("losses", "methods")], ids=str)
+def test_the_mathematics_imports_no_other_library(path):
+    foreign = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - LIBRARIES - {"opd"}
+    assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}: the mathematics has {sorted(LIBRARIES)}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if floor(m) in FOREIGN])
-def test_upper_floors_import_no_other_library(module):
-    names = {name.split(".")[0] for name in imports(MODULES[module])} - {"opd"}
-    foreign = names - sys.stdlib_module_names - FOREIGN[floor(module)]
-    assert not foreign, f"{module} ({floor(module)}) imports {foreign}; its floor has {FOREIGN[floor(module)]}"
-
-
-def test_the_reader_of_imports(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    (tmp_path / "methods").mkdir()
-    path = tmp_path / "methods" / "some.py"
-    path.write_text("import a.b, c\nfrom d import e\ndef f():\n    from ..types import Batch\n    from . import vopd\n")
-    assert imports(path) == {"a.b", "c", "d", "d.e", "opd.types", "opd.types.Batch", "opd.methods", "opd.methods.vopd"}
+def test_the_reader_of_imports(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text("import a.b, c\nfrom d import e\ndef f():\n    from opd.core.types import Batch\n")
+    assert imports(path) == {"a.b", "c", "d.e", "opd.core.types.Batch"}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from opd.errors import Refusal
+from opd.core.errors import Refusal
 
 USAGE = """usage: opd COMMAND ...
 
@@ -22,27 +22,25 @@ USAGE = """usage: opd COMMAND ...
   opd rescore RUN --method NAME [--method NAME ...] [--step N] [--json]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
-  opd bench head|step|rollouts|async|packing|growth|all [flags]
   opd demo
   opd help [COMMAND]
   opd --version
 
 `opd COMMAND --help` explains the flags; `opd train METHOD --help` those of a method."""
 COMMANDS = {  # command -> its module and function; imported when used, because torch alone takes seconds
-    "train": ("opd.cli.runs", "train"),
-    "doctor": ("opd.cli.runs", "doctor"),
-    "eval": ("opd.cli.tables", "eval_"),
+    "train": ("opd.cli.train", "train"),
+    "doctor": ("opd.cli.train", "doctor"),
+    "eval": ("opd.cli.analysis", "eval_"),
     "methods": ("opd.cli.methods", "methods"),
-    "exact": ("opd.cli.tables", "exact"),
-    "variance": ("opd.cli.tables", "variance"),
-    "rock": ("opd.cli.commands", "rock"),
-    "report": ("opd.cli.commands", "report"),
-    "inspect": ("opd.cli.commands", "inspect"),
-    "rescore": ("opd.cli.tables", "rescore"),
-    "prune": ("opd.cli.commands", "prune"),
-    "serve": ("opd.cli.commands", "serve"),
-    "bench": ("opd.cli.commands", "bench"),
-    "demo": ("opd.cli.commands", "demo"),
+    "exact": ("opd.cli.analysis", "exact"),
+    "variance": ("opd.cli.analysis", "variance"),
+    "rock": ("opd.cli.tools", "rock"),
+    "report": ("opd.cli.tools", "report"),
+    "inspect": ("opd.cli.tools", "inspect"),
+    "rescore": ("opd.cli.analysis", "rescore"),
+    "prune": ("opd.cli.tools", "prune"),
+    "serve": ("opd.cli.tools", "serve"),
+    "demo": ("opd.cli.tools", "demo"),
 }
 
 
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 finally:
                     sys.stdout.flush()  # here, where a reader that is gone can still be told from a fault
             case [name, *_]:
-                from opd.cli.flags import near
+                from opd.cli.parse import near
 
                 raise Refusal(f"{name}: unknown command{near(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
@@ -88,7 +86,7 @@ def _check_processes(command: str) -> None:
     """Refuse a launcher's processes for a command that does not share its work among them: each would do all of it."""
     if command == "train" or "LOCAL_RANK" not in os.environ:
         return
-    from opd.launch import num_processes  # imports torch, which only a launcher's processes have to wait for
+    from opd.training.launch import num_processes  # imports torch, which only a launcher's processes have to wait for
 
     if num_processes() > 1:
         raise Refusal(

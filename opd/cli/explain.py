@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from opd.cli.method_names import factory_of, method_of
 from opd.cli.methods import summary
-from opd.cli.naming import factory_of, method_of
-from opd.errors import Refusal
+from opd.config.presets import arguments, settings, spelled
+from opd.core.errors import Refusal
 from opd.methods import METHODS
-from opd.presets import arguments, settings, spelled
 
 
 def explain_methods(names: list[str], *, json: bool) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from opd.cli.flags import near, parsed, spelled_flag, unknown_flag
-from opd.errors import Refusal
+from opd.cli.parse import near, parsed, spelled_flag, unknown_flag
+from opd.core.errors import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)

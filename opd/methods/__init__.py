@@ -6,25 +6,15 @@ line, the generated docs and the law tests then include it.
 
 from collections.abc import Callable
 
-from opd.method import Method
 from opd.methods.async_opd import async_opd
-from opd.methods.classic import (
-    gkd,
-    gkd_forward,
-    gkd_reverse,
-    opd,
-    opd_clip,
-    opd_full,
-    opd_tanh,
-    opd_topk,
-    opd_zscore,
-)
+from opd.methods.classic import gkd, gkd_forward, gkd_reverse, opd, opd_clip, opd_full, opd_tanh, opd_topk, opd_zscore
 from opd.methods.entropy import entropy
 from opd.methods.eopd import eopd, eopd_sampled
 from opd.methods.fire import fire
 from opd.methods.gopd import g_opd
 from opd.methods.iw import iw_opd
 from opd.methods.kat import kat
+from opd.methods.method import Method
 from opd.methods.npd import npd
 from opd.methods.omniopd import omniopd
 from opd.methods.oprd import oprd

@@ -1,9 +1,10 @@
 """AsyncOPD: train on rollouts of older weights, with a current advantage and an importance ratio.  arXiv:2606.24143."""
 
-from opd.estimators import Sampled, Several
-from opd.method import Method, PolicyGradient
-from opd.rollouts import OnPolicy
-from opd.surrogates import OffPolicy
+from opd.losses.estimators import Sampled, Several
+from opd.losses.surrogates import OffPolicy
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import OnPolicy
 
 
 def async_opd(samples: int = 1) -> Method:

@@ -3,12 +3,23 @@
 from collections.abc import Callable
 from typing import Literal
 
-from opd.divergences import JSD, BucketKL, Divergence, ForwardKL, GeneralisedKL, RenormalisedKL, ReverseKL, Support
-from opd.method import Match, Method, PolicyGradient
-from opd.rewards import Clip, Tanh
-from opd.rollouts import Mixture, OnPolicy, Rollouts
-from opd.transforms import Discount, DiscountExpected, Whiten
-from opd.types import DATA, TEACHER, Column
+from opd.core.types import DATA, TEACHER, Column
+from opd.losses.advantages import Discount, DiscountExpected, Whiten
+from opd.losses.divergences import (
+    JSD,
+    BucketKL,
+    Divergence,
+    ForwardKL,
+    GeneralisedKL,
+    RenormalisedKL,
+    ReverseKL,
+    Support,
+)
+from opd.losses.rewards import Clip, Tanh
+from opd.losses.terms import Match, PolicyGradient
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
+from opd.methods.rollout_policies.policies import Rollouts
 
 
 def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") -> Method:

@@ -1,7 +1,8 @@
 """Train only on the tokens where the student's entropy is highest.  arXiv:2506.01939."""
 
-from opd.method import Method, PolicyGradient
-from opd.weights import TopEntropy
+from opd.losses.terms import PolicyGradient
+from opd.losses.token_weights import TopEntropy
+from opd.methods.method import Method
 
 
 def entropy(fraction: float = 0.2) -> Method:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.divergences import BucketForwardKL, ReverseKL, Support, kl
-from opd.estimators import top
-from opd.method import Match, Method, PolicyGradient
-from opd.surrogates import Clipped
-from opd.weights import TeacherEntropyAbove, TopTeacherEntropy
+from opd.losses.baselines import top
+from opd.losses.divergences import BucketForwardKL, ReverseKL, Support, kl
+from opd.losses.surrogates import Clipped
+from opd.losses.terms import Match, PolicyGradient
+from opd.losses.token_weights import TeacherEntropyAbove, TopTeacherEntropy
+from opd.methods.method import Method
 
 
 @dataclass(frozen=True)

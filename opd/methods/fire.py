@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opd.method import Method, PolicyGradient
-from opd.surrogates import Clipped
-from opd.weights import Confidence, row_mean
+from opd.losses.surrogates import Clipped
+from opd.losses.terms import PolicyGradient
+from opd.losses.token_weights import Confidence, row_mean
+from opd.methods.method import Method
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """G-OPD: extrapolate beyond the teacher, away from a reference model.  arXiv:2602.12125."""
 
-from opd.against import Extrapolated
-from opd.method import Method, PolicyGradient
+from opd.losses.target_distribution import Extrapolated
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 from opd.methods.pg import Baselines, baseline_of
 
 

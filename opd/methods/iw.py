@@ -1,8 +1,9 @@
 """IW-OPD: early tokens count more.  arXiv:2606.22600."""
 
-from opd.method import Method, PolicyGradient
-from opd.surrogates import Clipped
-from opd.weights import PrefixAgreement
+from opd.losses.surrogates import Clipped
+from opd.losses.terms import PolicyGradient
+from opd.losses.token_weights import PrefixAgreement
+from opd.methods.method import Method
 
 
 def iw_opd(gamma: float = 0.5, clip: float = 0.2) -> Method:

@@ -1,8 +1,9 @@
 """KAT: end a rollout where the two models begin to agree for a long time.  arXiv:2606.09471."""
 
-from opd.divergences import BucketKL, Support
-from opd.method import Match, Method
-from opd.rollouts import StopOnAgreement
+from opd.losses.divergences import BucketKL, Support
+from opd.losses.terms import Match
+from opd.methods.method import Method
+from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
 
 
 def kat(

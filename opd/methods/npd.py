@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opd.divergences import BucketForwardKL, Support
-from opd.method import Match, Method, PolicyGradient
-from opd.rewards import One
-from opd.rollouts import Snapshot
-from opd.weights import row_mean
+from opd.losses.divergences import BucketForwardKL, Support
+from opd.losses.rewards import One
+from opd.losses.terms import Match, PolicyGradient
+from opd.losses.token_weights import row_mean
+from opd.methods.method import Method
+from opd.methods.rollout_policies.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

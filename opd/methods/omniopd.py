@@ -1,11 +1,111 @@
 """OmniOPD: a teacher that only generates text audits chunks of the student's response.  arXiv:2606.01476."""
 
-from opd.against import Reference
-from opd.divergences import ForwardKL
-from opd.judged import Audited, CentredPosterior, Posterior, Unaudited
-from opd.method import Match, Method, PolicyGradient
-from opd.questions import Continue
-from opd.rewards import One
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd.losses.divergences import ForwardKL
+from opd.losses.rewards import One
+from opd.losses.target_distribution import Reference
+from opd.losses.terms import Match, PolicyGradient
+from opd.methods.method import Method
+from opd.methods.questions import Continue
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """(agreement + alpha pbar) / (texts + alpha) on audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 4-5.
+
+    `agreement` sums the similarity of the chunk to each text of a text-only teacher.  pbar is the geometric mean of p
+    over the chunk.  `apart` scales the weight so that a token mean becomes a mean over the audited tokens.
+    """
+
+    texts: int = 10
+    alpha: float = 1.0
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha}: the student's own weight in texts, 0 (none) or more")
+
+    def __call__(
+        self,
+        chunk: Int[Tensor, "B T"],
+        agreement: Float[Tensor, "B T"],
+        student_logp: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        prior = _chunk_mean(student_logp, chunk, audited).exp()
+        found = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
+        return found.where(audited, 0) * _share(audited, mask, self.apart)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """Weight 1 on the audited chunks, else 0; `apart` as in `Posterior`."""
+
+    apart: bool = False
+
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        return audited * _share(audited, mask, self.apart)
+
+
+@dataclass(frozen=True)
+class Unaudited:
+    """Weight 1 outside the audited chunks, else 0.  OmniOPD, arXiv:2606.01476, Eq. 8; `apart` as in `Posterior`."""
+
+    apart: bool = False
+
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        rest = mask & (chunk == 0)
+        return rest * _share(rest, mask, self.apart)
+
+
+@dataclass(frozen=True)
+class CentredPosterior:
+    """x times OmniOPD's posterior minus its mean over the batch's audited tokens; 0 outside the chunks.
+
+    The paper's posterior is positive for every chunk.  The mean part of its gradient is noise of mean 0, which grows
+    with the length of a chunk while the part that distinguishes chunks shrinks (docs/LOG.md).  This variant is from the
+    opd project.
+    """
+
+    texts: int = 10
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        Posterior(self.texts, self.alpha)  # raises ValueError for an invalid alpha
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        chunk: Int[Tensor, "B T"],
+        agreement: Float[Tensor, "B T"],
+        student_logp: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        audited = mask & (chunk > 0)
+        found = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
+        return (x * (found - found.sum() / audited.sum().clamp(min=1))).where(audited, 0)
+
+
+def _chunk_mean(
+    x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Return, for each token, the mean of x over its chunk, [B, T]."""
+    at = chunk.where(audited, 0)
+    empty = x.new_zeros(len(x), int(at.max()) + 1 if at.numel() else 1)
+    total = empty.scatter_add(1, at, x.where(audited, 0))
+    count = empty.scatter_add(1, at, audited.to(x.dtype))
+    return (total / count.clamp(min=1)).gather(1, at)
+
+
+def _share(some: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
+    """Return the factor that turns a token mean into a mean over the `some` tokens, or 1 without `apart`."""
+    return mask.sum() / some.sum().clamp(min=1) if apart else 1.0
 
 
 def omniopd(

@@ -1,8 +1,9 @@
 """OPRD: match hidden states instead of distributions.  arXiv:2606.06021."""
 
-from opd.method import MatchHidden, Method
-from opd.representation import Bridge
-from opd.weights import LastTokens
+from opd.losses.hidden_states import Bridge
+from opd.losses.reductions import LastTokens
+from opd.losses.terms import MatchHidden
+from opd.methods.method import Method
 
 BRIDGED = 10.0  # weight of (2 - 2 cos) / rank in the authors' scripts
 

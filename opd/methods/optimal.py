@@ -1,7 +1,9 @@
 """Methods of the opd project: the variance-optimal baseline and the stratified estimator."""
 
-from opd.estimators import Optimal, Stratified
-from opd.method import Method, PolicyGradient
+from opd.losses.baselines import Optimal
+from opd.losses.estimators import Stratified
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 from opd.methods.pg import Baselines, baseline_of
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
-from opd.estimators import Baseline, Estimator, Full, Optimal, Sampled, Stratified, TopKValue, Value
-from opd.method import Method, PolicyGradient
-from opd.rewards import (
+from opd.losses.baselines import Baseline, Optimal, TopKValue, Value
+from opd.losses.estimators import Estimator, Full, Sampled, Stratified
+from opd.losses.rewards import (
     Clip,
     Floor,
     ForwardKLPlus,
@@ -20,6 +20,8 @@ from opd.rewards import (
     Tanh,
     Trusted,
 )
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 
 Rewards = Literal[
     "log-ratio",

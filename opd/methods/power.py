@@ -1,7 +1,8 @@
 """PowerOPD: bounded rewards.  arXiv:2606.17199."""
 
-from opd.method import Method, PolicyGradient
-from opd.rewards import Power
+from opd.losses.rewards import Power
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 
 
 def poweropd(alpha: float = 5.0) -> Method:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.divergences import JSD, BucketForwardKL, BucketJSD, BucketKL, Divergence, ReverseKL, Support
-from opd.method import Match, Method, Privileged
-from opd.rollouts import OnPolicy
+from opd.losses.divergences import JSD, BucketForwardKL, BucketJSD, BucketKL, Divergence, ReverseKL, Support
+from opd.losses.terms import Match
+from opd.methods.method import Method, Privileged
+from opd.methods.rollout_policies.on_policy import OnPolicy
 
 
 @dataclass(frozen=True)

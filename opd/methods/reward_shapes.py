@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Literal
 
-from opd.method import Method, PolicyGradient
-from opd.rewards import Floor, ForwardKLPlus, JSDPlus, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
-from opd.transforms import MeanFuture
+from opd.losses.advantages import MeanFuture
+from opd.losses.rewards import Floor, ForwardKLPlus, JSDPlus, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 
 
 def reopold(share: float = 0.3) -> Method:

@@ -7,9 +7,10 @@ from pathlib import Path
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.divergences import ReverseKL
-from opd.method import Match, Method
-from opd.weights import Frozen, FrozenWindow
+from opd.losses.divergences import ReverseKL
+from opd.losses.terms import Match
+from opd.losses.token_weights import Frozen, FrozenWindow
+from opd.methods.method import Method
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """ROPD: a judge scores each response by a rubric derived from teacher and student answers.  arXiv:2605.07396."""
 
-from opd.judged import GroupAdvantage
-from opd.method import Method, PolicyGradient
-from opd.questions import Grade
-from opd.rewards import One
-from opd.rollouts import OnPolicy
-from opd.surrogates import Clipped
+from opd.losses.advantages import GroupAdvantage
+from opd.losses.rewards import One
+from opd.losses.surrogates import Clipped
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
+from opd.methods.questions import Grade
+from opd.methods.rollout_policies.on_policy import OnPolicy
 
 
 def ropd(

@@ -5,17 +5,89 @@ arXiv:2605.10899.
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.against import Reference
-from opd.divergences import ForwardKL
-from opd.judged import LAMBDA, StageReturn, StageScore
-from opd.method import Match, Method, PolicyGradient
-from opd.questions import REFLECT, REMEMBER, Reflect, Stages
-from opd.rewards import One
-from opd.rollouts import OnPolicy
-from opd.surrogates import Clipped
+from opd.losses.advantages import group_centred
+from opd.losses.divergences import ForwardKL
+from opd.losses.rewards import One
+from opd.losses.surrogates import Clipped
+from opd.losses.target_distribution import Reference
+from opd.losses.terms import Match, PolicyGradient
+from opd.methods.method import Method
+from opd.methods.questions import REFLECT, REMEMBER, Reflect, Stages
+from opd.methods.rollout_policies.on_policy import OnPolicy
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """x times a judge's score of the stage that contains the token.  RubricEM, arXiv:2605.10899.
+
+    A stage without a score gets the score of the last stage, the answer.  An answer without a score counts 0.
+    """
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        stage: Int[Tensor, "B T"],
+        stage_scores: Float[Tensor, "B K"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        scores = stage_scores.to(x.dtype)
+        scores = scores.where(scores.isfinite(), scores[:, -1:]).nan_to_num(0.0)
+        return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
+
+
+# Row k: how much the scores of the stages plan, research, review and answer count for stage k.  RubricEM.
+LAMBDA = ((1.0, 0.4, 0.6, 0.8), (0.0, 1.0, 0.4, 0.8), (0.0, 0.0, 1.0, 0.8), (0.0, 0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class StageReturn:
+    """The group advantage of a stage's return, given to all tokens of the stage.  RubricEM, arXiv:2605.10899, SS-GRPO.
+
+    G_k = sum_{j >= k} matrix_kj R_j, R_j the mean of x over the trained tokens of stage j; A_k = (G_k - mean) / (std +
+    eps) over the same stage of the group's rollouts.  A stage without tokens gets the R of the last stage, the answer;
+    without an answer that is 0.  x may be any reward.
+    """
+
+    matrix: tuple[tuple[float, ...], ...] = LAMBDA
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        k = len(self.matrix)
+        if not k or any(len(row) != k for row in self.matrix):
+            raise ValueError(f"matrix={self.matrix}: a row and a column for each stage")
+        if any(x for i, row in enumerate(self.matrix) for x in row[:i]):
+            raise ValueError(f"matrix={self.matrix}: 0 below the diagonal, for no stage earns what came before it")
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        stage: Int[Tensor, "B T"],
+        group: Int[Tensor, " B"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        # In float64: a small deviation would amplify rounding differences between rows of equal returns.
+        returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
+        among = mask.any(1)
+        each = torch.stack([group_centred(column, group, among, self.eps) for column in returns.unbind(1)], 1)
+        return each.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
+
+
+def stage_means(
+    x: Float[Tensor, "B T"], stage: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], stages: int
+) -> Float[Tensor, "B K"]:
+    """Return the mean of x over the trained tokens of each stage, [B, K].
+
+    A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
+    """
+    at, zero = stage.where(mask, 0), x.new_zeros(len(x), stages + 1)
+    total, count = zero.scatter_add(1, at, x.where(mask, 0)), zero.scatter_add(1, at, mask.to(x.dtype))
+    mean = (total / count.clamp(min=1))[:, 1:]
+    return mean.where(count[:, 1:] > 0, mean[:, -1:])
+
 
 TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_plan>", "<answer>")
 

@@ -1,9 +1,10 @@
 """SCOPE: likelihood training on correct rollouts, OPD on wrong rollouts.  arXiv:2604.10688."""
 
-from opd.method import Method, PolicyGradient
-from opd.rewards import One
-from opd.rollouts import OnPolicy
-from opd.weights import RightRollouts, WrongRollouts
+from opd.losses.rewards import One
+from opd.losses.terms import PolicyGradient
+from opd.losses.token_weights import RightRollouts, WrongRollouts
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import OnPolicy
 
 
 def scope(tau: float = 1.0, per_prompt: int = 8, reverse_student: bool = False) -> Method:

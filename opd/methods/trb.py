@@ -1,8 +1,9 @@
 """TRB: at first generate from a blend of student and teacher; the loss is that of OPD.  arXiv:2605.31159."""
 
-from opd.divergences import BucketKL, Support
-from opd.method import Match, Method
-from opd.rollouts import Blend
+from opd.losses.divergences import BucketKL, Support
+from opd.losses.terms import Match
+from opd.methods.method import Method
+from opd.methods.rollout_policies.kl_ball import Blend
 
 
 def trb(eps0: float = 0.02, anneal: int = 50, k: int = 16, per_prompt: int = 4) -> Method:

@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.divergences import kl
-from opd.estimators import top
-from opd.method import Match, Method, PolicyGradient
-from opd.rewards import One, Trusted
-from opd.rollouts import OnPolicy, TeacherPrefix
+from opd.losses.baselines import top
+from opd.losses.divergences import kl
+from opd.losses.rewards import One, Trusted
+from opd.losses.terms import Match, PolicyGradient
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import OnPolicy
+from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """vOPD: subtract the value of a state, which has a closed form.  arXiv:2605.07865."""
 
-from opd.estimators import TopKValue, Value
-from opd.method import Method, PolicyGradient
+from opd.losses.baselines import TopKValue, Value
+from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 
 
 def vopd() -> Method:

@@ -1,1 +1,1 @@
-"""Teachers and judges: in this process, behind a server, or text only."""
+"""Teachers: local models, moving averages, servers, text-only teachers, judges, and `opd serve`."""

@@ -6,9 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.types import Rollout
-
-STUDENTS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
+from opd.core.types import Rollout
 
 
 class Teacher:

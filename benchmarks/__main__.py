@@ -1,0 +1,29 @@
+"""The command line of the benchmarks: `python -m benchmarks PART [flags]`."""
+
+import sys
+
+from benchmarks.command import PARTS, run_part
+from opd.cli.parse import asks_for_help, near, parsed
+from opd.core.errors import Refusal
+
+
+def main(arguments: list[str]) -> int:
+    """Run one part; return 0, or 2 where the command line is wrong."""
+    name, *rest = arguments or ["--help"]
+    if asks_for_help([name]):
+        print("usage: python -m benchmarks PART [flags]\n")
+        print("\n".join(f"  {name:9} {part.about}" for name, part in PARTS.items()))
+        return 0
+    try:
+        if name not in PARTS:
+            raise Refusal(f"{name}: no part of the benchmark{near(name, PARTS)}; there are {', '.join(PARTS)}")
+        part = PARTS[name]
+        run_part(parsed(part.settings(), rest, prog=f"python -m benchmarks {name}", description=part.about))
+    except Refusal as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

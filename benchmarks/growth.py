@@ -1,0 +1,150 @@
+"""Growth of time and memory: of the head pass with N, V and k, and of an update with batch size and length."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.case import Case, Shape
+from benchmarks.head import fresh_peak
+from benchmarks.peers import naive, ours
+from benchmarks.result import Result, Timed, in_turn, spread, versions
+from opd.core.types import Rollout
+from opd.head.head_pass import head_pass
+from opd.head.inputs import Heard, Hidden
+from opd.head.vocabulary import Head, Vocabulary
+from opd.losses.terms import Target
+from opd.methods import METHODS
+from opd.models import load as models
+from opd.models.batching import micro_batches, rows
+from opd.models.student import Student
+from opd.teachers.local import LocalTeacher
+
+PROMPT = 40  # tokens before each response
+ARM = {"N, head pass": "ours", "N, naive": "naive"}  # curves whose memory is measured, too -> arm
+
+
+@dataclass(frozen=True)
+class Growth(Timed):
+    """Settings of `python -m benchmarks growth`: the points of each curve, and the number of rounds."""
+
+    tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
+    """Values of N, the number of tokens."""
+    vocabulary: tuple[int, ...] = (8192, 16384, 32768)
+    """Values of V, the vocabulary size, at the second N."""
+    width: int = 256
+    """Hidden width H of both models."""
+    k: tuple[int, ...] = (1, 16, 64)
+    """Values of k of vopd-topk, at the second N and V."""
+    batch: tuple[int, ...] = (8, 16, 32)
+    """Numbers of rollouts in an update of the embedded student."""
+    length: tuple[int, ...] = (50, 100, 200)
+    """Response lengths of an update in tokens, at the second batch size."""
+    chunk: int = 256
+    """Tokens per chunk of the head pass."""
+    rounds: int = 3
+    """Rounds, after a warm-up round."""
+
+
+def measured(growth: Growth) -> Result:
+    """Measure each point: seconds, and peak extra memory for the curves of the head pass over N."""
+    torch.set_num_threads(growth.threads)
+    n, v = growth.tokens[1], growth.vocabulary[1]
+    shape = lambda tokens, size: Shape(
+        tokens=tokens, vocabulary=size, student=growth.width, teacher=growth.width, chunk=growth.chunk
+    )
+    points: dict[tuple[str, int], tuple[Callable[[], object], Callable[[], object]]] = {}
+    for tokens in growth.tokens:
+        points["N, head pass", tokens] = _head(shape(tokens, v), ours)
+        points["N, naive", tokens] = _head(shape(tokens, v), naive)
+    for size in growth.vocabulary:
+        points["V, head pass", size] = _head(shape(n, size), ours)
+    for k in growth.k:
+        points["k, vopd-topk", k] = _topk(growth, n, v, k)
+    update = _Update.opened()
+    for batch in growth.batch:
+        points["batch, update", batch] = update.of(batch, growth.length[1])
+    for length in growth.length:
+        points["length, update", length] = update.of(growth.batch[1], length)
+    rows_, found = [], []
+    for (curve, x), (run, clear) in points.items():
+        seconds = in_turn({"": run}, rounds=growth.rounds, clock=growth.clock, after=clear)[""]
+        extra = fresh_peak(ARM[curve], shape(x, v)) if curve in ARM else None
+        rows_.append((curve, f"{x}", spread(seconds, 3), "" if extra is None else f"{extra / 2**20:.0f}"))
+        found.append({"curve": curve, "x": x, "seconds": seconds, "peak_bytes": extra})
+    known = versions("opd", "torch")
+    notes = (
+        f"N={n} V={v} H={growth.width} chunk {growth.chunk} but for what grows; an update is that of embedded:student, "
+        f"{growth.length[1]} tokens a response, {growth.batch[1]} responses, but for what grows",
+        "peak memory is that of a fresh process, over what it held before",
+        f"medians [min, max] of {growth.rounds} rounds, {growth.clock} clock; {growth}; {known}",
+    )
+    numbers = {"growth": vars(growth), "versions": known, "points": found}
+    return Result("growth", ("curve", "at", "seconds", "peak MB"), tuple(rows_), notes, numbers)
+
+
+def _head(shape: Shape, arm: Callable) -> tuple[Callable[[], object], Callable[[], object]]:
+    case = Case.of(shape)
+    return (lambda: arm(case, shape)), case.take_gradients
+
+
+def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    case = Case.of(Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width))
+    method, vocabulary = METHODS["vopd-topk"](k=k), Vocabulary(v, chunk_bytes=growth.chunk * v * 6)
+    student = Hidden(case.states, Head(case.weight))
+    heard = Heard(Hidden(case.teacher_states, Head(case.teacher_weight)))
+    target = (Target(torch.ones(n), None, None),)
+    return (lambda: head_pass(method, student, heard, case.ids, target, vocabulary)[0].backward()), case.take_gradients
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update of the embedded pair: everything between rollouts and the optimizer."""
+
+    student: Student
+    teacher: LocalTeacher
+
+    @classmethod
+    def opened(cls) -> "_Update":
+        cpu = torch.device("cpu")
+        student, teacher = (
+            models.load(models.locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
+            for name in ("student", "teacher")
+        )
+        return cls(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu))
+
+    def of(self, batch: int, length: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Return functions that run forward and backward of `batch` responses and that clear the gradients.
+
+        Every second response has half the length.
+        """
+        g, cpu, method = torch.Generator().manual_seed(0), torch.device("cpu"), METHODS["vopd"]()
+        some = []
+        for i in range(batch):
+            draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
+            prompt, ids = draw(PROMPT), draw(length // (1 + i % 2))
+            logp = (0.0,) * len(ids)
+            some.append(
+                Rollout(
+                    prompt_ids=prompt,
+                    teacher_prompt_ids=prompt,
+                    ids=ids,
+                    sampler_logp=logp,
+                    index=i,
+                    group=i,
+                    stopped=True,
+                )
+            )
+        groups = micro_batches({i: PROMPT + len(r.ids) for i, r in enumerate(some)}, 8192)
+        vocabulary = Vocabulary(100)
+
+        def run() -> None:
+            for group in groups:
+                part = [some[i] for i in group]
+                masks = [[True] * len(r.ids) for r in part]
+                target = (Target(torch.ones(sum(map(len, masks))), None, None),)
+                at = rows(part, masks, teacher=False, device=cpu)
+                heard = Heard(self.teacher.hidden(part, masks))
+                self.student(at, heard, method, target, vocabulary)[0].backward()
+
+        return run, self.student.zero_grad

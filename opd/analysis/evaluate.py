@@ -1,0 +1,186 @@
+"""Evaluation of a model: avg@k, pass@k, maj@k and their intervals, `evaluate(Evaluate(...)) -> Scores`."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opd.config.evaluate import Evaluate
+from opd.config.precision import dtype_of
+from opd.core.disk import OutputFile
+from opd.core.errors import Refusal, at_least
+from opd.core.intervals import INTERVALS
+from opd.core.sampling import Prompt
+from opd.data import prompts
+from opd.data.prompts import digest
+from opd.data.tasks import benchmarks as sets
+from opd.data.tasks.load import load
+from opd.data.tasks.task import Task
+from opd.data.verifiers.extract import marked, plain, said, spoken
+from opd.models import load as models
+from opd.rollouts.engines.hf import HFEngine
+from opd.training.progress import loading
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Return the unbiased pass@k estimate: the probability that at least 1 of k samples is correct.
+
+    `correct` counts the correct responses among `samples`.  Raises ValueError if k > samples.  Chen et al.,
+    arXiv:2107.03374, Eq. 1.
+    """
+    if k > samples:
+        raise ValueError(f"k={k}: pass@k needs at least k samples per prompt, and there are {samples}")
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(said: Sequence[str], outcomes: Sequence[float], same: Callable[[int, int], bool]) -> float:
+    """Return maj@k: the outcome of the most frequent answer, or the mean outcome of several answers in a tie.
+
+    `said` are the answers of the samples.  `same(i, j)` returns True if samples i and j give the same answer.  An empty
+    answer has no vote.
+    """
+    classes: list[list[int]] = []
+    for j, answer in enumerate(said):
+        mine = next((c for c in classes if said[c[0]] == answer or same(c[0], j)), None) if answer else []
+        if mine is None:
+            classes.append([j])
+        else:
+            mine.append(j)
+    most = max(map(len, classes), default=0)
+    leading = [outcomes[c[0]] for c in classes if len(c) == most]
+    return sum(leading) / len(leading) if leading else 0.0
+
+
+def final(response: str) -> str:
+    """Return the answer of a response as text: the marked answer, else the stated answer, else the last line."""
+    text = spoken(response)
+    return plain(marked(text) or said(text) or text.rpartition("\n")[2])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Outcomes, lengths and texts of k samples for each prompt."""
+
+    outcomes: tuple[tuple[float, ...], ...]  # [prompts][k]
+    lengths: tuple[int, ...]  # tokens of each response
+    stopped: tuple[bool, ...]
+    majorities: tuple[float, ...]  # maj@k of each prompt
+    prompts: tuple[Prompt, ...]
+    responses: tuple[str, ...]  # texts, k for each prompt in order
+
+    def each(self) -> dict[str, list[float]]:
+        """Return each measure (avg@k, pass@j, maj@k) as a list over prompts."""
+        k = len(self.outcomes[0])
+        right = [sum(x >= 1 for x in row) for row in self.outcomes]  # pass@k counts outcomes of 1 or more as correct
+        measures = {f"avg@{k}": [sum(row) / k for row in self.outcomes]}
+        measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in _powers(k) if k > 1}
+        return measures | ({f"maj@{k}": list(self.majorities)} if k > 1 else {})
+
+    def problems(self) -> list[dict[str, object]]:
+        """Return a json row for each problem: question, answer, outcomes, lengths and responses."""
+        k = len(self.outcomes[0])
+        return [
+            {
+                "prompt": digest(prompt),
+                "question": prompt.text or prompt.messages[-1]["content"],
+                "answer": prompt.answer,
+                "outcomes": row,
+                "majority": self.majorities[i],
+                "lengths": self.lengths[i * k : (i + 1) * k],
+                "stopped": self.stopped[i * k : (i + 1) * k],
+                "responses": self.responses[i * k : (i + 1) * k],
+            }
+            for i, (prompt, row) in enumerate(zip(self.prompts, self.outcomes, strict=True))
+        ]
+
+    def table(self, interval: str = "wilson") -> dict[str, object]:
+        """Return all numbers for json; `interval` is a key of INTERVALS."""
+        k = len(self.outcomes[0])
+        rows = {name: INTERVALS[interval](values) for name, values in self.each().items()}
+        return {
+            "prompts": len(self.outcomes),
+            "samples": k,
+            **{name: {"value": e.value, "low": e.low, "high": e.high} for name, e in rows.items()},
+            "length": sum(self.lengths) / len(self.lengths),
+            "stopped": sum(self.stopped) / len(self.stopped),
+        }
+
+
+def _powers(k: int) -> list[int]:
+    return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+
+
+def evaluate(config: Evaluate) -> Scores:
+    """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix."""
+    at_least(config, samples=0, decode_rows=1)
+    config.sampling.check()
+    own = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
+    config = replace(config, samples=config.samples or own)
+    if config.samples > 1 and config.sampling.temperature == 0:
+        raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
+    with loading(config.model, quiet=False):
+        source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    data = replace(config.data, source=config.prompts, seed=config.seed)
+    task = sets.load(config.set, data) if config.set else load(data)
+    if not task.scored:
+        raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
+    text = models.tokenizer(source, field="model")
+    stop = models.stop_ids(source, text)
+    device = models.device(config.device, field="device")
+    with loading(config.model, quiet=False):
+        model = models.load(source, field="model", dtype=dtype_of(config.precision), device=device)
+    models.small_threads(model)
+    arguments = prompts.template_arguments(config.data.template_args)
+    ids = [prompts.render(text, p, chat_template_kwargs=arguments) for p in task.prompts]
+    context = models.base(model).config.get_text_config().max_position_embeddings
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) + config.sampling.max_new_tokens > context:
+        raise Refusal(
+            f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
+            f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
+        )
+    engine = HFEngine(model, len(text), stop, config.decode_rows)
+    asked = [i for i in ids for _ in range(config.samples)]
+    drawn = engine.generate(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
+    responses = tuple(str(text.decode(list(s.ids), skip_special_tokens=True)) for s in drawn)
+    k, questions = config.samples, tuple(task.prompts)
+    parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]
+    outcomes = [tuple(task.verify(x, p) for x in responses[at]) for p, at in zip(questions, parts, strict=True)]
+    return Scores(
+        tuple(outcomes),
+        tuple(len(s.ids) for s in drawn),
+        tuple(s.stopped for s in drawn),
+        tuple(elected(task, p, responses[at], o) for p, at, o in zip(questions, parts, outcomes, strict=True)),
+        questions,
+        responses,
+    )
+
+
+def output(config: Evaluate) -> OutputFile:
+    """Return the file that --out names."""
+    inputs = tuple(filter(None, (config.prompts, config.model, config.against)))
+    return OutputFile(path=Path(config.out), ours=_is_saved, overwrite=config.overwrite, inputs=inputs)
+
+
+def save(file: OutputFile, scores: Mapping[str, Scores]) -> None:
+    """Write what became of each problem under each model, a line each."""
+    rows = [{"model": name, **row} for name, score in scores.items() for row in score.problems()]
+    file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a file is one that `save` wrote, by its first line."""
+    with path.open() as lines:
+        first = json.loads(next(lines, ""))
+    return isinstance(first, dict) and {"model", "prompt", "outcomes", "responses"} <= first.keys()
+
+
+def elected(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:
+    """Return maj@k of a prompt; two answers are the same if their texts are equal or the task's verifier accepts it."""
+    answers = [final(response) for response in responses]
+
+    def same(i: int, j: int) -> bool:
+        return task.by_answer and task.verify(responses[j], replace(prompt, answer=answers[i])) >= 1
+
+    return majority(answers, outcomes, same)

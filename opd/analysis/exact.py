@@ -1,0 +1,298 @@
+"""Exact gradients in a world small enough to enumerate: student and teacher are tables of logits, in float64.
+
+Every expectation over rollouts is a finite sum, so the bias and the noise of a method are computed exactly.
+At a single context, only the vocabulary is enumerated, which is cheap on real models too: `slopes`.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd.core.errors import Refusal
+from opd.core.rng import uniform
+from opd.core.types import ALONE, COLUMNS, DATA, STUDENT, Batch
+from opd.losses.baselines import mean
+from opd.losses.divergences import kl
+from opd.losses.estimators import Several
+from opd.losses.terms import Match, PolicyGradient, Positions, Target
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
+
+
+@torch.no_grad()
+def measure(method: Method, at: Positions, **given: Tensor) -> Batch:
+    """Return a batch with every column that can be computed at the positions [B, T], including each term's score.
+
+    `given` are columns that replace the defaults.  By default all tokens are trained, each row is a separate group, and
+    the student generated every row.
+    """
+    student, teacher, rows = at.sampled(at.student_logp), at.sampled(at.teacher_logp), len(at.ids)
+    columns: dict[str, Any] = {
+        "mask": torch.ones_like(at.ids, dtype=torch.bool),
+        "group": torch.arange(rows),
+        "source": torch.full((rows,), STUDENT),
+        "stopped": torch.zeros(rows, dtype=torch.bool),
+        "outcome": torch.zeros(rows, dtype=student.dtype),
+        "sampler_logp": student,
+        "prefix": torch.zeros(rows, dtype=torch.long),
+        "coin": torch.from_numpy(uniform(0, 0, np.arange(rows)[:, None], np.arange(at.ids.shape[1]), 1)),
+    }
+    return Batch(
+        ids=at.ids,
+        student_logp=student,
+        student_entropy=-mean(at.student_logp.exp(), at.student_logp),
+        teacher_logp=teacher,
+        teacher_entropy=-mean(at.teacher_logp.exp(), at.teacher_logp),
+        reverse_kl=kl(at.student_logp, at.teacher_logp),
+        scores=tuple(term.score(at) for term in method.terms),
+        **columns | given,
+    )
+
+
+def moments(
+    probability: Float[Tensor, "*N Y"], gradients: Float[Tensor, "*N Y D"]
+) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N"]]:
+    """Return the mean and the total variance (trace of the covariance) of `gradients` over the outcomes Y."""
+    first = (probability[..., None] * gradients).sum(-2)
+    return first, (probability * (gradients - first[..., None, :]).square().sum(-1)).sum(-1)
+
+
+def token_gradients(
+    method: Method, student: Float[Tensor, "N V"], *frozen: Float[Tensor, "N V"]
+) -> Float[Tensor, "N V V"]:
+    """Return the gradients [N, V, V] in the student's logits at N contexts: row y is the gradient if y is sampled.
+
+    `frozen` are the teacher's logits and, if the method reads them, the reference's.
+    """
+    contexts, vocab = student.shape
+    logits = student.detach().double().repeat_interleave(vocab, 0)[:, None].requires_grad_()
+    ids = torch.arange(vocab).repeat(contexts)[:, None]
+    fixed = [x.double().log_softmax(-1).repeat_interleave(vocab, 0)[:, None] for x in frozen]
+    at = Positions(ids, logits.log_softmax(-1), *fixed)
+    loss = method.loss(at, method.prepare(measure(method, at))).sum()
+    return len(ids) * torch.autograd.grad(loss, logits)[0].view(contexts, vocab, vocab)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The gradient of the token loss in the student's log-probs, for every token y that may be sampled.
+
+    Component v of the gradient is always_v + [v = y] drawn_y.
+    """
+
+    always: Float[Tensor, "N V"]
+    drawn: Float[Tensor, "N V"]
+
+    def double(self) -> "Slopes":
+        """Return a copy in float64."""
+        return Slopes(self.always.double(), self.drawn.double())
+
+    def mean(self, p: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Return the mean over y ~ p of the gradient in the logits."""
+        return to_logits(self.always + p * self.drawn, p)
+
+    def spread(self, p: Float[Tensor, "N V"], tangent: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """Return the variance over y ~ p of the gradient's component along a direction.
+
+        `tangent` is the derivative of log p along this direction.
+        """
+        along = (self.drawn * tangent).where(p > 0, 0)
+        return (p * (along - (p * along).sum(-1, keepdim=True)).square()).sum(-1)
+
+    def variance(self, p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """Return the total variance over y ~ p of the gradient in the logits."""
+        norm2 = (1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()  # |1_y - p|^2
+        return (p * self.drawn.square() * norm2).sum(-1) - to_logits(p * self.drawn, p).square().sum(-1)
+
+
+def to_logits(slope: Float[Tensor, "*N V"], p: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+    """Convert a gradient in the log-probs to a gradient in the logits."""
+    return slope - p * slope.sum(-1, keepdim=True)
+
+
+def alone(method: Method) -> str:
+    """Return the reason why a token's loss depends on more than its position, or "" if it does not."""
+    if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
+        return f"{', '.join(strange)} is not a function of next-token distributions"
+    leaves = [*method.filters, *(x for t in method.terms for x in t.weights)]
+    leaves += [x for t in method.terms if isinstance(t, PolicyGradient) for x in t.transforms]
+    if leaves:
+        return f"{', '.join(map(repr, leaves))} looks at the columns of a batch"
+    if any(isinstance(t, PolicyGradient) and t.estimator == Several() for t in method.terms):
+        return "it looks at several tokens drawn at a position (of m, with 1/m of the variance of one)"
+    return ""
+
+
+def slopes(method: Method, at: Positions) -> Slopes:
+    """Return the gradient of each position's token loss (weight 1) for every sampled token at once.
+
+    `at.ids` are ignored.  Raises Refusal if `alone(method)` gives a reason against it.
+    """
+    if why := alone(method):
+        raise Refusal(f"{why}, and one position alone has none")
+    logp = at.student_logp.detach()
+    p, nothing = logp.exp(), torch.zeros_like(logp)
+    live = logp.clone().requires_grad_()
+    always, drawn = nothing, nothing
+    for term in method.terms:
+        if isinstance(term, Match):
+            with torch.enable_grad():
+                loss = term.loss(replace(at, student_logp=live), Target(logp[..., 0], None, None)).sum()
+            always = always + term.coef * torch.autograd.grad(loss, live)[0]
+            continue
+        assert isinstance(term, PolicyGradient)
+        other, exact = at.of(term.against), term.estimator.exact(logp)
+        f = term.reward(logp, other)
+        if term.baseline is not None:
+            f = f - term.baseline(term.reward, logp, other, exact)[..., None]
+        f = f.where(p > 0, 0)
+        with torch.enable_grad():
+            loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # each token in turn is the sampled token
+        slope = term.coef * torch.autograd.grad(loss, live)[0].where(p > 0, 0)
+        if exact is not None:
+            always, slope = always - term.coef * (p * f).where(exact, 0), slope.where(~exact, 0)
+        drawn = drawn + slope
+    return Slopes(always, drawn)
+
+
+def speakers(method: Method) -> Mapping[int, float]:
+    """Return the probability with which each source (student, teacher) generates a rollout of the method.
+
+    The mapping is empty if some rollouts come from the data.
+    """
+    match method.rollouts:
+        case Mixture(share, other):
+            return {} if other == DATA else {STUDENT: share, other: 1 - share}
+    return {STUDENT: 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's gradient compared with the gradient of the sequence KL, for steps on one sequence."""
+
+    cosine: float  # between the expected gradient and the gradient of the sequence KL
+    bias: float  # norm of their difference / norm of the gradient of the sequence KL
+    noise: float  # total variance of the gradient / squared norm of its mean
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Tables of next-token logits of a student and a teacher.
+
+    Each prefix has a row: first the empty prefix, then all prefixes of 1 token, of 2 tokens, and so on.
+    """
+
+    student: Float[Tensor, "S V"]
+    teacher: Float[Tensor, "S V"]
+    steps: int  # tokens of the longest sequence
+    stop: int = -1  # the token that ends a sequence; -1: all sequences have `steps` tokens
+    reference: Float[Tensor, "S V"] | None = None
+
+    def __post_init__(self) -> None:
+        prefixes = sum(self.student.shape[1] ** t for t in range(self.steps))
+        assert len(self.student) == prefixes, f"{prefixes} prefixes need as many rows, not {len(self.student)}"
+
+    @classmethod
+    def random(cls, vocab: int = 3, steps: int = 3, *, mismatch: float = 1.0, seed: int = 0, stop: int = -1) -> "World":
+        """Draw normal logits for teacher and reference; the student's are the teacher's + `mismatch` * noise."""
+        shape = (sum(vocab**t for t in range(steps)), vocab)
+        draws = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        teacher, gap, reference = draws
+        return cls((teacher + mismatch * gap).requires_grad_(), teacher, steps, stop, reference)
+
+    def sequences(self) -> Int[Tensor, "B T"]:
+        """Return all sequences of `steps` tokens, including every continuation after a stop token."""
+        return torch.tensor(list(itertools.product(range(self.student.shape[1]), repeat=self.steps)))
+
+    def prefixes(self, ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """Return the row of the tables that predicts each token; rows are base-V numbers, unique for each prefix."""
+        state, out = torch.zeros_like(ids[:, 0]), []
+        for token in ids.unbind(1):
+            out.append(state)
+            state = state * self.student.shape[1] + token + 1
+        return torch.stack(out, 1)
+
+    def trained(self, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Return the mask of the tokens up to and including the first stop token."""
+        stops = ids == self.stop
+        return stops.cumsum(1) - stops.long() == 0
+
+    def positions(self, ids: Int[Tensor, "B T"]) -> Positions:
+        """Return the next-token distributions along the sequences; the student's carry gradients."""
+        at = self.prefixes(ids)
+        tables = [self.student, self.teacher.detach()] + ([] if self.reference is None else [self.reference.detach()])
+        return Positions(ids, *(x.double()[at].log_softmax(-1) for x in tables))
+
+    def measure(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Batch:
+        """Return the batch of the sequences with all columns; `given` are columns that replace the defaults."""
+        mask = self.trained(ids)
+        columns = {"mask": mask, "stopped": (mask & (ids == self.stop)).any(1)}
+        return measure(method, self.positions(ids), **columns | given)
+
+    def probability(self, ids: Int[Tensor, "B T"], speaker: int = STUDENT) -> Float[Tensor, " B"]:
+        """Return the probability [B] of each sequence under the model that generates it (`speaker`)."""
+        at = self.positions(ids)
+        return at.sampled(at.student_logp if speaker == STUDENT else at.teacher_logp).sum(1).exp()
+
+    def gradient(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Float[Tensor, "S V"]:
+        """Return the gradient of the loss of one optimizer step on these sequences."""
+        loss = method.loss(self.positions(ids), method.prepare(self.measure(method, ids, **given)))
+        return torch.autograd.grad(loss.sum(), self.student)[0]
+
+    def moments(self, method: Method) -> tuple[Float[Tensor, "S V"], Float[Tensor, ""]]:
+        """Return the mean and the total variance of the gradient of a step on one sequence.
+
+        The gradient is multiplied by T, so it is per sequence, not per token.
+        """
+        ids, chances, each = self.sequences(), [], []
+        for speaker, share in speakers(method).items():
+            chances.append(share * self.probability(ids, speaker).detach())
+            source = torch.tensor([speaker])
+            each += [self.steps * self.gradient(method, row, source=source).flatten() for row in ids.split(1)]
+        first, variance = moments(torch.cat(chances), torch.stack(each))
+        return first.view_as(self.student), variance
+
+    def outside(self, method: Method) -> str:
+        """Return the reason why the method has no valid row in this world, or "" if it has."""
+        if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
+            return f"{', '.join(strange)} is not a function of next-token distributions, and a table has nothing else"
+        if not speakers(method):
+            return f"{method.rollouts!r}: the data writes a share of the rollouts, and the world has no data"
+        if absent := method.models() - {"teacher_logp", "reference_logp"}:
+            return f"is against {', '.join(sorted(absent))}, which the world has not"
+        batch = self.measure(method, self.sequences())
+        measured = {f.name for f in fields(batch) if getattr(batch, f.name) is not None}
+        reasons = {
+            "outcome": "reads outcome, and the world has no verifier",
+            "coin": "flips a coin, which is not enumerated; its expectation may be a method of its own (tropd --soft)",
+        }
+        reasons |= dict.fromkeys(ALONE, "reads what is said of a response without its prompt, and the world has none")
+        missing = {c: f"reads {c}, which the world does not measure" for c in sorted(COLUMNS - measured)}
+        return next((why for c, why in (missing | reasons).items() if c in method.reads()), "")
+
+    def note(self, method: Method) -> str:
+        """Return what is assumed about a method whose rollouts change over a run, or "" if nothing is."""
+        if isinstance(method.rollouts, OnPolicy | Mixture):
+            return ""
+        return f"{type(method.rollouts).__name__} as where its schedule has ended and nothing is remembered: OnPolicy()"
+
+    def sequence_kl(self) -> Float[Tensor, ""]:
+        """Return KL(student || teacher) of whole sequences in nats, differentiable in the student's table."""
+        ids = self.sequences()
+        at, mask = self.positions(ids), self.trained(ids)
+        ratio = (at.sampled(at.student_logp) - at.sampled(at.teacher_logp)).where(mask, 0).sum(1)
+        return (self.probability(ids) * ratio).sum()
+
+    def row(self, method: Method) -> Row:
+        """Compare a method's gradient with that of the sequence KL: direction, bias and noise."""
+        first, variance = self.moments(method)
+        (true,) = torch.autograd.grad(self.sequence_kl(), self.student)
+        cosine = torch.nn.functional.cosine_similarity(first.flatten(), true.flatten(), dim=0)
+        bias, noise = (first - true).norm() / true.norm(), variance / first.square().sum()
+        return Row(cosine.item(), bias.item(), noise.item())

@@ -1,0 +1,179 @@
+"""Data of the report page: `payload(groups)` returns curves, tables, comparisons, KL by position, time by phase."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+import torch
+
+from opd.analysis.report.compare import apart, between, gains
+from opd.core.intervals import Paired
+from opd.training.alarms import alarms
+from opd.training.run_log import Group, Log
+
+CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
+    "eval_accuracy": ("Held-out accuracy", "%", 100),
+    "eval_reverse_kl": ("Held-out reverse KL", "nats per token", 1),
+    "reverse_kl": ("Reverse KL on rollouts", "nats per token", 1),
+    "outcome": ("Outcome of rollouts", "%", 100),
+    "student_entropy": ("Student entropy", "nats", 1),
+    "teacher_entropy": ("Teacher entropy", "nats", 1),
+    "length": ("Response length", "tokens", 1),
+    "stopped": ("Ended by themselves", "%", 100),
+    "advantage_std": ("Advantage, standard deviation", "nats", 1),
+    "grad_norm": ("Gradient norm before clipping", "", 1),
+    "tokens_per_s": ("Throughput", "trained tokens / s", 1),
+    "peak_mb": ("Peak memory", "MB", 1),
+}
+MEANS: Mapping[str, str] = {  # name -> explanation, one line under the title
+    "eval_accuracy": "right answers to prompts that are not trained on",
+    "eval_reverse_kl": "distance to the teacher on those; 0: one model",
+    "reverse_kl": "the same on each training batch: falls, and is noisy",
+    "outcome": "right answers of the training batch",
+    "student_entropy": "how unsure the student is; near 0: it has one answer",
+    "teacher_entropy": "how unsure the teacher is on the student's text",
+    "length": "a steady climb to the limit is a fault",
+    "stopped": "the rest was cut at --max-new-tokens",
+    "advantage_std": "how far the tokens' rewards spread: the noise of a step",
+    "grad_norm": "clipped to --max-grad-norm where it is above",
+    "tokens_per_s": "sampling, scoring and update together",
+    "peak_mb": "of the process, or of the GPU",
+}
+HIDDEN = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})  # shown elsewhere on the page
+
+
+def payload(groups: Sequence[Group]) -> dict[str, object]:
+    """Return all data that the page draws, ready for json."""
+    names = list(dict.fromkeys([*CURVES, *(n for g in groups for n in g.names())]))
+    shown = [n for n in names if n in CURVES or (n not in HIDDEN and not n.endswith("_s"))]
+    configs = [{k: text(v) for k, v in g.runs[0].config.items()} for g in groups]
+    machines = [run.environment for g in groups for run in g.runs]
+    differ, same = apart(configs)
+    moved, _ = apart([{k: text(v) for k, v in m.items()} for m in machines])
+    return {
+        "groups": [summary(g) for g in groups],
+        "curves": [curve(groups, n) for n in shown if any(g.series(n).x for g in groups)],
+        "gains": comparisons(gains, groups),
+        "between": comparisons(between, groups),
+        "positions": [p for g in groups for p in positions(g)],
+        "phases": [{"name": g.name, "seconds": phases(g)} for g in groups],
+        "alarms": [{"run": label(g, run), **asdict(a)} for g in groups for run in g.runs for a in alarms(run)],
+        "differ": [[name, *(c.get(name, "") for c in configs)] for name in differ],
+        "same": [[name, configs[0].get(name, "")] for name in same],
+        "environment": {
+            "runs": [label(g, run) for g in groups for run in g.runs],
+            "rows": [[k, k in moved, *(text(m.get(k, "")) for m in machines)] for k in machines[0]],
+        },
+    }
+
+
+def text(value: object) -> str:
+    """Format a setting: a string unchanged, other values as json."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def label(group: Group, run: Log) -> str:
+    """Return the label of a run: the group's name, with the seed if the group has several runs."""
+    return group.name if len(group.runs) == 1 else f"{group.name}, seed {run.config.get('seed')}"
+
+
+def summary(group: Group) -> dict[str, object]:
+    """Return a group's row in the table of results: its settings, cost, first and last evaluation with intervals."""
+    out: dict[str, object] = {
+        "name": group.name,
+        "folders": [str(run.folder) for run in group.runs],
+        "seeds": [run.config.get("seed") for run in group.runs],
+        "student": group.setting("student"),
+        "teacher": group.setting("teacher"),
+        "prompts": group.setting("prompts"),
+        "method": group.setting("method"),
+        "steps": min(max((r["step"] for r in run.steps), default=0) for run in group.runs),
+        "asked": group.setting("steps"),
+        "seconds": sum(r["seconds"] for run in group.runs for r in run.perf) / len(group.runs),
+        "tokens_per_s": median([v for run in group.runs for v in run.series("tokens_per_s").values()]),
+        "tokens": sum(sum(run.series("tokens").values()) for run in group.runs) / len(group.runs),
+        "evaluated": len(group.shared(group.last())),
+    }
+    for name in ("eval_accuracy", "eval_reverse_kl"):
+        s = group.series(name)
+        if s.x:
+            ends = {"first": 0, "last": len(s.x) - 1}
+            out[name] = {end: {"value": s.mean[i], "low": s.low[i], "high": s.high[i]} for end, i in ends.items()}
+    for name in ("reverse_kl", "length", "stopped"):
+        values = group.series(name).mean
+        if values:
+            fifth = -(-len(values) // 5)  # single batches are noisy
+            out[name] = {"first": sum(values[:fifth]) / fifth, "last": sum(values[-fifth:]) / fifth}
+    return out
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median; 0 if the sequence is empty."""
+    return float(torch.tensor(values).median()) if values else 0.0
+
+
+def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
+    """Return one chart: a line for each group that logged the number."""
+    title, unit, factor = CURVES.get(name, (name.replace("_", " "), "", 1.0))
+    lines = []
+    for i, g in enumerate(groups):
+        s = g.series(name)
+        if s.x:
+            scaled = {end: [v * factor for v in getattr(s, end)] for end in ("mean", "low", "high")}
+            runs = [[list(r), [v * factor for v in r.values()]] for r in s.runs] if len(s.runs) > 1 else []
+            lines.append({"group": i, "x": s.x, **scaled, "runs": runs})
+    means = MEANS.get(name, "")
+    return {"name": name, "title": title, "unit": unit, "means": means, "main": name in CURVES, "lines": lines}
+
+
+def comparisons(
+    compare: Callable[[Sequence[Group], str], list[Paired]], groups: Sequence[Group]
+) -> list[dict[str, object]]:
+    """Return tables of paired differences: of reverse KL, and of accuracy if the prompts have a verifier."""
+    out: list[dict[str, object]] = []
+    scored = any(g.series("eval_accuracy").x for g in groups)
+    kinds = [("outcome", "Accuracy", "points", 100.0)] * scored + [("reverse_kl", "Reverse KL", "nats per token", 1.0)]
+    for name, title, unit, factor in kinds:
+        scaled = lambda p, factor=factor: {k: getattr(p, k) * factor for k in ("value", "low", "high")}
+        rows = [asdict(p) | scaled(p) for p in compare(groups, name)]
+        if rows:
+            out.append({"title": title, "unit": unit, "rows": rows})
+    return out
+
+
+def positions(group: Group) -> list[dict[str, object]]:
+    """Return reverse KL by position in the response, at the first and the last saved step, over all seeds."""
+    steps = sorted(set.intersection(*(set(run.saved()) for run in group.runs)))
+    out = []
+    for step in dict.fromkeys(steps[:1] + steps[-1:]):
+        both = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]
+        if not all("reverse_kl" in c for c in both):
+            continue
+        rows = [(kl, m) for c in both for kl, m in zip(c["reverse_kl"], c["mask"], strict=True)]
+        width = max(len(m) for _, m in rows)
+        whole, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (kl, m) in enumerate(rows):
+            whole[i, : len(kl)], mask[i, : len(m)] = kl, m
+        bin_ = max(1, width // 32)
+        x, mean, error, share = [], [], [], []
+        for start in range(0, width, bin_):
+            there = mask[:, start : start + bin_]
+            heard = there.any(1)
+            if int(heard.sum()) < max(2, 0.1 * len(rows)):
+                break  # too few responses are this long for a mean
+            cut = whole[:, start : start + bin_].where(there, 0).sum(1)[heard] / there.sum(1)[heard]
+            x.append(start + (min(bin_, width - start) - 1) / 2)
+            mean.append(float(cut.mean()))
+            error.append(1.96 * float(cut.std()) / len(cut) ** 0.5)
+            share.append(float(heard.float().mean()))
+        low, high = ([max(0.0, m + s * e) for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
+        out.append({"name": group.name, "step": step, "x": x, "mean": mean, "low": low, "high": high, "share": share})
+    return out
+
+
+def phases(group: Group) -> dict[str, float]:
+    """Return the mean seconds per step of each phase; evaluations and saves are spread over all steps."""
+    rows = [r for run in group.runs for r in run.perf]
+    steps = max(1, sum(len(run.steps) for run in group.runs))
+    names = dict.fromkeys(k for r in rows for k in r if k.endswith("_s") and k not in ("tokens_per_s", "worker_cpu_s"))
+    return {n.removesuffix("_s"): sum(r.get(n, 0.0) for r in rows) / steps for n in names}

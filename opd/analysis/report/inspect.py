@@ -1,0 +1,109 @@
+"""`opd inspect`: writes a page that shows every token of saved rollouts, `inspect(Inspect(...)) -> path`."""
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd.analysis.report.page import page_file, write
+from opd.analysis.token_occurrences import Corpus
+from opd.config.commands import Inspect
+from opd.core.errors import Refusal
+from opd.training.run_log import lines, saved_at
+
+PLAIN: Mapping[str, str] = {  # columns for colouring tokens -> their titles
+    "reverse_kl": "reverse KL",
+    "student_entropy": "student entropy",
+    "teacher_entropy": "teacher entropy",
+    "student_logp": "student log p",
+    "teacher_logp": "teacher log q",
+    "hidden_distance": "hidden distance",
+}
+
+
+def inspect(config: Inspect) -> Path:
+    """Read the rollouts, write the page; returns its path."""
+    file = page_file("inspect", config, (config.run,))
+    file.check()
+    step, path = saved_at(config.run, config.step)
+    rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
+    texts = path.with_suffix(".tokens.json")
+    if not texts.is_file():
+        raise Refusal(f"RUN {config.run}: {texts.name} is not there; the run was written by another version of opd")
+    write(file, "inspect", payload(config.run, step, rows, columns, json.loads(texts.read_text())))
+    return config.out
+
+
+def payload(
+    run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> dict[str, object]:
+    """Return the rollouts and their columns, flat over all response tokens.
+
+    The tokens of row b are at [start[b], start[b + 1]).
+    """
+    mask = columns["mask"]
+    lengths = torch.tensor([row["tokens"] for row in rows])
+    said = torch.arange(mask.shape[1]) < lengths[:, None]
+    names = list(texts)
+    place = torch.zeros(1 + max(map(int, names)), dtype=torch.long)
+    place[torch.tensor([int(n) for n in names])] = torch.arange(len(names))
+    shown = {title: columns[name] for name, title in PLAIN.items() if name in columns}
+    if "student_logp" in columns and "teacher_logp" in columns:
+        shown = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **shown}
+    if "reverse_kl" in columns:
+        shown["rock score"] = rocks(columns["ids"].long(), mask, columns["reverse_kl"])
+    terms = sum(name.startswith("weight.") for name in columns)
+    for i in range(terms):
+        number = f" {i + 1}" if terms > 1 else ""
+        if f"advantage.{i}" in columns:
+            shown[f"advantage{number}"] = columns[f"advantage.{i}"]
+        shown[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1: weight of a token in the mean over tokens
+    data: dict[str, object] = {
+        "run": str(run),
+        "step": step,
+        "rollouts": rows,
+        "start": [0, *lengths.cumsum(0).tolist()],
+        "tokens": list(texts.values()),
+        "names": [int(n) for n in names],
+        "ids": packed(place[columns["ids"].long()][said].to(torch.int32)),
+        "trained": packed(mask[said].to(torch.uint8)),
+        "columns": {title: packed(rounded(x.float().where(mask, torch.nan)[said], 12)) for title, x in shown.items()},
+    }
+    if "alternatives_ids" in columns:
+        ids = columns["alternatives_ids"]
+        data["width"] = ids.shape[-1]
+        data["alternatives"] = packed(place[ids.long()][said].to(torch.int32))
+        for name in ("student_logp", "teacher_logp"):
+            data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][said].to(torch.bfloat16))
+    return data
+
+
+def rocks(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Return each token type's share of the summed reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
+    _, score = Corpus(ids[mask], reverse_kl[mask].double(), mask.nonzero()[:, 0]).tally()
+    whole = score.new_zeros(int(ids.max()) + 1)
+    whole[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
+    return whole[ids].float()
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Zero the last mantissa bits of an fp32 tensor: three significant digits remain, and gzip compresses it well."""
+    return ((x.contiguous().view(torch.int32) >> bits) << bits).view(torch.float32)
+
+
+def packed(x: Tensor) -> str:
+    """Encode a tensor as "dtype:bytes", the bytes little-endian, gzipped, in base64; ids in 16 bits if they fit."""
+    if x.dtype == torch.bfloat16:
+        kind, array = "b16", x.contiguous().view(torch.int16).numpy()
+    elif x.dtype == torch.int32 and (x.numel() == 0 or int(x.max()) < 1 << 16):
+        kind, array = "u16", x.numpy().astype("<u2")
+    else:
+        array = x.contiguous().numpy()
+        kind = f"{array.dtype.kind}{8 * array.itemsize}"
+    return f"{kind}:{base64.b64encode(gzip.compress(array.tobytes(), 6, mtime=0)).decode()}"

@@ -1,0 +1,278 @@
+"""Weights and advantages of other methods on saved rollouts: `rescore(Rescore(...), methods) -> Rescored`.
+
+The columns of a run folder are its batch, so a method computes its targets as in training, through `Method.prepare`.
+A score that needs the full distribution at a token, which no run folder contains, is not approximated: the method is
+listed with the reason.
+"""
+
+import ast
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd.config.commands import Rescore
+from opd.core.errors import Refusal
+from opd.core.types import Batch
+from opd.losses.baselines import Value
+from opd.losses.estimators import Sampled
+from opd.losses.rewards import LogRatio, One, ReverseKLPlus
+from opd.losses.target_distribution import Teacher
+from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
+from opd.methods.constructors import constructors
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import OnPolicy
+from opd.training.metrics import weighting
+from opd.training.run_log import lines, saved_at
+
+NAMES = constructors()
+OWN, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
+BEFORE, AFTER = 12, 4  # tokens of context shown before and after a token
+EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards with mean -KL + constant -> the constant
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Weights and advantages of a term over the trained tokens."""
+
+    weighted: float  # share of the tokens with a weight other than 0
+    effective: float  # effective sample size as a share: (sum w)^2 / (n sum w^2)
+    advantage: float | None  # mean over weighted tokens; None if the term has no advantage per token
+    advantage_std: float | None  # standard deviation over weighted tokens
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token in its context, with the pull of each method on it, in units of the method's root mean square pull."""
+
+    rollout: int
+    position: int
+    before: str
+    text: str
+    after: str
+    own: float
+    other: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Comparison of the pulls w A (weight times advantage, on log p of each trained token) of two methods."""
+
+    pearson: float | None  # None if all pulls of a method are equal
+    spearman: float | None
+    cosine: float | None
+    opposed: float  # share of opposite signs among the tokens on which both pull
+    tokens: tuple[Token, ...]  # tokens on which the two differ most
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Results of a method on the rollouts."""
+
+    kept: int  # number of rollouts with a weighted token
+    terms: tuple[Spread, ...]
+    agreement: Agreement | None
+    lacks: tuple[str, ...]  # reasons why a value above is missing
+    note: str = ""  # difference between the method's rollouts and these, if any
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Results of all methods, compared with a common reference."""
+
+    run: str
+    step: int
+    rollouts: int
+    tokens: int  # number of trained tokens
+    beside: str  # name of the reference method for the comparison of pulls; "" if no method has pulls
+    methods: Mapping[str, Verdict]
+
+
+def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
+    """Compute the targets of each method on the rollouts of a run, and compare them with those of the run's method."""
+    if config.tokens < 0:
+        raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
+    step, path = saved_at(config.run, config.step, "config.json")
+    rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
+    written = str(json.loads((config.run / "config.json").read_text())["method"])
+    batch, terms = batch_of(columns), own_targets(columns)
+    known = read(written)
+    pulls: dict[str, Float[Tensor, " n"]] = {}
+    if (own := pull(terms, batch.mask)) is not None:
+        pulls[OWN] = own
+    silent = any(t.advantage is None for t in terms)
+    found: dict[str, tuple[tuple[Target, ...], tuple[str, ...]]] = {OWN: (terms, (NO_ADVANTAGE,) * silent)}
+    for name, other in methods.items():
+        found[name] = asked(other, batch, known, terms)
+        if not found[name][1] and (mine := pull(found[name][0], batch.mask)) is not None:
+            pulls[name] = mine
+    beside = next(iter(pulls), "")
+    texts = json.loads(path.with_suffix(".tokens.json").read_text())
+    spell = lambda ids: "".join(texts.get(str(i), "") for i in ids)
+    out = {}
+    for name, (targets, lacks) in found.items():
+        agreement = None
+        if name in pulls and name != beside:
+            places = apart(pulls[beside], pulls[name], config.tokens)
+            agreement = compared(pulls[beside], pulls[name], [_token(batch, rows, spell, *p) for p in places])
+        kept = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
+        note = written_by(methods[name]) if name in methods else ""
+        out[name] = Verdict(int(kept.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
+    return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, out)
+
+
+def batch_of(columns: Mapping[str, Tensor]) -> Batch:
+    """Return the saved batch; columns that were not measured are None."""
+    found: dict[str, Any] = {f.name: columns[f.name] for f in fields(Batch) if f.name in columns}
+    return Batch(**found)
+
+
+def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
+    """Return the targets (weights and advantages) of the run's method, a target per term."""
+    terms = sum(name.startswith("weight.") for name in columns)
+    return tuple(Target(columns[f"weight.{i}"], columns.get(f"advantage.{i}"), None) for i in range(terms))
+
+
+def asked(
+    other: Method, batch: Batch, known: Method | None, own: Sequence[Target]
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Return the targets of a method, and the reasons why something is missing.
+
+    The targets are empty if the method reads a column that was not measured.
+    """
+    absent = sorted(name for name in other.reads() if getattr(batch, name) is None)
+    if absent:
+        return (), (f"it reads {', '.join(absent)}, which this run did not measure",)
+    scores, lacks = [], []
+    for term in other.terms:
+        score = scored(term, batch, known, own)
+        scores.append(score if isinstance(score, Tensor) else None)
+        if isinstance(score, str):
+            lacks.append(score)
+            if not term.local():  # its transforms need the missing score
+                return (), tuple(lacks)
+    return other.prepare(replace(batch, scores=tuple(scores))), tuple(lacks)
+
+
+def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]) -> Float[Tensor, "B T"] | str:
+    """Return the exact reward minus baseline of each token, or the reason why the saved columns do not suffice."""
+    match term:
+        case MatchHidden():
+            return f"matches hidden states: {NO_ADVANTAGE}"
+        case Match():
+            return f"differentiates {term.divergence!r}: {NO_ADVANTAGE}"
+    assert isinstance(term, PolicyGradient)
+    for mine, target in zip(known.terms if known else (), own, strict=False):
+        if (
+            isinstance(mine, PolicyGradient)
+            and not mine.transforms
+            and target.advantage is not None
+            and same(mine, term)
+        ):
+            return target.advantage
+    p, q = batch.student_logp, batch.teacher_logp
+    if term.estimator != Sampled():
+        return f"{term.estimator!r} pulls at many tokens of a position: it needs both models' vocabulary there"
+    if term.against != Teacher():
+        return f"{term.against!r}: it needs the reference model's log-probs, which are not saved"
+    if p is None or q is None:
+        return "it needs student_logp and teacher_logp, which this run did not measure"
+    value = term.reward(p, q)
+    if term.baseline is None:
+        return value
+    if term.baseline == Value() and term.reward == One():
+        return value - 1
+    if term.baseline == Value() and term.reward in EXPECTED:
+        if batch.reverse_kl is None:
+            return f"{term.baseline!r} needs reverse_kl, which this run did not measure"
+        return value + batch.reverse_kl - EXPECTED[term.reward]
+    return f"{term.baseline!r} of {term.reward!r} needs both models' vocabulary at each token"
+
+
+def same(a: PolicyGradient, b: PolicyGradient) -> bool:
+    """Return True if two terms give tokens the same scores."""
+    return all(getattr(a, name) == getattr(b, name) for name in ("reward", "baseline", "estimator", "against"))
+
+
+def pull(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " n"] | None:
+    """Return the sum of w A over the terms for each trained token; None if a term has no advantage A."""
+    if not targets or any(t.advantage is None for t in targets):
+        return None
+    parts = [torch.where(t.weight != 0, t.weight * t.advantage, 0)[mask] for t in targets]  # type: ignore[operator]
+    return torch.stack(parts).sum(0).double()
+
+
+def spreads(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> tuple[Spread, ...]:
+    """Return the statistics of each term's weights and advantages over the trained tokens."""
+    out = []
+    for target in targets:
+        shares, at = weighting([target], mask), mask & (target.weight != 0)
+        a = target.advantage[at].double() if target.advantage is not None and at.any() else None
+        mean, std = (None, None) if a is None else (float(a.mean()), float(a.std(correction=0)))
+        out.append(Spread(shares["weighted"], shares["effective"], mean, std))
+    return tuple(out)
+
+
+def compared(own: Float[Tensor, " n"], other: Float[Tensor, " n"], tokens: Sequence[Token]) -> Agreement:
+    """Return correlation, cosine and opposed signs of the pulls of two methods."""
+    both = (own != 0) & (other != 0)
+    opposed = float((own.sign() != other.sign())[both].double().mean()) if both.any() else 0.0
+    centred = lambda x: x - x.mean()
+    cosine = lambda a, b: float((a @ b) / (a.norm() * b.norm())) if a.any() and b.any() else None
+    pearson, spearman = (cosine(centred(a), centred(b)) for a, b in ((own, other), (ranks(own), ranks(other))))
+    return Agreement(pearson, spearman, cosine(own, other), opposed, tuple(tokens))
+
+
+def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the rank of each value; equal values share their mean rank."""
+    _, at, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[at].double()
+
+
+def apart(own: Float[Tensor, " n"], other: Float[Tensor, " n"], most: int) -> list[tuple[int, float, float]]:
+    """Return (n, own, other) for the trained tokens whose pulls differ most, pulls scaled to root mean square 1.
+
+    The n-th trained token is meant, in row-major order of the mask.
+    """
+    a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (own, other))
+    size, at = (a - b).abs().topk(min(most, len(a)))
+    return [(int(i), float(a[i]), float(b[i])) for s, i in zip(size, at, strict=True) if s > 1e-6]
+
+
+def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, own: float, other: float) -> Token:
+    row, t = batch.mask.nonzero()[nth].tolist()
+    ids = batch.ids[row, : rows[row]["tokens"]].tolist()
+    before, after = ids[max(0, t - BEFORE) : t], ids[t + 1 : t + 1 + AFTER]
+    return Token(rows[row]["index"], t, spell(before), spell(ids[t : t + 1]), spell(after), own, other)
+
+
+def written_by(other: Method) -> str:
+    """Return a note if the method would have used other rollouts than those of the student, else ""."""
+    return "" if isinstance(other.rollouts, OnPolicy) else f"its rollouts are {other.rollouts!r}; these are the run's"
+
+
+def read(text: str) -> Method | None:
+    """Parse the repr of a method; None if it has parts that are not defined in `opd`."""
+
+    def value(node: ast.expr) -> object:
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in NAMES:
+                named = {k.arg: value(k.value) for k in node.keywords if k.arg}
+                return NAMES[name](*map(value, node.args), **named)
+            case ast.Name(id="inf" | "nan" as name):
+                return float(name)
+            case ast.Tuple(elts=parts):
+                return tuple(map(value, parts))
+            case _:
+                return ast.literal_eval(node)
+
+    try:
+        made = value(ast.parse(text, mode="eval").body)
+    except (ValueError, TypeError, SyntaxError):
+        return None
+    return made if isinstance(made, Method) else None

@@ -1,0 +1,350 @@
+"""Gradient variance of each estimator on two real models, `variance(Variance(...)) -> Variances`.
+
+A context is a prompt with the first tokens of the student's response.  At a fixed context, the next token y ~ p is
+random, and so is the gradient g_y of its token loss in all trained parameters.  Its total variance is tr Cov_y(g_y).
+Two facts make it cheap to estimate:
+
+- For a direction d of independent random signs, E_d[Var_y(g_y . d)] = tr Cov_y(g_y), because E[d d'] = I.
+- g_y . d is the derivative of the token loss along d.  A forward-mode pass gives the derivative of log p along d at all
+  positions of a rollout.  From it follows g_y . d for every y of the vocabulary and every method (`exact.slopes`).
+  So the variance over y is an exact sum, and methods are compared along the same directions, at the same contexts.
+
+Each rollout gives an unbiased estimate of the sum of the total variance over its contexts.  Rollouts have independent
+prompts, tokens and directions, so their estimates are independent.  Intervals are over rollouts and include the noise
+of all three.  Means over y are exact too: `cosine` and `noise` use the mean gradient at these contexts.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from opd.analysis.exact import alone, slopes
+from opd.config.commands import Variance
+from opd.config.train import Train
+from opd.core.errors import Refusal
+from opd.core.intervals import CONFIDENCE, Estimate
+from opd.head.inputs import Hidden
+from opd.head.sweep import blocks
+from opd.head.vocabulary import Head, Vocabulary
+from opd.losses.divergences import kl
+from opd.losses.terms import Positions
+from opd.methods import METHODS
+from opd.methods.method import Method
+from opd.methods.rollout_policies.on_policy import OnPolicy
+from opd.models.batching import Rows, rows
+from opd.models.forward import final_states
+from opd.models.load import head
+from opd.models.student import Student
+from opd.training.build import open_session
+
+ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Results of a method over all contexts.  Variances are those of the gradient of a token's loss."""
+
+    variance: Estimate  # total variance in the parameters, mean over contexts
+    ratio: Estimate  # that variance / the variance of `opd`, paired by rollout
+    logits: Estimate  # the same ratio for gradients in the logits, which involves no random directions
+    raised: float  # share of contexts where the variance in the logits is above that of `opd`
+    noise: float  # variance / squared norm of the mean gradient at these contexts
+    cosine: float  # between that mean gradient and the mean gradient of `opd-full`
+
+
+@dataclass(frozen=True)
+class Variances:
+    """Results of all methods, and the size of the sample that they come from."""
+
+    methods: Mapping[str, Spread]
+    rollouts: int
+    contexts: int
+    parameters: int  # number of selected weights (scalars)
+    reverse_kl: float  # nats per context
+    largest: float  # largest share of a single rollout in the variance of `opd`; if large, intervals are too narrow
+
+
+def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
+    """Generate rollouts and estimate the gradient variance of each method at their contexts.
+
+    `opd` and `opd-full` are always measured.  Raises Refusal for errors that the user can fix.
+    """
+    config.check()
+    for name, method in methods.items():
+        if why := alone(method):
+            raise Refusal(f"--methods {name}: {why}, so its noise is not that of one token; leave it out")
+        if method.models() - {"teacher_logp"}:
+            raise Refusal(f"--methods {name}: compares with a third model, and here are two; leave it out")
+    methods = {name: METHODS[name]() for name in ("opd", "opd-full")} | dict(methods)
+    session = open_session(_run(config), methods["opd"], None)
+    student = session.plain()
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad and re.search(config.parameters, n)}
+    if not trained:
+        some = ", ".join(list(dict(student.named_parameters()))[:3])
+        raise Refusal(f"--parameters {config.parameters}: no trained parameter has such a name; there are {some}, ...")
+    drawn = session.collector.collect(
+        session.prompts.batch(1, config.rollouts),
+        OnPolicy(),
+        config.sampling,
+        lambda text, prompt: 0.0,
+        seed=config.seed,
+        step=1,
+        first=0,
+    )
+    means, found, nats = Means(), [], 0.0
+    for rollout in track(drawn, "rollouts", console=Console(stderr=True), transient=True):
+        at = rows([rollout], [[True] * len(rollout.ids)], teacher=False, device=student.model.device)
+        heard = session.teachers[rollout.teacher].hidden([rollout], [[True] * len(rollout.ids)])
+        if not isinstance(heard, Hidden):
+            raise Refusal(
+                f"--teacher {config.teacher}: gives log-probs of some tokens, and the exact sum needs them all"
+            )
+        along = directions(trained, config, rollout.index)
+        sums, divergence = look(student, at, heard, session.vocabulary, trained, along, methods, means)
+        found.append(sums)
+        nats += divergence
+    lengths = [float(len(rollout.ids)) for rollout in drawn]
+    count = sum(lengths)
+    column = lambda name, what: [getattr(sums[name], what) for sums in found]
+    out = {}
+    for name in methods:
+        norm2, cosine = means.compare(name)
+        each = ratio(column(name, "variance"), lengths)
+        out[name] = Spread(
+            variance=each,
+            ratio=ratio(column(name, "variance"), column("opd", "variance")),
+            logits=ratio(column(name, "logits"), column("opd", "logits")),
+            raised=sum(column(name, "raised")) / count,
+            noise=each.value * count**2 / norm2 if norm2 else math.nan,
+            cosine=cosine,
+        )
+    return Variances(
+        out,
+        rollouts=len(drawn),
+        contexts=int(count),
+        parameters=sum(p.numel() for p in trained.values()),
+        reverse_kl=nats / count,
+        largest=max(column("opd", "variance")) / max(sum(column("opd", "variance")), torch.finfo().tiny),
+    )
+
+
+def _run(config: Variance) -> Train:
+    """Return the training configuration with which the session is opened."""
+    return Train(
+        student=config.student,
+        teacher=config.teacher,
+        prompts=config.prompts,
+        data=replace(config.data, source=config.prompts, seed=config.seed),
+        sampling=config.sampling,
+        batch=config.rollouts,
+        precision="fp32",
+        teacher_precision="fp32",
+        chunk_mb=config.chunk_mb,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+@dataclass
+class Sums:
+    """Sums over the contexts of a rollout, for a method."""
+
+    variance: float = 0.0  # total variance in the parameters, an unbiased estimate
+    logits: float = 0.0  # total variance in the logits, exact
+    raised: float = 0.0  # number of contexts where the variance in the logits is above that of `opd`
+
+
+@dataclass
+class Means:
+    """Mean gradients summed over contexts: that of `opd-full`, and each method's difference to it beyond rounding."""
+
+    full: dict[str, Tensor] = field(default_factory=dict)
+    more: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def add(self, method: str, gradients: Mapping[str, Tensor | None]) -> None:
+        """Add the gradients of some contexts, keyed by parameter name."""
+        whole = self.full if method == "opd-full" else self.more.setdefault(method, {})
+        for name, x in gradients.items():
+            if x is not None:
+                whole[name] = whole[name].add_(x) if name in whole else x.clone()
+
+    def compare(self, method: str) -> tuple[float, float]:
+        """Return the squared norm of a method's mean gradient, and its cosine with that of `opd-full`."""
+        dot = lambda a, b: sum(float((a[n] * b[n]).sum(dtype=torch.float64)) for n in a.keys() & b.keys())
+        more = self.more.get(method, {})
+        full2, cross = dot(self.full, self.full), dot(self.full, more)
+        own2 = full2 + 2 * cross + dot(more, more)
+        return own2, (full2 + cross) / math.sqrt(full2 * own2) if full2 * own2 > 0 else math.nan
+
+
+def directions(trained: Mapping[str, Tensor], config: Variance, rollout: int) -> Iterator[dict[str, Tensor]]:
+    """Yield directions of independent random signs, a sign per weight; a function of (seed, rollout)."""
+    for i in range(config.directions):
+        device = next(iter(trained.values())).device
+        key = int(np.random.SeedSequence([config.seed, rollout, i]).generate_state(1, np.uint64)[0] >> 1)
+        noise = torch.Generator(device).manual_seed(key)
+        yield {n: torch.empty_like(p).bernoulli_(0.5, generator=noise).mul_(2).sub_(1) for n, p in trained.items()}
+
+
+def look(
+    student: Student,
+    at: Rows,
+    teacher: Hidden,
+    vocabulary: Vocabulary,
+    trained: Mapping[str, Tensor],
+    along: Iterable[Mapping[str, Tensor]],
+    methods: Mapping[str, Method],
+    means: Means,
+) -> tuple[dict[str, Sums], float]:
+    """Measure the contexts of a rollout: return each method's sums and the summed reverse KL (nats); add to `means`.
+
+    `along` are directions d with E[d d'] = I.  The keys of `trained` are the parameter names of `student`.
+    `methods` contains `opd` and `opd-full`.
+    """
+    own, ids = head(student.model), vocabulary.canonical(at.ids[at.trained])
+    place = {part: n for part in ("weight", "bias") for n, p in trained.items() if p is getattr(own, part)}
+    pushed = []
+    for direction in along:
+        inside = {part: direction[n] for part, n in place.items()}
+        pushed.append((push(student, at, trained, direction), inside))
+    states = final_states(student.model, at)
+    out, nats = {name: Sums() for name in methods}, 0.0
+    back: dict[str, Tensor] = {}  # method -> gradient of its mean loss in the states
+    for part in blocks(len(ids), vocabulary.chunk(len(ids), 16 * vocabulary.size * states.itemsize)):
+        leaf = states.detach()[part].requires_grad_()
+        live = _logp(vocabulary, own, {"states": leaf})
+        logp = live.detach()
+        p = logp.exp()
+        with torch.no_grad():
+            q = _logp(vocabulary, teacher.head, {"states": teacher.states[part]})
+        here = Positions(ids[part], logp, q)
+        nats += float(kl(logp, q).sum())
+        tangents = [_tangent(vocabulary, own, leaf.detach(), states_[part], inside) for states_, inside in pushed]
+        full = slopes(METHODS["opd-full"](), here).mean(p)
+        plain = slopes(METHODS["opd"](), here).double().variance(p.double())
+        for name, method in methods.items():
+            s = slopes(method, here)
+            logits = s.double().variance(p.double())
+            out[name].variance += sum(float(s.spread(p, x).sum()) for x in tangents) / len(tangents)
+            out[name].logits += float(logits.sum())
+            out[name].raised += float((logits > (1 + ROUNDING) * plain).sum())
+            mean = s.mean(p) if name == "opd-full" else s.mean(p) - full
+            if name != "opd-full" and mean.norm() <= ROUNDING * full.norm():
+                continue
+            inputs = [leaf, *(getattr(own, which) for which in place)]
+            sent, *rest = torch.autograd.grad(live, inputs, mean, retain_graph=True)
+            means.add(name, dict(zip(place.values(), rest, strict=True)))
+            back.setdefault(name, torch.zeros_like(states))[part] = sent
+    for name, sent in back.items():
+        gradients = torch.autograd.grad(states, list(trained.values()), sent, retain_graph=True, allow_unused=True)
+        means.add(name, dict(zip(trained, gradients, strict=True)))
+    return out, nats
+
+
+@torch.no_grad()
+def push(
+    student: Student, at: Rows, trained: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+) -> Float[Tensor, "N H"]:
+    """Return the derivative [N, H] of the final hidden states along a direction of the parameters (forward mode).
+
+    Raises Refusal if the model has an operation without forward-mode derivative.
+    """
+    states = lambda values: functional_call(_States(student.model), values, (at,))
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _padding_still(student.model):  # fused attention has no forward mode
+            return jvp(states, ({n: p.detach() for n, p in trained.items()},), (dict(direction),))[1]
+    except NotImplementedError as error:
+        raise Refusal(
+            f"--student: {type(student.model).__name__} has an operation that torch cannot differentiate in forward "
+            f"mode: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _padding_still(model: nn.Module) -> Iterator[None]:
+    """Exclude the padding token's embedding from the derivative while the context is active.
+
+    `padding_idx` freezes this embedding in reverse mode only, so forward mode needs a hook.  The token occurs in
+    normal text: chat models pad with the token that ends each turn.
+    """
+
+    def still(module: nn.Embedding, args: tuple[Tensor, ...], out: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
+        assert module.padding_idx is not None
+        return torch.where(args[0].eq(module.padding_idx)[..., None], out.detach(), out)
+
+    padded = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    hooks = [m.register_forward_hook(still) for m in padded]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _States(nn.Module):
+    """A student up to its final hidden states, with the parameter names of `Student`."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, at: Rows) -> Float[Tensor, "N H"]:
+        return final_states(self.model, at)
+
+
+def _logp(vocabulary: Vocabulary, own: Head, values: Mapping[str, Tensor]) -> Float[Tensor, "n V"]:
+    """Return log-probs [n, V], differentiable in `values`: the states and possibly the head's weight and bias."""
+    raw = values["states"] @ values.get("weight", own.weight)[: vocabulary.size].T
+    bias = values.get("bias", own.bias)
+    return vocabulary.logp(raw if bias is None else raw + bias[: vocabulary.size], replace(own, bias=None))
+
+
+@torch.no_grad()
+def _tangent(
+    vocabulary: Vocabulary, own: Head, states: Float[Tensor, "n H"], moved: Float[Tensor, "n H"], inside: dict
+) -> Float[Tensor, "n V"]:
+    """Return the derivative of the log-probs [n, V] when states and trained head parameters move along a direction."""
+    values = {"states": states} | {which: getattr(own, which).detach() for which in inside}
+    return jvp(lambda x: _logp(vocabulary, own, x), (values,), ({"states": moved} | inside,))[1]
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Return sum(above) / sum(below) over independent pairs, with Student's t interval of the linearised ratio.
+
+    Cochran, Sampling Techniques (1977), Eq. 6.13.
+    """
+    a, b = torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64)
+    if not b.sum() > 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    n, value = len(a), float(a.sum() / b.sum())
+    error = math.sqrt(n / (n - 1) * float((a - value * b).square().sum())) / float(b.sum())
+    half = quantile((1 + CONFIDENCE) / 2, n - 1) * error
+    return Estimate(value, max(0.0, value - half), value + half)
+
+
+def quantile(p: float, freedom: int) -> float:
+    """Return the p-quantile of Student's t with 5 or more degrees of freedom, to 0.3 %.
+
+    Abramowitz and Stegun, 26.7.5.
+    """
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))

@@ -1,1 +1,0 @@
-"""Benchmarks of time, memory and numerical error, compared with other libraries."""

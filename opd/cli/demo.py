@@ -1,0 +1,148 @@
+"""The main job on the embedded pair, with a result to look at: a table, a curve, and an honest control.
+
+The control trains the same student for as many steps, on as many sequences, by cross-entropy on the gold answers.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from opd.analysis.evaluate import evaluate
+from opd.config.commands import Demo
+from opd.config.data import Data
+from opd.config.evaluate import Evaluate
+from opd.config.presets import settings
+from opd.config.train import Train
+from opd.core.disk import AGAIN, OutputFolder, disk
+from opd.core.errors import Refusal
+from opd.core.intervals import Estimate, interval
+from opd.core.sampling import Sampling
+from opd.data import prompts
+from opd.data.tasks.load import load
+from opd.methods import METHODS
+from opd.models import load as models
+from opd.training.train import train
+
+matplotlib.use("Agg")
+
+PROMPTS = "embedded:ledger"
+HELD_OUT = 128  # problems of the evaluations within a run
+
+
+def demo(config: Demo) -> Path:
+    """Train, evaluate, compare; returns the picture's path."""
+    if config.method not in METHODS:
+        raise Refusal(f"--method {config.method}: unknown; there are {', '.join(METHODS)}")
+    OutputFolder(path=config.out).check()
+    console, rows = Console(), Table("", "held-out accuracy", "95 % interval", box=None, pad_edge=False)
+
+    def row(name: str, e: Estimate) -> None:
+        rows.add_row(name, f"{e.value:.1%}", f"{e.low:.1%} to {e.high:.1%}")
+
+    console.print(f"{config.student} learns from embedded:teacher by {config.method}, on its own answers, no labels.")
+    row("student before", accuracy(config.student, config.problems))
+    start, runs = time.monotonic(), []
+    for seed in range(config.seeds):
+        runs.append(train(settings_of(config, seed)))
+        row(f"student after {config.method}, seed {seed}", accuracy(str(runs[-1]), config.problems))
+    spent = (time.monotonic() - start) / config.seeds
+    console.print(f"trained and evaluated in {spent:.0f} s a run; now the control, on gold answers ...")
+    control = supervised(settings_of(config, 0), config.out / "control")
+    row("control: same steps of supervised training on gold answers", accuracy(str(control), config.problems))
+    row("teacher", accuracy("embedded:teacher", config.problems))
+    console.print(rows)
+    picture = config.out / "curve.png"
+    with disk(f"--out {picture}", AGAIN):
+        draw(runs, picture, config.method)
+    console.print(
+        f"Accuracy of greedy answers to {config.problems} problems that no one trained on; along the way it was of "
+        f"{HELD_OUT}. The student saw no gold answer, the control nothing else: where there are gold answers, "
+        "supervised training is the bar.",
+        highlight=False,
+    )
+    console.print(f"curve: {picture}   run folder: {runs[0]}", highlight=False)
+    console.print(f"next: `opd report {runs[0]}` draws the run, `opd inspect {runs[0]}` its rollouts", highlight=False)
+    return picture
+
+
+def settings_of(config: Demo, seed: int) -> Train:
+    """The run of one seed."""
+    run = Train(
+        student=config.student,
+        teacher="embedded:teacher",
+        prompts=PROMPTS,
+        eval_prompts=PROMPTS,
+        method=METHODS[config.method](),
+        out=config.out / f"seed-{seed}",
+        seed=seed,
+        eval_every=15,
+        eval_limit=HELD_OUT,
+    )
+    return replace(run, **{**settings("embedded", config.method), "steps": config.steps})
+
+
+def accuracy(model: str, problems: int) -> Estimate:
+    """Greedy, on held-out problems."""
+    data = Data(split="test", limit=problems)
+    sampling = Sampling(temperature=0.0, max_new_tokens=256)
+    scores = evaluate(Evaluate(model=model, prompts=PROMPTS, data=data, sampling=sampling, decode_rows=128))
+    return interval([row[0] for row in scores.outcomes])
+
+
+def supervised(config: Train, folder: Path) -> Path:
+    """Cross-entropy on gold answers with the run's own optimizer, batch and steps; plain torch on purpose."""
+    source = models.locate(config.student, field="student")
+    text = models.tokenizer(source, field="student")
+    model = models.load(source, field="student", dtype=torch.float32, device=torch.device("cpu"))
+    task = load(Data(source=config.prompts, seed=config.seed))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+    for step in range(1, config.steps + 1):
+        rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
+        asked = [prompts.render(text, p, chat_template_kwargs={}) for p in rows]
+        gold = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in rows]
+        ids = [torch.tensor([*a, *g]) for a, g in zip(asked, gold, strict=True)]
+        labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(asked, gold, strict=True)]
+        pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        whole, wanted = pad(ids, 0), pad(labels, -100)
+        logits = model(input_ids=whole, attention_mask=(pad([torch.ones_like(x) for x in ids], 0))).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate(step, config.steps)
+        optimizer.step()
+    model.save_pretrained(str(folder))
+    text.save_pretrained(folder)
+    return folder
+
+
+def draw(runs: list[Path], picture: Path, method: str) -> None:
+    """Held-out accuracy and reverse KL over the steps, a line a seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for seed, run in enumerate(runs):
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        seen = [r for r in logged if "eval_accuracy" in r]
+        steps = [r["step"] for r in seen]
+        (line,) = left.plot(steps, [100 * r["eval_accuracy"] for r in seen], marker="o", ms=3, label=f"seed {seed}")
+        low, high = ([100 * r[k] for r in seen] for k in ("eval_low", "eval_high"))
+        left.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        trained = [r for r in logged if "reverse_kl" in r]
+        right.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)
+    left.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 100), title=f"{method}: accuracy, 95 % band")
+    right.set(xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    left.legend(frameon=False, loc="lower right")
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,321 @@
+"""Reading the command line: `parsed(Settings, words, ...) -> Settings`, and each mistake as one line.
+
+tyro prints the help and converts the values.  Which words are flags, which values belong to them and what is missing is
+decided here, from the fields of the dataclass or the parameters of the function, because tyro reports mistakes only as
+drawn boxes.
+"""
+
+import contextlib
+import difflib
+import inspect
+import io
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from opd.core.errors import Refusal
+
+HELP = ("-h", "--help")
+BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})  # words that other tools take after a flag
+CLOSE = 0.7  # difflib's ratio from which a name is likely a misspelling of another
+TRL_FLAGS: Mapping[str, tuple[str, ...]] = {  # a flag of TRL or transformers -> ours, the first that the command has
+    "model-name-or-path": ("--student", "--model"),
+    "student-model-name-or-path": ("--student",),
+    "teacher-model-name-or-path": ("--teacher",),
+    "dataset-name": ("--prompts",),
+    "dataset-config": ("--subset",),
+    "dataset-train-split": ("--split",),
+    "output-dir": ("--out",),
+    "learning-rate": ("--lr",),
+    "lr-scheduler-type": ("--schedule",),
+    "warmup-steps": ("--warmup",),
+    "adam-beta1": ("--betas",),
+    "adam-beta2": ("--betas",),
+    "max-steps": ("--steps",),
+    "num-train-epochs": ("--steps",),
+    "per-device-train-batch-size": ("--batch",),
+    "gradient-accumulation-steps": ("--micro-batch-tokens",),
+    "num-generations": ("--per-prompt",),
+    "num-iterations": ("--updates",),
+    "max-completion-length": ("--max-new-tokens",),
+    "bf16": ("--precision bf16",),
+    "dtype": ("--precision",),
+    "torch-dtype": ("--precision",),
+    "use-peft": ("--lora-rank",),
+    "lora-r": ("--lora-rank",),
+    "lora-target-modules": ("--lora-targets",),
+    "use-vllm": ("--engine vllm",),
+    "vllm-server-base-url": ("--engine",),
+    "eval-steps": ("--eval-every",),
+    "save-steps": ("--save-every",),
+    "save-total-limit": ("--keep",),
+    "resume-from-checkpoint": ("--resume",),
+    "report-to": ("--trackers",),
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag or a positional argument, as its field or parameter declares it."""
+
+    name: str  # "--max-new-tokens"; of a positional argument "RUN"
+    kind: Any  # type of one value, or its constructor for tyro; None where only tyro can check it
+    count: int | None  # values that follow; None: any number
+    required: bool
+    positional: bool = False
+
+    def check(self, value: str) -> None:
+        """Refuse a value that is not of the flag's type."""
+        if get_origin(self.kind) is Literal:
+            choices = [str(choice) for choice in get_args(self.kind)]
+            if value not in choices:
+                raise Refusal(f"{self.name} {value}: must be one of {', '.join(choices)}{near(value, choices)}")
+        elif isinstance(self.kind, PrimitiveConstructorSpec):
+            self.kind.instance_from_str([value])
+        elif self.kind in (int, float):
+            try:
+                self.kind(value)
+            except ValueError:
+                number = "a whole number" if self.kind is int else "a number"
+                raise Refusal(f"{self.name} {value}: must be {number}") from None
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a command line, sorted by what they belong to."""
+
+    flags: tuple[Flag, ...]  # those of the command
+    given: frozenset[str]  # names of the flags and positional arguments among the words
+    known: tuple[str, ...]  # the words of these, for tyro
+    rest: tuple[str, ...]  # words that belong to none of them, in order
+
+    def missing(self) -> list[str]:
+        """Return the names of the required flags and positional arguments that are not given."""
+        return [flag.name for flag in self.flags if flag.required and flag.name not in self.given]
+
+    def names(self) -> list[str]:
+        """Return the names of all flags."""
+        return [flag.name for flag in self.flags if not flag.positional]
+
+
+class OpaqueType(Exception):
+    """A declared type of which only tyro knows how many words it takes."""
+
+
+def parsed(
+    what: Any,
+    args: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    example: str = "",
+    others: Iterable[str] = (),
+    strays: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    """Return the dataclass, or the function's result, that the words describe; refuse every word that is left over.
+
+    Args:
+        what: a dataclass, or a function with annotated parameters.
+        args: the words behind the command's name.
+        prog: the command's name in help and messages.
+        description: opening text of the help.
+        example: a complete command line, shown where a required flag is missing.
+        others: flags of the command line that `what` does not have; suggested for misspelt ones.
+        strays: what to say of words that belong to no flag.
+    """
+    if asks_for_help(args):
+        return built(what, HELP[-1:], prog=prog, description=description)
+    try:
+        words = scanned(what, args)
+    except OpaqueType:
+        return built(what, args, prog=prog, description=description)
+    for word in sorted(words.rest, key=lambda word: not word.startswith("-")):  # a misspelt flag before its value
+        if word.startswith("-"):
+            raise unknown_flag(word, [*words.names(), *others], prog=prog)
+        raise Refusal(f"{word}: {strays.get(word, 'belongs to no flag')}; `{prog} --help` lists the flags")
+    refuse_missing(words.missing(), example)
+    return built(what, words.known, prog=prog, description=description)
+
+
+def asks_for_help(args: Sequence[str]) -> bool:
+    """Return whether a flag for help is among the words."""
+    return not {*HELP}.isdisjoint(args)
+
+
+def built(what: Any, args: Sequence[str], **options: Any) -> Any:
+    """Return what tyro makes of words that were scanned before; its boxes become one line where it refuses them."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            return tyro.cli(what, args=args, config=(tyro.conf.OmitArgPrefixes,), **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # help was asked for, and printed
+        text = " ".join(re.sub(r"[─-╿]+", " ", drawn.getvalue()).split())
+        raise Refusal(f"{options['prog']}: {text}") from None
+
+
+def refuse_missing(names: Sequence[str], example: str) -> None:
+    """Refuse a command line that lacks some flags or positional arguments."""
+    if names:
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        raise Refusal(f"{listed} must be given" + (f"; for example: {example}" if example else ""))
+
+
+def unknown_flag(word: str, names: Sequence[str], *, prog: str) -> Refusal:
+    """Return the refusal of a flag that a command does not have, with the flag that was probably meant."""
+    flag = word.partition("=")[0]
+    bare = flag.lstrip("-").replace("_", "-").lower()
+    translated = [ours for ours in TRL_FLAGS.get(bare, ()) if ours.split()[0] in names]
+    similar = near(bare, ["help", *(name.removeprefix("--") for name in names)], "--")
+    meant = f" (opd calls it {translated[0]})" if translated else similar
+    return Refusal(f"{flag}: unknown flag{meant}; `{prog} --help` lists the flags")
+
+
+def near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the known name that was probably meant, as the end of a message; nothing if none is similar."""
+    close = difflib.get_close_matches(name.lower(), known, 1, CLOSE)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def scanned(what: Any, args: Sequence[str]) -> Words:
+    """Sort the words of a command line; refuse values that are missing, superfluous or of another type."""
+    flags = flags_of(what)
+    names = {f.name: f for f in flags if not f.positional} | {_negated(f.name): f for f in flags if f.count == 0}
+    given: list[str] = []
+    known: list[str] = []
+    rest: list[str] = []
+    queue = deque(args)
+    while queue:
+        word = queue.popleft()
+        name, equals, value = _split(word)
+        if name not in names:
+            rest.append(word)
+            continue
+        flag = names[name]
+        if flag.count == 0:
+            _refuse_value(flag, value if equals else queue[0] if queue and queue[0].lower() in BOOLEANS else None)
+            given.append(flag.name)
+            known.append(name)
+            continue
+        values = [value] if equals else []
+        while queue and (flag.count is None or len(values) < flag.count) and not _is_flag(queue[0], names):
+            values.append(queue.popleft())
+        if len(values) < (flag.count or 0):
+            raise _too_few(flag, len(values), queue[0] if queue else "", names)
+        if values == [""] and flag.required:
+            continue  # as if it were not there: often a shell variable that is not set
+        for value in values:
+            flag.check(value)
+        given.append(flag.name)
+        known += [f"{name}={values[0]}", *values[1:]] if equals else [name, *values]
+    for flag in flags:
+        if flag.positional:
+            places = [i for i, word in enumerate(rest) if not word.startswith("-")][: flag.count]
+            known = [*(rest[i] for i in places), *known]
+            rest = [word for i, word in enumerate(rest) if i not in places]
+            given += [flag.name] if places else []
+    return Words(flags, frozenset(given), tuple(known), tuple(rest))
+
+
+def _split(word: str) -> tuple[str, str, str]:
+    """Split "--max_new_tokens=3" into the flag's name with dashes, "=" and the value."""
+    name, equals, value = word.partition("=")
+    return (spelled_flag(name[2:]) if name.startswith("--") else name), equals, value
+
+
+def spelled_flag(name: str) -> str:
+    """Return the flag of a field or parameter: --max-new-tokens of max_new_tokens."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _negated(name: str) -> str:
+    return f"--no-{name.removeprefix('--')}"
+
+
+def _is_flag(word: str, names: Mapping[str, Flag]) -> bool:
+    """Return whether a word is a flag or looks like one; numbers such as -1, -.5 and -inf do not."""
+    if _split(word)[0] in names:
+        return True
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-") and word.lstrip("-")[:1].isalpha()
+    return False
+
+
+def _refuse_value(flag: Flag, value: str | None) -> None:
+    if value is not None:
+        negated = _negated(flag.name)
+        raise Refusal(f"{flag.name} {value}: the flag takes no value; write {flag.name} for yes, {negated} for no")
+
+
+def _too_few(flag: Flag, count: int, following: str, names: Mapping[str, Flag]) -> Refusal:
+    """Return the refusal of a flag with fewer values than it takes."""
+    dashed = f"; write {flag.name}={following} if that is its value" if following.startswith("-") else ""
+    if _split(following)[0] in names:
+        dashed = ""
+    if flag.count == 1:
+        return Refusal(f"{flag.name}: its value is missing{dashed}")
+    return Refusal(f"{flag.name}: takes {flag.count} values, not {count}{dashed}")
+
+
+def flags_of(what: Any) -> tuple[Flag, ...]:
+    """Return the flags that tyro makes of a dataclass or a function; raises OpaqueType where that is not known here."""
+    return tuple(_declared(what, given=False))
+
+
+def _declared(what: Any, *, given: bool) -> Iterator[Flag]:
+    """Yield the flags of a dataclass with those of its nested ones; none is required if an instance is `given`."""
+    try:
+        hints = get_type_hints(what, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise OpaqueType from error
+    if is_dataclass(what):
+        optional = {f.name: (f.default is not MISSING or f.default_factory is not MISSING) for f in fields(what)}
+    else:
+        parameters = inspect.signature(what).parameters
+        optional = {name: p.default is not p.empty for name, p in parameters.items()}
+    for name, has_default in optional.items():
+        if name not in hints:
+            raise OpaqueType
+        hint = hints[name]
+        base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if tyro.conf.Suppress in marks or tyro.conf.Fixed in marks:
+            continue
+        if is_dataclass(base):
+            yield from _declared(base, given=given or has_default)
+            continue
+        kind, count = _shape(base, marks, has_default)
+        required = not (given or has_default)
+        if tyro.conf.Positional in marks:
+            yield Flag(name.upper().removesuffix("S" if count is None else ""), kind, count, required, positional=True)
+        else:
+            yield Flag(spelled_flag(name), kind, count, required)
+
+
+def _shape(base: Any, marks: Sequence[Any], has_default: bool) -> tuple[Any, int | None]:
+    """Return the type of one value, and how many values follow the flag (None: any number)."""
+    for mark in marks:
+        if isinstance(mark, PrimitiveConstructorSpec):
+            return mark, mark.nargs if isinstance(mark.nargs, int) else None
+    kinds = get_args(base)
+    if base is bool:
+        return (bool, 0) if has_default else (None, 1)
+    if base in (int, float, str, Path) or get_origin(base) is Literal:
+        return base, 1
+    if get_origin(base) in (Union, UnionType) and len(kinds) == 2 and NoneType in kinds:
+        (kind,) = (k for k in kinds if k is not NoneType)
+        return None, _shape(kind, (), has_default=False)[1]
+    if get_origin(base) is tuple and tyro.conf.UseAppendAction in marks:
+        return kinds[0], 1
+    if get_origin(base) is tuple and len({*kinds} - {...}) == 1 and kinds[0] in (int, float, str, Path):
+        return kinds[0], None if ... in kinds else len(kinds)
+    raise OpaqueType

@@ -1,0 +1,1 @@
+"""Every setting of a run, as dataclasses, and the presets."""

@@ -1,0 +1,337 @@
+"""Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each.
+
+This module does not import torch, so that the command line can read flags and refuse mistakes at once.
+"""
+
+import ipaddress
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from opd.config.data import Data
+from opd.config.precision import Precision, default_device, default_precision
+from opd.config.servers import secret
+from opd.config.train import Train
+from opd.core.disk import OutputFile
+from opd.core.errors import Refusal, at_least, positive
+from opd.core.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The paper's context filter, which its code does not have.  The paper gives no values: these are ours."""
+
+    context_filter: bool = False
+    """Rank by KL x the share of occurrences whose KL persists in contexts that recur (CCR)."""
+    before: str = ""
+    """The student before its distillation: KL that persists is high under both; empty: under --student alone."""
+    high: float = 0.95
+    """Quantile of a model's token KL at which it is high."""
+    width: int = 5
+    """Tokens to either side in a context, the mean of the student's final states there."""
+    similar: float = 0.8
+    """Cosine from which two contexts are similar."""
+    recurs: float = 0.1
+    """Share of a type's persistent occurrences that are similar to one that recurs."""
+
+    def check(self) -> None:
+        """Refuse impossible settings."""
+        for name in ("high", "recurs"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Refusal(f"--{name} {getattr(self, name)}: must lie in [0, 1)")
+        if not -1 <= self.similar <= 1:
+            raise Refusal(f"--similar {self.similar}: a cosine lies in [-1, 1]")
+        if self.width < 0:
+            raise Refusal(f"--width {self.width}: must be 0 or more")
+        if self.before and not self.context_filter:
+            raise Refusal(f"--before {self.before}: is read by the context filter alone; add --context-filter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rock:
+    """Whose rollouts are looked at, and what makes a token a rock."""
+
+    student: str
+    """The model that speaks, best after a plain OPD run: hub id, folder, .gguf file, run folder, or embedded:NAME."""
+    teacher: str
+    """The model it is compared with, with the same vocabulary; same kinds of name."""
+    prompts: str
+    """Prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    out: Path = Path("rocks.json")
+    """The list; the control with as many occurrences goes beside it, as rocks-control.json."""
+    overwrite: bool = False
+    """Replace files that another command, or you, wrote; what is read is never replaced."""
+    rollouts: int = 500
+    """Student rollouts that are measured."""
+    top: int = 100
+    """Longest list, in types."""
+    min_count: int = 2
+    """Types that occur less often are left out."""
+    consistency: Context = Context()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    precision: Precision = field(default_factory=default_precision)
+    """Compute type of the student."""
+    teacher_precision: Precision = field(default_factory=default_precision)
+    """Type of the teacher's weights."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens that go through a model at once; lower it when memory runs out."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    seed: int = 0
+    """Seed of prompts and samples."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+    quiet: bool = False
+    """No progress output."""
+
+    def files(self) -> tuple[OutputFile, OutputFile]:
+        """Return the list, and its control."""
+        control = self.out.parent / f"{self.out.stem}-control{self.out.suffix}"
+        inputs = (self.student, self.teacher, self.prompts, self.consistency.before)
+        file = lambda path: OutputFile(path=path, ours=_is_rock_list, overwrite=self.overwrite, inputs=inputs)
+        return file(self.out), file(control)
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything loads."""
+        at_least(self, rollouts=1, top=1, min_count=1, micro_batch_tokens=1, decode_rows=1)
+        self.sampling.check()
+        self.consistency.check()
+        for file in self.files():
+            file.check()
+
+    def run(self) -> Train:
+        """As a run: its measuring pass is that of training."""
+        same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
+        more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
+        data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
+        return Train(**{name: getattr(self, name) for name in (*same, *more)}, data=data)
+
+
+def _is_rock_list(path: Path) -> bool:
+    """Return whether a file is a list, or the control of one, as `opd rock` writes it."""
+    content = json.loads(path.read_text())
+    return isinstance(content, dict) and {"ids", "coverage", "types", "corpus"} <= content.keys()
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer numbers written as numbers and ranges: "0-2,5" is (0, 1, 2, 5)."""
+    out: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and ("-" in part) == bool(last)):
+            raise Refusal(f"--keep {text}: {part!r} is not a layer; write numbers and ranges, such as 0-21,28,29")
+        out += range(int(first), int(last or first) + 1)
+    return tuple(out)
+
+
+LAYERS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="LAYERS",
+    instance_from_str=lambda words: layers(words[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [",".join(map(str, value))],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Which model, which of its layers, and where the smaller model goes."""
+
+    model: str
+    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
+    adapter, or embedded:NAME."""
+    keep: Annotated[tuple[int, ...], LAYERS]
+    """Decoder layers to keep, in their order, counted from 0: numbers and ranges, such as 0-21,28,29."""
+    out: Path
+    """Folder of the smaller model; must not exist, or be empty."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is shown, and where."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders; those that differ by their seed alone are drawn as one line with a band."""
+    out: Path = Path("report.html")
+    """The page."""
+    static: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Also write the pictures there, as PNG and SVG."""
+    overwrite: bool = False
+    """Replace files that another command, or you, wrote; what is read is never replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What is shown, and where."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    step: int = 0
+    """A step that saved its rollouts; 0 is the newest of them."""
+    out: Path = Path("inspect.html")
+    """The page."""
+    overwrite: bool = False
+    """Replace a file that another command, or you, wrote; what is read is never replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescore:
+    """Which rollouts, and how much of them is shown."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    step: int = 0
+    """A step that saved its rollouts; 0 is the newest of them."""
+    tokens: int = 5
+    """Tokens shown on which a method disagrees most with the run's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Size and seed of the random world of `opd exact`."""
+
+    vocab: int = 3
+    """Number of tokens in the vocabulary.  2 or more; vocab^length may be at most 4096."""
+    length: int = 3
+    """Number of tokens in a sequence.  1 or more."""
+    mismatch: float = 1.0
+    """Standard deviation of the student's logits around the teacher's.  Above 0."""
+    seed: int = 0
+    """Seed of both models' logits."""
+
+    def check(self) -> None:
+        """Refuse a world that is too large to enumerate, or has no gradient."""
+        at_least(self, vocab=2, length=1, seed=0)
+        if not 0 < self.mismatch < math.inf:
+            raise Refusal(f"--mismatch {self.mismatch}: must be above 0, or there is no gradient to estimate")
+        if self.length * math.log(self.vocab) > math.log(4096):
+            raise Refusal(
+                f"--vocab {self.vocab} --length {self.length}: {self.vocab}^{self.length} sequences are too many to "
+                "enumerate; 4096 are the most"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variance:
+    """Two models, the prompts they are compared on, and how long to look."""
+
+    student: str
+    """The model whose gradients are looked at: hub id, local folder, .gguf file, run folder, or embedded:NAME."""
+    teacher: str
+    """The model to learn from, with the same vocabulary; same kinds of name."""
+    prompts: str
+    """Prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
+    data: Data = Data()
+    sampling: Sampling = Sampling(max_new_tokens=64)
+    rollouts: int = 32
+    """Answers sampled, one to a prompt; each of their tokens is a context."""
+    directions: int = 1
+    """Random directions of a rollout; more rollouts narrow the intervals faster."""
+    parameters: str = ""
+    """Regular expression that the names of the parameters looked at contain; empty: all."""
+    chunk_mb: int = 256
+    """Memory for logits, MB."""
+    seed: int = 0
+    """Seed of prompts, tokens and directions."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+    def check(self) -> None:
+        """Refuse impossible settings before anything loads."""
+        at_least(self, rollouts=6, directions=1, chunk_mb=1)
+        s = self.sampling
+        s.check()
+        if (s.temperature, s.top_p, s.top_k) != (1, 1, 0):
+            raise Refusal(
+                f"--temperature {s.temperature} --top-p {s.top_p} --top-k {s.top_k}: contexts are drawn from the "
+                "student itself; leave the three at 1, 1 and 0"
+            )
+        try:
+            re.compile(self.parameters)
+        except re.error as error:
+            raise Refusal(f"--parameters {self.parameters}: not a regular expression: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Which model, where, for whom."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
+    adapter, or embedded:NAME."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any but this machine's own (127.0.0.1, ::1, localhost) needs --token-env."""
+    port: int = 8001
+    """Port to listen on; 0 takes a free one and prints it."""
+    token_env: str = ""
+    """Name of an environment variable with the token that clients must send; empty: no token asked."""
+    name: str = ""
+    """Name under which clients ask for the model; empty: the name it was given by."""
+    precision: Precision = field(default_factory=default_precision)
+    """Type of the weights."""
+    device: str = field(default_factory=default_device)
+    """Where the model runs: cpu, cuda, cuda:1, ..."""
+    max_batch_tokens: int = 16384
+    """Padded tokens that go through the model at once."""
+    max_request_mb: int = 64
+    """Largest request, MB."""
+    max_sequences: int = 1024
+    """Most sequences in one request."""
+    max_logprobs: int = 20
+    """Most log-probs per token that a request may ask for."""
+    decode_rows: int = 64
+    """Responses decoded at once."""
+    takes_weights: bool = False
+    """Let clients replace the weights by safetensors files that this machine can read: for `opd train --engine`."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+    def check(self) -> str:
+        """Refuse impossible settings before anything loads; the token, empty where none is asked."""
+        positive(self, "max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows")
+        if not 0 <= self.port < 65536:
+            raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
+        token = secret(self.token_env)
+        if self.token_env and not token:
+            raise Refusal(
+                f"--token-env {self.token_env}: the variable is not set; export {self.token_env}=... to any secret"
+            )
+        if not token and not _loopback(self.host):
+            raise Refusal(
+                f"--host {self.host}: reachable from other machines, and no token is asked; put a secret into a "
+                "variable and name it by --token-env, or listen on 127.0.0.1"
+            )
+        return token
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: who knows where it leads
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What the demo runs."""
+
+    out: Path = Path("outputs/demo")
+    """Folder for the runs and the picture."""
+    method: str = "vopd"
+    """Any listed method."""
+    student: str = "embedded:student"
+    """embedded:student has the teacher's shape, embedded:small is narrower and shallower."""
+    seeds: int = 1
+    """Runs, with seeds 0, 1, ..."""
+    steps: int = 45
+    """Training steps of each."""
+    problems: int = 500
+    """Held-out problems of the final table."""

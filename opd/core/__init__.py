@@ -1,0 +1,1 @@
+"""Types, errors, random numbers and confidence intervals that every other package uses."""

@@ -1,0 +1,187 @@
+"""Files on disk: outputs that replace nothing of the user's, and what a disk refuses, as one line."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from opd.core.errors import Refusal
+
+RESUME = "mend that, then run the same command with --resume"
+AGAIN = "mend that, then run the same command again"
+HEAD = 4096  # bytes at the start of a file in which its mark stands
+
+
+@contextlib.contextmanager
+def disk(doing: str, remedy: str = RESUME) -> Iterator[None]:
+    """Turn what a disk refuses, such as a full one or a folder without write permission, into one clear line."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except OSError as error:
+        raise Refusal(f"{doing}: {error.strerror or error}; {remedy}") from error
+    except Exception as error:  # safetensors wraps the OS error in its own type, with the reason in its text
+        if not any(reason in str(error) for reason in ("No space left", "File too large", "Permission denied")):
+            raise
+        raise Refusal(f"{doing}: {error}; {remedy}") from error
+
+
+def umask() -> int:
+    """Return the permission bits that new files of this process do not get."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below a folder the mode that the umask asks for: safetensors makes files of mode 0600."""
+    mode = 0o666 & ~umask()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFile:
+    """A file that the user named, and that a command writes whole or not at all.
+
+    >>> out = OutputFile(path=Path("report.html"), ours=has_mark("opd report"))
+    >>> out.check()  # before the work
+    >>> out.write(text)
+
+    An existing file is replaced if it is empty, if `ours` recognises it as an earlier output of the same command, or if
+    the user gave --overwrite.  What the command reads is never replaced.
+    """
+
+    path: Path
+    ours: Callable[[Path], bool]  # whether a file is an output of this command; may raise ValueError for no
+    flag: str = "--out"
+    overwrite: bool = False
+    inputs: tuple[str | Path, ...] = ()  # files and folders that the command reads; names of other things are ignored
+
+    def check(self) -> None:
+        """Refuse a file that must not be replaced, and a place where no file can be created."""
+        path = self.path.expanduser()
+        with disk(f"{self.flag} {self.path}", "name another file"):
+            if path.is_dir():
+                raise Refusal(f"{self.flag} {self.path}: is a folder; name a file")
+            if _is_device(path):
+                return
+            if path.exists():
+                self._check_replacement(path)
+        _check_place(path, self.flag)
+
+    def write(self, text: str) -> None:
+        """Replace the file by a text."""
+        with self.open() as file:
+            file.write(text.encode())
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open a temporary file in the same folder; it takes the place of the named one once it is written whole."""
+        self.check()  # again, because hours may have passed
+        path = self.path.expanduser()
+        with disk(f"{self.flag} {self.path}", AGAIN):
+            if _is_device(path):
+                with path.open("wb") as device:
+                    yield device
+                return
+            target = _target(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            number, part = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent)
+            try:
+                with os.fdopen(number, "wb") as file:
+                    yield file
+                Path(part).chmod(0o666 & ~umask())
+                os.replace(part, target)
+            except BaseException:
+                Path(part).unlink(missing_ok=True)
+                raise
+
+    def _check_replacement(self, path: Path) -> None:
+        """Refuse to replace an input, or a file of the user's without --overwrite."""
+        target = _target(path)
+        for source in (Path(name).expanduser() for name in self.inputs):
+            if source.is_file() and source.samefile(target):
+                raise Refusal(f"{self.flag} {self.path}: is read by the same command; name another file")
+        try:
+            replaceable = target.stat().st_size == 0 or self.ours(target)
+        except ValueError:  # neither text nor json
+            replaceable = False
+        if replaceable:
+            return
+        for source in (Path(name).expanduser() for name in self.inputs):
+            if source.is_dir() and target.is_relative_to(source.resolve()):
+                raise Refusal(f"{self.flag} {self.path}: is part of {source}, which is read; name another file")
+        if not self.overwrite:
+            raise Refusal(
+                f"{self.flag} {self.path}: exists already, and this command did not write it; name another file, or "
+                "add --overwrite to replace it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFolder:
+    """A new folder that the user named, and that a command fills; it replaces nothing."""
+
+    path: Path
+    flag: str = "--out"
+
+    def check(self) -> None:
+        """Refuse a path that holds anything, and a place where no folder can be created."""
+        path = self.path.expanduser()
+        with disk(f"{self.flag} {self.path}", "name another folder"):
+            if os.path.lexists(path) and not path.is_dir():
+                raise Refusal(f"{self.flag} {self.path}: exists already, and is no folder; name a new folder")
+            if path.is_dir() and any(path.iterdir()):
+                raise Refusal(
+                    f"{self.flag} {self.path}: exists already, and is not empty; name a new folder, or remove this one"
+                )
+        _check_place(path, self.flag)
+
+    @contextlib.contextmanager
+    def fill(self) -> Iterator[Path]:
+        """Make a temporary folder beside the named one; it takes that name once it is filled."""
+        self.check()
+        with disk(f"{self.flag} {self.path}", AGAIN):
+            target = _target(self.path.expanduser())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent
+            ) as holder:
+                part = Path(holder) / "part"
+                part.mkdir()  # with the mode that the umask asks for; the holder has 0700
+                yield part
+                follow_umask(part)
+                part.replace(target)
+
+
+def _target(path: Path) -> Path:
+    """Return what is written: where a path is a symbolic link, the file behind it, so that the link stays."""
+    return Path(os.path.realpath(path))
+
+
+def _is_device(path: Path) -> bool:
+    """Return whether a path is a pipe, a terminal or /dev/null: something to write to, with nothing to replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_place(path: Path, flag: str) -> None:
+    """Refuse a place where no file can be created, by creating one in the nearest folder that exists."""
+    parent = next(p for p in _target(path).parents if os.path.lexists(p))
+    with disk(f"{flag} {path}: no file can be created in {parent}", "name another place"):
+        tempfile.TemporaryFile(dir=parent).close()
+
+
+def has_mark(mark: str) -> Callable[[Path], bool]:
+    """Return a check for `mark` near the start of a file."""
+
+    def check(path: Path) -> bool:
+        with path.open("rb") as file:
+            return mark.encode() in file.read(HEAD)
+
+    return check

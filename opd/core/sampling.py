@@ -1,0 +1,49 @@
+"""What the student is asked, and how its responses are sampled: `Prompt` and `Sampling`.
+
+This module does not import torch, so that the command line can read flags and refuse mistakes at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opd.core.errors import Refusal, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt: chat turns or plain text, the expected answer, and the remaining columns of its row."""
+
+    messages: tuple[Mapping[str, str], ...] = ()  # chat turns, {"role", "content"}; rendered by each model's template
+    text: str = ""  # used verbatim if `messages` is empty
+    answer: str = ""  # the expected answer, for the verifier
+    response: str = ""  # a reference response, if the data has one
+    columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
+
+
+StopToken = Literal["canonical", "train", "mask"]  # treatment of a response's terminal token
+Truncated = Literal["train", "drop"]  # treatment of a response cut at the length limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling settings of the rollout engine.  Estimators are unbiased only at temperature 1 without truncation."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling.  0 is greedy decoding.  1 (default) keeps training unbiased."""
+    top_p: float = 1.0
+    """Nucleus sampling: keeps the fewest tokens with this total probability.  In (0, 1]; 1 (default) keeps all."""
+    top_k: int = 0
+    """Keeps only this many most probable tokens.  0 (default) keeps the whole vocabulary."""
+    max_new_tokens: int = 256
+    """Maximum response length, in tokens."""
+
+    def check(self) -> None:
+        """Raise Refusal if a value is out of range."""
+        if not self.temperature >= 0:
+            raise Refusal(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise Refusal(f"--top-p {self.top_p}: a probability mass in (0, 1]")
+        if self.top_k < 0:
+            raise Refusal(f"--top-k {self.top_k}: a number of tokens, or 0 for the whole vocabulary")
+        at_least(self, max_new_tokens=1)

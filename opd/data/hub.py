@@ -1,0 +1,183 @@
+"""Models of the Hugging Face hub as local folders: `parse(name) -> Repository`, `snapshot(repository)` is a folder.
+
+A model is downloaded in two parts: `snapshot` fetches configuration, tokenizer and code, `fetch` the weights.  A model
+that is refused for its tokens costs no gigabytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm, validate_repo_id
+
+from opd.core.errors import one_line
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# A name that ends in one of these is a file of weights, never a hub id.
+WEIGHTS = (*PICKLES, ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx")
+SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+# Folders of a repository hold other checkpoints and formats; only code and chat templates are read from there.
+NESTED = ["*/*.json", "*/*.txt", "*/*.model"]
+
+
+class Missing(Exception):
+    """A model or data set that cannot be had; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A hub id, and a branch, tag or commit of it; an empty revision is the default branch."""
+
+    id: str
+    revision: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+def parse(name: str) -> Repository | None:
+    """Read owner/name or owner/name@revision; None where the name cannot be a hub id."""
+    repo_id, at, revision = name.partition("@")
+    if repo_id.count("/") != 1 or bool(at) != bool(revision) or repo_id.lower().endswith(WEIGHTS):
+        return None
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return None
+    return Repository(repo_id, revision)
+
+
+class _NoBar(tqdm):
+    """A progress bar that stays invisible: the small files take no time worth one."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **{**options, "disable": True})
+
+
+def snapshot(repository: Repository) -> tuple[Path, str]:
+    """Return the local folder of a repository, all but its weights in it, and its commit; raises Missing."""
+    try:
+        folder = Path(
+            snapshot_download(
+                repository.id,
+                revision=repository.revision or None,
+                allow_patterns=SMALL,
+                ignore_patterns=NESTED,
+                tqdm_class=_NoBar,
+            )
+        )
+    except Exception as error:  # networks and proxies fail with many unrelated types
+        # Another program may have cached the files that it needs, and not all that the repository has.
+        cached = _cached(repository) if isinstance(error, LocalEntryNotFoundError) else None
+        if cached is None:
+            raise Missing(reason(error, repository)) from error
+        folder = cached
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise Missing(
+            f"{repository} has no config.json: it holds no model that transformers can read; of a GGUF repository "
+            "download one file and name that"
+        )
+    return folder, folder.name
+
+
+def _cached(repository: Repository) -> Path | None:
+    """Return the cached folder of a repository, complete or not."""
+    for name in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(repository.id, name, revision=repository.revision or None)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def fetch(repository: Repository, files: Sequence[str]) -> None:
+    """Download some files of a repository into its snapshot folder; raises Missing."""
+    try:
+        there = HfApi().list_repo_files(repository.id, revision=repository.revision)
+        absent = sorted(set(files) - set(there))
+        if absent:
+            raise Missing(no_safetensors(absent[0], there))
+        snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(files))
+    except Missing:
+        raise
+    except Exception as error:  # networks, proxies and disks fail with many unrelated types
+        raise Missing(f"its weights are not here: {reason(error, repository)}") from error
+
+
+def no_safetensors(wanted: str, there: Sequence[str]) -> str:
+    """Say which file of weights is missing, and whether a pickle stands in its place."""
+    pickles = sorted(name for name in there if name.removesuffix(".index.json").endswith(PICKLES))
+    if not pickles:
+        return f"there is no {wanted} in it: no weights to load"
+    return (
+        f"its weights are a pickle ({pickles[0]}), which can run any code, and opd loads safetensors only: save it "
+        "again as safetensors (save_pretrained), or name the revision of a conversion, such as owner/name@refs/pr/1"
+    )
+
+
+def reason(error: BaseException, repository: Repository, *, dataset: bool = False) -> str:
+    """Say in words why the hub and its cache do not give a repository; libraries wrap the cause several times."""
+    causes = list(_chain(error))
+
+    def found(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    page = f"https://huggingface.co/{'datasets/' if dataset else ''}{repository.id}"
+    cache = "the cache" if dataset else f"the cache ({constants.HF_HUB_CACHE})"
+    command = f"hf download {repository.id}" + (f" --revision {repository.revision}" if repository.revision else "")
+    otherwise = "name a local file" if dataset else f"run `{command}` where there is a network"
+    if found(GatedRepoError):
+        return (
+            f"{repository.id} is gated on the hub and needs a token: accept its terms at {page}, then run "
+            "`hf auth login` or export HF_TOKEN"
+        )
+    if found(RepositoryNotFoundError):
+        return (
+            f"the hub has no {repository.id}: correct the name, or, if it is private, run `hf auth login` or export "
+            "HF_TOKEN"
+        )
+    if found(RevisionNotFoundError):
+        return f"the hub has {repository.id}, but no revision {repository.revision!r} of it: see {page}/tree/main"
+    if found(OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and found(LocalEntryNotFoundError, ConnectionError)):
+        return (
+            f"{repository} is not in {cache}, and HF_HUB_OFFLINE forbids downloading it: unset the variable, or "
+            f"{otherwise}"
+        )
+    http = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if http is not None:
+        return f"the hub does not give {repository}: {one_line(http)}"
+    if found(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_network, causes)):
+        last = causes[-1]
+        return (
+            f"{repository} is not in {cache}, and the hub cannot be reached "
+            f"({type(last).__name__}: {one_line(last)}): check the network, or name a local copy"
+        )
+    return one_line(error.__cause__ or error)
+
+
+def no_path(path: Path, kind: str = "folder") -> str:
+    """Begin a message about a hub id that is not found: it may have been meant as a path."""
+    from opd.data.tasks.files import nearest  # datasets takes a second
+
+    return f"there is no such {kind} here{nearest(path) if path.parent.is_dir() else ''}, and "
+
+
+def _of_network(error: BaseException) -> bool:
+    """Return whether a library for HTTP raised an error: the hub's own changes from version to version."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what caused it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

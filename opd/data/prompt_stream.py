@@ -1,0 +1,115 @@
+"""The prompt stream of a run: shuffled prompts as token ids for each model, with its chat template and context."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.config.train import Train
+from opd.core.errors import Refusal
+from opd.core.sampling import Prompt
+from opd.core.types import RIGHT, Rollout
+from opd.data import prompts
+from opd.data.prompts import Rendered
+from opd.data.tasks.task import Made, Task
+from opd.data.verifiers.extract import spoken
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a task, rendered for the student and its teachers."""
+
+    task: Task
+    tokenizer: Tokenizer
+    teacher_tokenizers: Mapping[str, Tokenizer]  # by route name; "" is --teacher
+    config: Train
+    room: int  # longest prompt in tokens that leaves space for the longest response
+    optional: bool = False  # True: a row without --context is used without it; False: it is refused
+
+    def batch(self, step: int, count: int) -> list[Rendered]:
+        """Return the prompts of a step, a pure function of (seed, step); each epoch is a new shuffled pass."""
+        n, first = len(self.task.prompts), (step - 1) * count
+        return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
+
+    def check(self, count: int = 256) -> None:
+        """Refuse prompts that are too long, before the run starts; checks the `count` longest rows."""
+        rows = range(len(self.task.prompts))
+        if isinstance(self.task.prompts, Made):  # generated on access, with similar lengths: check the first rows
+            rows = rows[:count]
+        written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
+        for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
+            self.render(row)
+
+    def first(self, count: int) -> list[Rendered]:
+        """Return the first `count` prompts, unshuffled."""
+        return [self.render(i) for i in range(min(count, len(self.task.prompts)))]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        n = len(self.task.prompts)
+        if n > 1 << 24:  # procedural streams of this size need no second epoch, and their order is already random
+            return range(n)
+        return np.random.default_rng([self.config.seed, epoch]).permutation(n).tolist()
+
+    def render(self, row: int) -> Rendered:
+        """Return a prompt with its token ids for student and teacher.  Raises Refusal if it is too long."""
+        prompt, config = self.task.prompts[row], self.config
+        ids = self.reads(prompt)
+        asked = str(prompt.columns.get(config.route_column, ""))
+        teacher = asked if asked in self.teacher_tokenizers else ""
+        context = "" if config.told() in ("", "peer") else self._context(row)
+        teacher_ids = self.heard(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
+        longest = max(len(ids), len(teacher_ids))
+        if longest > self.room:
+            raise Refusal(
+                f"--prompts {self.task.name}: row {row} has {longest} tokens, and the models' context leaves "
+                f"{self.room} for a prompt beside {config.sampling.max_new_tokens} new tokens; "
+                "shorten the row, or lower --max-new-tokens"
+            )
+        return Rendered(prompt, ids, teacher_ids, teacher)
+
+    def reads(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return the prompt's token ids for the student."""
+        arguments = prompts.template_arguments(self.config.data.template_args)
+        return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
+
+    def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
+        """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
+        text = self.teacher_tokenizers[teacher]
+        if context:
+            prompt = prompts.rewritten(prompt, self.config.context_template, context=context)
+        arguments = prompts.known(text, prompts.template_arguments(self.config.data.template_args))
+        return prompts.render(text, prompt, chat_template_kwargs=arguments)
+
+    def _context(self, row: int) -> str:
+        prompt, name = self.task.prompts[row], self.config.told()
+        known = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
+        text = str(known.get(name) or "")
+        if not text and not self.optional:
+            there = ", ".join(sorted(k for k, v in known.items() if v))
+            raise Refusal(
+                f"--context {name}: row {row} of {self.task.name} has nothing there; it has {there or 'no columns'}"
+            )
+        return text
+
+    def with_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Rollout]:
+        """Give each teacher prompt a correct response to the same prompt as context.  SDPO, arXiv:2601.20802.
+
+        It is the next correct response of the group, never the rollout's own response, and without its thinking.  If
+        no such response fits, the rollout is masked and does not train.
+        """
+        right: dict[int, list[int]] = {}
+        for i, r in enumerate(rollouts):
+            if r.outcome > RIGHT:
+                right.setdefault(r.group, []).append(i)
+        out = []
+        for i, r in enumerate(rollouts):
+            others = [j for j in right.get(r.group, []) if j != i]
+            peer = next((j for j in others if j > i), others[0] if others else None)
+            said = "" if peer is None else spoken(texts[peer])
+            ids = self.heard(r.prompt, r.teacher, said) if said else ()
+            if ids and len(ids) <= self.room:
+                out.append(replace(r, teacher_prompt_ids=ids))
+            else:
+                out.append(replace(r, mask=(False,) * len(r.ids)))
+        return out

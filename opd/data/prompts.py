@@ -1,0 +1,192 @@
+"""Rendering of prompts for a model: `render(tokenizer, prompt, ...)` returns token ids, `stop_ids` its stop tokens."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from opd.core.errors import Refusal
+from opd.core.sampling import Prompt
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt with its token ids for the student and for the teacher."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    teacher: str = ""  # name of the teacher that scores the responses: a --route, or "" for --teacher
+
+
+def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids at which a model stops: those of its generation config, else the EOS of its tokenizer.
+
+    Raises Refusal if neither has any, because generation would never stop.
+    """
+    eos = generation_config.eos_token_id
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not ids and "eos_token" in tokenizer.special_tokens_map:
+        ids = (tokenizer.eos_token_id,)
+    if not ids:
+        raise Refusal(
+            f"eos_token_id: {model_name(tokenizer)} has none, in its generation config or its tokenizer, so it would "
+            "never stop: set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return a prompt's token ids for a model, up to where its response begins; at most a single BOS, no closing EOS.
+
+    Messages go through the model's chat template.  Without a template, their contents are joined by blank lines.  A
+    prompt without messages is used as plain text.  Raises Refusal for an empty prompt or unused template arguments.
+    """
+    if prompt.messages:
+        turns = _turns(prompt.messages)
+        if tokenizer.chat_template:
+            return _ids(tokenizer, _templated(tokenizer, turns, chat_template_kwargs), special=False)
+        text = "\n\n".join(turn["content"] for turn in turns)
+    else:
+        text = prompt.text
+    if chat_template_kwargs:
+        reason = f"{model_name(tokenizer)} has no template" if prompt.messages else "a plain-text row uses none"
+        raise Refusal(f"chat_template_kwargs: {short(dict(chat_template_kwargs))} has no effect: {reason}; drop it")
+    return _ids(tokenizer, text, special=True)
+
+
+def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
+    """Return the prompt with its last turn inserted into a template as {prompt}, beside other parts by name."""
+
+    def fill(question: str) -> str:
+        known = {"prompt": question, **parts}
+        names = "|".join(map(re.escape, known))
+        # Replace all parts in a single pass, because a part may itself contain text such as {context}.
+        return re.sub(rf"\{{({names})\}}", lambda found: known[found[1]], template)
+
+    if not prompt.messages:
+        return replace(prompt, text=fill(prompt.text))
+    *before, last = prompt.messages
+    return replace(prompt, messages=(*before, {**last, "content": fill(last["content"])}))
+
+
+def begun(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return a prompt's token ids followed by the beginning of its response, for a model to continue."""
+    ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
+    return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
+
+
+def after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text that `ids` add to the ids `before` them.
+
+    Decoding `ids` without their context would lose a leading space with many tokenizers.
+    """
+    read = lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))
+    near = list(before)[-8:]
+    whole, start = read([*near, *ids]), read(near)
+    return whole[len(start) :] if whole.startswith(start) else read(ids)
+
+
+def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether text survives tokenizing and decoding.
+
+    If not, a verifier or judge reads a text that differs from what the model generated.
+    """
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def template_arguments(text: str) -> Mapping[str, Any]:
+    """Parse the JSON object of --template-args.  Raises Refusal if the text is not a JSON object."""
+    try:
+        arguments = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise Refusal(f"--template-args {text}: not json ({error}); write '{{\"enable_thinking\": false}}'") from error
+    if not isinstance(arguments, dict):
+        raise Refusal(f"--template-args {text}: must be a json object such as '{{\"enable_thinking\": false}}'")
+    return arguments
+
+
+def known(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments that the model's chat template reads."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return {name: value for name, value in arguments.items() if _reads(template, name)}
+
+
+def _reads(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
+    """Return the chat turns as dicts.  Raises Refusal for malformed turns and for a closing assistant turn."""
+    for i, turn in enumerate(messages):
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise Refusal(f"messages[{i}]: {short(dict(turn))} needs a `role` and a `content`, both text")
+    if messages[-1]["role"] == "assistant":
+        raise Refusal(
+            "messages: the last turn is the assistant's, which shows the model an answer instead of asking for one: "
+            "take that turn off (keep it in the `response` column if a method needs it)"
+        )
+    return [dict(turn) for turn in messages]
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
+) -> str:
+    """Apply the chat template to the conversation and return the text, up to where the response begins."""
+    # Render to text first: the return type of tokenize=True changed between versions, and a BOS in the template must
+    # not be doubled.
+    try:
+        template = tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
+    except Exception as error:  # a template is a program by the model's author and may raise any exception
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise Refusal(
+            f"messages: the chat template of {model_name(tokenizer)} refuses turns ({roles}): {type(error).__name__}: "
+            f"{' '.join(str(error).split())}: change the turns (a template without system turns wants that text in the "
+            "user's), or set another chat_template"
+        ) from error
+    unread = [name for name in chat_template_kwargs if not _reads(template, name)]
+    if unread:
+        raise Refusal(
+            f"chat_template_kwargs: {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
+            "it would be ignored: correct the name, or give it only to the model that knows it"
+        )
+    return str(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
+    """Tokenize a text; with `special`, the tokenizer adds its leading special tokens."""
+    ids, bare = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (special, False))
+    if not bare:
+        raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
+    named = tokenizer.special_tokens_map
+    if "eos_token" in named and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]:
+        ids = ids[:-1]  # remove the EOS that the tokenizer appended: a prompt must not end the text
+    while "bos_token" in named and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]  # remove the second BOS: the text and the tokenizer each added a BOS
+    return tuple(ids)
+
+
+def model_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the model's name for messages."""
+    return tokenizer.name_or_path or "this model"
+
+
+def short(value: object) -> str:
+    """Return the repr of a value, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest(prompt: Prompt) -> str:
+    """Return a hash of the prompt's question and answer, which identifies the prompt in all runs."""
+    text = json.dumps([list(map(dict, prompt.messages)), prompt.text, prompt.answer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

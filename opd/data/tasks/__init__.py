@@ -1,0 +1,1 @@
+"""Tasks: prompts and their verifiers.  `load.load(Data(source=...))` makes a `Task`."""

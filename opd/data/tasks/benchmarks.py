@@ -1,0 +1,119 @@
+r"""Benchmarks by name, `load(name, Data(...)) -> Task`: columns, instruction and verifier for the rows of a local file.
+
+A benchmark is a set of `Data` settings, which the user's settings override.  The instruction after each question and
+the number of samples (8 per problem, 32 for AIME) are those of papers on on-policy distillation (vOPD,
+arXiv:2605.07865; PowerOPD, arXiv:2606.17199).
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from opd.config.data import Data
+from opd.core.errors import Refusal
+from opd.data.tasks.load import table
+from opd.data.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+LETTER = "\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
+OPTIONS = "options"  # the column into which `gather` merges options from several columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """The settings of a benchmark; `columns` are fields of `Data`."""
+
+    what: str
+    columns: Mapping[str, str]
+    verifier: str = "math"
+    instruction: str = BOXED
+    samples: int = 8
+    gathered: tuple[str, ...] = ()  # columns with an option each, the correct option first; `gather` merges them
+
+
+def _columns(prompt: str, answer: str, choices: str = "") -> Mapping[str, str]:
+    return {"prompt_column": prompt, "answer_column": answer, "choices_column": choices}
+
+
+SETS: Mapping[str, Set] = {
+    "gsm8k": Set(
+        what="GSM8K, openai/grade-school-math: the answer ends in #### n",
+        columns=_columns("question", "answer"),
+        verifier="numeric",
+        samples=1,
+    ),
+    "math-500": Set(what="MATH-500 of openai/prm800k", columns=_columns("problem", "answer")),
+    "aime24": Set(what="AIME 2024, 30 problems", columns=_columns("problem", "answer"), samples=32),
+    "aime25": Set(
+        what="AIME 2025, 30 problems",
+        columns={**_columns("problem", "expected_answer,answer"), "response_column": "reference_solution,solution"},
+        samples=32,
+    ),
+    "amc23": Set(what="AMC 2023, 40 problems", columns=_columns("problem,question", "answer")),
+    "minerva": Set(
+        what="Minerva Math, 272 problems: the answer is boxed in the solution", columns=_columns("problem", "solution")
+    ),
+    "olympiad": Set(what="OlympiadBench, the text-only problems", columns=_columns("question", "final_answer")),
+    "gpqa": Set(
+        what="GPQA, its csv: the right and three wrong answers in columns, shuffled by --seed",
+        columns=_columns("Question", "Correct Answer"),
+        verifier="choice",
+        instruction=LETTER,
+        gathered=("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
+    ),
+    "sciknoweval": Set(
+        what="SciKnowEval, multiple choice",
+        columns=_columns("question", "answerKey", "choices"),
+        verifier="choice",
+        instruction=LETTER,
+    ),
+    "sciknoweval-filling": Set(
+        what="SciKnowEval, answers in words and formulas",
+        columns=_columns("question", "answer"),
+        verifier="exact",
+    ),
+}
+
+
+def find(name: str) -> Set:
+    """Return the benchmark with this name.  Raises Refusal for an unknown name."""
+    if name not in SETS:
+        raise Refusal(f"--set {name} is not known: choose {', '.join(SETS)}; or leave it out and name the columns")
+    return SETS[name]
+
+
+def settings(name: str, data: Data) -> Data:
+    """Return `data` with the benchmark's settings in all fields that the user left at their defaults."""
+    chosen = find(name)
+    wanted: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
+    wanted |= {"choices_column": OPTIONS} if chosen.gathered else {}
+    return replace(data, **{k: v for k, v in wanted.items() if getattr(data, k) == getattr(Data(), k)})
+
+
+def load(name: str, data: Data) -> Task:
+    """Make the task of a benchmark from its file.  Raises Refusal if the source or a column does not fit."""
+    chosen, data = find(name), settings(name, data)
+    if data.source.startswith(("embedded:", "reasoning-gym:")):
+        raise Refusal(f"--set {name} is read from a file: give it as --prompts, not {data.source}")
+    from opd.data.tasks.files import read  # `datasets` takes seconds to import, and other tasks do not need it
+
+    rows = read(data)
+    if missing := [column for column in chosen.gathered if column not in rows.column_names]:
+        there = ", ".join(rows.column_names)
+        raise Refusal(f"--set {name}: {data.source} has no column {missing[0]!r}; the columns are {there}")
+    return replace(table(data, gather(rows, chosen.gathered, data.seed) if chosen.gathered else rows), name=name)
+
+
+def gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
+    """Merge the options of several columns into the column `options`, shuffled by the seed and the row's number."""
+    options = []
+    for number, row in enumerate(rows.select_columns(list(columns))):
+        texts = [str(row[column]).strip() for column in columns]
+        random.Random(f"{seed}/{number}").shuffle(texts)
+        options.append(texts)
+    kept = rows.map(lambda row: {columns[0]: str(row[columns[0]]).strip()})
+    return kept.add_column(OPTIONS, options)

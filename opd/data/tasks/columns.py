@@ -1,0 +1,179 @@
+"""Prompts from the rows of a table: `prompts(rows, data) -> Made` selects the columns and checks every row."""
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from string import ascii_uppercase as LETTERS
+from typing import Any
+
+import datasets
+
+from opd.config.data import Data
+from opd.core.errors import Refusal
+from opd.core.sampling import Prompt
+from opd.data.tasks.task import Made, ask
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The names of the selected columns; "" for a missing column."""
+
+    prompt: str
+    answer: str
+    response: str
+    choices: str
+
+
+def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Made:
+    """Select the columns, keep `data.limit` rows and check them; each prompt is made when it is accessed.
+
+    Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
+    """
+    columns = choose(rows, data, needs_answers=needs_answers)
+    kept: Sequence[int] = range(len(rows))
+    if 0 < data.limit < len(rows):
+        order = list(kept)
+        random.Random(data.seed).shuffle(order)
+        kept = sorted(order[: data.limit])
+        rows = rows.select(kept)
+    wanted = {n if n in rows.column_names else n.partition(".")[0] for n in vars(columns).values() if n}
+    looked_at = zip(kept, rows.select_columns(sorted(wanted)), strict=True)
+    _check(looked_at, columns, data.source, needs_answers=needs_answers)
+    return Made(partial(_prompt, rows, columns, data), len(rows))
+
+
+def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
+    """Select the columns by the values in the first row, as described in the help of each flag."""
+    first, there = rows[0], f"the columns are {', '.join(rows.column_names)}"
+    chosen = Columns(
+        prompt=_pick(first, data.prompt_column, _is_question),
+        answer=_pick(first, data.answer_column, lambda value: bool(_text(value, ", ").strip())),
+        response=_pick(first, data.response_column, lambda value: True),
+        choices=_pick(first, data.choices_column, lambda value: True),
+    )
+    if not chosen.prompt:
+        raise Refusal(
+            f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {there}; name one"
+        )
+    for option, name in vars(chosen).items():
+        wanted = vars(data)[f"{option}_column"]
+        if wanted and "," not in wanted and not name:
+            raise Refusal(f"--{option}-column {wanted} is not there; {there}")
+    if needs_answers and not chosen.answer:
+        raise Refusal(
+            f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
+            f" --verifier {data.verifier} needs answers; {there}; name one, or --verifier none"
+        )
+    return chosen
+
+
+def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
+    """Return the first of some comma-separated names whose value fits; a single name only has to exist."""
+    names = [name.strip() for name in wanted.split(",")]
+    there = [name for name in names if name in row or _at(row, name) is not None]
+    return next((name for name in there if len(names) == 1 or fits(_at(row, name))), "")
+
+
+def _at(row: Row, name: str) -> Any:
+    """Return the value of a column or of a nested field (reward_model.ground_truth); None if it is missing."""
+    if name in row:
+        return row[name]
+    value: object = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, needs_answers: bool) -> None:
+    """Refuse rows without a valid prompt, and data whose answers are all missing; warn if some answers are missing."""
+    empty: dict[str, list[int]] = {"prompt": [], "answer": []}
+    total = 0
+    for number, row in rows:
+        total += 1
+        value = _at(row, columns.prompt)
+        if value is not None and not _is_question(value):
+            raise Refusal(
+                f"--prompt-column {columns.prompt}, row {number} of {source}: {str(value)[:80]!r} is neither text nor a"
+                ' list of {"role": ..., "content": text}; name another column or correct the row'
+            )
+        last = value if isinstance(value, str) else ([{"content": ""}, *_asked(value or ())])[-1]["content"]
+        if not last.strip():
+            empty["prompt"].append(number)
+        if needs_answers and not _text(_at(row, columns.answer), ", ").strip():
+            empty["answer"].append(number)
+    if numbers := empty["prompt"]:
+        raise Refusal(
+            f"--prompt-column {columns.prompt}: {len(numbers)} of {total} rows have an empty prompt, the first is row"
+            f" {numbers[0]} of {source}; remove these rows"
+        )
+    if len(numbers := empty["answer"]) == total:
+        raise Refusal(
+            f"--answer-column {columns.answer} is empty in all {total} rows of {source}; name another column, or set"
+            " verifier to none"
+        )
+    if numbers:
+        warnings.warn(
+            f"{len(numbers)} of {total} rows of {source} have no answer in {columns.answer!r}, the first is row"
+            f" {numbers[0]}: whatever the response, they score 0",
+            stacklevel=2,
+        )
+
+
+def _prompt(rows: datasets.Dataset, columns: Columns, data: Data, index: int) -> Prompt:
+    """Make the prompt of a row; its unselected columns are kept in `Prompt.columns`."""
+    row = rows[index]
+    question, value = _at(row, columns.prompt), _at(row, columns.answer)
+    labels, texts = _options(_at(row, columns.choices))
+    answer = _text(value, ", ")
+    if isinstance(value, int) and 0 <= value < len(texts):
+        answer = LETTERS[value]
+    elif answer in (*labels, *texts):
+        answer = LETTERS[(labels if answer in labels else texts).index(answer)]
+    response = _text(_at(row, columns.response), "\n\n")
+    if not isinstance(question, str):
+        response = response or _text(question[len(_asked(question)) :], "\n\n")
+        question = _asked(question)
+    return ask(
+        question,
+        data,
+        options="\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)),
+        answer=answer,
+        response=response,
+        columns={name: value for name, value in row.items() if name not in vars(columns).values()},
+    )
+
+
+def _is_question(value: object) -> bool:
+    """Return whether a value is text or a list of chat turns."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    turns = [turn if isinstance(turn, dict) else {} for turn in value]
+    return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
+
+
+def _asked(turns: Sequence[Row]) -> tuple[Row, ...]:
+    """Return the turns without a closing assistant turn."""
+    end = len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
+    return tuple({"role": t["role"], "content": t["content"]} for t in turns[:end])
+
+
+def _options(value: object) -> tuple[list[str], list[str]]:
+    """Return the labels (empty if the data has none) and the texts of the options of a multiple-choice question."""
+    if isinstance(value, dict):
+        return [_text(label, "") for label in value.get("label") or []], [_text(t, "") for t in value.get("text") or []]
+    return [], [_text(t, "") for t in value] if isinstance(value, list) else []
+
+
+def _text(value: object, joint: str) -> str:
+    """Return a value as text: 27.0 becomes 27, a list is joined, a chat turn becomes its content, None becomes ""."""
+    if isinstance(value, list | tuple):
+        return joint.join(_text(item, joint) for item in value)
+    if isinstance(value, dict):
+        return _text(value["content"], joint) if "content" in value else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "" if value is None else str(value)

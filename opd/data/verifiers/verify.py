@@ -1,0 +1,131 @@
+"""Verifiers: pure functions `(response, answer) -> score from 0 to 1`, which never raise on any text.
+
+They score the marked answer, else the stated answer, else the end of the response (`answers.py` has the rules).  Text
+before </think> is ignored.  The expected answer may be a worked solution with a marked answer.
+"""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache, partial
+
+from opd.core.errors import Refusal
+from opd.data.verifiers import sandbox as guarded
+from opd.data.verifiers.extract import TAIL, is_number, letter, marked, number, plain, reference, said, spoken
+
+Verifier = Callable[[str, str], float]
+
+
+def math(response: str, answer: str) -> float:
+    """Score 1 if the final answer is mathematically equal to the expected answer, by math-verify.
+
+    math-verify runs in child processes; a comparison that takes more than `guarded.CPU_LIMIT` CPU seconds scores 0.
+    50 and 50% are equal.  0.5 and 50% are equal if the percent sign is in the expected answer.
+    """
+    text, gold = spoken(response), reference(answer)
+    if not plain(gold) or not text:
+        return 0.0
+    content = marked(text)
+    final = content or said(text) or text.rpartition("\n")[2]
+    if plain(final) == plain(gold) or plain(text) == plain(gold):
+        return 1.0
+    if content:
+        parts = (plain(content).strip("()"), plain(gold))  # (073) is a number in spite of its parentheses
+        if all(re.fullmatch(r"-?\d{1,9}", part) for part in parts):
+            return float(int(parts[0]) == int(parts[1]))
+        return _equal(gold, content, True)
+    if is_number(gold) and numeric(response, answer):
+        return 1.0
+    return _equal(gold, said(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
+
+
+@lru_cache(maxsize=4096)  # rollouts of the same prompt often have the same answer
+def _equal(gold: str, candidate: str, bare: bool) -> float:
+    return guarded.score("math", gold, candidate, bare)
+
+
+def numeric(response: str, answer: str) -> float:
+    """Score 1 if the final number equals the expected number.
+
+    The final number is the last in a marked answer, else the first in a stated answer, else the last in the response.
+    Integers must be equal; other numbers must agree to five digits.
+    """
+    text, gold = spoken(response), number(reference(answer))
+    if content := marked(text):
+        value = number(content)
+    else:
+        value = number(said(text).rpartition("=")[2], first=True)
+        value = number(text[-TAIL:]) if value is None else value
+    return float(value is not None and gold is not None and _close(value, gold))
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    """Return whether two numbers are equal, or both are not integers and agree to five digits."""
+    return a == b or (1 not in (a.denominator, b.denominator) and abs(a - b) * 10**5 <= abs(b))
+
+
+def exact(response: str, answer: str) -> float:
+    """Score 1 if the final answer, the last line or the whole response is the expected text.
+
+    Case, spacing, quotes and punctuation at the ends are ignored, so "CO" equals "Co".
+    """
+    text, gold = spoken(response), _tidy(reference(answer))
+    content = marked(text)
+    candidates = (content,) if content else (said(text), text.rpartition("\n")[2], text)
+    return float(gold != "" and gold in map(_tidy, candidates))
+
+
+def _tidy(text: str) -> str:
+    return " ".join(re.sub(r"[\"'`“”‘’]", "", plain(text)).casefold().split()).strip(" .!*:;")  # noqa: RUF001
+
+
+def choice(response: str, answer: str) -> float:
+    """Score 1 if the response picks the expected letter: "B", "(B)", "B. text" or "the answer is B"."""
+    text, gold = spoken(response), letter(reference(answer))
+    if content := marked(text) or said(text):
+        picked = letter(content)
+    else:
+        picked = letter(text.rpartition("\n")[2]) or letter(text) or ["", *re.findall(r"\(([A-Z])\)", text)][-1]
+    return float(gold != "" and picked == gold)
+
+
+def none(response: str, answer: str) -> float:
+    """Score 0: nothing is verified."""
+    return 0.0
+
+
+VERIFIERS: dict[str, Verifier] = {"math": math, "numeric": numeric, "exact": exact, "choice": choice, "none": none}
+
+
+def find(name: str) -> Verifier:
+    """Return the verifier with this name, or the function that `module:function` names.
+
+    Modules are also searched in the working folder.  Raises Refusal for an unknown name or a failed import.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise Refusal(f"--verifier {name} is not known: choose {', '.join(VERIFIERS)}, or module:function for your own")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # appended last, so that a file there shadows no installed module
+    try:
+        return partial(_checked, vars(importlib.import_module(module))[function], name)
+    except ImportError as error:
+        raise Refusal(f"--verifier {name}: {error}; give module:function, installed or from this folder") from error
+    except KeyError as error:
+        raise Refusal(f"--verifier {name}: the module {module} has no {function}; name one it has") from error
+
+
+def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:
+    """Score with a user's function and refuse a score outside [0, 1].
+
+    Exceptions of the function are not caught: they are bugs that a score of 0 would hide.
+    """
+    score = theirs(response, answer)
+    if not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise Refusal(f"--verifier {name} returned {score!r}: return a number from 0 to 1")
+    return float(score)

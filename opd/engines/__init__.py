@@ -1,1 +1,0 @@
-"""Engines that generate rollouts, and the weight transfer to vLLM."""

@@ -1,0 +1,70 @@
+"""What the head pass returns: columns of the trained tokens, and the likeliest tokens of both models."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.core.types import MEASURED
+from opd.head.closed_forms import scored
+from opd.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Per-token results of a head pass, flat and detached; None for columns that were not computed."""
+
+    student_logp: Float[Tensor, " N"] | None = None
+    student_entropy: Float[Tensor, " N"] | None = None
+    teacher_logp: Float[Tensor, " N"] | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
+    reverse_kl: Float[Tensor, " N"] | None = None
+    hidden_distance: Float[Tensor, " N"] | None = None
+    hidden_cosine: Float[Tensor, " N"] | None = None
+    scores: tuple[Float[Tensor, " N"] | None, ...] = ()  # reward - baseline at the sampled token, per term
+
+    @classmethod
+    def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "Columns":
+        """Return uninitialised columns for n tokens.
+
+        They share one allocation, because small tensors that outlive a chunk would keep freed memory below them from
+        reuse.
+        """
+        scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
+        names = sorted(names)
+        return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
+
+    def fill(self, rows: slice, part: "Columns") -> None:
+        """Copy the numbers of `part` into the given rows."""
+        for (_, whole), (_, x) in zip(self.named(), part.named(), strict=True):
+            whole[rows] = x
+
+    def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
+        """Yield (name, column) for each column that is present; scores are named scores.0, scores.1, ..."""
+        for f in fields(self):
+            if f.name != "scores" and getattr(self, f.name) is not None:
+                yield f.name, getattr(self, f.name)
+        yield from ((f"scores.{i}", s) for i, s in enumerate(self.scores) if s is not None)
+
+    def cpu(self) -> "Columns":
+        """Return the columns in main memory."""
+        whole = {name: x.cpu() for name, x in self.named()}
+        scores = tuple(whole.pop(f"scores.{i}", None) for i in range(len(self.scores)))
+        return Columns(**whole, scores=scores)
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The most probable tokens at each position: the student's, then the teacher's, A in all.
+
+    They are shown to readers of reports; no loss uses them.
+    """
+
+    ids: Int[Tensor, "N A"]
+    student_logp: Float[Tensor, "N A"]
+    teacher_logp: Float[Tensor, "N A"]  # nan if the teacher has no LM head
+
+    def cpu(self) -> "Alternatives":
+        """Return the alternatives in main memory."""
+        return Alternatives(self.ids.cpu(), self.student_logp.cpu(), self.teacher_logp.cpu())

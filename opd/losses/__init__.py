@@ -1,0 +1,1 @@
+"""Rewards, baselines, estimators, divergences, advantages and token weights: pure functions of log-probs."""

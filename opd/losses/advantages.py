@@ -1,0 +1,104 @@
+"""Transforms from scores to advantages, with statistics of the batch: `(x [B T], columns) -> [B T]`, applied in order.
+
+Elementwise shaping (clip, tanh) is a reward (`rewards.py`); these functions combine several tokens.  Masked tokens may
+hold any value on entry, infinities included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupAdvantage:
+    """x times a judge's verdict minus its group mean, divided by the group's deviation if `norm_std`.
+
+    GRPO, arXiv:2402.03300; without the division it is Dr. GRPO, arXiv:2503.20783.  A group without verdicts has
+    advantage 0.  Rollouts without a trained token do not enter the statistics.
+    """
+
+    norm_std: bool = False
+    eps: float = 1e-6
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B T"],
+        verdict: Float[Tensor, " B"],
+        judged: Bool[Tensor, " B"],
+        group: Int[Tensor, " B"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        advantage = group_centred(verdict.to(x.dtype), group, judged & mask.any(1), self.eps if self.norm_std else None)
+        return x.where(mask, 0) * advantage[:, None]
+
+
+def group_centred(
+    x: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
+) -> Float[Tensor, " B"]:
+    """Return x minus its mean over the marked rows of its group, [B]; 0 on the other rows.
+
+    If `eps` is given, divide by the deviation of the marked rows plus `eps`.
+    """
+    _, at = group.unique(return_inverse=True)
+    add = lambda y: y.new_zeros(len(at)).scatter_add(0, at, y.where(among, 0))[at]
+    count = add(torch.ones_like(x)).clamp(min=1)
+    centred = (x - add(x) / count).where(among, 0)
+    return centred if eps is None else centred / ((add(centred.square()) / count).sqrt() + eps)
+
+
+def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
+    """Return the discounted sum sum_k gamma^k x_{t+k} for each position t, [B, T]."""
+    out = [x[:, -1]]
+    for column in x[:, :-1].flip(1).unbind(1):
+        out.append(column + gamma * out[-1])
+    return torch.stack(out[::-1], 1)
+
+
+@dataclass(frozen=True)
+class Discount:
+    """The reward to go, sum_k gamma^k x_{t+k} over trained tokens."""
+
+    gamma: float = 1.0
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return reward_to_go(x.where(mask, 0), self.gamma)
+
+
+@dataclass(frozen=True)
+class DiscountExpected:
+    """The reward to go with future log ratios replaced by their conditional means -KL_s; unbiased for `LogRatio`.
+
+    Its variance is usually, but not always, lower than that of `Discount`: later KLs covary with the current ratio.
+    """
+
+    gamma: float = 1.0
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        future = reward_to_go(-reverse_kl.where(mask, 0), self.gamma)
+        return x.where(mask, 0) + self.gamma * torch.nn.functional.pad(future[:, 1:], (0, 1))
+
+
+@dataclass(frozen=True)
+class Whiten:
+    """(x - mean) / std over the trained tokens of the batch.  Z-score baseline of arXiv:2606.17199, Table 1."""
+
+    eps: float = 1e-8
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        count = mask.sum().clamp(min=1)
+        centred = (x - x.where(mask, 0).sum() / count).where(mask, 0)
+        return centred / ((centred.square().sum() / count).sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class MeanFuture:
+    """x_t plus the mean of x over the later trained tokens of its rollout.  TOP-D, arXiv:2607.04751."""
+
+    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        x = x.where(mask, 0)
+        later, count = reward_to_go(x, 1.0) - x, reward_to_go(mask.to(x.dtype), 1.0) - mask.to(x.dtype)
+        return x + later / count.clamp(min=1)

@@ -1,0 +1,97 @@
+"""Baselines: what is subtracted from a reward to lower the variance of its gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd.losses.rewards import Reward
+
+
+def top(k: int, logp: Float[Tensor, "*N V"]) -> Int[Tensor, "*N k"]:
+    """Return the ids of the k most probable tokens, or of all tokens if k exceeds the vocabulary."""
+    return logp.topk(min(k, logp.shape[-1]), -1, sorted=False).indices
+
+
+def mean(p: Float[Tensor, "*N V"], f: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    """Return sum_v p_v f_v.  An infinite f on a token of probability 0 contributes 0."""
+    return (p * f.where(p > 0, 0)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Value:
+    """The mean reward E_p[f]; for the log ratio it is -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        return mean(student_logp.exp(), reward(student_logp, teacher_logp))
+
+
+@dataclass(frozen=True)
+class TopKValue:
+    """`Value` on the student's top k, both models renormalised on it, no tail.  arXiv:2605.07865, Eq. 14-15.
+
+    The sampled token is never added to the set, because the baseline would then depend on it.
+    """
+
+    k: int = 20
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: the top-k baseline needs k >= 1 (k = 1 is `opd`, k = V is `vopd`)")
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        ids = top(self.k, student_logp)
+        p, q = (x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp))
+        return Value()(reward, p, q, None)
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """The baseline of least variance in logit space, for any reward.
+
+    b = (sum p f s - G_f . G_1) / (sum p s - |G_1|^2) over the sampled tokens, where s_v = |1_v - p|^2 and G_x = sum p x
+    (1_v - p).  If nothing is summed exactly, G_1 = 0 and b = E[f s] / E[s].  If the denominator underflows (p is a
+    point mass), the score vanishes and E_p[f] is returned instead.
+    """
+
+    def __call__(
+        self,
+        reward: Reward,
+        student_logp: Float[Tensor, "*N V"],
+        teacher_logp: Float[Tensor, "*N V"],
+        exact: Bool[Tensor, "*N V"] | None,
+    ) -> Float[Tensor, "*N"]:
+        p = student_logp.exp()
+        f = reward(student_logp, teacher_logp).where(p > 0, 0)
+        # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the other tokens instead.
+        largest, at = p.max(-1, keepdim=True)
+        others = p.scatter(-1, at, 0)
+        rest, rest2 = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
+        norm2 = (1 - p).square() + (rest2 + largest.square() - p.square()).clamp(min=0)
+        norm2 = norm2.scatter(-1, at, rest.square() + rest2)
+        if exact is None:
+            above, below = (p * norm2 * f).sum(-1), (p * norm2).sum(-1)
+        else:
+            tail = p.where(~exact, 0)
+            score = lambda x: tail * x - p * (tail * x).sum(-1, keepdim=True)
+            one, valued = score(torch.ones_like(f)), score(f)
+            above = (tail * norm2 * f).sum(-1) - (valued * one).sum(-1)
+            below = (tail * norm2).sum(-1) - one.square().sum(-1)
+        return torch.where(below > torch.finfo(p.dtype).tiny, above / below, mean(p, f))
+
+
+Baseline = Callable[[Reward, Tensor, Tensor, Tensor | None], Tensor]

@@ -1,0 +1,207 @@
+"""Divergences between next-token distributions: `(student_logp [*N V], teacher_logp [*N V]) -> [*N]`, in nats.
+
+They are pointwise over tokens, so a caller may evaluate them chunk by chunk.  They are differentiable in both
+arguments, which are normalised log-probs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.losses.baselines import top
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def kl(p: Float[Tensor, "*N V"], q: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    """Return KL(p || q) from log-probs.  Tokens of probability 0 contribute 0."""
+    some = p > -math.inf  # mask the inputs, not the products: 0 * inf is nan, also in the gradient
+    p, q = p.where(some, 0), q.where(some, 0)
+    return (p.exp() * (p - q)).where(some, 0).sum(-1)
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(student || teacher): mode seeking.  MiniLLM, arXiv:2306.08543."""
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        return kl(student_logp, teacher_logp)
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """KL(teacher || student): mass covering.  Hinton et al., arXiv:1503.02531."""
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        return kl(teacher_logp, student_logp)
+
+
+@dataclass(frozen=True)
+class JSD:
+    """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.  GKD, arXiv:2306.13649, Eq. 1.
+
+    Requires 0 < beta < 1: at the ends the JSD is 0, not a KL.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta={self.beta}: the JSD needs 0 < beta < 1; at the ends it is 0, not a KL: "
+                "use `gkd-forward` (KL(teacher || student)) or `gkd-reverse` (KL(student || teacher))"
+            )
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        some = (student_logp > -math.inf) | (teacher_logp > -math.inf)  # the gradient of logaddexp(-inf, -inf) is nan
+        s, t = student_logp.where(some, 0), teacher_logp.where(some, 0)
+        m = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
+        return self.beta * kl(teacher_logp, m) + (1 - self.beta) * kl(student_logp, m)
+
+
+@dataclass(frozen=True)
+class Support:
+    """The k tokens on which a truncated divergence is computed: the most probable tokens of student or teacher."""
+
+    k: int = 16
+    of: Literal["student", "teacher"] = "student"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: a top-k divergence needs k >= 1")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Int[Tensor, "*N k"]:
+        return top(self.k, (student_logp if self.of == "student" else teacher_logp).detach())
+
+
+def outside(logp: Float[Tensor, "*N V"], ids: Int[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+    """Return the log of the probability mass outside a support, or -inf if none is left.
+
+    The mass is summed, not computed as 1 minus the support's mass, which would cancel.
+    """
+    rest = logp.scatter(-1, ids, -math.inf)
+    some = (rest > -math.inf).any(-1)
+    return rest.where(some[..., None], 0).logsumexp(-1).where(some, -math.inf)
+
+
+def _bucketed(ids: Int[Tensor, "*N k"], *logp: Float[Tensor, "*N V"]) -> tuple[Float[Tensor, "*N j"], ...]:
+    """Return log-probs on a support and, as the last entry, of the rest."""
+    return tuple(torch.cat((x.gather(-1, ids), outside(x, ids)[..., None]), -1) for x in logp)
+
+
+@dataclass(frozen=True)
+class BucketKL:
+    """Reverse KL over the support plus one bucket for the rest: a true KL of k + 1 classes, at most the full KL.
+
+    arXiv:2606.09471 and verl issue 7856 call it the tail bucket.
+    """
+
+    support: Support = Support()
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
+        return kl(p, q)
+
+
+@dataclass(frozen=True)
+class BucketForwardKL:
+    """KL(teacher || student) over the support plus one bucket for the rest: a true KL of k + 1 classes.
+
+    Source: verl issue 7856.
+    """
+
+    support: Support = Support(16, "teacher")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
+        return kl(q, p)
+
+
+@dataclass(frozen=True)
+class BucketJSD:
+    """`JSD` over the support plus one bucket for the rest.  SDPO, arXiv:2601.20802, released code."""
+
+    support: Support = Support()
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        JSD(self.beta)  # raises ValueError for an invalid beta
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(*_bucketed(ids, student_logp, teacher_logp))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """Return the divergence [*N], from log-probs on the support and, as the last entry, of the rest."""
+        return JSD(self.beta)(p, q)
+
+
+@dataclass(frozen=True)
+class RenormalisedKL:
+    """Reverse KL of both models renormalised on the support; it ignores the mass outside."""
+
+    support: Support = Support()
+
+    def __post_init__(self) -> None:
+        if self.support.k == 1:
+            raise ValueError("k=1: a renormalised top-1 KL is 0 for every pair of models; use k >= 2 or tail=bucket")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """Return the divergence [*N], from log-probs on the support."""
+        return kl(p.log_softmax(-1), q.log_softmax(-1))
+
+
+@dataclass(frozen=True)
+class GeneralisedKL:
+    """sum p log(p/q) - p + q over the support: stationary at p = q without a tail.  MOPD, arXiv:2606.30406, Eq. 5."""
+
+    support: Support = Support(64, "teacher")
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        ids = self.support(student_logp, teacher_logp)
+        return self.on(student_logp.gather(-1, ids), teacher_logp.gather(-1, ids))
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> Float[Tensor, "*N"]:
+        """Return the divergence [*N], from log-probs on the support."""
+        return kl(p, q) + (q.exp() - p.exp()).sum(-1)
+
+
+Bucketed = BucketKL | BucketForwardKL | BucketJSD  # these include the mass outside their support
+OnSupport = Bucketed | RenormalisedKL | GeneralisedKL
+
+
+@dataclass(frozen=True)
+class DensityPower:
+    """alpha / (1 + alpha) times d_alpha: the divergence that `Power` descends in expectation.  Basu et al. 1998.
+
+    d = sum q^(1+a) - (1 + 1/a) p q^a + p^(1+a) / a, p the student.  At a = 1, after scaling, it is half the squared
+    distance.
+    """
+
+    alpha: float = 5.0
+
+    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        a = self.alpha
+        d = (
+            ((1 + a) * teacher_logp).exp()
+            - (1 + 1 / a) * (student_logp + a * teacher_logp).exp()
+            + ((1 + a) * student_logp).exp() / a
+        )
+        return a / (1 + a) * d.sum(-1)

@@ -1,0 +1,66 @@
+"""Baselines, which are subtracted from a reward, and estimators, which sum some tokens exactly instead of sampling.
+
+A baseline is `(reward, student_logp [*N V], teacher_logp [*N V], exact [*N V]) -> [*N]`, where `exact` marks the tokens
+that the estimator sums exactly.  It never sees the sampled token, so it is unbiased.  An estimator defines which tokens
+are summed exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opd.losses.baselines import top
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The REINFORCE estimator -A(y) log p(y), which uses only the sampled token."""
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
+        """Return None: no token is summed exactly."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """An estimator that is exact on the student's top k and sampled elsewhere; its expectation is the same for every k.
+
+    k = 0 is `Sampled`, k = V is `Full`.
+    """
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ValueError(f"k={self.k}: the stratified estimator needs k >= 0 (0 is `opd`)")
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
+        """Return the mask [*N V] of the tokens summed exactly: the student's top k."""
+        none = torch.zeros_like(student_logp, dtype=torch.bool)
+        return none.scatter(-1, top(self.k, student_logp), True) if self.k else none
+
+
+@dataclass(frozen=True)
+class Full:
+    """The exact estimator -sum_v p_v A_v log p_v over the whole vocabulary, with p_v A_v detached."""
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"]:
+        """Return the mask [*N V] of the tokens summed exactly: all."""
+        return torch.ones_like(student_logp, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Several:
+    """-mean_i A(a_i) log p(a_i) over m tokens sampled at each position.  AsyncOPD, arXiv:2606.24143.
+
+    It is `Sampled` with 1/m of the variance at a context.  m is `OnPolicy.samples`; the response continues with a_1.
+    """
+
+    def exact(self, student_logp: Float[Tensor, "*N V"]) -> Bool[Tensor, "*N V"] | None:
+        """Return None: no token is summed exactly."""
+        return None
+
+
+Estimator = Sampled | Several | Stratified | Full

@@ -1,0 +1,279 @@
+"""The terms of a method: a sampled reward, a differentiated divergence, or matched hidden states.
+
+A term defines what the teacher must provide (`needs`) and the unweighted loss of each token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.core.types import ASKED, GIVEN, Column, reads
+from opd.losses.advantages import Discount, DiscountExpected, MeanFuture
+from opd.losses.baselines import Baseline, TopKValue
+from opd.losses.divergences import Divergence, OnSupport, ReverseKL, Support
+from opd.losses.estimators import Estimator, Full, Sampled, Several, Stratified
+from opd.losses.hidden_states import Bridge, distance
+from opd.losses.rewards import LogRatio, One, Reward
+from opd.losses.surrogates import Reinforce
+from opd.losses.target_distribution import Against, Extrapolated, Teacher, models
+from opd.losses.token_weights import TruncatedImportance
+
+SAMPLED = frozenset({"ids", "student_logp", "teacher_logp"})  # columns that depend on the sampled token
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The next-token distributions of all models: of a chunk in the head pass, or of a whole small model in tests."""
+
+    ids: Int[Tensor, "*N"]  # the token that was sampled
+    student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
+    teacher_logp: Float[Tensor, "*N V"]
+    reference_logp: Float[Tensor, "*N V"] | None = None  # set if a term compares with the reference model
+
+    def sampled(self, x: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+        """Return x at the sampled token, [*N]."""
+        return x.gather(-1, self.ids[..., None])[..., 0]
+
+    def of(self, against: Against) -> Float[Tensor, "*N V"]:
+        """Return the log-probs [*N V] with which a term compares the student."""
+        return against(**{name: getattr(self, name) for name in models(against)})
+
+
+@dataclass(frozen=True)
+class Target:
+    """Per-token inputs of a term's loss: weight, advantage, and log-probs for importance ratios."""
+
+    weight: Float[Tensor, "*N"]
+    advantage: Float[Tensor, "*N"] | None  # None: the head pass computes it
+    old: Float[Tensor, "*N"] | None  # log p in the ratio's denominator: at measurement, or of the sampler
+    others: Int[Tensor, "*N k"] | None = None  # additional sampled tokens, for `Several`
+    others_old: Float[Tensor, "*N k"] | None = None  # `old` of the additional tokens
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> "Target":
+        """Return the target with `f` applied to each of its columns."""
+        return Target(*(None if x is None else f(x) for x in vars(self).values()))  # type: ignore[arg-type]
+
+    def __getitem__(self, at: slice | Tensor) -> "Target":
+        """Return the target restricted to some rows or tokens."""
+        return self.each(lambda x: x[at])
+
+    def to(self, device: torch.device) -> "Target":
+        """Return the target on a device."""
+        return self.each(lambda x: x.to(device))
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y).
+
+    The reward never carries gradient.
+    """
+
+    reward: Reward = LogRatio()
+    baseline: Baseline | None = None
+    estimator: Estimator = Sampled()
+    transforms: tuple[Column, ...] = ()
+    surrogate: Column = Reinforce()
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+    against: Against = Teacher()
+
+    def __post_init__(self) -> None:
+        # a ratio to the sampling distribution applies to these tokens, too
+        drawn = isinstance(self.estimator, Several | Stratified)
+        ratio = drawn and reads(self.surrogate) <= {"sampler_logp"}
+        if self.estimator != Sampled() and (self.transforms or not (ratio or self.surrogate == Reinforce())):
+            raise ValueError(
+                f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
+                f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
+            )
+        if drawn and (own := [w for w in self.weights if reads(w) & SAMPLED]):
+            raise ValueError(f"{own} would weigh all the tokens that {self.estimator} looks at by the response's own")
+        if self.baseline is not None and any(isinstance(x, Discount | MeanFuture) for x in self.transforms):
+            raise ValueError(
+                f"{self.baseline} under Discount or MeanFuture: the baselines of later tokens depend on this one, "
+                "which biases its gradient: use DiscountExpected, or no baseline"
+            )
+        own = [w for w in self.weights if reads(w) & SAMPLED and not isinstance(w, TruncatedImportance)]
+        if self.baseline is not None and own:
+            raise ValueError(
+                f"{self.baseline} beside {own}: a weight that looks at the sampled token is part of its reward, and "
+                "the baseline of another reward biases the gradient: use no baseline, or put the weight in the reward"
+            )
+        if self.reward != LogRatio() and any(isinstance(x, DiscountExpected) for x in self.transforms):
+            raise ValueError(
+                f"{self.reward} under DiscountExpected: -KL is the mean of log ratios alone: use Discount, or LogRatio"
+            )
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """Return the leaves that read [B, T] columns."""
+        return (*self.transforms, self.surrogate, *self.weights)
+
+    def local(self) -> bool:
+        """Return True if the head pass can score this term without a measuring pass."""
+        return not self.transforms and reads(self.surrogate) <= GIVEN
+
+    def corrected(self) -> bool:
+        """Return True if the loss stays valid on tokens that the current student did not generate.
+
+        That holds if it has a ratio to the sampling distribution, samples nothing, or is a likelihood of data.  A
+        reward from a judge or from a teacher's texts is not a likelihood.
+        """
+        read = frozenset().union(*map(reads, self.column_leaves()))
+        likelihood = not (self.needs() or self.transforms or read & ASKED)
+        return "sampler_logp" in read or self.estimator == Full() or likelihood
+
+    def needs(self) -> frozenset[str]:
+        """Return what a teacher must provide: log q of the sampled token, its whole distribution, or nothing."""
+        if (self.reward, self.baseline, self.estimator) == (One(), None, Sampled()):
+            return frozenset()
+        one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
+        return frozenset({"teacher_logp" if one else "vocabulary"})
+
+    def drawn(self) -> bool:
+        """Return True if log q of the sampled tokens is sufficient."""
+        return (self.baseline, self.estimator, self.against) == (None, Several(), Teacher())
+
+    def support(self) -> Support | None:
+        """Return the top-k support whose log q is sufficient beside the sampled token's, or None."""
+        some = [x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)]
+        known = isinstance(self.baseline, TopKValue | None) and isinstance(self.estimator, Sampled | Stratified)
+        return Support(max(some), "student") if some and known and self.against == Teacher() and max(some) else None
+
+    @torch.no_grad()
+    def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
+        """Return reward minus baseline at the sampled token, [*N]; None if the estimator uses more than that token."""
+        return self._scored(at, at.ids[..., None])[..., 0] if self.estimator == Sampled() else None
+
+    @torch.no_grad()
+    def _scored(self, at: Positions, ids: Int[Tensor, "*N m"]) -> Float[Tensor, "*N m"]:
+        other = at.of(self.against)
+        value = self.reward(at.student_logp.gather(-1, ids), other.gather(-1, ids))
+        if self.baseline is None:
+            return value
+        return value - self.baseline(self.reward, at.student_logp, other, None)[..., None]
+
+    def sampled_loss(
+        self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
+    ) -> Float[Tensor, "*N"]:
+        """Return the unweighted loss [*N] of each token under `Sampled`, from its log p.
+
+        The target's advantage takes precedence over `score`.
+        """
+        advantage = score if target.advantage is None else target.advantage
+        old = {} if target.old is None else dict.fromkeys(reads(self.surrogate), target.old)
+        return self.surrogate(new, advantage, **old)
+
+    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """Return the unweighted loss [*N] of each token."""
+        if isinstance(self.estimator, Sampled):
+            score = self.score(at) if target.advantage is None else None
+            return self.sampled_loss(at.sampled(at.student_logp), score, target)
+        if isinstance(self.estimator, Several):
+            return self._several_loss(at, target)
+        with torch.no_grad():
+            p, exact, other = at.student_logp.exp(), self.estimator.exact(at.student_logp), at.of(self.against)
+            f = self.reward(at.student_logp, other)
+            if self.baseline is not None:
+                f = f - self.baseline(self.reward, at.student_logp, other, exact)[..., None]
+            coefficient, beside = torch.where(exact & (p > 0), p * f, 0), at.sampled(f.where(~exact, 0))
+        summed = -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
+        return summed + self.sampled_loss(at.sampled(at.student_logp), beside, target)
+
+    def _several_loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """Return the mean of the surrogate over all tokens sampled at each position, [*N]."""
+        assert target.others is not None, "nobody drew more tokens than the response's"
+        ids, old = torch.cat((at.ids[..., None], target.others), -1), {}
+        if target.old is not None and target.others_old is not None:
+            old = dict.fromkeys(reads(self.surrogate), torch.cat((target.old[..., None], target.others_old), -1))
+        return self.surrogate(at.student_logp.gather(-1, ids), self._scored(at, ids), **old).mean(-1)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A term that differentiates a divergence between student and teacher."""
+
+    divergence: Divergence = ReverseKL()
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+    against: Against = Teacher()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.against, Extrapolated):
+            raise ValueError(f"{self.against} is not normalised: a divergence needs Teacher() or Reference()")
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """Return the leaves that read [B, T] columns."""
+        return self.weights
+
+    def local(self) -> bool:
+        """Return True: the head pass can always score this term without a measuring pass."""
+        return True
+
+    def needs(self) -> frozenset[str]:
+        """Return what a teacher must provide: its whole distribution, or nothing if `against` does not read it."""
+        return frozenset({"vocabulary"} if "teacher_logp" in models(self.against) else ())
+
+    def support(self) -> Support | None:
+        """Return the support whose log q is sufficient, or None.  The mass outside it follows from those log q."""
+        if isinstance(self.divergence, OnSupport):
+            return self.divergence.support if self.against == Teacher() else None
+        return None
+
+    def score(self, at: Positions) -> None:
+        """Return None: this term has no reward."""
+        return None
+
+    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+        """Return the unweighted loss [*N] of each token."""
+        return self.divergence(at.student_logp, at.of(self.against))
+
+
+@dataclass(frozen=True)
+class MatchHidden:
+    """A term that matches hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.
+
+    The LM heads are not used.  Column t is about the states that predict token t.
+    """
+
+    layers: tuple[int, ...] = ()  # layers of the student, from 1; empty: all
+    bridge: Bridge | None = None  # for a teacher of another width or depth; None: layer l is compared with layer l
+    weights: tuple[Column, ...] = ()
+    coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        if any(layer < 1 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers={self.layers}: different numbers from 1, or none of them for all")
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """Return the leaves that read [B, T] columns."""
+        return self.weights
+
+    def local(self) -> bool:
+        """Return True: this term never needs a measuring pass."""
+        return True
+
+    def needs(self) -> frozenset[str]:
+        """Return what a teacher must provide: the hidden states of its layers."""
+        return frozenset({"layers"})
+
+    def support(self) -> None:
+        """Return None: this term needs no log q."""
+        return None
+
+    def score(self, at: Positions) -> None:
+        """Return None: this term has no reward."""
+        return None
+
+    def loss(
+        self, student: Sequence[Float[Tensor, "N D"]], teacher: Sequence[Float[Tensor, "N D"]]
+    ) -> Float[Tensor, " N"]:
+        """Return the unweighted loss [N] of each token, from the views of the layers."""
+        return reduce(torch.add, map(distance, student, teacher)) / len(student)
+
+
+Term = PolicyGradient | Match | MatchHidden

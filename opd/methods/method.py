@@ -1,0 +1,208 @@
+"""A method as a value: which model generates the rollouts, the reward or divergence, and which tokens count.
+
+    prepare(batch)           -> targets   once per optimizer step, whole batch, no gradient
+    loss(positions, targets) -> [*N]      inside the head pass, differentiable, additive over tokens
+
+If the targets have no advantages, the head pass computes the scores itself.  That is the fast path, for methods whose
+leaves are all token-local.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import mul
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd.core.types import ASKED, GIVEN, MEASURED, Batch, Column, call, reads
+from opd.losses.estimators import Sampled, Several
+from opd.losses.reductions import TokenMean
+from opd.losses.rewards import One
+from opd.losses.target_distribution import Teacher, models
+from opd.losses.terms import MatchHidden, PolicyGradient, Positions, Target, Term
+from opd.methods.questions import Question
+from opd.methods.rollout_policies.kl_ball import Blend
+from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
+from opd.methods.rollout_policies.policies import Rollouts, listens
+from opd.methods.rollout_policies.snapshot import Snapshot
+from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
+from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
+
+
+@dataclass(frozen=True)
+class Privileged:
+    """A teacher with the student's weights that sees additional context."""
+
+    weights: str = "self"  # self: current weights; base: weights before training; ema:RATE: moving average
+    context: str = "response"  # a column of the prompt's row; peer: a correct response from the same group
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sum of loss terms over the same rollouts."""
+
+    terms: tuple[Term, ...] = (PolicyGradient(),)
+    reduction: Column = TokenMean()
+    rollouts: Rollouts = OnPolicy()
+    filters: tuple[Column, ...] = ()  # select trained tokens; applied first, so removed tokens are in no denominator
+    teacher: Privileged | None = None  # default teacher; the run's --teacher and --context override it
+    asks: Question | None = None  # question to a text-only teacher or a judge
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("a method needs at least one term")
+        if sum(isinstance(term, MatchHidden) for term in self.terms) > 1:
+            raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
+        self._check_asked()
+        several = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Several()]
+        if several and not (isinstance(self.rollouts, OnPolicy) and self.rollouts.samples > 1):
+            raise ValueError(f"{several[0].estimator} with {self.rollouts}: use OnPolicy(samples=...) above 1")
+        for term in self.terms:
+            if isinstance(term, PolicyGradient):
+                self._check_speaker(term)
+                if self.rollouts.updates > 1 and not reads(term.surrogate):
+                    raise ValueError(
+                        f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
+                        "policy; a policy gradient then needs a surrogate with a ratio (ImportanceSampling, Clipped)"
+                    )
+
+    def _check_asked(self) -> None:
+        """Raise ValueError if a column is never filled, or if the rollouts do not fit `asks`."""
+        told = frozenset() if self.asks is None else self.asks.columns
+        if missing := self.reads() & ASKED - told:
+            raise ValueError(
+                f"reads {', '.join(sorted(missing))}, which asks={self.asks} does not fill: Continue(...) fills chunk "
+                "and agreement, Grade(...) verdict and judged, Stages(...) stage, stage_scores and judged"
+            )
+        if self.asks is not None and not isinstance(self.rollouts, OnPolicy):
+            raise ValueError(f"{self.rollouts} takes a teacher that reads tokens, and {self.asks} one that reads text")
+
+    def _check_speaker(self, term: PolicyGradient) -> None:
+        """Raise ValueError for a policy gradient on tokens that the student did not generate, unless it is corrected
+        for.
+        """
+        read = frozenset().union(*map(reads, term.column_leaves()))
+        match self.rollouts:
+            case Mixture():
+                raise ValueError(
+                    f"{self.rollouts} lets others speak, and a policy gradient is a sum over the student's own "
+                    "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
+                )
+            case Blend() if "sampler_logp" not in read:
+                raise ValueError(
+                    f"{self.rollouts} draws from a mixture of both models, and a policy gradient then needs the ratio "
+                    "p/mu: add the weight TruncatedImportance(), or match distributions instead (opd-topk)"
+                )
+            case Snapshot() if not term.corrected():
+                raise ValueError(
+                    f"{self.rollouts} lets an older student speak, and a policy gradient then needs the ratio to it: "
+                    "take the surrogate OffPolicy(), or match distributions instead (opd-topk)"
+                )
+            case TeacherPrefix() if "prefix" not in read:
+                raise ValueError(
+                    f"{self.rollouts} lets the teacher write the first tokens, and a policy gradient is a sum over the "
+                    "student's own: add the weight StudentTokens(), or match distributions instead (opd-topk)"
+                )
+
+    def reads(self) -> frozenset[str]:
+        """Return the names of the columns that `prepare` reads."""
+        leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
+        return frozenset().union(*map(reads, leaves))
+
+    def needs(self) -> frozenset[str]:
+        """Return what every teacher must provide.
+
+        Possible values: names of measured columns, `vocabulary` (whole distributions), `layers` (hidden states),
+        `text`, and `decoding` (the teacher scores rollouts while they are generated).
+        """
+        heard = {"decoding"} if listens(self.rollouts) else set()
+        heard |= {"text"} if self.asks is not None else set()
+        heard |= {"reverse_kl"} if isinstance(self.rollouts, StopOnAgreement) else set()
+        return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
+
+    def supports(self) -> dict[str, int]:
+        """Return how many top-k tokens a teacher server must score so that every term can be computed.
+
+        The result is `{"student": k}`, `{"teacher": k}` or both, by the model whose top k is meant.  `{"drawn": n}`
+        means n tokens sampled beside the response's token.  It is empty if some term needs the full vocabulary.
+        """
+        out: dict[str, int] = {}
+        for term in self.terms:
+            if isinstance(term, PolicyGradient) and term.drawn():
+                assert isinstance(self.rollouts, OnPolicy)
+                out["drawn"] = self.rollouts.samples - 1
+            elif "vocabulary" in term.needs():
+                if (found := term.support()) is None:
+                    return {}
+                out[found.of] = max(found.k, out.get(found.of, 0))
+        return out
+
+    def needs_of_tokens(self) -> frozenset[str]:
+        """Return `needs` for a teacher that returns log-probs of single tokens instead of distributions.
+
+        If top-k tokens suffice (`supports`), `vocabulary` is replaced by `teacher_logp` and one or both of two values.
+        `chosen` means tokens named by the student, `teacher_top` the teacher's top k.
+        """
+        needs, tops = self.needs(), self.supports()
+        kinds = {"student": "chosen", "drawn": "chosen", "teacher": "teacher_top"}
+        return needs - {"vocabulary"} | {"teacher_logp", *(kinds[who] for who in tops)} if tops else needs
+
+    def models(self) -> frozenset[str]:
+        """Return the names, in `Positions`, of the distributions with which the terms compare the student."""
+        return frozenset().union(*(models(term.against) for term in self.terms if not isinstance(term, MatchHidden)))
+
+    def hidden(self) -> MatchHidden | None:
+        """Return the term that matches hidden states, or None."""
+        return next((term for term in self.terms if isinstance(term, MatchHidden)), None)
+
+    def headless(self) -> bool:
+        """Return True if no term compares next-token distributions; training then skips the LM heads."""
+        return all(isinstance(term, MatchHidden) for term in self.terms)
+
+    def local(self) -> bool:
+        """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
+        if isinstance(self.rollouts, StopOnAgreement) and not self.rollouts.online:
+            return False
+        if isinstance(self.rollouts, Snapshot) and self.rollouts.drift < math.inf:
+            return False
+        return self.reads() <= GIVEN and all(term.local() for term in self.terms)
+
+    def advised(self) -> "Method | None":
+        """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.
+
+        The reduced method is for targets that already carry advantages.  It needs no teacher forward.
+        """
+        terms = []
+        for term in self.terms:
+            if not isinstance(term, PolicyGradient) or term.estimator != Sampled():
+                return None
+            terms.append(replace(term, reward=One(), baseline=None, transforms=(), against=Teacher()))
+        return replace(self, terms=tuple(terms))
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> tuple[Target, ...]:
+        """Return a target per term.  Targets have advantages if the batch was measured before."""
+        for keep in self.filters:
+            batch = replace(batch, mask=batch.mask & call(keep, batch))
+        scale = call(self.reduction, batch).where(batch.mask, 0)
+        scores = batch.scores or (None,) * len(self.terms)
+        out = []
+        for term, score in zip(self.terms, scores, strict=True):
+            assert score is not None or term.local(), f"{term} reads the whole batch, and its scores were not measured"
+            weight = reduce(mul, (call(w, batch) for w in term.weights), term.coef * scale).where(batch.mask, 0)
+            if isinstance(term, PolicyGradient) and score is not None:
+                score = reduce(lambda x, f: call(f, batch, x), term.transforms, score.where(batch.mask, 0))
+                score = score.where(batch.mask, 0)
+            wrote = isinstance(term, PolicyGradient) and "sampler_logp" in reads(term.surrogate)
+            several = isinstance(term, PolicyGradient) and term.estimator == Several()
+            others = (batch.others, batch.others_logp) if several else (None, None)
+            out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp, *others))
+        return tuple(out)
+
+    def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
+        """Return the weighted sum [*N] of the terms on distributions.  The denominators are inside the weights."""
+        pairs = zip(self.terms, targets, strict=True)
+        parts = [x.weight * term.loss(at, x) for term, x in pairs if not isinstance(term, MatchHidden)]
+        return reduce(torch.add, parts)

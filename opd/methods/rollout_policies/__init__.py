@@ -1,0 +1,1 @@
+"""Rollout policies: which model generates a rollout, of which prompts, and where it ends."""

@@ -1,0 +1,1 @@
+"""Models: loading, LoRA, pruning, batches of token ids, the forward pass."""

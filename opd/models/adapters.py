@@ -1,0 +1,110 @@
+"""Adapters of peft: `apply` one to its base, `merge` it into the weights, save it so that it loads from anywhere."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch.nn import Embedding
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.core.disk import follow_umask
+from opd.core.errors import one_line
+from opd.data.hub import Missing, Repository
+
+SETTINGS = "adapter_config.json"
+BASE = "base"  # folder of a run that holds the weights under its adapter, where no other folder holds them
+
+
+def apply(folder: Path, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
+    """Put the adapter of a folder over its base; raises Missing where it does not fit, and what peft raises."""
+    rows = len(cast(Embedding, base.get_input_embeddings()).weight)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        saved = [file.get_slice(name).get_shape() for name in names if name.endswith("embed_tokens.weight")]
+    if any(shape[0] != rows for shape in saved):
+        raise Missing(
+            f"the adapter has {saved[0][0]} rows of embeddings and its base {rows}; save the merged model by peft's "
+            "merge_and_unload, and name that"
+        )
+    # peft only warns about layers that the adapter lacks, and leaves them as they are in the base.  It draws random
+    # numbers before it reads the saved ones: the fork keeps the state of the generator for a new adapter of the run.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, local_files_only=True)
+        except UserWarning as warning:
+            raise Missing(f"the adapter does not fit its base: {one_line(warning)}") from warning
+    kind = model.active_peft_config
+    if kind.is_prompt_learning:
+        raise Missing(f"a {kind.peft_type.value} adapter has no weights to merge; opd takes LoRA and others that merge")
+    used = get_peft_model_state_dict(model, save_embedding_layers=False)
+    unused = sorted(name for name in names if str(model.base_model.prefix) in name and name not in used)
+    if unused:
+        raise Missing(f"the adapter does not fit its base: it has {unused[0]}, and the base has no such layer")
+    return model
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Return the base with the adapter added to its weights, all of which can be trained; raises Missing."""
+    plain = cast(PreTrainedModel, model.get_base_model())
+    head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
+    adapted = any(isinstance(module, BaseTunerLayer) for module in (head, embeddings))
+    if adapted and plain.config.get_text_config().tie_word_embeddings:
+        raise Missing(
+            "the adapter changes lm_head or the embeddings, which share one weight in its base, and merging would "
+            "change both; name an adapter of the other layers"
+        )
+    return cast(PreTrainedModel, model.merge_and_unload(safe_merge=True)).requires_grad_(True)
+
+
+def record_base(model: PeftModel, folder: str, repository: Repository | None) -> None:
+    """Write into an adapter's settings where its base is: a hub id at its commit, or an absolute path.
+
+    Then the checkpoint loads from any working directory, by peft too.
+    """
+    settings = model.active_peft_config
+    settings.base_model_name_or_path = folder if repository is None else repository.id
+    settings.revision = None if repository is None else repository.revision
+
+
+def base_name(model: PeftModel) -> str:
+    """Return the name of the model under an adapter, as `opd.models.locate` takes it."""
+    settings = model.active_peft_config
+    revision = f"@{settings.revision}" if settings.revision else ""
+    return f"{settings.base_model_name_or_path}{revision}"
+
+
+def save(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights as a model folder, those of an adapter as an adapter folder."""
+    if isinstance(model, PeftModel):
+        # The default compares the vocabulary with the base's, on the hub even; opd never resizes it.
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder), state_dict=weights)
+
+
+def save_base(model: PeftModel, weights: dict[str, torch.Tensor], text: Tokenizer, folder: Path) -> None:
+    """Write the weights under an adapter, and the tokenizer, as a model folder that appears once it is whole.
+
+    `weights` is the state dict of the whole model: where processes share it out, `model` holds a part.
+    """
+    plain = cast(PreTrainedModel, model.get_base_model())
+    prefix = str(model.base_model.prefix)  # of the names of the adapter's tensors: lora_
+    under = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
+        for name, value in weights.items()
+        if not any(part.startswith(prefix) for part in name.split("."))
+    }
+    part = folder.with_name(f".{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    plain.save_pretrained(str(part), state_dict=under)
+    text.save_pretrained(part)
+    follow_umask(part)
+    part.replace(folder)

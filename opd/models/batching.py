@@ -1,0 +1,61 @@
+"""Rollouts as padded rows of token ids, in micro-batches of similar length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from opd.core.types import Rollout, pad
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts and responses as a model's input ids, padded on the right."""
+
+    ids: Int[Tensor, "B L"]
+    trained: Bool[Tensor, "B L"]  # response tokens that train; stays in main memory
+
+
+def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teacher: bool, device: torch.device) -> Rows:
+    """Concatenate each prompt with its response, for the teacher or the student.
+
+    Without rollouts, returns a dummy row without trained tokens, so that every rank runs a forward pass.
+    """
+    prompts = [r.teacher_prompt_ids if teacher else r.prompt_ids for r in rollouts]
+    pairs = list(zip(prompts, rollouts, masks, strict=True))
+    ids = [torch.tensor([*prompt, *r.ids]) for prompt, r, _ in pairs] or [torch.zeros(2, dtype=torch.long)]
+    trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs] or [
+        torch.zeros(2, dtype=torch.bool)
+    ]
+    return Rows(pad(ids, 0).to(device), pad(trained, False))
+
+
+def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
+    """Split rows into micro-batches of similar length, longest first, at minimal cost (dynamic programming).
+
+    A micro-batch costs its padded tokens, at most `budget`, plus budget / 64 for the overhead of its calls.  A row
+    longer than the budget is a micro-batch by itself.
+
+    Args:
+        widths: length of each row in tokens, by row number.
+        budget: padded tokens of a micro-batch.
+    """
+    order = sorted(widths, key=lambda i: (-widths[i], i))
+    # For the first `end` rows: the least cost, and the start of the last micro-batch at that cost.
+    least, start = [0] * (len(order) + 1), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        first = end - 1
+        least[end], start[end] = least[first] + widths[order[first]], first
+        while first and (end - first + 1) * widths[order[first - 1]] <= budget:
+            first -= 1
+            cost = least[first] + (end - first) * widths[order[first]]
+            if cost < least[end]:
+                least[end], start[end] = cost, first
+        least[end] += budget // 64
+    out, end = [], len(order)
+    while end:
+        out.append(order[start[end] : end])
+        end = start[end]
+    return out[::-1]

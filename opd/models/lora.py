@@ -1,0 +1,73 @@
+"""The trained model: its weights, under a LoRA adapter where the run has one."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.config.train import Train
+from opd.core.disk import disk
+from opd.core.errors import Refusal
+from opd.models import adapters
+from opd.models import load as models
+
+
+def trainable(
+    config: Train, source: models.Source, checkpoint: Path | None, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """Load the student: its own weights or a checkpoint's, under an adapter where --lora-rank asks for one.
+
+    A student that is an adapter itself is merged first.  A new adapter's base is then in no folder yet: `save_base`
+    writes it into the run folder.
+    """
+    frozen_base = config.lora_rank > 0 and config.precision == "bf16"
+    dtype = torch.bfloat16 if frozen_base else torch.float32  # what is trained stays fp32: peft keeps adapters so
+    start, base = source, source
+    if checkpoint is not None:
+        start = models.locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
+    if config.lora_rank and start.base is not None and checkpoint is not None:
+        model: PreTrainedModel | PeftModel = models.load_adapter(start, field="student", dtype=dtype, device=device)
+        base = start.base
+    else:
+        model = models.load(start, field="student", dtype=dtype, device=device)
+    if config.lora_rank and checkpoint is None:
+        if source.base is not None:
+            base = models.Source(str(_base_folder(config)))
+        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
+            lora_dropout=0.0,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = get_peft_model(model, adapter)
+        except ValueError as error:
+            raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
+    if isinstance(model, PeftModel):
+        adapters.record_base(model, base.folder, base.repository)
+    return model
+
+
+def _base_folder(config: Train) -> Path:
+    """Return where a run keeps the merged weights under its adapter."""
+    return Path(config.out).resolve() / adapters.BASE
+
+
+def save_base(config: Train, student: torch.nn.Module, text: Tokenizer, accelerator: Accelerator) -> None:
+    """Write the weights under the student's adapter into the run folder, where no other folder holds them.
+
+    Every process calls it, because sharded values are gathered; the main process writes.
+    """
+    model = accelerator.unwrap_model(student).model
+    if not isinstance(model, PeftModel) or adapters.base_name(model) != str(_base_folder(config)):
+        return
+    weights = accelerator.get_state_dict(student)
+    if accelerator.is_main_process:
+        named = {name.removeprefix("model."): x for name, x in weights.items()}
+        with disk(f"writing {_base_folder(config)}"):
+            adapters.save_base(model, named, text, _base_folder(config))

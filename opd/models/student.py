@@ -1,0 +1,108 @@
+"""The student: an nn.Module whose forward runs the backbone and the LM head and returns the loss and its columns.
+
+DDP, FSDP and DeepSpeed wrap this module.  No code may use lm_head outside its forward: a head that is gathered
+elsewhere and resharded before the backward pass gives silently wrong gradients.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opd.head.head_pass import head_pass, measure
+from opd.head.inputs import Heard, Hidden
+from opd.head.outputs import Alternatives, Columns
+from opd.head.token_scores import alternatives
+from opd.head.vocabulary import Vocabulary
+from opd.losses.terms import Target
+from opd.methods.method import Method
+from opd.models.batching import Rows
+from opd.models.forward import Body, states
+from opd.models.load import base, head
+
+
+class Student(nn.Module):
+    """The trained model; with `checkpointing`, its layers recompute their activations in the backward pass."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model, self.layers = model, []
+        self.body: Body | None = None  # the compiled backbone, or None
+        if checkpointing:
+            base(model).gradient_checkpointing_enable({"use_reentrant": False})
+            self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Enable gradient checkpointing inside the block.
+
+        transformers checkpoints only layers in training mode.  The modules inside the layers stay in eval mode, so
+        dropout stays off.
+        """
+        for layer in self.layers:
+            layer.training = True
+        yield
+        for layer in self.layers:
+            layer.training = False  # generation needs the KV cache, which checkpointing would disable
+
+    def forward(
+        self,
+        at: Rows,
+        heard: Heard,
+        method: Method,
+        targets: tuple[Target, ...] | None,
+        vocabulary: Vocabulary,
+        *,
+        likeliest: int = 0,
+    ) -> tuple[Float[Tensor, ""], Columns | Alternatives]:
+        """Return the loss and the columns of the trained tokens.
+
+        Args:
+            at: input ids and the mask of the N trained tokens.
+            heard: outputs of the frozen models.
+            method: the method whose terms are computed.
+            targets: targets of each term, flat [N]; None measures the columns without a loss.
+            vocabulary: common ids, temperature and stop class of the LM heads.
+            likeliest: if above 0, return only each model's top-k tokens with k = `likeliest`, as `Alternatives`.
+        """
+        with self.recomputing():
+            final, views = states(self.model, at, heard.lens, self.body)
+        student, ids = Hidden(final, head(self.model), views), at.ids[at.trained]
+        if likeliest:
+            return final.new_zeros(()), alternatives(student, heard.teacher, likeliest, vocabulary)
+        if targets is None:
+            loss, columns = final.new_zeros(()), measure(method, student, heard, ids, vocabulary)
+        elif method.headless():
+            loss, columns = final.new_zeros(()), Columns(scores=(None,) * len(method.terms))
+        else:
+            loss, columns = head_pass(method, student, heard, ids, targets, vocabulary)
+        return _matched(method, student, heard, targets, loss, columns)
+
+
+def _matched(
+    method: Method,
+    student: Hidden,
+    heard: Heard,
+    targets: tuple[Target, ...] | None,
+    loss: Float[Tensor, ""],
+    columns: Columns,
+) -> tuple[Float[Tensor, ""], Columns]:
+    """Add the hidden-state term's loss and columns, if the method has such a term."""
+    term = method.hidden()
+    if term is None:
+        return loss, columns
+    assert isinstance(heard.teacher, Hidden), "a teacher that is Given shows no layer"
+    each = term.loss(student.views, heard.teacher.views)
+    if targets is not None:
+        loss = loss + (targets[method.terms.index(term)].weight * each).sum()
+    with torch.no_grad():
+        cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(student.views, heard.teacher.views, strict=True)]
+        cosine = torch.stack(cosines).mean(0)
+    return loss, replace(columns, hidden_distance=each.detach(), hidden_cosine=cosine)

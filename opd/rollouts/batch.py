@@ -1,0 +1,68 @@
+"""From rollouts to a `Batch` of [B, T] columns, and back to ragged rows."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.core.rng import uniform
+from opd.core.sampling import StopToken, Truncated
+from opd.core.types import ALONE, Batch, Rollout, pad
+from opd.head.outputs import Columns
+
+
+def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated, seed: int, step: int) -> Batch:
+    """Return a batch with the columns that are known before scoring; all tokens that never train are masked here."""
+    rows = []
+    for r in rollouts:
+        mask = torch.tensor(r.mask or [True] * len(r.ids), dtype=torch.bool)
+        if not r.stopped and not r.notes.get("cut") and truncated == "drop":
+            mask = torch.zeros_like(mask)
+        if r.stopped and stop_token == "mask":
+            mask = torch.cat((mask[:-1], torch.tensor([False])))
+        rows.append(mask)
+    found = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
+    given: dict[str, Any] = {name: torch.stack(found.pop(name)) for name in ALONE & found.keys()}
+    more = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
+    if more and len(more) == len(rollouts):
+        given["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in more], 0)
+        given["others_logp"] = pad([torch.tensor(x.logp).view(n, -1) for x, n in more], 0.0)
+    return Batch(
+        ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
+        mask=pad(rows, False),
+        group=torch.tensor([r.group for r in rollouts]),
+        source=torch.tensor([r.source for r in rollouts]),
+        stopped=torch.tensor([r.stopped for r in rollouts]),
+        outcome=torch.tensor([r.outcome for r in rollouts]),
+        sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
+        prefix=torch.tensor([r.prefix for r in rollouts]),
+        **given,
+        notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
+        # The fifth key, 1, separates this noise from the sampling noise, which has only the first four.
+        coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
+    )
+
+
+def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
+    """Return for each rollout which of its tokens are trained, without padding."""
+    return [row[: len(r.ids)].tolist() for row, r in zip(batch.mask, rollouts, strict=True)]
+
+
+def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Batch:
+    """Scatter flat per-token columns, measured for some rows at a time, into the batch as [B, T] columns.
+
+    Rows that are in no part keep their previous values.
+    """
+    before = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
+    found: dict[str, Any] = {}
+    for at, columns in parts:
+        rows = torch.tensor(at, dtype=torch.long)
+        for name, flat in columns.named():
+            had = before.get(name)
+            empty = torch.zeros(batch.mask.shape, dtype=flat.dtype)
+            whole = found.setdefault(name, empty if had is None else had.to(flat.dtype, copy=True))
+            whole[rows] = torch.zeros_like(whole[rows]).masked_scatter(batch.mask[rows], flat)
+    scores = tuple(found.pop(f"scores.{i}", None) for i in range(len(parts[0][1].scores)))
+    return replace(batch, **found, scores=scores)

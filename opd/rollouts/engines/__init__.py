@@ -1,0 +1,1 @@
+"""Engines that generate responses: transformers, vLLM in this process, a vLLM server."""

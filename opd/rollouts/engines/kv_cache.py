@@ -1,0 +1,214 @@
+"""The KV cache of rows that are decoded together: new prompts are spliced in, finished rows leave.
+
+All rows end in the last column of the KV cache.  Columns to the left of a row's first token are masked.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from opd.models.load import base
+
+Ids = tuple[int, ...]
+Rows = Int[Tensor, " _"]  # indices of rows, in order; a row may occur more than once
+
+
+class Roomy(DynamicLayer):
+    """A KV-cache layer with spare columns on the right, so that appending a token copies nothing."""
+
+    keys: Tensor
+    values: Tensor
+    places: tuple[Tensor, Tensor]  # buffers whose first columns are `keys` and `values`
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, and return views of all filled columns."""
+        new = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.hold((key_states[:, :, :0], value_states[:, :, :0]), 0)
+        used, width = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if width > self.places[0].shape[2]:
+            moved = _rooms((self.keys, self.values), len(self.keys), width)
+            for place, x in zip(moved, (self.keys, self.values), strict=True):
+                place[:, :, :used] = x
+            self.hold(moved, used)
+        for place, x in zip(self.places, new, strict=True):
+            place[:, :, used:width] = x
+        self.hold(self.places, width)
+        return self.keys, self.values
+
+    def hold(self, places: tuple[Tensor, Tensor], width: int) -> None:
+        """Use buffers whose first `width` columns are filled."""
+        self.places = places
+        self.keys, self.values = (place[:, :, :width] for place in places)
+
+    def batch_select_indices(self, indices: Rows) -> None:
+        """Keep only the rows `indices`."""
+        self.hold((self.keys[indices], self.values[indices]), self.keys.shape[2])
+
+
+Layer = Roomy | DynamicSlidingWindowLayer  # the layers that support splicing
+
+
+def _rooms(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Allocate buffers [rows, heads, room, D] for `width` columns and a quarter more, at least 32 more."""
+    room = width + max(32, width // 4)
+    keys, values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in like)
+    return keys, values
+
+
+@dataclass
+class Cache:
+    """The KV cache of some rows."""
+
+    cache: DynamicCache
+    length: Int[Tensor, " B"]  # tokens of each row
+    width: int  # columns: the number of tokens of the longest row
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
+        """Return an empty cache for a model."""
+        cache = DynamicCache(config=base(model).config)
+        cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cls(cache, torch.zeros(0, dtype=torch.long, device=model.device), 0)
+
+    def splices(self) -> bool:
+        """Return whether rows of two such caches can be joined: each layer holds only keys and values by column."""
+        return all(type(layer) in (Roomy, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+
+    def _layers(self) -> list[Layer]:
+        return cast(list[Layer], self.cache.layers)
+
+    def join_(self, parts: Sequence[tuple["Cache", Rows]]) -> None:
+        """Replace this cache's rows by the chosen rows of all parts, in order.  This cache may be one of the parts."""
+        length = torch.cat([part.length[rows] for part, rows in parts])
+        width = int(length.max()) if len(length) else 0
+        for i, layer in enumerate(self._layers()):
+            _join_(layer, [(part._layers()[i], rows) for part, rows in parts], width)
+        self.length, self.width = length, width
+
+    def drop_(self, kept: Rows) -> None:
+        """Keep only the rows `kept`, in a cache that does not splice."""
+        self.cache.batch_select_indices(kept)
+        self.length = self.length[kept]
+
+
+def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> None:
+    """Fill a layer with the last `width` columns of the chosen rows.  Narrower rows get zeros on their left."""
+    held = [_held(source) for source, _ in parts]
+    like = next((x for x in held if x is not None), None)
+    if like is None or not width:
+        layer.reset()  # no token is cached yet, or the layer is never written: it shares another layer's keys
+        return
+    stored = width if isinstance(layer, Roomy) else min(width, layer.sliding_window - 1)
+    places, start = _rooms(like, sum(len(at) for _, at in parts), stored), 0
+    for source, (_, at) in zip(held, parts, strict=True):
+        end, columns = start + len(at), 0 if source is None else min(stored, source[0].shape[2])
+        for i, place in enumerate(places):
+            place[start:end, :, : stored - columns] = 0
+            if source is not None:
+                place[start:end, :, stored - columns : stored] = source[i][at, :, source[i].shape[2] - columns :]
+        start = end
+    if not layer.is_initialized:
+        layer.lazy_initialization(*places)
+    if isinstance(layer, Roomy):
+        layer.hold(places, width)
+    else:
+        layer.keys, layer.values = (place[:, :, :stored] for place in places)
+        layer.cumulative_length = width
+
+
+def _held(layer: Layer) -> tuple[Tensor, Tensor] | None:
+    return None if layer.keys is None or layer.values is None else (layer.keys, layer.values)
+
+
+@dataclass
+class Stream:
+    """The rows that a model decodes together."""
+
+    model: PreTrainedModel | PeftModel
+    rows: Cache
+    last: Int[Tensor, " B"]  # last token of each row, not in the cache yet
+    shelf: tuple[list[Ids], Cache]  # prefilled prompts that later rows will use, and their cache
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PeftModel) -> "Stream":
+        """Return a stream without rows."""
+        return cls(model, Cache.of(model), torch.zeros(0, dtype=torch.long, device=model.device), ([], Cache.of(model)))
+
+    def change(self, kept: Rows, new: Sequence[Ids], soon: Collection[Ids]) -> None:
+        """Keep some rows and add prompts.  A new prompt that is also in `soon` is prefilled once for all its rows."""
+        kept = kept.to(self.model.device)
+        self.last = torch.cat((self.last[kept], self.last.new_tensor([p[-1] for p in new])))
+        if self.rows.splices() and not new:
+            self.rows.join_([(self.rows, kept)])
+        elif self.rows.splices():
+            names, read = self._known(new)
+            self.rows.join_([(self.rows, kept), (read, self._at(names, new))])
+            later, shelved = [p for p in names if p in soon], Cache.of(self.model)
+            shelved.join_([(read, self._at(names, later))])
+            self.shelf = later, shelved
+        elif new:
+            assert not len(kept), "such a cache takes no rows while it has others"
+            names = list(dict.fromkeys(new))
+            self.rows = self._prefilled(names)
+            self.rows.drop_(self._at(names, new))
+        else:
+            self.rows.drop_(kept)
+
+    def read(self) -> Float[Tensor, "B V"]:
+        """Read the last token of each row, and return the logits of the next token."""
+        rows, device = self.rows, self.model.device
+        real = torch.arange(rows.width + 1, device=device) >= rows.width - rows.length[:, None]
+        out = base(self.model)(
+            input_ids=self.last[:, None],
+            attention_mask=real.long(),
+            position_ids=rows.length[:, None],
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        rows.length, rows.width = rows.length + 1, rows.width + 1
+        return out.logits[:, -1]
+
+    def _known(self, prompts: Sequence[Ids]) -> tuple[list[Ids], Cache]:
+        """Return prompts, each once, and their cache: from the shelf, or prefilled now."""
+        names, shelved = self.shelf
+        missing = [p for p in dict.fromkeys(prompts) if p not in names]
+        if not missing:
+            return names, shelved
+        read = self._prefilled(missing)
+        if not names:
+            return missing, read
+        both = Cache.of(self.model)
+        both.join_([(shelved, self._at(names, names)), (read, self._at(missing, missing))])
+        return names + missing, both
+
+    def _prefilled(self, prompts: Sequence[Ids]) -> Cache:
+        """Return the cache after all but the last token of each prompt."""
+        out, device, width = Cache.of(self.model), self.model.device, max(map(len, prompts)) - 1
+        out.length, out.width = torch.tensor([len(p) - 1 for p in prompts], device=device), width
+        if width:
+            ids = torch.tensor([[0] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts], device=device)
+            column = torch.arange(width, device=device) - (width - out.length[:, None])
+            base(self.model).base_model(
+                input_ids=ids,
+                attention_mask=(column >= 0).long(),
+                position_ids=column.clamp(min=0),
+                past_key_values=out.cache,
+                use_cache=True,
+            )
+        return out
+
+    def _at(self, names: Sequence[Ids], prompts: Sequence[Ids]) -> Rows:
+        place = {name: i for i, name in enumerate(names)}
+        return torch.tensor([place[p] for p in prompts], dtype=torch.long, device=self.model.device)

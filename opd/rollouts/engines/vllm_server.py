@@ -1,0 +1,178 @@
+"""Rollout generation with a vLLM server, given by its address.  Weights are sent by vLLM's routes."""
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from opd.config.engine import Speaker
+from opd.config.servers import Remote
+from opd.core.disk import disk
+from opd.core.errors import Refusal
+from opd.core.sampling import Sampling
+from opd.core.tensors import save_tensors
+from opd.models.remote.client import Client, Malformed, read_json
+from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.vllm_requests import Request, Sent, parameters, requests, sample
+from opd.rollouts.weight_sync.vllm_plugin import weights
+
+START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
+LEAST = -9998.0  # nats: vLLM sends -9999 for -inf
+
+
+class VLLMServer(Sent):
+    """An engine that uses a vLLM server, started by the command `START`.
+
+    Every response names the weights that generated it.  If the server was restarted or has the weights of another
+    client, it gets the student's weights again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        vocabulary: int,
+        stop: tuple[int, ...],
+        how: Speaker,
+        retries: int,
+        *,
+        folder: Path,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(model, vocabulary, stop, how.engine_concurrency)
+        self.how, self.folder, self.dtype = how, folder, dtype
+        asked = Remote(
+            teacher_token_env=how.engine_token_env,
+            teacher_timeout=how.engine_timeout,
+            teacher_concurrency=how.engine_concurrency,
+            teacher_retries=retries,
+        )
+        self.client = Client(how.engine, asked, field="engine")
+        backend = json.dumps({"backend": how.engine_transfer})
+        self.start = f"{START} '{backend}'"
+        if not self.client.knows("/get_world_size"):
+            raise Refusal(f"--engine {self.client.url}: it takes no weights: start it as {self.start}")
+        cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
+        self.name, self.version = self.client.model or cards[0], ""
+        self.link: Callable[[], None] | None = None
+        # A trainer killed during a transfer leaves an open update and a pause.  Without an update vLLM refuses.
+        with contextlib.suppress(Refusal):
+            self._post("/finish_weight_update", {})
+        self._post("/resume", {}, tries=2)  # vLLM drops the connection after such a refusal
+
+    def processed(self) -> bool:
+        """Return whether the server's log-probs are those of the sampled distribution (`processed_logprobs`).
+
+        At temperature 0.01 they are then near 0 for the sampled tokens.
+        """
+        hot, cold = (Sampling(temperature=t, max_new_tokens=8) for t in (1.0, 0.01))
+        asked = requests([[1, 1]], [], hot, seed=0, step=0, index=[0])
+        return all(sum(x.logp) > -0.5 for x in self._ask(asked[0], cold) or ())
+
+    def _ours(self) -> bool:
+        """Return whether the server still has the weights that were sent last."""
+        asked = requests([[1, 1]], [], Sampling(max_new_tokens=1), seed=0, step=0, index=[0])
+        return self._ask(asked[0], Sampling(max_new_tokens=1)) is not None
+
+    def _send(self) -> None:
+        self.client.knows("/health")  # waits for a server that is starting
+        if self.link is not None and not self._ours():
+            self.link = None  # the server was restarted
+        self.version = f"opd-{secrets.token_hex(8)}"
+        if self.link is None:
+            try:
+                self.link = self._opened()
+            except (Refusal, OSError, RuntimeError) as error:
+                raise Refusal(f"{error}; does it take weights? Started as {self.start} it does") from error
+        self._post("/pause?mode=wait", {})
+        try:
+            self.link()
+        except (OSError, RuntimeError) as error:  # raised by vLLM's client and its backends
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise Refusal(f"--engine {self.client.url}: the weights did not get there: {said}") from error
+        self._post("/update_weight_version", {"new_version": self.version})
+        self._post("/reset_prefix_cache", {})  # its keys belong to the old weights
+        self._post("/resume", {})
+
+    def _opened(self) -> Callable[[], None]:
+        """Return the function that sends the weights, for the backend that the server was started with."""
+        if self.how.engine_transfer == "opd":
+            self._post("/init_weight_transfer_engine", {"init_info": {}})
+            return self._by_file
+        try:
+            from opd.rollouts.weight_sync.sender import ipc, nccl
+        except ImportError as error:
+            raise Refusal(
+                f"--engine-transfer {self.how.engine_transfer}: vLLM has to be installed here, too; pip install "
+                "'opd[vllm]', or take --engine-transfer opd"
+            ) from error
+        whole = lambda: {name: x.to(self.dtype) for name, x in weights(self.model).items()}
+        if self.how.engine_transfer == "ipc":
+            return ipc(self.client.url, whole)
+        workers = self.client.get("/get_world_size", read_json(lambda told: int(told["world_size"])))
+        return nccl(self.client.url, whole, workers)
+
+    def _by_file(self) -> None:
+        path = (self.folder / "engine" / "weights.safetensors").absolute()
+        whole = {name: x.to(self.dtype) for name, x in weights(self.model).items()}
+        # The server may run as another user, so the file's mode follows the umask.
+        try:
+            with disk(f"writing {path}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors(whole, path)
+            self._post("/start_weight_update", {})
+            self._post("/update_weights", {"update_info": {"files": [str(path)]}})
+            self._post("/finish_weight_update", {})
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder was never created
+                path.parent.rmdir()
+
+    def _post(self, path: str, body: object, tries: int = 1) -> None:
+        """Call a route for weights.  By default it is not retried, because most of these calls must not run twice."""
+        self.client.post(path, body, lambda response: None, tries=tries)
+
+    def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        self.sync()
+        with ThreadPoolExecutor(self.how.engine_concurrency, "engine") as pool:
+            for _ in range(2):
+                found = list(pool.map(lambda x: self._ask(x, sampling), asked))
+                if None not in found:
+                    return [x for x in found if x is not None]
+                # The server was restarted, or another client sent it weights.  Send ours, then repeat the batch.
+                self.link, self.stale = None, True
+                self.sync()
+        raise Refusal(
+            f"--engine {self.client.url}: it has weights of somebody else, though it was just sent this student's: one "
+            "run to a server"
+        )
+
+    def _ask(self, asked: Request, sampling: Sampling) -> list[Sample] | None:
+        """Return the rollouts of a request, or None if older or other weights generated any part of them."""
+        body = {
+            "model": self.name,
+            "token_ids": list(asked.ids),
+            "sampling_params": parameters(asked, sampling, self.stop, self.allowed),
+        }
+
+        def read(told: dict) -> list[Sample] | None:
+            choices = sorted(told["choices"], key=lambda c: c["index"])
+            if self.version and any(x["version"] != self.version for c in choices for x in c["weight_versions"] or ()):
+                return None
+            return [self._sample(choice, sampling) for choice in choices]
+
+        return self.client.post("/inference/v1/generate", body, read_json(read))
+
+    def _sample(self, choice: dict, sampling: Sampling) -> Sample:
+        ids, said = choice["token_ids"], choice["logprobs"]["content"]
+        if not ids or [x["token_id"] for x in said] != ids or max(ids) >= self.vocabulary:
+            raise Malformed(f"{len(ids)} tokens with {len(said)} log-probs, or an id beyond {self.vocabulary}")
+        last = {x["token_id"]: x["logprob"] for x in said[-1]["top_logprobs"]}
+        logp = [x["logprob"] if x["logprob"] > LEAST else -np.inf for x in said]
+        return sample(ids, logp, last, sampling, self.stop, self.merged)

@@ -1,0 +1,69 @@
+"""Weight transfer to vLLM, by vLLM's four calls: init, start, update, finish.
+
+vLLM has backends for GPUs (nccl, ipc).  This module adds the backend `opd`, for any device.  It passes tensors by
+reference to an engine in the same process, or safetensors files to a server that shares a folder.  vLLM finds it by
+this package's entry point `vllm.general_plugins`, in servers too.  Start those with `--weight-transfer-config`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as Adapted
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from opd.models.load import base
+
+BACKEND = "opd"
+
+
+def register() -> None:
+    """Register the backend with vLLM.  vLLM calls this in each of its processes."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    with contextlib.suppress(ValueError):  # it is registered already
+        WeightTransferEngineFactory.register_engine(BACKEND, "opd.rollouts.weight_sync.receiver", "Receiver")
+
+
+@dataclass
+class Opened:
+    """The init message of the backend, which is empty."""
+
+
+@dataclass
+class Update:
+    """New weights under their checkpoint names: as tensors, or as files that hold them."""
+
+    weights: list[tuple[str, Tensor]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.weights
+        for file in self.files:
+            yield from load_file(file).items()
+
+
+@torch.no_grad()
+def weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """Return every weight under its checkpoint name.  Adapters are merged into copies; a tied weight occurs once."""
+    plain = base(model)
+    if not isinstance(model, PeftModel):
+        return revert_weight_conversion(plain, {name: p.detach() for name, p in plain.named_parameters()})
+    found: dict[str, Tensor] = {}
+    adapted = {name: m for name, m in plain.named_modules() if isinstance(m, Adapted)}
+    for name, p in plain.named_parameters():
+        owner, _, rest = name.rpartition(".base_layer.")
+        if owner:
+            layer, value = adapted[owner], p.detach()
+            if rest == "weight":
+                deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
+                value = (value.float() + torch.stack(deltas).sum(0).float()).to(p.dtype)
+            found[f"{owner}.{rest}"] = value
+        elif not any(name.startswith(f"{inside}.") for inside in adapted):
+            found[name] = p.detach()
+    return revert_weight_conversion(plain, found)

@@ -1,0 +1,1 @@
+"""A worker process that generates rollouts while the student trains."""

@@ -1,1 +1,0 @@
-"""Tasks: prompts and their verifiers.  `opd.tasks.load.load(Data(source=...))` makes a `Task`."""

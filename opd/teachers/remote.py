@@ -1,0 +1,333 @@
+"""Teachers behind HTTP: `opd serve` sends hidden states, and any server of vLLM's protocol sends log-probs.
+
+`open_teacher` turns a `Server` into a teacher with the interface of `LocalTeacher`.  A batch is sent in chunks, several
+at once.  If a chunk fails, only that chunk is sent again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+import httpx
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor
+
+from opd.core.errors import Refusal
+from opd.core.types import Rollout
+from opd.head.inputs import Given, Hidden
+from opd.head.vocabulary import Head
+from opd.losses.hidden_states import Lens
+from opd.models.remote import opd_protocol as wire
+from opd.models.remote.client import Malformed, Traffic, read_json
+from opd.models.remote.vllm_protocol import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
+from opd.teachers.base import Teacher
+
+TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+K = TypeVar("K", Hidden, Given)
+R = TypeVar("R")
+NONE: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A rollout as the teacher reads it: prompt and response in one sequence."""
+
+    ids: tuple[int, ...]
+    start: int  # position of the first response token
+    at: tuple[int, ...]  # positions of the trained tokens
+
+
+class _Remote(Teacher, Generic[K]):
+    """The common part of both server teachers: it sends rows in chunks, keeps their order and counts the traffic."""
+
+    def __init__(self, server: Server, *, to: torch.device) -> None:
+        self.server, self.client, self.to = server, server.client, to
+        self.pool = ThreadPoolExecutor(server.client.how.teacher_concurrency, "teacher")
+        self.early = ThreadPoolExecutor(1, "teacher-ahead")
+        self.pending: tuple[object, Future] | None = None
+        self.before = Traffic()
+
+    def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
+        """Send the requests of the next `hidden` call now, so that the server works while the student does."""
+        self.pending = (_key(rollouts, masks), self.early.submit(self._ask, rollouts, masks))
+
+    def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> K:
+        """Return what the server computes at the trained tokens, after the teacher's prompt.
+
+        `lens` must be None, because a server does not send the states of inner layers.
+        """
+        assert lens is None, "a server shows no layers"
+        pending, self.pending = self.pending, None
+        if pending is not None and pending[0] == _key(rollouts, masks):
+            return pending[1].result()
+        return self._ask(rollouts, masks)
+
+    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> K:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the id of the server's weights to a checkpoint."""
+        (folder / "teacher.json").write_text(json.dumps({"weights": self.server.weights}))
+
+    def restore(self, folder: Path) -> None:
+        """Raise Refusal if the server has other weights than those of the checkpoint."""
+        path = folder / "teacher.json"
+        if path.is_file() and json.loads(path.read_text())["weights"] != self.server.weights:
+            raise self.changed()
+
+    def changed(self) -> Refusal:
+        """Return the Refusal for a server whose weights have changed."""
+        return Refusal(
+            f"{self.client.who}: other weights answer there now ({self.server.model}) than when the run started: serve "
+            "those again, or start a new run"
+        )
+
+    def close(self) -> None:
+        """Cancel the requests in flight, so that their threads end."""
+        self.client.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.early.shutdown(wait=False, cancel_futures=True)
+
+    def traffic(self) -> dict[str, float]:
+        """Return the network traffic since the last call, for perf.jsonl."""
+        with self.client.lock:
+            now = Traffic(**asdict(self.client.traffic))
+        new = {name: value - getattr(self.before, name) for name, value in asdict(now).items()}
+        self.before = now
+        return {
+            "teacher_sent_mb": new["sent"] / 2**20,
+            "teacher_received_mb": new["received"] / 2**20,
+            "teacher_requests": float(new["requests"]),
+            "teacher_retries": float(new["retries"]),
+        }
+
+    def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
+        """Return the answer for each row that has a trained token.
+
+        Chunks of at most `most` padded tokens are sent in parallel.
+        """
+        out: dict[int, R] = {}
+        groups = list(_chunks(rows, most))
+        jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
+        try:
+            for group, job in zip(groups, jobs, strict=True):
+                out |= zip(group, job.result(), strict=True)
+        finally:
+            for job in jobs:
+                job.cancel()
+        return [out[i] for i in range(len(rows)) if i in out]
+
+
+class HiddenTeacher(_Remote[Hidden]):
+    """A teacher behind `opd serve`, which sends final hidden states: 2 or 4 bytes times the hidden width per token.
+
+    It is exact and supports every method, because the LM head is fetched once and the head pass measures whole
+    distributions.
+    """
+
+    provides = WHOLE
+
+    def __init__(self, server: Server, *, to: torch.device) -> None:
+        super().__init__(server, to=to)
+        told = server.told
+        self.dtype, self.width = DTYPES[told["dtype"]], told["width"]
+        found = self.client.get("/opd/head", self._tensors("weight", (told["rows"], self.width)))
+        on = {name: x.to(to) for name, x in found.items()}
+        self.head = Head(on["weight"], on.get("bias"), told["scale"], told["softcap"])
+
+    def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
+        found = self._each(_rows(rollouts, masks), CHUNK, self._states)
+        empty = torch.empty(0, self.width, dtype=self.dtype)
+        return Hidden(torch.cat([empty, *found]).to(self.to), self.head)
+
+    def _states(self, rows: list[_Row]) -> list[Tensor]:
+        sizes = [len(row.at) for row in rows]
+        body = {"rows": [{"ids": row.ids, "at": row.at} for row in rows]}
+        found = self.client.post("/opd/hidden", body, self._tensors("states", (sum(sizes), self.width)))
+        return list(found["states"].split(sizes))
+
+    def _tensors(self, name: str, shape: tuple[int, int]) -> Callable[[httpx.Response], dict[str, Tensor]]:
+        def read(response: httpx.Response) -> dict[str, Tensor]:
+            who = response.headers.get(wire.FINGERPRINT)
+            if who is None:
+                raise Malformed("it does not say whose weights")
+            if who != self.server.told["fingerprint"]:
+                raise self.changed()
+            try:
+                found = wire.unpack(response.content)
+            except SafetensorError as error:
+                raise Malformed(f"no safetensors: {error}") from error
+            if name not in found or found[name].shape != shape or found[name].dtype != self.dtype:
+                raise Malformed(f"{name} is not {shape} of {self.dtype}")
+            return found
+
+        return read
+
+
+class LogpTeacher(_Remote[Given]):
+    """A teacher behind any server of vLLM's protocol, which sends log q of single tokens.
+
+    These are the sampled tokens and, where a method needs them, others: the server's `tops["teacher"]` most probable
+    tokens, or those that the caller names.  The request is /inference/v1/generate where the server has it (vLLM >=
+    0.32, V2 runner; 4 bytes per token), else prompt_logprobs of /v1/completions (about 80 bytes per token).  The
+    server's softmax is over all rows of its head, padded ones included.
+    """
+
+    provides: frozenset[str] = TOKENS
+
+    def __init__(
+        self, server: Server, *, to: torch.device, stop: tuple[int, ...], size: int, tops: Mapping[str, int]
+    ) -> None:
+        super().__init__(server, to=to)
+        self.provides = server.provides
+        self.stop = stop if len(stop) > 1 else ()  # ids merged into one class
+        self.size, self.top = size, tops.get("teacher", 0)
+        self.likeliest, self.drawn = tops["student"] + TIES if "student" in tops else 0, tops.get("drawn", 0)
+        if sum(map(bool, (self.top, self.likeliest, self.drawn))) > 1:
+            raise Refusal(
+                f"{self.client.who}: the method looks at two of the student's most probable tokens, the teacher's and "
+                "those drawn, and a server that tells of single tokens is asked for one kind: serve it by `opd serve`"
+            )
+        if self.stop and (self.top or not server.chosen):
+            raise Refusal(
+                f"{self.client.who}: it cannot say the probability of a chosen token, which merging the stop "
+                f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
+            )
+        # This request shows before the first step whether the server's --max-logprobs is large enough.
+        if self.top:
+            self._prompted([_Row((1, 1), 1, (1,))])
+        elif named := self.likeliest or self.drawn:
+            self._chosen([(_Row((1, 1), 1, (1,)), torch.ones(1, named, dtype=torch.long))])
+
+    def hidden(
+        self,
+        rollouts: Sequence[Rollout],
+        masks: Sequence[Sequence[bool]],
+        lens: Lens | None = None,
+        ids: Int[Tensor, "N k"] | None = None,
+    ) -> Given:
+        """Return log q of the trained tokens, and of the N rows of `ids` at them."""
+        return super().hidden(rollouts, masks, lens) if ids is None else self._ask(rollouts, masks, ids)
+
+    def _ask(
+        self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], ids: Int[Tensor, "N k"] | None = None
+    ) -> Given:
+        rows = _rows(rollouts, masks)
+        if self.top or not self.server.chosen:
+            found = self._each(rows, CHUNK, self._prompted)
+        else:
+            sizes = [len(row.at) for row in rows]
+            named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
+            of = dict(zip(rows, named.split(sizes), strict=True))
+            found = self._each(rows, 1, lambda some: self._chosen([(row, of[row]) for row in some]))
+        logp = torch.cat([torch.empty(0), *(x.logp for x in found)]).to(self.to)
+        others = [(x.ids, x.others) for x in found if x.ids is not None and x.others is not None]
+        if not others:
+            return Given(logp)
+        ids, beside = (torch.cat(list(x)).to(self.to) for x in zip(*others, strict=True))
+        return Given(logp, ids, beside, min(self.top, self.size))
+
+    def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
+        """Score named ids with vLLM's fixed-token scoring, one sequence per request.
+
+        The probability of the stop class is the sum over its members, which are requested one by one.
+        """
+        ((row, named),) = rows
+        beside = {t: ids.tolist() for t, ids in zip(row.at, named, strict=True)}
+        own = lambda t: [row.ids[t], *self.stop, *beside.get(t, ())]
+        start = max(1, row.start)  # nothing predicts the first token
+        asked = [own(t) for t in range(start, len(row.ids))]
+        k, s = named.shape[1], len(self.stop)
+        asked = [x + [-1] * (1 + s + k - len(x)) for x in asked]
+        body = choosing(self.server.model, row.ids, start, asked)
+        found = self.client.post("/inference/v1/generate", body, read_json(matrix(asked)))
+        found = found[torch.tensor(row.at, dtype=torch.long) - start]
+        ids = torch.cat((torch.tensor([row.ids[t] for t in row.at], dtype=torch.long)[:, None], named), -1)
+        logp = torch.cat((found[:, :1], found[:, 1 + s :]), -1)
+        if self.stop:
+            ended = torch.isin(ids, torch.tensor(self.stop))
+            logp = torch.where(ended, found[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
+        return [Given(logp[:, 0], named, logp[:, 1:]) if k else Given(logp[:, 0])]
+
+    def _prompted(self, rows: list[_Row]) -> list[Given]:
+        """Score tokens with vLLM's prompt_logprobs, many sequences per request.
+
+        The response holds the log-probs of the sequence's tokens and of the most probable ones.
+        """
+
+        def read(told: dict) -> list[Given]:
+            choices = sorted(told["choices"], key=lambda c: c["index"])
+            out = []
+            for row, choice in zip(rows, choices, strict=True):
+                said = choice["prompt_logprobs"]
+                if len(said) != len(row.ids):
+                    raise ValueError(f"{len(said)} log-probs for {len(row.ids)} tokens")
+                found = [{int(i): float(x["logprob"]) for i, x in said[t].items()} for t in row.at]
+                own = logprobs(torch.tensor([at[row.ids[t]] for t, at in zip(row.at, found, strict=True)]))
+                out.append(Given(own, *self._tops(row, found)) if self.top else Given(own))
+            return out
+
+        body = scoring(self.server.model, [row.ids for row in rows], self.top)
+        return self.client.post("/v1/completions", body, read_json(read))
+
+    def _tops(self, row: _Row, found: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
+        """Return ids and log-probs [n, top + 1] of the most probable tokens that both models have.
+
+        A row with fewer of them repeats the sampled token.
+        """
+        ids, logp = [], []
+        for t, at in zip(row.at, found, strict=True):
+            some = {i: x for i, x in at.items() if i < self.size}
+            if len(at) < min(self.top, self.size):
+                raise ValueError(f"{len(at)} log-probs where {self.top} were asked for")
+            lacking, own = self.top + 1 - len(some), row.ids[t]
+            ids.append([*some, *[own] * lacking])
+            logp.append([*some.values(), *[at[own]] * lacking])
+        shape = (-1, self.top + 1)
+        return torch.tensor(ids, dtype=torch.long).view(shape), logprobs(torch.tensor(logp)).view(shape)
+
+
+def open_teacher(
+    server: Server, *, to: torch.device, stop: tuple[int, ...], size: int = 1 << 62, tops: Mapping[str, int] = NONE
+) -> HiddenTeacher | LogpTeacher:
+    """Return the teacher behind a server.
+
+    `stop` are the ids merged into one class.  `size` is the number of ids that both models have.  `tops` says how many
+    of the most probable tokens of which model a method must know (`Method.supports`).
+    """
+    return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
+
+
+def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:
+    """Return a key that identifies the requested tokens."""
+    return tuple((r.teacher_prompt_ids, r.ids, *mask) for r, mask in zip(rollouts, masks, strict=True))
+
+
+def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[_Row]:
+    out = []
+    for r, mask in zip(rollouts, masks, strict=True):
+        start = len(r.teacher_prompt_ids)
+        out.append(_Row((*r.teacher_prompt_ids, *r.ids), start, tuple(start + t for t, m in enumerate(mask) if m)))
+    return out
+
+
+def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
+    """Yield groups of the rows that have a trained token, longest first, with at most `most` padded tokens each.
+
+    A row longer than that forms a group by itself.
+    """
+    group: list[int] = []
+    for i in sorted((i for i, row in enumerate(rows) if row.at), key=lambda i: -len(rows[i].ids)):
+        if group and (len(group) + 1) * len(rows[group[0]].ids) > most:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -1,0 +1,106 @@
+"""Response bodies of vLLM's OpenAI-compatible protocol (0.33): samples and scores become plain json."""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.head.token_scores import Scores
+from opd.rollouts.engines.base import Sample
+from opd.teachers.serve.model import Asked
+from opd.teachers.serve.protocol import Drawing
+
+LIMIT = 9999.0  # vLLM sends -9999 for -inf, which json cannot represent
+Json = dict[str, object]
+
+
+def choice(text: Tokenizer, sample: Sample, asked: Drawing, *, index: int, row: Sequence[int]) -> Json:
+    """Return one response to a prompt (`row`) as text, and as ids if the request wants them."""
+    ids = sample.ids[:-1] if sample.stopped else sample.ids
+    said = str(text.decode(list(ids), skip_special_tokens=asked.skip_special_tokens))
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    ends = {said.find(stop): stop for stop in stops if stop and stop in said}
+    if ends:
+        said = said[: min(ends)]
+    reason: int | str | None = ends[min(ends)] if ends else None
+    if sample.stopped and not ends and sample.ids[-1] in (asked.stop_token_ids or []):
+        reason = sample.ids[-1]
+    out: Json = {
+        "index": index,
+        "text": said,
+        "logprobs": None,
+        "finish_reason": "stop" if sample.stopped or ends else "length",
+        "stop_reason": reason,
+    }
+    if asked.return_token_ids:
+        out |= {"token_ids": list(sample.ids), "prompt_token_ids": list(row)}
+    return out
+
+
+def rollout(sample: Sample, *, index: int, version: str) -> Json:
+    """Return one rollout as ids, with log-probs under the sampled distribution and the version of the weights."""
+    told: list[Json] = [
+        {"token_id": t, "logprob": max(x, -LIMIT), "rank": None, "top_logprobs": []}
+        for t, x in zip(sample.ids, sample.logp, strict=True)
+    ]
+    return {
+        "index": index,
+        "token_ids": list(sample.ids),
+        "finish_reason": "stop" if sample.stopped else "length",
+        "logprobs": {"content": told},
+        "weight_versions": [{"version": version, "start": 0, "end": len(sample.ids)}],
+    }
+
+
+def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
+    """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
+
+    The first token has no prediction, so its entry is None.
+    """
+    out: list[Json | None] = [None]
+    columns = (found.logp[:, 0], found.rank, found.top_ids, found.top_logp)
+    for i, logp, rank, ids, best in zip((asked.ids[t] for t in asked.at), *(x.tolist() for x in columns), strict=True):
+        some = {j: (value, place) for place, (j, value) in enumerate(zip(ids, best, strict=True), 1)}
+        some.setdefault(i, (logp, rank))
+        ordered = {i: some.pop(i), **some}
+        out.append(
+            {
+                str(j): {"logprob": max(x, -LIMIT), "rank": place, "decoded_token": text.decode([j])}
+                for j, (x, place) in ordered.items()
+            }
+        )
+    return out
+
+
+def drawn(text: Tokenizer, ids: Sequence[int], found: Scores) -> Json:
+    """Return OpenAI's log-probs of one response.  They are the model's, before temperature and truncation."""
+    tokens = [text.decode([i]) for i in ids]
+    tops: list[dict[str, float]] = [
+        {str(text.decode([j])): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
+        for js, xs in zip(found.top_ids.tolist(), found.top_logp.tolist(), strict=True)
+    ]
+    logps = [max(x, -LIMIT) for x in found.logp[:, 0].tolist()]
+    for token, logp, some in zip(tokens, logps, tops, strict=True):
+        some.setdefault(str(token), logp)
+    offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+    return {"tokens": tokens, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets}
+
+
+def whole(
+    kind: tuple[str, str], model: str, choices: Sequence[Mapping[str, object]], *, read: int, written: int
+) -> Json:
+    """Return the response body around its choices.
+
+    `kind` is the name of the object and the prefix of its id.  `read` and `written` count prompt and response tokens.
+    """
+    name, prefix = kind
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": name,
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+    }

@@ -1,0 +1,162 @@
+"""The model behind a server: batched forwards under one lock, independent of HTTP."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.core.errors import Refusal
+from opd.core.sampling import Sampling
+from opd.core.types import pad
+from opd.head.inputs import Hidden
+from opd.head.token_scores import Scores, scores
+from opd.head.vocabulary import Vocabulary
+from opd.models.batching import Rows, micro_batches
+from opd.models.forward import final_states
+from opd.models.load import base, head
+from opd.models.remote import opd_protocol as wire
+from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.engines.json_schema import Forms
+from opd.rollouts.weight_sync.vllm_plugin import weights
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sequence of token ids, and the positions of the requested tokens in it."""
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...]  # ascending positions >= 1: the first token has no prediction
+
+
+class Served:
+    """A frozen model that many requests share.  A lock lets one request compute at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        stop: tuple[int, ...],
+        max_batch_tokens: int,
+        decode_rows: int,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.stop = model.requires_grad_(False), tokenizer, name, stop
+        self.budget = max_batch_tokens
+        self.head = head(model)
+        self.rows = len(self.head.weight)
+        self.context = int(base(model).config.get_text_config().max_position_embeddings)
+        self.engine = HFEngine(model, self.rows, stop, decode_rows)
+        self.lock = threading.Lock()
+        self.fingerprint = wire.weights_hash(model)
+        self.version = "as loaded"  # name of the weights, set by the client that sends them
+
+    def identity(self) -> dict[str, object]:
+        """Return what a client compares before it uses any number of this server."""
+        return {
+            "protocol": wire.VERSION,
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "vocabulary": wire.vocabulary_hash(self.tokenizer),
+            "chat_template": wire.template_hash(self.tokenizer),
+            "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+            "eos": list(self.stop),
+            "rows": self.rows,
+            "width": self.head.weight.shape[1],
+            "context": self.context,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            "scale": self.head.scale,
+            "softcap": self.head.softcap,
+        }
+
+    def tensors_of_head(self) -> dict[str, Tensor]:
+        """Return weight and bias of the LM head.  A client fetches them once."""
+        bias = {} if self.head.bias is None else {"bias": self.head.bias}
+        return {"weight": self.head.weight, **bias}
+
+    @torch.no_grad()
+    def states(self, asked: Sequence[Asked]) -> list[Float[Tensor, "n H"]]:
+        """Return the final hidden states that predict the requested tokens of each sequence, on the model's device."""
+        out: dict[int, Tensor] = {}
+        with self.lock:
+            for group in micro_batches({i: len(a.ids) for i, a in enumerate(asked)}, self.budget):
+                some = [asked[i] for i in group]
+                found = final_states(self.model, self._rows(some))
+                out |= zip(group, found.split([len(a.at) for a in some]), strict=True)
+        return [out[i] for i in range(len(asked))]
+
+    def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[Scores]:
+        """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
+        vocabulary = Vocabulary(self.rows)
+        return [
+            scores(Hidden(states, self.head), ids.to(states.device), vocabulary, top)
+            for states, ids in zip(self.states(asked), candidates, strict=True)
+        ]
+
+    @cached_property
+    def forms(self) -> Forms:
+        """Return the compiler of JSON schemas for this tokenizer; made once."""
+        return Forms.of(self.tokenizer, self.rows, self.stop)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        stop: Sequence[int],
+        schema: Mapping[str, object] | None = None,
+    ) -> list[Sample]:
+        """Generate one response per prompt, constrained by a schema if given.
+
+        Token t of the i-th response uses the noise of (seed, 0, i, t).
+        """
+        engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
+        with self.lock:
+            forms = [] if schema is None else [self.forms.form(schema) for _ in prompts]
+            return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)), forms=forms)
+
+    def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
+        """Generate a response to one prompt for each seed.  Only the ids `stop` end it.
+
+        The response for a seed does not depend on the other seeds.
+        """
+        with self.lock:
+            engine = replace(self.engine, stop=tuple(stop))
+            return engine.generate([ids] * len(seeds), sampling, seed=0, step=0, index=seeds)
+
+    @torch.no_grad()
+    def take(self, files: Sequence[str]) -> None:
+        """Replace the weights by those in files.  Raises Refusal unless names and shapes match the model's."""
+        with self.lock:
+            mine = weights(self.model)
+            shared = {p.data_ptr() for p in self.model.parameters()}
+            try:
+                new = {name: x for file in files for name, x in load_file(file).items()}
+            except (OSError, SafetensorError) as error:
+                raise Refusal(f"files: {' '.join(str(error).split())[:200]}") from error
+            if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in mine.items()}:
+                raise Refusal("files: they hold the weights of another model")
+            if any(x.data_ptr() not in shared for x in mine.values()):
+                raise Refusal(f"{type(self.model).__name__}: its checkpoint has other tensors than the model: use vLLM")
+            for name, x in mine.items():
+                x.copy_(new[name])
+            self.fingerprint = wire.weights_hash(self.model)
+
+    def _rows(self, asked: Sequence[Asked]) -> Rows:
+        device = self.model.device
+        ids = [torch.tensor(a.ids) for a in asked]
+        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in asked]
+        for mask, a in zip(trained, asked, strict=True):
+            mask[list(a.at)] = True
+        return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))

@@ -1,0 +1,73 @@
+"""The command `opd serve MODEL`: load a model, open a port, serve requests until stopped."""
+
+import socket
+
+from opd.config.commands import Serve
+from opd.config.precision import dtype_of
+from opd.core.errors import Refusal
+from opd.models import load as models
+from opd.teachers.serve.model import Served
+
+
+def serve(config: Serve) -> None:
+    """Serve requests until SIGINT or SIGTERM.  Raises Refusal for mistakes that the user can fix."""
+    token = config.check()
+    try:
+        import uvicorn
+
+        from opd.teachers.serve.app import build
+        from opd.teachers.serve.gate import Limits
+    except ImportError as error:
+        raise Refusal(f"opd serve: {error.name} is not installed; pip install 'opd[serve]'") from error
+    with _listen(config.host, config.port) as listening:
+        served = _open(config)
+        limits = Limits(
+            body_bytes=config.max_request_mb << 20, sequences=config.max_sequences, logprobs=config.max_logprobs
+        )
+        listening.listen()  # from here on clients wait in the queue instead of being rejected
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
+        # uvicorn's access log would have a line for each request of a run.
+        options = uvicorn.Config(
+            build(served, limits, token=token, takes_weights=config.takes_weights),
+            access_log=False,
+            log_level="warning",
+        )
+        uvicorn.Server(options).run(sockets=[listening])
+
+
+def _open(config: Serve) -> Served:
+    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    text = models.tokenizer(source, field="model")
+    stop = models.stop_ids(source, text)
+    on = models.device(config.device, field="device")
+    model = models.load(source, field="model", dtype=dtype_of(config.precision), device=on)
+    models.verify_head(model, field="model")
+    models.small_threads(model)
+    return Served(
+        model,
+        text,
+        name=config.name or config.model,
+        stop=stop,
+        max_batch_tokens=config.max_batch_tokens,
+        decode_rows=config.decode_rows,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a bound socket.  It is bound before the model loads, so that a port in use fails at once."""
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        out = socket.socket(family, socket.SOCK_STREAM)
+        out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            out.bind(address)
+        except OSError:
+            out.close()
+            raise
+    except OSError as error:
+        raise Refusal(
+            f"--host {host} --port {port}: {error.strerror}; choose another (--port 0 finds a free one)"
+        ) from error
+    return out

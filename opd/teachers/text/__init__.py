@@ -1,0 +1,1 @@
+"""Teachers that return text and no log-probs."""

@@ -1,0 +1,57 @@
+"""A cache of generated texts on disk, so that runs that share its file send the same request only once."""
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd.core.errors import Refusal
+
+
+def key(*parts: object) -> str:
+    """Return the cache key of a request: a hash of model, prompt, parameters and seed as json."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Answers:
+    """A SQLite file of texts by key.  Threads and processes may share it.  The first entry creates the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.file: sqlite3.Connection | None = None
+
+    def find(self, key: str) -> list[str] | None:
+        """Return the texts of a key, or None if the cache has none."""
+        with self.lock:
+            if self.file is None and not self.path.is_file():
+                return None
+            row = self._do("SELECT texts FROM answers WHERE key = ?", key).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def keep(self, key: str, texts: Sequence[str]) -> None:
+        """Store the texts of a key."""
+        with self.lock:
+            self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Delete the entries of some keys."""
+        with self.lock:
+            for key in keys if self.file is not None or self.path.is_file() else ():
+                self._do("DELETE FROM answers WHERE key = ?", key)
+
+    def _do(self, statement: str, *values: str) -> sqlite3.Cursor:
+        try:
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Each statement is one transaction, so that paid answers survive a killed run.
+                self.file = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+                self.file.execute("PRAGMA journal_mode=WAL")
+                self.file.execute("PRAGMA synchronous=NORMAL")
+                self.file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, texts TEXT) WITHOUT ROWID")
+            return self.file.execute(statement, values)
+        except (sqlite3.Error, OSError) as error:
+            raise Refusal(
+                f"--teacher-cache {self.path}: {error}; name a folder that can be written, or remove a broken file"
+            ) from error

@@ -1,0 +1,204 @@
+"""Estimates of a run's cost: memory on the student's device compared with the free memory, and seconds per step."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from opd.config.precision import dtype_of
+from opd.models import load as models
+from opd.models.load import base
+from opd.teachers.local import LocalTeacher
+from opd.training.doctor.findings import Finding, Level, ok
+from opd.training.doctor.probe import Looked, Probe
+
+SHORT, LONG = 16, 48  # tokens; row lengths of the two forwards that give the activation memory per token
+STATES = 2 << 30  # bytes; limit on the teacher's hidden states kept between measuring and training
+TIGHT, OVER = 0.9, 1.25  # fractions of the free memory: a warning above TIGHT, an error above OVER
+
+
+@dataclass(frozen=True)
+class Part:
+    """An item that needs memory in addition to the weights, which are already loaded."""
+
+    name: str
+    bytes: int
+    smaller: tuple[str, ...]  # flags that reduce it
+
+
+def free(device: torch.device) -> int:
+    """Return the bytes that this process may still allocate on a device.
+
+    On a GPU, memory that torch has reserved but does not use counts as free.  On a CPU, the limit of the container
+    (cgroup) applies as well.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    out = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        out = min(out, int(most) - int(used.read_text()))
+    return out
+
+
+def kept(probe: Probe, tokens: int) -> int:
+    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward.
+
+    Gradient checkpointing is not taken into account.
+    """
+    plain, config = probe.session.plain(), probe.config
+    model, seen = base(plain.model), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    low = dtype_of(config.precision)
+    with (
+        torch.enable_grad(),
+        torch.autocast(model.device.type, low, enabled=low != torch.float32),
+        saved_tensors_hooks(pack, lambda x: x),
+    ):
+        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
+    assert out.requires_grad
+    return sum(seen.values())
+
+
+def parts(probe: Probe) -> list[Part]:
+    """Return what the configuration needs on the student's device in addition to the loaded models, in bytes."""
+    config, session = probe.config, probe.session
+    model = session.plain().model
+    shape = model.config.get_text_config()
+    trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
+    itemsize, layers, width = dtype_of(config.precision).itemsize, shape.num_hidden_layers, shape.hidden_size
+    longest = max(max(len(p.ids), len(p.teacher_ids)) for p in session.prompts.first(64))
+    row = longest + config.sampling.max_new_tokens
+    share = -(-config.batch // session.accelerator.num_processes)
+    tokens = min(max(config.micro_batch_tokens, row), share * row)
+
+    a, b = kept(probe, SHORT), kept(probe, LONG)
+    each = (b - a) / (LONG - SHORT)  # bytes per token; the remainder is copies of the weights in the compute dtype
+    copies, layer = max(0.0, a - SHORT * each), each / layers
+    acts = tokens * (each if not config.gradient_checkpointing else layers * width * itemsize + layer)
+    working = tokens * layer / 2  # gradients during the backward, while activations are being freed
+
+    heads = shape.to_dict().get("num_key_value_heads") or shape.num_attention_heads
+    head = shape.to_dict().get("head_dim") or width // shape.num_attention_heads
+    rows = min(config.decode_rows, share)
+    cache = 2 * layers * heads * head * itemsize * rows * row * (1 + 1 / layers)  # growing the cache copies a layer
+    states = [t.head.weight.shape[1] for t in session.teachers.values() if isinstance(t, LocalTeacher)]
+    widest = max(states, default=width)
+    batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
+    kept_states = tokens * widest * 4 if probe.method.local() else batch
+    logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
+    less = f"--micro-batch-tokens {max(row, tokens // 4)}"
+    worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(probe) else 0
+    return [
+        Part("worker's student", worker, ("--worker-device for the worker",)),
+        Part("gradients", 4 * trained, ("--lora-rank 32",)),
+        Part("AdamW", 8 * trained, ("--lora-rank 32",)),
+        Part("weights in the compute type", int(copies), ("--precision fp32",)),
+        Part("activations", int(acts + working), (less, "--gradient-checkpointing")),
+        Part("logits", logits, (f"--chunk-mb {max(16, config.chunk_mb // 4)}",)),
+        Part("KV cache", int(cache), (f"--decode-rows {max(1, config.decode_rows // 4)}",)),
+        Part("teacher at work", int(tokens * layer * widest / width), (less,)),
+        Part("teacher states", kept_states, ("a smaller --batch",)),
+    ]
+
+
+def peak(needs: Sequence[Part]) -> int:
+    """Return the peak memory of a run in bytes.
+
+    Gradients and optimizer state stay allocated.  Sampling and training alternate, so only the larger of the two
+    counts, except with a worker process on the same device: then both run at once.
+    """
+    size = {p.name: p.bytes for p in needs}
+    stays = size["gradients"] + size["AdamW"] + size["weights in the compute type"] + size["teacher states"]
+    trains = max(size["teacher at work"], size["activations"] + size["logits"])
+    if size["worker's student"]:
+        return stays + size["worker's student"] + size["KV cache"] + trains
+    return stays + max(size["KV cache"], trains)
+
+
+def _shared(probe: Probe) -> bool:
+    """Return True if a worker process keeps its copy of the student on the student's device."""
+    config, device = probe.config, probe.session.accelerator.device
+    there = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
+    return bool(config.staleness or config.worker) and there.type == device.type and there.index in (None, device.index)
+
+
+def memory(probe: Probe) -> Iterator[Finding]:
+    """Estimate whether the run fits into the free memory of the student's device."""
+    needs, there = parts(probe), probe.free
+    most = peak(needs)
+    table = "\n".join(f"{p.name:<28}{shown(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
+    line = f"about {shown(most)} beside the models, {shown(there)} free"
+    if most <= TIGHT * there:
+        yield ok("memory", line)
+        return
+    worst = sorted(needs, key=lambda p: -p.bytes)[:2]
+    names = " and ".join(f"{p.name} ({shown(p.bytes)})" for p in worst)
+    over, device = most > OVER * there, probe.session.accelerator.device
+    local = [t for t in probe.session.teachers.values() if isinstance(t, LocalTeacher)]
+    elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == device for t in local) else ()
+    yield Finding(
+        check="memory",
+        level=Level.ERROR if over else Level.WARNING,
+        what=f"{line}: {names}",
+        why=f"the run {'will' if over else 'may'} end out of memory, in its first step or at its longest responses",
+        do="; ".join(dict.fromkeys((*worst[0].smaller, *worst[1].smaller, *elsewhere))),
+        detail=table,
+    )
+
+
+def shown(size: int) -> str:
+    """Format a number of bytes as MiB or GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def duration(looked: Looked) -> Iterator[Finding]:
+    """Estimate seconds per step, total time and tokens per second from the rehearsal.
+
+    The result is a range.  The lower time assumes that sampling costs the same for each group of --decode-rows
+    rollouts, the upper one that it grows with the number of tokens.
+    """
+    config, seconds, n = looked.probe.config, looked.rehearsal.seconds, len(looked.rehearsal.rollouts)
+    share = config.batch / n
+    groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
+    update = seconds["update"] + (0 if looked.probe.method.local() else seconds["measure"])
+    evals = config.steps // config.eval_every + 2 if config.eval_prompts else 0
+    held = evals * config.eval_limit / n * seconds["measure"]
+    step = [seconds["rollout"] * times + update * share for times in sorted((groups, share))]
+    times = [config.steps * s + held + evals * seconds["rollout"] * config.eval_limit / n for s in step]
+    tokens = int(looked.rehearsal.batch.mask.sum()) * share
+    yield ok(
+        "time",
+        f"a step of {config.batch} rollouts takes about {apart(*map(clock, step))}, {config.steps} of them "
+        f"{apart(*map(clock, times))}, {apart(*(f'{tokens / s:.0f}' for s in reversed(step)))} tokens/s (an estimate "
+        f"from {n} rollouts, which took {looked.seconds:.1f} s; responses may grow)",
+    )
+
+
+def apart(low: str, high: str) -> str:
+    """Format a range; a single value if both ends print the same."""
+    return low if low == high else f"{low} to {high}"
+
+
+def clock(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+BEFORE: Sequence = (memory,)
+AFTER: Sequence = (duration,)

@@ -1,0 +1,196 @@
+"""Checks that compare student and teacher without rollouts: tokens, end of turn, chat templates, precision.
+
+Each check has the signature `(Probe) -> findings`.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd.data.prompts import decodes_to_itself, short
+from opd.data.tokenizers import Severity
+from opd.teachers.local import LocalTeacher
+from opd.teachers.remote import HiddenTeacher, LogpTeacher
+from opd.training.doctor.findings import Finding, Level, ok
+from opd.training.doctor.probe import Probe
+
+LEVELS = {Severity.NOTE: Level.NOTE, Severity.WARNING: Level.WARNING, Severity.REFUSE: Level.ERROR}
+TEXTS = 64  # prompts whose text is encoded and decoded again
+MARK = "5"  # an answer whose end is easy to locate in the rendered chat
+
+
+def vocabulary(probe: Probe) -> Iterator[Finding]:
+    """Report differences in token ids, LM head sizes, stop ids and special tokens, from `agreement`."""
+    for name, agreed in probe.session.agreements.items():
+        who = f"teacher {name}".rstrip()
+        yield ok("tokens", f"all {agreed.vocabulary} ids mean the same to student and {who}")
+        for d in agreed.differences:
+            yield Finding(check=d.field, level=LEVELS[d.severity], what=d.text)
+
+
+def _models(probe: Probe) -> Iterator[tuple[str, Tokenizer]]:
+    yield "student", probe.session.collector.tokenizer
+    for name, text in probe.session.prompts.teacher_tokenizers.items():
+        yield f"teacher {name}".rstrip(), text
+
+
+def ends(probe: Probe) -> Iterator[Finding]:
+    """Check that the chat template closes an assistant turn with a token that stops generation."""
+    stop = probe.session.collector.student.stop
+    asked = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": MARK}]
+    for who, text in _models(probe):
+        named = text.special_tokens_map
+        special = ", ".join(f"{x} {named[f'{x}_token']!r}" for x in ("bos", "pad") if f"{x}_token" in named)
+        shown = ", ".join(f"{str(text.decode([i]))!r} ({i})" for i in stop)
+        if not text.chat_template:
+            yield ok("turn end", f"{who}: no chat template; a response stops at {shown}; {special}")
+            continue
+        try:
+            tail = str(text.apply_chat_template(asked, tokenize=False)).rpartition(MARK)[2]
+        except Exception as error:  # a chat template is code of the model's author and may raise anything
+            yield Finding(
+                check="turn end",
+                level=Level.NOTE,
+                what=f"{who}: its template does not write an answered question: {short(str(error))}",
+                why="where its answers end could not be compared with the stop ids",
+                do="compare eos_token_id of its generation_config.json with its template by hand",
+            )
+            continue
+        ids = text(tail, add_special_tokens=False)["input_ids"]
+        if set(ids) & set(stop):
+            yield ok("turn end", f"{who}: its template ends an answer with {tail!r}, a stop token; {special}")
+            continue
+        yield Finding(
+            check="turn end",
+            level=Level.WARNING,
+            what=f"{who}: its template ends an answer with {tail!r}, and responses stop at {shown}"
+            if tail.strip()
+            else f"{who}: its template writes nothing after an answer, and responses stop at {shown}",
+            why="a model trained on this template does not end where sampling stops: it runs to the length limit, and "
+            "what it says after its answer is trained on",
+            do="add the id of the template's closing token to eos_token_id in generation_config.json, or mend the "
+            "template",
+        )
+
+
+def begins(probe: Probe) -> Iterator[Finding]:
+    """Check that prompts begin with the BOS token if the tokenizer adds it to plain text."""
+    first = probe.session.prompts.first(1)[0]
+    sides = [("student", probe.session.collector.tokenizer, first.ids)]
+    if probe.config.teacher_prompt == "own":
+        name = f"teacher {first.teacher}".rstrip()
+        sides.append((name, probe.session.prompts.teacher_tokenizers[first.teacher], first.teacher_ids))
+    for who, text, ids in sides:
+        if "bos_token" not in text.special_tokens_map or text("a")["input_ids"][0] != text.bos_token_id:
+            continue
+        if ids[0] != text.bos_token_id:
+            yield Finding(
+                check="bos",
+                level=Level.WARNING,
+                what=f"{who}: its texts begin with {text.bos_token!r}, and its prompts with {text.decode([ids[0]])!r}",
+                why="many models score the whole text badly without their first token",
+                do="write {{ bos_token }} at the head of its chat template",
+            )
+
+
+def templates(probe: Probe) -> Iterator[Finding]:
+    """Compare the first prompt as student and teacher read it, as a diff.
+
+    Differences between the two chat templates themselves are reported by `vocabulary`.
+    """
+    first = probe.session.prompts.first(1)[0]
+    own, theirs = probe.session.collector.tokenizer, probe.session.prompts.teacher_tokenizers[first.teacher]
+    if first.ids == first.teacher_ids:
+        yield ok("prompt", f"student and teacher read the same {len(first.ids)} tokens")
+        return
+    read = lambda text, ids: str(text.decode(list(ids))).splitlines()
+    lines = difflib.unified_diff(
+        read(own, first.ids), read(theirs, first.teacher_ids), "student", "teacher", lineterm="", n=1
+    )
+    told = probe.config.told()
+    yield Finding(
+        check="prompt",
+        level=Level.NOTE,
+        what="student and teacher read the first prompt differently" + (f" (--context {told})" if told else ""),
+        why="the teacher scores the student's tokens in another context than they were written in",
+        do="read it: both should be asked for the same thing; --teacher-prompt same gives it the student's ids",
+        detail="\n".join(lines),
+    )
+
+
+def round_trip(probe: Probe) -> Iterator[Finding]:
+    """Check that prompts and reference texts are unchanged after encoding and decoding."""
+    text, task = probe.session.collector.tokenizer, probe.session.prompts.task
+    rows = [task.prompts[i] for i in range(min(TEXTS, len(task.prompts)))]
+    said = [x for p in rows for x in (p.text, p.response, p.answer, *(t["content"] for t in p.messages)) if x]
+    lost = [x for x in said if not decodes_to_itself(text, x)]
+    if not lost:
+        yield ok("round trip", f"{len(said)} texts of {len(rows)} prompts decode to themselves")
+        return
+    x = lost[0]
+    back = str(text.decode(text(x, add_special_tokens=False)["input_ids"]))
+    at = next((i for i, (a, b) in enumerate(zip(x, back, strict=False)) if a != b), min(len(x), len(back)))
+    yield Finding(
+        check="round trip",
+        level=Level.WARNING,
+        what=f"{len(lost)} of {len(said)} texts change on the way to ids and back: {short(x[at:])} becomes "
+        f"{short(back[at:])}",
+        why="the model cannot read, and the verifier cannot see, what the tokenizer loses",
+        do="take a tokenizer that spells these characters, or clean the prompts",
+    )
+
+
+def precision(probe: Probe) -> Iterator[Finding]:
+    """Check the dtypes of the trained weights and of the frozen teachers, and the compute dtype."""
+    trained = [p for p in probe.session.student.parameters() if p.requires_grad]
+    low = {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype != torch.float32}
+    if low:
+        yield Finding(
+            check="precision",
+            level=Level.ERROR,
+            what=f"{sum(p.dtype != torch.float32 for p in trained)} trained tensors are {', '.join(sorted(low))}",
+            why="a step of --lr is smaller than their spacing: at lr 1e-6 bf16 leaves 98 % of the weights as they were",
+            do="load the student in fp32; --precision bf16 computes in bf16 over fp32 weights",
+        )
+    for name, teacher in probe.session.teachers.items():
+        if isinstance(teacher, LocalTeacher) and teacher.model.dtype == torch.float16:
+            yield Finding(
+                check="precision",
+                level=Level.WARNING,
+                what=f"teacher {name}".rstrip() + " is float16",
+                why="its states overflow above 65504, and bf16 models reach that",
+                do="--teacher-precision bf16 or fp32",
+            )
+    if probe.config.precision == "bf16" and probe.session.accelerator.device.type == "cpu":
+        yield Finding(
+            check="precision",
+            level=Level.NOTE,
+            what="--precision bf16 on a CPU",
+            why="few CPUs compute bf16 faster than fp32, and it rounds",
+            do="compare the time of a step with --precision fp32",
+        )
+    if not low:
+        yield ok("precision", f"{sum(p.numel() for p in trained):,} trained numbers in fp32")
+
+
+def server(probe: Probe) -> Iterator[Finding]:
+    """Report whether a teacher behind a server was verified against local weights (--teacher-local)."""
+    for name, teacher in probe.session.teachers.items():
+        if not isinstance(teacher, HiddenTeacher | LogpTeacher):
+            continue
+        who, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
+        if local and not name:  # `opd.teachers.connect.compared` raised Refusal if they differ
+            yield ok("server", f"{who} and {local} give the same log-probs to the same tokens")
+            continue
+        yield Finding(
+            check="server",
+            level=Level.NOTE,
+            what=f"{who}: what {teacher.client.url} says was not compared with its weights",
+            why="another checkpoint, template or precision there is invisible here",
+            do="--teacher-local MODEL compares the two on the first prompts, where the weights fit",
+        )
+
+
+BEFORE: Sequence = (vocabulary, ends, begins, templates, round_trip, precision, server)

@@ -1,0 +1,243 @@
+"""Checks of a run's settings, prompts and verifier, and of how the student's rollouts end.
+
+Each check has the signature `(Probe) -> findings` or, on rollouts, `(Looked) -> findings`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from opd.config import checks
+from opd.core.sampling import Prompt
+from opd.core.types import DATA, RIGHT
+from opd.data.prompts import short
+from opd.head.backend import sweeper
+from opd.methods.rollout_policies.on_policy import Mixture
+from opd.teachers.remote import LogpTeacher
+from opd.training.doctor.findings import Finding, Level, ok
+from opd.training.doctor.probe import Looked, Probe
+from opd.training.metrics import repetition
+
+VERIFIED = 32  # prompts whose reference answers are verified
+FULL = 0.2  # highest learning rate of full fine-tuning times the width: 1e-4 at 2048, 5e-5 at 4096
+LORA = (3e-5, 10.0)  # lowest learning rate for LoRA; highest one as a multiple of full fine-tuning's
+REPEATS = 0.3  # share of repeated 4-grams in a response above which the check warns
+GAP = {"fp32": 0.01, "bf16": 0.3}  # nats on one token; largest difference between trainer and sampler, by precision
+
+
+def told(probe: Probe) -> Iterator[Finding]:
+    """Report settings that change what the loss estimates."""
+    for line in checks.warnings(probe.config):
+        yield Finding(check="settings", level=Level.WARNING, what=line)
+
+
+def compatible(probe: Probe) -> Iterator[Finding]:
+    """Check that teachers, verifier and data provide what the method reads."""
+    method, task = probe.method, probe.session.prompts.task
+    asked = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
+    lacks = {name: sorted(asked(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
+    missing = {name: columns for name, columns in lacks.items() if columns}
+    for name, columns in missing.items():
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=f"the method needs {', '.join(columns)} of " + f"teacher {name}".rstrip() + ", which does not give it",
+            why="a column would be missing in the first step",
+            do="load that teacher here, serve it by `opd serve`, or take a method that needs less",
+        )
+    peers = probe.config.told() == "peer"
+    if (peers or "outcome" in method.reads()) and not task.scored:
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=("the teacher is told right responses" if peers else "the method reads outcomes")
+            + f", and nothing scores responses to {task.name}",
+            why="every outcome is 0, so " + ("no rollout is trained" if peers else "its weights are constants"),
+            do="give the prompts answers and a --verifier, or take another method",
+        )
+    if "group" in method.reads() and method.rollouts.per_prompt < 2:
+        yield Finding(
+            check="method",
+            level=Level.WARNING,
+            what="the method compares the rollouts of a prompt, and there is 1",
+            why="within a group of one every weight is 1 and every advantage 0 or unchanged",
+            do="--per-prompt 4 or more",
+        )
+    rows = range(min(VERIFIED, len(task.prompts)))
+    mute = [i for i in rows if not task.prompts[i].response]
+    if isinstance(method.rollouts, Mixture) and method.rollouts.other == DATA and mute:
+        yield Finding(
+            check="method",
+            level=Level.ERROR,
+            what=f"the method trains on the data's responses, and row {mute[0]} has none",
+            why="the step that draws it stops the run",
+            do="name the column with --response-column, or let the teacher write (--other teacher)",
+        )
+    if not missing:
+        needs = ", ".join(sorted(method.needs() | method.reads() & {"outcome", "group"}))
+        yield ok("method", f"what it reads is there: {needs}")
+
+
+def rate(probe: Probe) -> Iterator[Finding]:
+    """Check that --lr suits the kind of training, full fine-tuning or LoRA.
+
+    The two differ by a factor of 10: "LoRA Without Regret" (Thinking Machines, 2025).
+    """
+    config, width = probe.config, probe.session.plain().model.config.get_text_config().hidden_size
+    most, least = FULL / width, LORA[0]
+    if config.lora_rank and not least <= config.lr <= LORA[1] * most:
+        low = config.lr < least
+        yield Finding(
+            check="learning rate",
+            level=Level.WARNING,
+            what=f"--lr {config.lr:g} with --lora-rank {config.lora_rank} at width {width}",
+            why="adapters want about ten times the rate of full fine-tuning: "
+            + ("at this one they hardly move" if low else "this one is beyond that, and training may diverge"),
+            do="--lr 1e-4 to 5e-4" if low else f"--lr {LORA[1] * most / 2:.0e} or less",
+        )
+    elif not config.lora_rank and config.lr > most:
+        yield Finding(
+            check="learning rate",
+            level=Level.WARNING,
+            what=f"--lr {config.lr:g} for all weights of a model of width {width}",
+            why="rates this large are for LoRA; full fine-tuning at one forgets or diverges within some steps",
+            do=f"--lr {most / 5:.0e}, or --lora-rank 32",
+        )
+    else:
+        kind = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+        yield ok("learning rate", f"{config.lr:g} for {kind} at width {width}")
+
+
+def lengths(probe: Probe) -> Iterator[Finding]:
+    """Report prompt lengths and the context length.  Prompts that do not fit were refused when the run was opened."""
+    rendered = probe.session.prompts.first(VERIFIED)
+    longest = max(max(len(p.ids), len(p.teacher_ids)) for p in rendered)
+    room, new = probe.session.prompts.room, probe.config.sampling.max_new_tokens
+    yield ok("length", f"prompts of up to {longest} tokens, {new} new ones, a context of {room + new}")
+
+
+def verifier(probe: Probe) -> Iterator[Finding]:
+    """Check that the verifier accepts the reference answers of the data and rejects an empty response."""
+    task = probe.session.prompts.task
+    rows = [task.prompts[i] for i in range(min(VERIFIED, len(task.prompts)))]
+    rows = [p for p in rows if p.response or p.answer]
+    if not task.scored or not rows:
+        yield Finding(
+            check="verifier",
+            level=Level.NOTE,
+            what=f"nothing scores responses to {task.name}",
+            why="OPD needs no score; without one there is no accuracy to watch",
+            do="give the prompts an answer column and a --verifier to see accuracy",
+        )
+        return
+    scores = [max(task.verify(text, p) for text in _right(p)) for p in rows]
+    share = float(np.mean([score > RIGHT for score in scores]))
+    if any(task.verify("", p) > RIGHT for p in rows):
+        yield Finding(
+            check="verifier",
+            level=Level.WARNING,
+            what="an empty response verifies as right",
+            why="then accuracy, and methods that read outcomes, say nothing",
+            do="mend the verifier: it must score 0 where there is no answer",
+        )
+    elif share < 0.9:
+        bad = rows[next(i for i, score in enumerate(scores) if score <= RIGHT)]
+        yield Finding(
+            check="verifier",
+            level=Level.WARNING,
+            what=f"{share:.0%} of {len(rows)} prompts' own answers verify as right; not {short(bad.answer)}",
+            why="no response can be right where the reference is not: accuracy has that ceiling, and methods that read "
+            "outcomes train on mistakes",
+            do="compare --answer-column and --verifier with the data",
+        )
+    else:
+        yield ok("verifier", f"{share:.0%} of {len(rows)} prompts' own answers verify as right, an empty one does not")
+
+
+def _right(prompt: Prompt) -> tuple[str, ...]:
+    """Return responses that a correct verifier accepts: the reference response, or the answer in the usual formats."""
+    if prompt.response:
+        return (prompt.response,)
+    return prompt.answer, f"\\boxed{{{prompt.answer}}}", f"The answer is {prompt.answer}"
+
+
+def stops(looked: Looked) -> Iterator[Finding]:
+    """Check that responses end with a stop token within --max-new-tokens."""
+    batch, most = looked.rehearsal.batch, looked.probe.config.sampling.max_new_tokens
+    stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in looked.rehearsal.rollouts]
+    context = looked.probe.session.prompts.room + most
+    if stopped < 0.9:
+        larger = min(2 * most, context - max(len(r.prompt_ids) for r in looked.rehearsal.rollouts))
+        more = f"--max-new-tokens {larger}, or" if larger > most else "the context allows no more:"
+        never = not batch.stopped.any()
+        wrong = "; a student that never says its stop token has the wrong one, or is no chat model" if never else ""
+        yield Finding(
+            check="stops",
+            level=Level.WARNING,
+            what=f"none of {len(long)} rollouts ended within --max-new-tokens {most}"
+            if never
+            else f"{1 - stopped:.0%} of {len(long)} rollouts were cut at --max-new-tokens {most}",
+            why=f"a cut response has no end to learn from, and lengths then grow to the limit{wrong}",
+            do=f"{more} --truncated drop" + ("; compare the finding `turn end`" if never else ""),
+        )
+        return
+    budget = int(np.quantile(long, 0.95))
+    yield ok("stops", f"{stopped:.0%} of {len(long)} rollouts ended; 95 % within {budget} of {most} tokens")
+
+
+def repeats(looked: Looked) -> Iterator[Finding]:
+    """Check how many 4-grams repeat within a response."""
+    batch = looked.rehearsal.batch
+    share = repetition(batch.ids, batch.mask)
+    if share > REPEATS:
+        text = looked.probe.session.collector.text(looked.rehearsal.rollouts[0].ids)
+        yield Finding(
+            check="repetition",
+            level=Level.WARNING,
+            what=f"{share:.0%} of the 4-grams of a response stood in it before: {short(text[-60:])}",
+            why="a teacher finds a loop likely once it has begun, and the student learns to stay in it",
+            do="look at its template and stop ids; a base model may need some supervised steps first, or a "
+            "--max-new-tokens below where loops begin",
+        )
+    else:
+        yield ok("repetition", f"{share:.0%} of the 4-grams of a response stood in it before")
+
+
+def sampler(looked: Looked) -> Iterator[Finding]:
+    """Check that the log-probs of sampler and trainer agree on the sampled tokens."""
+    batch, config = looked.rehearsal.batch, looked.probe.config
+    if batch.student_logp is None or not config.compares():
+        return
+    terminal = batch.ids.new_tensor(looked.probe.session.vocabulary.stop)
+    mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids sum their probabilities
+    gap = float((batch.student_logp - batch.sampler_logp)[mask].abs().max()) if mask.any() else 0.0
+    if gap > GAP[config.precision]:
+        yield Finding(
+            check="sampler",
+            level=Level.WARNING,
+            what=f"sampler and trainer give one token log-probs that are {gap:.2g} nats apart",
+            why="rollouts are then of another policy than the one that is trained",
+            do="compare at --precision fp32: if the gap stays, the model's cached forward is not its plain one",
+        )
+    else:
+        yield ok("sampler", f"sampler and trainer agree to {gap:.1g} nats")
+
+
+def sweeps(probe: Probe) -> Iterator[Finding]:
+    """Report which backend (Triton, C or torch) does the elementwise work on the logits in the head pass."""
+    device = probe.session.accelerator.device
+    who = sweeper(device)
+    if device.type == "cuda" and who != "triton":
+        yield Finding(
+            check="head pass",
+            level=Level.NOTE,
+            what="torch sweeps the logits: there is no Triton",
+            why="it reads and writes them some ten times where Triton's kernels do once or twice",
+            do="pip install 'opd[gpu]'",
+        )
+    else:
+        yield ok("head pass", f"{who} sweeps the logits, {probe.config.chunk_mb} MB of them at a time")
+
+
+BEFORE: Sequence = (told, compatible, rate, lengths, verifier, sweeps)
+AFTER: Sequence = (stops, repeats, sampler)

@@ -1,0 +1,134 @@
+"""Selection of the hidden layers to match between student and teacher, and fitting of a bridge between their widths.
+
+A bridge is a pair of low-rank projections per matched layer.  Checkpoints contain it (bridge.safetensors), so that a
+resumed run compares hidden states with the same projections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from opd.core.errors import Refusal
+from opd.core.tensors import save_tensors
+from opd.core.types import Batch, Rollout
+from opd.losses.hidden_states import Bridge, Lens, Lenses, Projection, fit, layer_map
+from opd.methods.method import Method
+from opd.models.batching import rows
+from opd.models.forward import states
+from opd.models.student import Student
+from opd.rollouts.batch import masks
+from opd.teachers.local import LocalTeacher
+
+
+def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, PretrainedConfig]) -> Lenses | None:
+    """Return the layers that are matched, without projections; None if the method matches no hidden states.
+
+    `teachers` are configurations by the flag that names each teacher.  Raises Refusal if the shapes of the models'
+    hidden states do not allow the comparison that the method makes.
+    """
+    term = method.hidden()
+    if term is None:
+        return None
+    depth, width = student.num_hidden_layers, student.hidden_size
+    layers = term.layers or tuple(range(1, depth + 1))
+    if max(layers) > depth:
+        raise Refusal(f"--layers {max(layers)}: the student has {depth} layers; name some of 1 to {depth}")
+    for name, teacher in teachers.items():
+        other = (teacher.num_hidden_layers, teacher.hidden_size)
+        if term.bridge is None and other != (depth, width):
+            raise Refusal(
+                f"--{name}: {other[0]} layers of width {other[1]} beside the student's {depth} of width {width}; "
+                "hidden states of other shapes are matched through a bridge: add --bridge-rank 8"
+            )
+        if term.bridge is not None and term.bridge.rank > min(width, other[1]):
+            raise Refusal(f"--bridge-rank {term.bridge.rank}: the narrower model has width {min(width, other[1])}")
+    if term.bridge is None:
+        return Lenses(Lens(layers), Lens(layers))
+    if len(teachers) > 1:
+        raise Refusal("--route: a bridge joins the student to one teacher; leave out --route, or --bridge-rank")
+    (teacher,) = teachers.values()
+    met = layer_map(depth, teacher.num_hidden_layers)
+    return Lenses(Lens(layers), Lens(tuple(met[layer - 1] for layer in layers)))
+
+
+def some(mask: Bool[Tensor, "B T"], count: int, seed: int) -> Bool[Tensor, "B T"]:
+    """Return a mask of at most `count` of the marked tokens, sampled without replacement."""
+    at = mask.flatten().nonzero()[:, 0]
+    chosen = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))[:count]]
+    return torch.zeros_like(mask).flatten().index_fill(0, chosen, True).view_as(mask)
+
+
+@torch.no_grad()
+def fitted(
+    bridge: Bridge,
+    lenses: Lenses,
+    student: Student,
+    teacher: LocalTeacher,
+    batch: Batch,
+    rollouts: Sequence[Rollout],
+    *,
+    micro: Sequence[Sequence[int]],
+    seed: int,
+) -> tuple[Lenses, float]:
+    """Fit the projections on some tokens of the rollouts.
+
+    Returns the lenses with projections, and the mean cosine on held-out tokens.  The hidden states of both models for
+    `bridge.rows` tokens at all matched layers are held in main memory, in fp32.  Raises Refusal if the rollouts have
+    fewer than 10 x rank tokens.
+    """
+    batch = replace(batch, mask=some(batch.mask, bridge.rows, seed))
+    if batch.mask.sum() < 10 * bridge.rank:
+        raise Refusal(
+            f"--bridge-rank {bridge.rank}: {int(batch.mask.sum())} tokens in {len(rollouts)} rollouts are too few to "
+            "fit it on; raise --max-new-tokens"
+        )
+    device = student.model.device
+    # Restore the order of the rollouts.  Micro-batches are sorted by length, and `fit` holds out the last rows: without
+    # this, the held-out tokens would be those of the shortest rollouts.
+    order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for at in micro for i in at]).argsort(stable=True)
+    own: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    other: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    for at in micro:
+        rolls = [rollouts[i] for i in at]
+        trained = masks(batch[torch.tensor(at)], rolls)
+        _, mine = states(student.model, rows(rolls, trained, teacher=False, device=device), lenses.student)
+        theirs = teacher.hidden(rolls, trained, lenses.teacher).views
+        for kept, views in ((own, mine), (other, theirs)):
+            for layer, view in zip(kept, views, strict=True):
+                layer.append(view.cpu())
+    found: list[tuple[Projection, Projection, float]] = []
+    for a, b in zip(own, other, strict=True):
+        found.append(fit(torch.cat(a)[order].to(device), torch.cat(b)[order].to(device), bridge, seed=seed))
+        a.clear()
+        b.clear()
+    students, teachers, cosines = zip(*found, strict=True)
+    lenses = Lenses(Lens(lenses.student.layers, students), Lens(lenses.teacher.layers, teachers))
+    return lenses, sum(cosines) / len(cosines)
+
+
+def save(lenses: Lenses, folder: Path) -> None:
+    """Save the projections to a checkpoint; write no file if the lenses have none."""
+    named = {
+        f"{side}.{i}.{name}": x
+        for side, lens in (("student", lenses.student), ("teacher", lenses.teacher))
+        for i, p in enumerate(lens.projections)
+        for name, x in (("matrix", p.matrix), ("mean", p.mean))
+    }
+    if named:
+        save_tensors(named, folder / "bridge.safetensors")
+
+
+def load(lenses: Lenses, folder: Path) -> Lenses:
+    """Return the lenses with the projections loaded from a checkpoint."""
+    kept = load_file(folder / "bridge.safetensors")
+    side = lambda name, lens: Lens(
+        lens.layers,
+        tuple(Projection(kept[f"{name}.{i}.matrix"], kept[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
+    )
+    return Lenses(side("student", lenses.student), side("teacher", lenses.teacher))

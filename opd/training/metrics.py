@@ -1,0 +1,251 @@
+"""Metrics of a training step: pure functions of the batch that return named numbers, in nats, tokens or shares."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd.core.sampling import Prompt
+from opd.core.types import Batch
+from opd.losses.terms import Target
+from opd.methods.questions import Continue, Question
+from opd.methods.rollout_policies.snapshot import drift
+
+
+def summary(batch: Batch) -> dict[str, float]:
+    """Return the metrics of a batch.  Means are over trained tokens, except for metrics of responses."""
+    mask = batch.mask
+    lengths = mask.sum(1).float()
+    out = {
+        "tokens": float(mask.sum()),
+        "length": float(lengths.mean()),
+        "length_max": float(lengths.max()),
+        "stopped": float(batch.stopped.float().mean()),
+        "outcome": float(batch.outcome.float().mean()),
+    }
+    if not mask.any():
+        return out
+    columns = ("reverse_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
+    for name in (*columns, "hidden_distance", "hidden_cosine"):
+        column = getattr(batch, name)
+        if column is not None:
+            out[name] = float(column[mask].mean())
+    if batch.student_entropy is not None and batch.teacher_entropy is not None:
+        out["entropy_gap"] = float((batch.student_entropy - batch.teacher_entropy)[mask].abs().mean())
+    if batch.reverse_kl is not None:
+        out |= {f"reverse_kl_{part}": value for part, value in by_third(batch.reverse_kl, mask).items()}
+    out["repetition"] = repetition(batch.ids, mask)
+    if batch.student_logp is not None:
+        gap = (batch.student_logp - batch.sampler_logp)[batch.written()]
+        if len(gap) and not {"beta", "staleness"} & batch.notes.keys():
+            out["sampler_gap"] = float(
+                gap.abs().max()
+            )  # trainer against sampler, nats; an error unless 0 up to rounding
+        if len(gap):
+            out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu; 1 if on-policy
+            out |= mismatch(gap)
+    if batch.student_logp is not None and batch.teacher_logp is not None:
+        accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
+        out["rejected"] = float(1 - accepted.mean())  # by speculative decoding; on policy: total variation
+    return out
+
+
+def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
+    """Return statistics of each term's advantages.
+
+    They come from the target if it has advantages, else from the scores of the head pass.
+    """
+    out: dict[str, float] = {}
+    for i, (score, target) in enumerate(zip(batch.scores, targets, strict=True)):
+        known = score if target.advantage is None else target.advantage
+        if known is not None and batch.mask.any():
+            suffix, said = f"_{i}" if len(targets) > 1 else "", known[batch.mask]
+            out[f"advantage{suffix}"] = float(said.mean())
+            out[f"advantage_std{suffix}"] = float(said.std(correction=0))
+            ordered = said.sort().values
+            out[f"advantage_p1{suffix}"] = float(ordered[round(0.01 * (len(ordered) - 1))])
+            out[f"advantage_p99{suffix}"] = float(ordered[round(0.99 * (len(ordered) - 1))])
+            out[f"advantage_max{suffix}"] = float(said.abs().max())
+    return out
+
+
+def mismatch(gap: Float[Tensor, " n"]) -> dict[str, float]:
+    """Return statistics of gap = log p - log mu, where p is the trainer's and mu the sampler's probability.
+
+    They are the mean absolute gap in nats, KL(mu || p) by the k3 estimator p/mu - 1 - gap, and the largest p/mu.
+    k3: Schulman, "Approximating KL divergence", 2020; unbiased under mu, and never negative.
+    """
+    gap = gap.double()
+    return {
+        "sampler_gap_mean": float(gap.abs().mean()),
+        "sampler_kl": float((gap.expm1() - gap).mean()),
+        "sampler_ratio_max": float(gap.max().exp()),
+    }
+
+
+def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+    """Return the mean of a column over the first, middle and last third of each response's trained tokens."""
+    third = 3 * (mask.cumsum(1) - 1) // mask.sum(1, keepdim=True).clamp(min=1)
+    parts = {name: mask & (third == i) for i, name in enumerate(("first", "middle", "last"))}
+    return {name: float(column[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def effective(weights: Float[Tensor, " n"]) -> float:
+    """Return the effective sample size as a share, (sum w)^2 / (n sum w^2).
+
+    It is 1 if all weights are equal and 1/n if only a single weight is not 0.
+    """
+    return float(weights.sum().square() / (len(weights) * weights.square().sum())) if weights.any() else 0.0
+
+
+def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
+    """Return the share of n-grams of a response that occurred in it before, as mean over responses.
+
+    Each response counts up to its last trained token.
+    """
+    shares = []
+    for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
+        tokens = row[said].tolist()
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def agreeing(
+    ids: Int[Tensor, "B T A"],
+    student_logp: Float[Tensor, "B T A"],
+    teacher_logp: Float[Tensor, "B T A"],
+    mask: Bool[Tensor, "B T"],
+) -> dict[str, float]:
+    """Return the overlap of the two models' top-k tokens, and each model's probability mass on the overlap.
+
+    `ids` [B, T, A] holds the student's top k, then the teacher's, with A = 2k.  The result is empty if the teacher has
+    no list (its log-probs are nan).  Rethinking OPD, arXiv:2604.13016.
+    """
+    if not mask.any() or teacher_logp[mask].isnan().any():
+        return {}
+    k = ids.shape[-1] // 2
+    own, other = ids[mask].split(k, -1)
+    both = (own[:, :, None] == other[:, None, :]).any(-1)
+    mass = lambda logp: float(logp[mask][:, :k].exp().where(both, 0).sum(-1).mean())
+    return {
+        f"top{k}_overlap": float(both.float().mean()),
+        f"top{k}_student_mass": mass(student_logp),
+        f"top{k}_teacher_mass": mass(teacher_logp),
+    }
+
+
+def speaking(batch: Batch) -> dict[str, float]:
+    """Return metrics of the rollout policy from the sampler's notes: blending, cuts, staleness, teacher prefixes."""
+    notes, mask, out = batch.notes, batch.mask, {}
+    if "beta" in notes and mask.any():
+        beta = notes["beta"][mask]
+        out["beta"], out["beta_one"] = float(beta.mean()), float((beta == 1).float().mean())  # 1: the teacher generates
+        out["behavior_kl"] = float(notes["behavior_kl"][mask].mean())  # KL(mu || student), nats
+    if "cut" in notes:
+        cut = notes["cut"]
+        out["cut"] = float((cut > 0).float().mean())  # share of rollouts
+        out["cut_tokens"] = float(cut.sum() / (cut.sum() + mask.sum()).clamp(min=1))  # share of sampled tokens
+    if "staleness" in notes:
+        out["staleness"], out["staleness_max"] = float(notes["staleness"].mean()), float(notes["staleness"].max())
+        if (found := drift(batch)) is not None:
+            out["drift"] = found  # KL(student || weights that generated it), nats
+    if "threshold" in notes:
+        out["threshold"] = float(notes["threshold"].mean())  # nats
+    if "prefix_limit" in notes and batch.prefix is not None:
+        prefix = torch.arange(mask.shape[1]) < batch.prefix[:, None]
+        out["prefix_limit"] = float(notes["prefix_limit"].float().mean())
+        out["prefix_length"] = float(batch.prefix.float().mean())
+        out["prefix_share"] = float((mask & prefix).sum() / mask.sum().clamp(min=1))  # share of trained tokens
+    return out
+
+
+def weighting(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+    """Return for each term the share of trained tokens with a weight other than 0, and the effective share."""
+    out = {}
+    for i, target in enumerate(targets):
+        suffix, w = f"_{i}" if len(targets) > 1 else "", target.weight[mask]
+        out[f"weighted{suffix}"] = float((w != 0).float().mean()) if len(w) else 0.0
+        out[f"effective{suffix}"] = effective(w)
+    return out
+
+
+def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) -> dict[str, float]:
+    """Return the reverse KL to each teacher that scored a row.  The result is empty if the run has a single teacher.
+
+    `names` are all teachers of the run; `teachers` holds the teacher of each row.
+    """
+    if len(names) < 2 or batch.reverse_kl is None:
+        return {}
+    out = {}
+    for name in names:
+        mask = batch.mask & torch.tensor([t == name for t in teachers])[:, None]
+        if mask.any():
+            out[f"reverse_kl.{name or 'teacher'}"] = float(batch.reverse_kl[mask].mean())
+    return out
+
+
+TASKS = ("task", "data_source", "source", "subject", "domain")  # prompt columns that may name the task
+MOST_TASKS = 16  # a column with more values in a batch is not taken for a task name
+
+
+def by_task(batch: Batch, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Return reverse KL, outcome and length of each task, by the first column of TASKS with several values."""
+    for column in TASKS:
+        names = [p.columns.get(column) for p in prompts]
+        tasks = sorted({n for n in names if isinstance(n, str)})
+        if not 1 < len(tasks) <= MOST_TASKS:
+            continue
+        out = {}
+        for task in tasks:
+            rows = torch.tensor([n == task for n in names])
+            mask = batch.mask & rows[:, None]
+            out[f"outcome.{task}"] = float(batch.outcome[rows].float().mean())
+            out[f"length.{task}"] = float(mask.sum() / rows.sum())
+            if batch.reverse_kl is not None and mask.any():
+                out[f"reverse_kl.{task}"] = float(batch.reverse_kl[mask].mean())
+        return out
+    return {}
+
+
+def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """Return the standard error of the mean over responses of their token means; 0 for a single response.
+
+    Tokens of a response are not independent, so the error is over responses.
+    """
+    means = (column.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1))[mask.any(1)]
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
+
+
+def answered(batch: Batch, question: Question | None) -> dict[str, float]:
+    """Return metrics of the answers of a text-only teacher or a judge."""
+    out, mask = {}, batch.mask
+    if batch.chunk is not None and batch.agreement is not None and isinstance(question, Continue):
+        audited = mask & (batch.chunk > 0)
+        out["audited"] = float(audited.sum() / mask.sum().clamp(min=1))  # share of trained tokens
+        if audited.any():
+            out["agreement"] = float(batch.agreement[audited].mean() / question.texts)  # similarity of texts, 0 to 1
+    if batch.verdict is not None and batch.judged is not None:
+        out["unjudged"] = float(1 - batch.judged.float().mean())  # share of rollouts without a verdict
+        if batch.judged.any():
+            verdict, theirs = (x[batch.judged] for x in (batch.verdict, batch.notes["reference_verdict"]))
+            out["verdict"] = float(verdict.mean())
+            out["reference_verdict"] = float(theirs.mean())  # of the teacher's worst answer to each prompt
+            out["above_reference"] = float((verdict > theirs).float().mean())
+    if batch.stage is not None and batch.stage_scores is not None and batch.judged is not None:
+        out["unjudged"] = float(1 - batch.judged.float().mean())
+        for k, column in enumerate(batch.stage_scores[batch.judged].unbind(1), 1):
+            if (some := column[column.isfinite()]).numel():
+                out[f"stage_{k}"] = float(some.mean())  # over the rollouts with this stage
+            out[f"staged_{k}"] = float((mask & (batch.stage == k)).sum() / mask.sum().clamp(min=1))  # of trained tokens
+    return out
+
+
+def reflected(batch: Batch) -> dict[str, float]:
+    """Return metrics of the previous step's reflections that are trained on: their count, tokens and judge scores."""
+    if not len(batch.ids) or batch.stage_scores is None:
+        return {}
+    worth = batch.stage_scores[:, -1]
+    tokens = {"reflections": float(len(batch.ids)), "reflection_tokens": float(batch.mask.sum())}
+    return tokens | {"reflection": float(worth.mean()), "reflection_std": float(worth.std(correction=0))}

@@ -1,0 +1,237 @@
+"""The run folder: configuration, metrics, saved rollouts and checkpoints.  All files but logs are written atomically.
+
+config.json  method.txt                     settings and method of the run
+environment.json                            versions and machine, the preset, and the flags that the user set
+metrics.jsonl                               reproducible metrics, a line per step
+perf.jsonl                                  seconds, tokens/s, bytes; a line per step
+evals/step-N.jsonl                          outcome and reverse KL of each held-out prompt
+rollouts/step-N.{jsonl,safetensors}         texts and columns of sampled batches, with what both models preferred
+rollouts/step-N.tokens.json                 the texts of the ids in there
+checkpoints/step-N/                         a model folder for transformers, peft and vLLM: nothing else lies in it
+checkpoints/step-N/training_state/          what only a resumed run reads: optimizer.safetensors, state.json, ...
+base/                                       the model under the adapters of a LoRA run whose student is an adapter
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from opd.core.disk import disk, follow_umask
+from opd.core.errors import Refusal
+from opd.core.tensors import save_tensors
+from opd.core.types import Batch, Rollout
+from opd.data.prompts import digest
+from opd.head.backend import sweeper
+from opd.losses.terms import Target
+from opd.methods.method import Method
+
+
+def plain(value: object) -> object:
+    """Convert a configuration value to JSON types: dataclasses become dicts, a method its repr, a path its text."""
+    if isinstance(value, Method):
+        return repr(value)  # prints as the code that makes it
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(value: object, path: str = "") -> list[tuple[str, object]]:
+    """Return nested settings as a list of (dotted name, value)."""
+    if isinstance(value, Mapping) and value:
+        return [leaf for k, v in value.items() for leaf in flat(v, f"{path}.{k}" if path else str(k))]
+    return [(path, value)]
+
+
+STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
+LEFT = ("answers.sqlite*", "engine", ".worker-*")  # files that a run leaves if it ends before its first step
+
+
+def training_state(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint's training state.
+
+    Older checkpoints keep the training state in the model folder.
+    """
+    return checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; only the main process writes to it."""
+
+    folder: Path
+
+    def exists(self) -> bool:
+        """Return whether a run was started in this folder."""
+        return (self.folder / "config.json").is_file()
+
+    def empty(self) -> bool:
+        """Return whether a run may start here: the folder is missing, or has only files of a run without a step."""
+        if not self.folder.exists():
+            return True
+        return self.folder.is_dir() and all(any(map(p.match, LEFT)) for p in self.folder.iterdir())
+
+    def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
+        """Refuse to resume with settings that differ from the saved ones, except for the settings in `free`."""
+        before = dict(flat(json.loads((self.folder / "config.json").read_text())))
+        served = lambda x: str(x).startswith("http")
+        for name, value in flat(json.loads(json.dumps(settings))):
+            was = before.get(name)
+            # The address of a server may change: the trainer sends it the weights before it generates.
+            moved = name == "speaker.engine" and served(was) and served(value)
+            if not ({name, name.partition(".")[0]} & free or was == value or moved):
+                raise Refusal(
+                    f"--resume: {name} was {was!r} in {self.folder} and is {value!r} now; "
+                    "repeat the run's own command, or start another --out"
+                )
+
+    def start(
+        self,
+        settings: Mapping[str, object],
+        method: str,
+        step: int,
+        asked: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """Write settings, method and environment, and truncate the logs to `step`, from which the run continues.
+
+        `asked` (preset and user flags) is added to environment.json.
+        """
+        with disk(f"--out {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("config.json", json.dumps(settings, indent=2))
+            self._write("method.txt", method + "\n")
+            self._write("environment.json", json.dumps({**environment(), **asked}, indent=2))
+            for name in ("metrics.jsonl", "perf.jsonl"):
+                path = self.folder / name
+                # A killed process may leave a partial last line: keep complete lines up to the checkpoint's step.
+                lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step and step > 0]
+                self._write(name, "".join(kept))
+
+    def log(self, name: str, row: Mapping[str, object]) -> None:
+        """Append a line to NAME.jsonl (metrics or perf)."""
+        with disk(f"writing {self.folder / name}.jsonl"), (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save_evaluation(self, step: int, rollouts: Sequence[Rollout], batch: Batch) -> None:
+        """Save the outcome, length and reverse KL (nats per token) of each held-out prompt.
+
+        Runs can then be compared prompt by prompt.
+        """
+        lengths = batch.mask.sum(1)
+        rows = [
+            {"prompt": digest(r.prompt), "outcome": r.outcome, "length": n, "stopped": r.stopped}
+            for r, n in zip(rollouts, lengths.tolist(), strict=True)
+        ]
+        if batch.reverse_kl is not None:
+            means = batch.reverse_kl.where(batch.mask, 0).sum(1) / lengths.clamp(min=1)
+            rows = [row | {"reverse_kl": kl} for row, kl in zip(rows, means.tolist(), strict=True)]
+        with disk(f"writing {self.folder / 'evals'}"):
+            (self.folder / "evals").mkdir(exist_ok=True)
+            self._write(f"evals/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def save_rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        texts: Sequence[str],
+        batch: Batch,
+        targets: Sequence[Target],
+        others: Mapping[str, Tensor],
+        tokens: Mapping[int, str],
+    ) -> None:
+        """Save the texts and per-token columns of a batch, for later inspection.
+
+        Args:
+            step: the step that trained on the batch.
+            rollouts: the rollouts.
+            texts: their decoded responses.
+            batch: the measured columns.
+            targets: weights and advantages of each term of the method.
+            others: more columns, [B, T, ...].
+            tokens: text of every token id in the columns.
+        """
+        folder = self.folder / "rollouts"
+        columns = {f.name: getattr(batch, f.name) for f in fields(batch)} | dict(others)
+        for i, (target, score) in enumerate(zip(targets, batch.scores or [None] * len(targets), strict=True)):
+            columns[f"weight.{i}"] = target.weight
+            columns[f"advantage.{i}"] = score if target.advantage is None else target.advantage
+        tensors = {k: v for k, v in columns.items() if isinstance(v, Tensor)}
+        rows = [
+            {
+                "index": r.index,
+                "prompt": r.prompt.text or list(map(dict, r.prompt.messages)),
+                "answer": r.prompt.answer,
+                "response": text,
+                "tokens": len(r.ids),
+                "outcome": r.outcome,
+                "stopped": r.stopped,
+            }
+            for r, text in zip(rollouts, texts, strict=True)
+        ]
+        with disk(f"writing {folder}"):
+            folder.mkdir(exist_ok=True)
+            self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
+            self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: it marks a complete set of files
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
+        """Yield a temporary folder to fill; rename it to the checkpoint's name when it is complete.
+
+        The oldest checkpoints are removed only after that, so that `keep` of them remain.
+        """
+        root = self.folder / "checkpoints"
+        final, part = root / f"step-{step:06d}", root / f".part-{step:06d}"
+        if not main:
+            yield part
+            return
+        try:
+            with disk(f"checkpoint {final}"):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                (part / STATE).mkdir()
+                yield part
+                (part / STATE / "state.json").write_text(json.dumps({"step": step}))
+                follow_umask(part)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(part, final)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        for old in sorted(root.glob("step-[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
+
+
+def environment() -> dict[str, object]:
+    """Return versions and hardware for environment.json, without secrets."""
+    names = ("opd", "torch", "transformers", "accelerate", "peft", "datasets")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "sweeper": sweeper(torch.device("cuda" if gpus else "cpu")),
+        **{name: version(name) for name in names},
+    }

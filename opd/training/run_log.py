@@ -1,0 +1,218 @@
+"""Reading of run folders, `read(folder) -> Log`, and grouping of runs that differ only by seed, `grouped(logs)`."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from opd.core.errors import Refusal
+from opd.core.intervals import interval
+from opd.methods import METHODS
+from opd.training.run_folder import flat
+
+INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # ignored in grouping
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Log:
+    """The logs of one run folder."""
+
+    folder: Path
+    config: Mapping[str, object]  # flat: data.source, sampling.temperature, ...
+    environment: Mapping[str, object]
+    steps: tuple[Row, ...]  # of training
+    evaluations: tuple[Row, ...]
+    perf: tuple[Row, ...]
+    prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
+
+    def saved(self) -> list[int]:
+        """Return the steps whose rollouts were saved."""
+        return list(saved(self.folder))
+
+    def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
+        with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
+            there = set(file.keys())
+            return {name: file.get_tensor(name) for name in names if name in there}
+
+    def series(self, name: str) -> dict[int, float]:
+        """Return a number by step, from any of the three logs.
+
+        Lines of perf.jsonl about evaluations are left out, because their speed is not that of training.
+        """
+        perf = (r for r in self.perf if "evaluate_s" not in r)
+        return {r["step"]: r[name] for r in (*self.steps, *self.evaluations, *perf) if r.get(name) is not None}
+
+
+def read(folder: Path) -> Log:
+    """Read a run folder.  Raise Refusal if the folder is not a run or has no finished step."""
+    if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
+        raise Refusal(f"RUN {folder}: there is no {missing[0]} in it; name the --out folder of an `opd train`")
+    rows = lines(folder / "metrics.jsonl")
+    if not rows:
+        raise Refusal(f"RUN {folder}: no step is finished yet; wait for the first line of its metrics.jsonl")
+    environment = folder / "environment.json"
+    evals = sorted((folder / "evals").glob("step-*.jsonl"))
+    return Log(
+        folder=folder,
+        config=dict(flat(json.loads((folder / "config.json").read_text()))),
+        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        steps=tuple(r for r in rows if "loss" in r),
+        evaluations=tuple(r for r in rows if "loss" not in r),
+        perf=tuple(lines(folder / "perf.jsonl")),
+        prompts={step_of(p): {r["prompt"]: r for r in lines(p)} for p in evals},
+    )
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a file name such as `step-000100.jsonl`."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def saved(run: Path) -> dict[int, Path]:
+    """Return the paths of a run's saved rollouts by step, without the file suffix."""
+    return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"))}
+
+
+def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
+    """Return the step and the path of its saved rollouts; step 0 selects the newest.
+
+    `needed` are other files that the run folder must have.  Raises Refusal if something is missing.
+    """
+    found = saved(run)
+    if not found or not all((run / name).is_file() for name in needed):
+        raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
+    step = step or list(found)[-1]
+    if step not in found:
+        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, found))}; --rollouts-every sets that")
+    return step, found[step]
+
+
+def lines(path: Path) -> list[Row]:
+    """Return the complete lines of a log; the last line of a running job may be incomplete and is then left out."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A number over the steps: the mean over runs, a lower and an upper bound, and the values of each run."""
+
+    x: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    runs: tuple[Mapping[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration that differ only by seed."""
+
+    name: str
+    runs: tuple[Log, ...]
+
+    def setting(self, name: str) -> object:
+        """Return a setting, which all runs share."""
+        return self.runs[0].config.get(name, "")
+
+    def names(self) -> list[str]:
+        """Return the names of all logged numbers, in the order of the logs."""
+        rows = [r for run in self.runs for r in (*run.steps, *run.evaluations, *run.perf)]
+        return [n for n in dict.fromkeys(k for r in rows for k in r) if n != "step"]
+
+    def series(self, name: str) -> Series:
+        """Return a number over the steps with its band: 95 % intervals for evaluations, else the range over seeds."""
+        runs = [run.series(name) for run in self.runs]
+        steps = sorted(set().union(*runs))
+        values = [[run[s] for run in runs if s in run] for s in steps]
+        mean = tuple(sum(v) / len(v) for v in values)
+        bands = [self._band(name, s, v) for s, v in zip(steps, values, strict=True)]
+        return Series(tuple(steps), mean, tuple(b[0] for b in bands), tuple(b[1] for b in bands), tuple(runs))
+
+    def _band(self, name: str, step: int, values: Sequence[float]) -> tuple[float, float]:
+        if name == "eval_accuracy":
+            shares = self.held_out("outcome", step)
+            if shares is not None:
+                among = interval(shares.mean(0).tolist())
+                return min(among.low, *values), max(among.high, *values)
+            own = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
+            return min(low for low, _ in own), max(high for _, high in own)
+        if name == "eval_reverse_kl":  # runs share prompts: averaging runs does not reduce this error
+            errors = [run.series("eval_reverse_kl_se").get(step, 0.0) for run in self.runs]
+            centre, half = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
+            return min(centre - half, *values), max(centre + half, *values)
+        return min(values), max(values)
+
+    def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
+        """Return a number [runs, prompts] of the held-out prompts (or those in `among`) at a step.
+
+        Returns None if a run lacks it.
+        """
+        found = [run.prompts.get(step) for run in self.runs]
+        tables = [t for t in found if t]
+        shared = list(among) or self.shared(step)
+        if len(tables) < len(found) or not shared or any(p not in t for t in tables for p in shared):
+            return None
+        return np.array([[float(t[p][name]) for p in shared] for t in tables])
+
+    def shared(self, step: int) -> list[str]:
+        """Return the held-out prompts that every run evaluated at a step."""
+        tables = [run.prompts.get(step, {}) for run in self.runs]
+        return [p for p in tables[0] if all(p in t for t in tables)]
+
+    def last(self) -> int:
+        """Return the newest step at which every run saved an evaluation by prompt; 0 if none exists."""
+        return max(set.intersection(*(set(run.prompts) for run in self.runs)), default=0)
+
+
+def grouped(logs: Sequence[Log]) -> list[Group]:
+    """Group runs of equal settings, and give the groups names that differ."""
+    by: dict[str, list[Log]] = {}
+    for log in logs:
+        key = {k: v for k, v in log.config.items() if k not in INCIDENTAL}
+        by.setdefault(json.dumps(key, sort_keys=True), []).append(log)
+    groups = [Group(method_name(str(runs[0].config["method"])), tuple(runs)) for runs in by.values()]
+    more: tuple[Callable[[Group], str], ...] = (
+        lambda g: g.name or folders(g),
+        lambda g: f"{g.name}, {told}" if (told := differing(g, [o for o in groups if o.name == g.name])) else g.name,
+        lambda g: f"{g.name} ({folders(g)})",
+    )
+    named = groups
+    for name in more:
+        taken = [g.name for g in named]
+        named = [Group(name(g), g.runs) if not g.name or taken.count(g.name) > 1 else g for g in named]
+        groups = named
+    return named
+
+
+def method_name(method: str) -> str:
+    """Return the name of the listed method whose repr is `method`, up to numbers; "" if no method matches."""
+    shape = lambda text: re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
+    same = [name for name, factory in METHODS.items() if repr(factory()) == method]
+    alike = [name for name, factory in METHODS.items() if shape(repr(factory())) == shape(method)]
+    return next(iter((*same, *alike)), "")
+
+
+def folders(group: Group) -> str:
+    """Return the common prefix of the group's folder names, without a trailing seed."""
+    names = [run.folder.resolve().name for run in group.runs]
+    common = names[0]
+    while not all(n.startswith(common) for n in names):
+        common = common[:-1]
+    return re.sub(r"[-_.]*(seed)?[-_.]*\d*$", "", common) or names[0]
+
+
+def differing(group: Group, others: Sequence[Group]) -> str:
+    """Return up to three short settings in which a group differs from others."""
+    values = {k: {json.dumps(o.setting(k)) for o in others} for k in group.runs[0].config if k not in INCIDENTAL}
+    told = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
+    short = [x for x in told if len(x) <= 40]
+    return ", ".join(short[:3])

@@ -1,0 +1,41 @@
+"""Seconds of each phase of a step."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Clock:
+    """Measures the seconds of each phase of a step."""
+
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time spent in the `with` block to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Move some seconds from a phase to a separate entry for a part of it."""
+        self.seconds[phase] -= seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
+        """Return the line of perf.jsonl: seconds by phase, tokens per second, and peak memory in MiB.
+
+        The rollout phase counts `sampled` tokens, the other phases count trained `tokens`.
+        """
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        total = sum(self.seconds.values())
+        phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
+        of = {"rollout": sampled, "measure": tokens, "update": tokens}
+        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
+        return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}

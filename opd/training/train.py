@@ -1,0 +1,112 @@
+"""Training of a student on rollouts that a teacher scores: `train(Train(...))` returns the run folder."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from accelerate.utils import gather_object
+
+from opd.config import checks
+from opd.config.train import Train
+from opd.core.errors import Refusal
+from opd.methods.rollout_policies.base import NOTHING
+from opd.models import lora
+from opd.models.load import newest_checkpoint
+from opd.training.alarms import alarms
+from opd.training.build import open_session
+from opd.training.checkpoint import load_memory
+from opd.training.doctor.examine import examined, noted
+from opd.training.doctor.findings import alarming, errors
+from opd.training.progress import Progress, loading
+from opd.training.run_folder import Run, plain, training_state
+from opd.training.run_log import read
+from opd.training.trainer import Loop
+
+FREE = frozenset(
+    {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
+    | {f"speaker.{name}" for name in ("engine_transfer", "engine_sleep", "engine_concurrency", "engine_timeout")}
+    | {"speaker.engine_token_env", "speaker.max_mismatch"}
+)  # settings that may change when a run resumes
+# Keep process groups alive longer than the DDP-wrapped student.  If DDP's reducer were the last owner, it would wait
+# for the group's threads while it holds the GIL, which these threads may need: a deadlock.
+_GROUPS: list[object] = []
+LOOK_EVERY = 10  # steps between checks of the logs for alarms
+
+
+def train(
+    config: Train,
+    each: Callable[[dict[str, float]], object] = lambda row: None,
+    asked: Mapping[str, object] = MappingProxyType({}),
+) -> Path:
+    """Train a student and return the run folder.
+
+    Args:
+        config: settings of the run.
+        each: called by the main process with each line of metrics.jsonl after it is written.
+        asked: how the run was requested (preset, user flags); added to environment.json.
+
+    Raises:
+        Refusal: the settings, models or data cannot be used; the message says what to change.
+    """
+    checks.check(config)
+    method, run = checks.resolved(config), Run(Path(config.out))
+    config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
+    written = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if run.exists() and config.resume:
+        run.matches(written, FREE)
+    elif not run.empty():
+        raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
+    checkpoint = newest_checkpoint(run.folder)
+    with loading(config.student, *config.routes().values(), quiet=config.quiet):
+        session = open_session(config, method, checkpoint)
+    state = None if checkpoint is None else training_state(checkpoint)
+    start = 0 if state is None else session.restore(state, partial=method.headless())
+    accelerator, main = session.accelerator, session.accelerator.is_main_process
+    loop, memory = Loop(config, method, session, run, each), NOTHING if state is None else load_memory(state)
+    found = examined(loop) if config.doctor and checkpoint is None else noted(loop)
+    if bad := errors(found):
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        said = str(bad[0]).removeprefix("error: ")
+        raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
+    if main:
+        run.start(written, repr(method), start, {"processes": accelerator.num_processes, **asked})
+    if checkpoint is None:
+        lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
+    if config.trackers:
+        accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
+    accelerator.wait_for_everyone()
+
+    progress = Progress(config.steps, start, quiet=config.quiet or not main)
+    with progress, contextlib.closing(loop.writing):
+        for line in dict.fromkeys(map(str, alarming(found))):
+            progress.say(line)
+        if (term := method.hidden()) is not None and term.bridge is not None:
+            loop.cross(term.bridge, state)
+        loop.writing.open(start, memory, state, progress.say)
+        if config.eval_prompts and start == 0:
+            progress.evaluated(0, loop.evaluate(0))
+        for step in range(start + 1, config.steps + 1):
+            numbers, memory = loop.step(step, memory)
+            progress.stepped(step, numbers)
+            if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
+                progress.evaluated(step, loop.evaluate(step))
+            # All processes must agree to stop, because a signal may reach any of them at any time.
+            stops = any(gather_object([progress.interrupted]))
+            last = step == config.steps or stops
+            if main and not config.quiet and (step % LOOK_EVERY == 0 or last):
+                for alarm in alarms(read(run.folder)):
+                    progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
+            if last or step % config.save_every == 0:
+                with run.checkpoint(step, config.keep, main) as folder:
+                    loop.save(memory, folder)
+                accelerator.wait_for_everyone()
+            if stops:
+                progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
+                break
+    if accelerator.num_processes > 1:
+        _GROUPS.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
+    return run.folder

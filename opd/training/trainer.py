@@ -1,0 +1,377 @@
+"""A training step: collect rollouts, measure, prepare targets on the whole batch, forward and backward, optimizer step.
+
+The measuring pass computes the columns that a method reads over the whole batch, without gradients.  Methods whose
+terms are all token-local (`Method.local()`) skip it.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from opd.config.train import Train
+from opd.core.errors import Refusal
+from opd.core.intervals import interval
+from opd.core.sampling import Sampling
+from opd.core.types import Batch, Rollout
+from opd.data.prompts import Rendered
+from opd.data.tasks.task import Task
+from opd.data.tokenizers import spelled
+from opd.losses.hidden_states import Bridge
+from opd.methods.method import Method
+from opd.methods.questions import Question, Stages
+from opd.methods.rollout_policies.base import Memory
+from opd.methods.rollout_policies.on_policy import OnPolicy
+from opd.methods.rollout_policies.snapshot import Snapshot
+from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
+from opd.models.batching import micro_batches
+from opd.rollouts.batch import collate
+from opd.rollouts.engines.vllm_requests import Sent
+from opd.teachers.judges import annotate as asking
+from opd.teachers.judges import annotate_stages as staging
+from opd.teachers.judges import reflections as episode
+from opd.teachers.judges.reflections import Deferred, Episode
+from opd.teachers.local import LocalTeacher
+from opd.training import hidden_bridge as bridge
+from opd.training.checkpoint import save_memory
+from opd.training.forward_backward import Passes, width
+from opd.training.metrics import (
+    advantages,
+    agreeing,
+    answered,
+    by_task,
+    by_teacher,
+    reflected,
+    speaking,
+    standard_error,
+    summary,
+    weighting,
+)
+from opd.training.rollout_source import Writing
+from opd.training.run_folder import STATE, Run
+from opd.training.session import Session
+from opd.training.timing import Clock
+
+LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement
+REHEARSED = -3  # noise key of rehearsals in place of a step number; teacher prefixes use -2, evaluations -1
+PATIENCE = 5  # the run stops after this many non-finite gradients in a row
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Results of a trial step without an update: student rollouts, their measured columns, and seconds by phase."""
+
+    rollouts: list[Rollout]
+    batch: Batch
+    seconds: Mapping[str, float]  # rollout, measure, update
+
+
+@dataclass
+class Loop:
+    """Runs the training steps, evaluations and checkpoints of a run."""
+
+    config: Train
+    method: Method
+    session: Session
+    run: Run
+    each: Callable[[dict[str, float]], object] = lambda row: None
+    refused: int = 0  # consecutive optimizer steps skipped because of non-finite gradients
+    passes: Passes = field(init=False)
+    writing: Writing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.passes = Passes(self.config, self.method, self.session)
+        self.writing = Writing(self.config, self.method, self.session)
+
+    def save(self, memory: Memory, folder: Path) -> None:
+        """Write everything that a resumed run reads into a checkpoint folder.
+
+        Every process must call it; only the main process writes.
+        """
+        self.session.save(folder)
+        self.writing.save(folder / STATE)
+        if self.session.accelerator.is_main_process:
+            save_memory(memory, folder / STATE)
+
+    def cross(self, built: Bridge, state: Path | None) -> None:
+        """Load the hidden-state bridge from a checkpoint's training state, or fit it on rollouts if `state` is None.
+
+        All later passes compare the hidden states of student and teacher through this bridge.
+        """
+        config, session = self.config, self.session
+        teacher, device = session.teachers[""], session.accelerator.device
+        assert session.lenses is not None and isinstance(teacher, LocalTeacher)
+        if state is not None:
+            lenses = bridge.load(session.lenses, state)
+        else:
+            prompts = session.prompts.batch(1, built.rollouts)
+            # Step 0, because training steps count from 1: this noise is used by no other rollout.
+            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
+            )
+            micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
+            student = session.plain()
+            lenses, cosine = bridge.fitted(
+                built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
+            )
+            self._log("metrics", 0, {"bridge_cosine": cosine})
+            (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
+        self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
+        self.passes = replace(self.passes, session=self.session)
+        self.writing.session = self.session
+
+    def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
+        """Run a training step: sample, score, update.  Return its metrics and the memory for the next step."""
+        config, session, who = self.config, self.session, self.method.rollouts
+        clock = Clock({})
+        apart, writer = bool(config.staleness or config.worker), session.collector.student
+        sent = writer.seconds if isinstance(writer, Sent) else 0.0
+        with clock("wait" if apart else "rollout"):
+            rollouts = self.writing.taken(step, memory, self.passes)
+            if config.told() == "peer":
+                texts = [session.collector.text(r.ids) for r in rollouts]
+                rollouts = session.prompts.with_peers(rollouts, texts)
+            before, fresh = episode.of(memory), len(rollouts)
+            rollouts += [d.rollout(fresh + i, fresh) for i, d in enumerate(before.deferred)]
+            batch = collate(
+                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
+            )
+        if isinstance(writer, Sent):
+            clock.split("rollout", "weights", writer.seconds - sent)
+        self.passes.heard.clear()
+        if not self.method.local():
+            with clock("measure"):
+                batch, _ = self.passes.over(batch, rollouts, None)
+        if isinstance(who, StopOnAgreement):
+            if not who.online:
+                lengths = torch.tensor([len(r.ids) for r in rollouts])
+                batch = who.cut(batch, lengths, who.threshold(step, memory))
+                self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
+            memory = who.remember(memory, batch)
+        if isinstance(who, Snapshot):
+            memory = who.remember(memory, batch, step)
+        if self.method.asks is not None:
+            with clock("ask"):
+                batch, after = self._asked(self.method.asks, batch, rollouts, before)
+            if isinstance(self.method.asks, Stages):
+                with clock("reflect"):
+                    memory = self._reflected(batch, rollouts[:fresh], step, after).memory()
+        numbers: dict[str, float] = {}
+        share = config.batch // who.updates
+        saves = step in (1, config.steps) or step % config.rollouts_every == 0
+        others: dict[str, Tensor] = {}
+        for update in range(who.updates):
+            last = update + 1 == who.updates  # the last update also trains on the reflections of the previous step
+            part = slice(update * share, len(rollouts) if last else (update + 1) * share)
+            if last and (saves or session.shows_heads()):
+                shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
+                with clock("save" if saves else "look"):
+                    others = self.passes.alternatives(batch[shown], rollouts[shown])
+            with clock("update"):
+                measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
+        if others:
+            ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
+            numbers |= agreeing(ids, own, other, batch.mask[shown])
+        source = self.writing.source
+        assert source is not None
+        with clock("snapshot") if apart else contextlib.nullcontext():
+            source.advance(step, memory)
+        self._log("metrics", step, numbers)
+        wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
+        row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
+        row |= source.numbers()
+        judge = None if session.panel is None else session.panel.judge
+        row |= {} if judge is None else judge.traffic()
+        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
+        if session.accelerator.is_main_process and saves:
+            texts = [session.collector.text(r.ids) for r in rollouts[part]]
+            said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
+            tokens = spelled(session.collector.tokenizer, said)
+            targets = self.method.prepare(batch[part])
+            self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
+        return numbers, memory
+
+    def _asked(
+        self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
+    ) -> tuple[Batch, Episode]:
+        """Ask the question about the rollouts.  Return the batch with the answers' columns, and the new episode.
+
+        Only the main process asks; the result is broadcast to all processes.
+        """
+        told: list[tuple[dict[str, Tensor], Episode] | None] = [None]
+        if self.session.accelerator.is_main_process:
+            assert self.session.panel is not None
+            told = [asking.asked(question, batch, rollouts, self.session.panel, before)]
+        ((columns, after),) = broadcast_object_list(told)
+        return replace(batch, **columns), after
+
+    def _reflected(self, batch: Batch, rollouts: Sequence[Rollout], step: int, before: Episode) -> Episode:
+        """Add the student's reflections on one judged rollout per prompt to the episode."""
+        config, session, asks = self.config, self.session, self.method.asks
+        assert isinstance(asks, Stages)
+        if (how := asks.reflect) is None:
+            return before
+        assert batch.judged is not None
+        judged = [r for r, yes in zip(rollouts, batch.judged.tolist(), strict=False) if yes]
+        chosen = episode.attempts(judged, seed=config.seed, step=step)
+        text = session.collector.text
+        found = [(a, episode.asked_of(a, text(a.ids), how, session.prompts)) for a in chosen]
+        asked = [(a, question) for a, question in found if question is not None]
+        sampling, task = replace(config.sampling, temperature=how.temperature), session.prompts.task
+        who, first = OnPolicy(how.samples), len(batch.ids)
+        written = self.writing.collect([question for _, question in asked], who, sampling, step, task, first=first)
+        told: list[tuple[dict[str, str], list[Deferred]] | None] = [({}, [])]
+        if written:
+            logp = self.measure(written, step).student_logp
+            if session.accelerator.is_main_process:
+                groups = [written[i * how.samples : (i + 1) * how.samples] for i in range(len(asked))]
+                pairs = [(a, some) for (a, _), some in zip(asked, groups, strict=True)]
+                assert logp is not None and session.panel is not None
+                told = [staging.reflections(pairs, logp, session.panel)]
+            told = broadcast_object_list(told)
+        assert told[0] is not None
+        return before.reflecting(*told[0], most=asks.questions)
+
+    def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
+        """Make an optimizer step and return the measured batch and metrics.
+
+        A step with a non-finite gradient is skipped and recorded as `refused` = 1.  Raises Refusal after PATIENCE
+        skipped steps in a row.
+        """
+        config, session = self.config, self.session
+        targets = self.method.prepare(batch)
+        batch, loss = self.passes.over(batch, rollouts, targets)
+        self._check(batch)
+        if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
+            self._check_engine(batch)
+        norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
+        lr = config.learning_rate(update, config.steps * self.method.rollouts.updates)
+        finite = bool(norm.isfinite())
+        if finite:
+            for group in session.optimizer.param_groups:
+                group["lr"] = lr
+            session.optimizer.step()
+            session.collector.student.follow()
+            for teacher in session.teachers.values():
+                teacher.follow()
+        session.optimizer.zero_grad()
+        self.refused = 0 if finite else self.refused + 1
+        if self.refused == PATIENCE:
+            raise Refusal(
+                f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
+                "or look at the saved rollouts"
+            )
+        clipped = min(float(norm), config.max_grad_norm)
+        numbers = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            "grad_clipped": clipped,
+            "lr": lr,
+            "refused": float(not finite),
+        }
+        fresh = sum(r.index < config.batch for r in rollouts)
+        own, rest = batch[:fresh], batch[fresh:]  # rollouts and reflections have separate metrics
+        numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
+        numbers |= advantages(own, [target[:fresh] for target in targets])
+        numbers |= answered(own, self.method.asks) | reflected(rest)
+        numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
+        return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])
+
+    def _check(self, batch: Batch) -> None:
+        if batch.teacher_logp is None:
+            return
+        bad = batch.mask & (batch.teacher_logp == -torch.inf)
+        if bad.any():
+            token = int(batch.ids[bad][0])
+            text = self.session.collector.tokenizer.decode([token])
+            raise Refusal(
+                f"the teacher gives probability 0 to token {token} ({text!r}), which the student said: the log ratio "
+                "is infinite; is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+            )
+
+    def _check_engine(self, batch: Batch) -> None:
+        how = self.config.speaker
+        if how.engine == "hf" or batch.student_logp is None or not self.config.compares():
+            return
+        own = batch.written()
+        apart = float((batch.student_logp - batch.sampler_logp)[own].abs().mean()) if own.any() else 0.0
+        if not apart <= how.max_mismatch:
+            raise Refusal(
+                f"--engine {how.engine}: its log-probs are {apart:.3g} nats from the trainer's on average, above "
+                f"--max-mismatch {how.max_mismatch}: its weights, precision or vocabulary are others; compare with "
+                "--precision fp32, or --engine hf"
+            )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate on the held-out prompts: accuracy, and the reverse KL in nats per token along the responses.
+
+        Returns the metrics and logs them.
+        """
+        config, session = self.config, self.session
+        assert session.held_out is not None
+        sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
+        clock = Clock({})
+        self.passes.heard.clear()
+        with clock("evaluate"):
+            prompts = session.held_out.first(config.eval_limit)
+            # Noise key -1: every evaluation samples with the same noise.
+            rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
+        if session.accelerator.is_main_process:
+            self.run.save_evaluation(step, rollouts, batch)
+        name, column = "reverse_kl", batch.reverse_kl
+        if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
+            # The teacher scores only the sampled tokens, so the full KL cannot be computed.
+            name, column = "log_ratio", batch.student_logp - batch.teacher_logp
+        numbers = {}
+        if column is not None:
+            numbers[f"eval_{name}"] = float(column[batch.mask].mean())
+            numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
+        numbers |= {
+            "eval_length": float(batch.mask.sum(1).float().mean()),
+            "eval_stopped": float(batch.stopped.float().mean()),
+        }
+        if batch.hidden_distance is not None and batch.hidden_cosine is not None:
+            numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
+            numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
+        if session.held_out.task.scored:
+            accuracy = interval([r.outcome for r in rollouts])
+            numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}
+        self._log("metrics", step, numbers)
+        self._log("perf", step, clock.row(float(batch.mask.sum())))
+        return numbers
+
+    def look(
+        self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
+    ) -> tuple[list[Rollout], Batch]:
+        """Generate rollouts with the student and measure all their columns, without training."""
+        rollouts = self.writing.collect(prompts, OnPolicy(), sampling, step, task)
+        return rollouts, self.measure(rollouts, step)
+
+    def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
+        """Measure all columns of finished rollouts.  No token is masked."""
+        batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
+        return self.passes.over(batch, rollouts, None)[0]
+
+    def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
+        """Run a trial step with backward pass but without an optimizer step, and time its phases."""
+        config, clock = self.config, Clock({})
+        with clock("rollout"):
+            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
+        with clock("measure"):
+            batch = self.measure(rollouts, REHEARSED)
+        with clock("update"):
+            self.passes.over(batch, rollouts, self.method.prepare(batch))
+        self.session.optimizer.zero_grad()
+        return Rehearsal(rollouts, batch, clock.seconds)
+
+    def _log(self, name: str, step: int, row: dict[str, float]) -> None:
+        if self.session.accelerator.is_main_process:
+            self.run.log(name, {"step": step, **row})
+            if name == "metrics":
+                self.each({"step": step, **row})
+        self.session.accelerator.log(row, step=step)
