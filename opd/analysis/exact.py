@@ -22,7 +22,6 @@ from opd.losses.divergences import kl
 from opd.losses.estimators import Several
 from opd.losses.terms import Match, PolicyGradient, Positions, Target
 from opd.methods.method import Method
-from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 
 
 @torch.no_grad()
@@ -166,10 +165,8 @@ def speakers(method: Method) -> Mapping[int, float]:
 
     The mapping is empty if some rollouts come from the data.
     """
-    match method.rollouts:
-        case Mixture(share, other):
-            return {} if other == DATA else {STUDENT: share, other: 1 - share}
-    return {STUDENT: 1.0}
+    shares = method.rollouts.source_shares()
+    return {} if DATA in shares else shares
 
 
 @dataclass(frozen=True)
@@ -278,7 +275,7 @@ class World:
 
     def note(self, method: Method) -> str:
         """Return what is assumed about a method whose rollouts change over a run, or "" if nothing is."""
-        if isinstance(method.rollouts, OnPolicy | Mixture):
+        if method.rollouts.stationary:
             return ""
         return f"{type(method.rollouts).__name__} as where its schedule has ended and nothing is remembered: OnPolicy()"
 

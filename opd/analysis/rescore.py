@@ -26,7 +26,6 @@ from opd.losses.target_distribution import Teacher
 from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
-from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.training.metrics import weighting
 from opd.training.run_log import lines, saved_at
 
@@ -253,7 +252,7 @@ def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, own
 
 def written_by(other: Method) -> str:
     """Return a note if the method would have used other rollouts than those of the student, else ""."""
-    return "" if isinstance(other.rollouts, OnPolicy) else f"its rollouts are {other.rollouts!r}; these are the run's"
+    return "" if other.rollouts.on_policy else f"its rollouts are {other.rollouts!r}; these are the run's"
 
 
 def read(text: str) -> Method | None:

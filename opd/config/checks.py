@@ -5,23 +5,20 @@ from dataclasses import replace
 
 from opd.config.train import Train
 from opd.core.errors import Refusal, positive
-from opd.core.types import DATA, Column
+from opd.core.types import Column
 from opd.losses.reductions import Constant, SequenceMean, TokenMean
 from opd.losses.surrogates import Reinforce, TruncatedRatio
 from opd.losses.terms import PolicyGradient, Term
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods.method import Method
 from opd.methods.questions import Grade, Stages
-from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.methods.rollout_policies.policies import listens
-from opd.methods.rollout_policies.snapshot import Snapshot
-from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
 
 
 def resolved(config: Train) -> Method:
     """Return the method with the run's overrides of its rollouts, reduction and importance cap."""
-    who = config.method.rollouts
-    who = replace(who, per_prompt=config.per_prompt or who.per_prompt, updates=config.updates or who.updates)
+    policy = config.method.rollouts
+    per_prompt, updates = config.per_prompt or policy.per_prompt, config.updates or policy.updates
+    policy = replace(policy, per_prompt=per_prompt, updates=updates)
     reductions: dict[str, Callable[[], Column]] = {
         "method": lambda: config.method.reduction,
         "token": TokenMean,
@@ -30,7 +27,7 @@ def resolved(config: Train) -> Method:
     }
     try:
         terms = tuple(_weighed(config, term) for term in config.method.terms)
-        return replace(config.method, terms=terms, rollouts=who, reduction=reductions[config.reduction]())
+        return replace(config.method, terms=terms, rollouts=policy, reduction=reductions[config.reduction]())
     except ValueError as error:
         raise Refusal(str(error)) from error
 
@@ -66,30 +63,28 @@ def check(config: Train) -> None:
         raise Refusal(
             f"--temperature {config.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
         )
-    who = resolved(config).rollouts
-    if isinstance(who, Snapshot) and not config.compares():
+    policy = resolved(config).rollouts
+    if (reason := policy.tempering_refusal()) and not config.compares():
         s = config.sampling
         raise Refusal(
             f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --loss-temperature "
-            f"{config.loss_temperature}: {who} takes the log-probs of the draw for the snapshot's own, in its drift "
-            "and in Delta-IFD: leave them at 1, 1, 0 and 1, or take another method"
+            f"{config.loss_temperature}: {policy} {reason}: leave them at 1, 1, 0 and 1, or take another method"
         )
-    if config.batch % (who.per_prompt * who.updates):
+    if config.batch % (policy.per_prompt * policy.updates):
         raise Refusal(
-            f"--batch {config.batch}: must be a multiple of {who.per_prompt * who.updates} "
-            f"({who.per_prompt} rollouts per prompt x {who.updates} updates)"
+            f"--batch {config.batch}: must be a multiple of {policy.per_prompt * policy.updates} "
+            f"({policy.per_prompt} rollouts per prompt x {policy.updates} updates)"
         )
 
 
 def _check_worker(config: Train) -> None:
     """Refuse rollouts that a worker process cannot generate, because it has only the student."""
     apart = "--worker" if config.worker and not config.staleness else f"--staleness {config.staleness}"
-    who = resolved(config).rollouts
-    alone = isinstance(who, OnPolicy | Snapshot) or (isinstance(who, Mixture) and who.other == DATA)
-    if (config.worker or config.staleness) and not alone:
+    policy = resolved(config).rollouts
+    if (config.worker or config.staleness) and (reason := policy.worker_refusal()):
         raise Refusal(
-            f"{apart}: rollouts of {who} need the teacher or what earlier steps measured, and the worker process "
-            "has the student alone: leave the flag out, or take a method on the student's own rollouts"
+            f"{apart}: rollouts of {policy} {reason}: leave the flag out, or take a method on the student's own "
+            "rollouts"
         )
     if (config.worker or config.staleness) and isinstance(config.method.asks, Stages) and config.method.asks.reflect:
         raise Refusal(f"{apart}: the prompts of {config.method.asks} hold what earlier steps reflected: leave it out")
@@ -102,16 +97,11 @@ def _check_worker(config: Train) -> None:
 def _check_engine(config: Train) -> None:
     """Refuse rollouts that an engine other than hf cannot generate."""
     config.speaker.check()
-    engine, who = config.speaker.engine, resolved(config).rollouts
+    engine, policy = config.speaker.engine, resolved(config).rollouts
     if engine == "hf":
         return
-    if isinstance(who, OnPolicy) and who.samples > 1:
-        raise Refusal(
-            f"--engine {engine}: {who} draws more tokens at each position, which hf alone does: take --engine hf, "
-            "or leave --samples out"
-        )
-    if listens(who):
-        raise Refusal(f"--engine {engine}: {who} lets the teacher read along token by token, which hf alone does")
+    if reason := policy.engine_refusal():
+        raise Refusal(f"--engine {engine}: {policy} {reason}")
     if "student_alone" in config.method.reads():
         raise Refusal(
             f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
@@ -123,7 +113,7 @@ def _check_engine(config: Train) -> None:
 
 def _check_teachers(config: Train) -> None:
     """Refuse a missing teacher, and settings of teacher, judge or context that contradict each other."""
-    teachers, told, who = config.routes(), config.told(), resolved(config).rollouts
+    teachers, told, policy = config.routes(), config.told(), resolved(config).rollouts
     if not teachers[""]:
         raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
     addresses = ("http://", "https://", "openai:")
@@ -158,16 +148,13 @@ def _check_teachers(config: Train) -> None:
         raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
     if told and config.teacher_prompt == "same":
         raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")
-    if told == "peer" and who.per_prompt < 2:
+    if told == "peer" and policy.per_prompt < 2:
         raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
-    if told == "peer" and (listens(who) or isinstance(who, TeacherPrefix)):
-        raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {who}")
+    if told == "peer" and policy.teacher_takes_part():
+        raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {policy}")
     moving = [m for m in teachers.values() if m == "self" or m.startswith("ema")]
-    if isinstance(who, TeacherPrefix) and moving:
-        raise Refusal(
-            f"--teacher {moving[0]}: its weights move, and it would begin each response once for all steps: switch "
-            "the prefix off (tropd --no-prefix), or name base or another model"
-        )
+    if moving and (reason := policy.moving_teacher_refusal()):
+        raise Refusal(f"--teacher {moving[0]}: its weights move, and it {reason}")
 
 
 def warnings(config: Train) -> list[str]:

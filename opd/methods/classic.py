@@ -18,8 +18,8 @@ from opd.losses.divergences import (
 from opd.losses.rewards import Clip, Tanh
 from opd.losses.terms import Match, PolicyGradient
 from opd.methods.method import Method
+from opd.methods.rollout_policies.base import RolloutPolicy
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.methods.rollout_policies.policies import Rollouts
 
 
 def opd(gamma: float = 0.0, future: Literal["sampled", "expected"] = "sampled") -> Method:
@@ -63,7 +63,7 @@ def opd_topk(
     return Method((Match(leaves[tail](Support(k, support))),))
 
 
-def _mixture(share: float, other: Literal["teacher", "response"]) -> Rollouts:
+def _mixture(share: float, other: Literal["teacher", "response"]) -> RolloutPolicy:
     return OnPolicy() if share == 1 else Mixture(share, {"teacher": TEACHER, "response": DATA}[other])
 
 

@@ -7,7 +7,6 @@ If the targets have no advantages, the head pass computes the scores itself.  Th
 leaves are all token-local.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
@@ -23,12 +22,8 @@ from opd.losses.rewards import One
 from opd.losses.target_distribution import Teacher, models
 from opd.losses.terms import MatchHidden, PolicyGradient, Positions, Target, Term
 from opd.methods.questions import Question
-from opd.methods.rollout_policies.kl_ball import Blend
-from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.methods.rollout_policies.policies import Rollouts, listens
-from opd.methods.rollout_policies.snapshot import Snapshot
-from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
-from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
+from opd.methods.rollout_policies.base import RolloutPolicy
+from opd.methods.rollout_policies.on_policy import OnPolicy
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Method:
 
     terms: tuple[Term, ...] = (PolicyGradient(),)
     reduction: Column = TokenMean()
-    rollouts: Rollouts = OnPolicy()
+    rollouts: RolloutPolicy = OnPolicy()
     filters: tuple[Column, ...] = ()  # select trained tokens; applied first, so removed tokens are in no denominator
     teacher: Privileged | None = None  # default teacher; the run's --teacher and --context override it
     asks: Question | None = None  # question to a text-only teacher or a judge
@@ -57,11 +52,12 @@ class Method:
             raise ValueError("a method matches hidden states in one term at most: use one MatchHidden")
         self._check_asked()
         several = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Several()]
-        if several and not (isinstance(self.rollouts, OnPolicy) and self.rollouts.samples > 1):
+        if several and self.rollouts.samples == 1:
             raise ValueError(f"{several[0].estimator} with {self.rollouts}: use OnPolicy(samples=...) above 1")
         for term in self.terms:
             if isinstance(term, PolicyGradient):
-                self._check_speaker(term)
+                columns = frozenset().union(*map(reads, term.column_leaves()))
+                self.rollouts.check_policy_gradient(term, columns)
                 if self.rollouts.updates > 1 and not reads(term.surrogate):
                     raise ValueError(
                         f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
@@ -76,35 +72,8 @@ class Method:
                 f"reads {', '.join(sorted(missing))}, which asks={self.asks} does not fill: Continue(...) fills chunk "
                 "and agreement, Grade(...) verdict and judged, Stages(...) stage, stage_scores and judged"
             )
-        if self.asks is not None and not isinstance(self.rollouts, OnPolicy):
+        if self.asks is not None and not self.rollouts.on_policy:
             raise ValueError(f"{self.rollouts} takes a teacher that reads tokens, and {self.asks} one that reads text")
-
-    def _check_speaker(self, term: PolicyGradient) -> None:
-        """Raise ValueError for a policy gradient on tokens that the student did not generate, unless it is corrected
-        for.
-        """
-        read = frozenset().union(*map(reads, term.column_leaves()))
-        match self.rollouts:
-            case Mixture():
-                raise ValueError(
-                    f"{self.rollouts} lets others speak, and a policy gradient is a sum over the student's own "
-                    "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
-                )
-            case Blend() if "sampler_logp" not in read:
-                raise ValueError(
-                    f"{self.rollouts} draws from a mixture of both models, and a policy gradient then needs the ratio "
-                    "p/mu: add the weight TruncatedImportance(), or match distributions instead (opd-topk)"
-                )
-            case Snapshot() if not term.corrected():
-                raise ValueError(
-                    f"{self.rollouts} lets an older student speak, and a policy gradient then needs the ratio to it: "
-                    "take the surrogate OffPolicy(), or match distributions instead (opd-topk)"
-                )
-            case TeacherPrefix() if "prefix" not in read:
-                raise ValueError(
-                    f"{self.rollouts} lets the teacher write the first tokens, and a policy gradient is a sum over the "
-                    "student's own: add the weight StudentTokens(), or match distributions instead (opd-topk)"
-                )
 
     def reads(self) -> frozenset[str]:
         """Return the names of the columns that `prepare` reads."""
@@ -117,10 +86,9 @@ class Method:
         Possible values: names of measured columns, `vocabulary` (whole distributions), `layers` (hidden states),
         `text`, and `decoding` (the teacher scores rollouts while they are generated).
         """
-        heard = {"decoding"} if listens(self.rollouts) else set()
-        heard |= {"text"} if self.asks is not None else set()
-        heard |= {"reverse_kl"} if isinstance(self.rollouts, StopOnAgreement) else set()
-        return frozenset().union(heard, self.reads() & MEASURED, *(term.needs() for term in self.terms))
+        text = {"text"} if self.asks is not None else set()
+        terms = (term.needs() for term in self.terms)
+        return frozenset().union(text, self.rollouts.needs(), self.reads() & MEASURED, *terms)
 
     def supports(self) -> dict[str, int]:
         """Return how many top-k tokens a teacher server must score so that every term can be computed.
@@ -131,7 +99,6 @@ class Method:
         out: dict[str, int] = {}
         for term in self.terms:
             if isinstance(term, PolicyGradient) and term.drawn():
-                assert isinstance(self.rollouts, OnPolicy)
                 out["drawn"] = self.rollouts.samples - 1
             elif "vocabulary" in term.needs():
                 if (found := term.support()) is None:
@@ -163,9 +130,7 @@ class Method:
 
     def local(self) -> bool:
         """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
-        if isinstance(self.rollouts, StopOnAgreement) and not self.rollouts.online:
-            return False
-        if isinstance(self.rollouts, Snapshot) and self.rollouts.drift < math.inf:
+        if self.rollouts.reads_measured():
             return False
         return self.reads() <= GIVEN and all(term.local() for term in self.terms)
 

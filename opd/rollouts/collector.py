@@ -1,9 +1,9 @@
 """Rollout collection: generate responses with student or teacher, verify them, and collate them into a `Batch`."""
 
-import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -16,19 +16,15 @@ from opd.core.sampling import Prompt, Sampling
 from opd.core.types import DATA, STUDENT, TEACHER, Rollout
 from opd.data.prompts import Rendered
 from opd.head.inputs import Hidden
-from opd.head.vocabulary import Vocabulary
-from opd.methods.rollout_policies.base import NOTHING, Memory
-from opd.methods.rollout_policies.kl_ball import Blend
-from opd.methods.rollout_policies.on_policy import OnPolicy
-from opd.methods.rollout_policies.policies import Rollouts, source_of
-from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
-from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
+from opd.head.vocabulary import Head, Vocabulary
+from opd.methods.rollout_policies.base import NOTHING, DecodeHook, Memory, RolloutPolicy, RunState
 from opd.models.batching import rows
 from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
 from opd.rollouts.engines.base import Engine, Sample, Writer
-from opd.rollouts.engines.hf import Beside, Blended, HFEngine, Watched
+from opd.rollouts.engines.hf import HFEngine, TeacherDecoding
 
+AS_IS = Head(torch.empty(0, 0))  # no scale or softcap: the model has applied them to the logits
 KEPT = 1 << 24  # tokens: limit of the cache of teacher prefixes, 4 bytes per token
 
 
@@ -61,7 +57,7 @@ class Collector:
     def collect(
         self,
         prompts: Sequence[Rendered],
-        who: Rollouts,
+        policy: RolloutPolicy,
         sampling: Sampling,
         verify: Callable[[str, Prompt], float],
         *,
@@ -72,11 +68,11 @@ class Collector:
         memory: Memory = NOTHING,
         alone: bool = False,
     ) -> list[Rollout]:
-        """Generate and verify `who.per_prompt` rollouts per prompt.
+        """Generate and verify `policy.per_prompt` rollouts per prompt.
 
         Args:
             prompts: this process's share of the prompts.
-            who: the rollout policy.  A policy that changes over the run reads `step`, `total` and `memory`.
+            policy: the rollout policy.  A policy that changes over the run reads `step`, `total` and `memory`.
             sampling: temperature, top-p, top-k and the length limit.
             verify: the verifier, (response, prompt) -> score from 0 to 1.
             seed: the run's seed.
@@ -86,16 +82,17 @@ class Collector:
             memory: what the run carries from step to step.
             alone: also note the student's cross entropy of each response without its prompt (`student_alone`).
         """
-        wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(who.per_prompt)]
+        wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(policy.per_prompt)]
         index = list(range(first, first + len(wanted)))
-        source = [source_of(who, step, i, seed) for i in index]
-        room, does = sampling.max_new_tokens, self._does(who, step, memory)
-        limit = who.limit(step, total, room) if isinstance(who, TeacherPrefix) else 0
-        prefixes = self._prefixes([p for p, _ in wanted], sampling, limit, seed)
+        source = [policy.source(step, i, seed) for i in index]
+        room = sampling.max_new_tokens
+        state = RunState(step, total, room, memory)
+        hook = policy.decode_hook(state, partial(self.vocabulary.logp, head=AS_IS))
+        prefixes = self._prefixes([p for p, _ in wanted], sampling, policy.prefix_limit(state), seed)
         # A prefix that is complete or reaches the length limit needs no continuation by the student.
         whole = {i: p.stopped for i, p in enumerate(prefixes) if p.stopped or len(p.ids) >= room}
         samples = {i: Sample((), (), stopped) for i, stopped in whole.items()}
-        names = [[name] for name in self.teachers] if does else [list(self.teachers)]
+        names = [[name] for name in self.teachers] if hook else [list(self.teachers)]
         for speaker, among in (*((STUDENT, x) for x in names), *((TEACHER, [name]) for name in self.teachers)):
             mine = [i for i, s in enumerate(source) if s == speaker and wanted[i][0].teacher in among]
             mine = [i for i in mine if i not in whole]
@@ -111,13 +108,13 @@ class Collector:
                     step=step,
                     index=key,
                     prefixes=[prefixes[i].ids for i in mine],
-                    **self._more(who, among[0], asked, does),
+                    **self._more(policy, among[0], asked, hook),
                 )
             samples |= dict(zip(mine, drawn, strict=True))
         for i, s in enumerate(source):
             if s == DATA:
                 samples[i] = self._written(wanted[i][0], sampling.max_new_tokens)
-        noted, out = _noted(who, step, memory, limit), []
+        notes, out = policy.notes(state), []
         for i, (rendered, group) in enumerate(wanted):
             ids, prefix = (*prefixes[i].ids, *samples[i].ids), len(prefixes[i].ids)
             out.append(
@@ -127,13 +124,13 @@ class Collector:
                     ids=ids,
                     sampler_logp=(*(0.0,) * prefix, *samples[i].logp),
                     index=index[i],
-                    group=first // who.per_prompt + group,
+                    group=first // policy.per_prompt + group,
                     stopped=samples[i].stopped,
                     source=source[i],
                     outcome=verify(self.text(ids), rendered.prompt),
                     prefix=prefix,
                     others=samples[i].others,
-                    notes={**samples[i].notes, **noted},
+                    notes={**samples[i].notes, **notes},
                     teacher=rendered.teacher,
                     prompt=rendered.prompt,
                 )
@@ -156,27 +153,18 @@ class Collector:
             out += [replace(r, notes={**r.notes, "student_alone": x}) for r, x in zip(part, found, strict=True)]
         return out
 
-    def _does(self, who: Rollouts, step: int, memory: Memory) -> Blended | Watched | None:
-        """Return how the teacher takes part in each decoding step of the student, or None if it does not."""
-        match who:
-            case Blend() if eps := who.radius(step):
-                return Blended(eps)
-            case StopOnAgreement(online=True):
-                return Watched(who, who.threshold(step, memory), self.vocabulary)
-        return None
-
     def _more(
-        self, who: Rollouts, teacher: str, asked: Sequence[Rendered], does: Blended | Watched | None
+        self, policy: RolloutPolicy, teacher: str, asked: Sequence[Rendered], hook: DecodeHook | None
     ) -> dict[str, Any]:
         """Return the arguments that only `HFEngine.generate` supports: a teacher at each decoding step, more samples.
 
         A run refuses these policies with any other engine.
         """
-        if does is not None:
+        if hook is not None:
             engine = self.teachers[teacher]
             assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
-            return {"beside": Beside(engine.model, [p.teacher_ids for p in asked], does)}
-        return {"samples": who.samples} if isinstance(who, OnPolicy) and who.samples > 1 else {}
+            return {"teacher": TeacherDecoding(engine.model, [p.teacher_ids for p in asked], hook)}
+        return {"samples": policy.samples} if policy.samples > 1 else {}
 
     def _prefixes(self, prompts: Sequence[Rendered], sampling: Sampling, limit: int, seed: int) -> list[Prefix]:
         """Return the first `limit` tokens of the teacher's response to each prompt.
@@ -211,13 +199,3 @@ class Collector:
             )
         ids = [*self.tokenizer(prompt.response, add_special_tokens=False)["input_ids"], self.student.stop[0]]
         return Sample(tuple(ids[:budget]), (0.0,) * min(len(ids), budget), len(ids) <= budget)
-
-
-def _noted(who: Rollouts, step: int, memory: Memory, limit: int) -> dict[str, float]:
-    """Return the current state of a rollout policy that changes over the run, as notes for all rollouts of a step."""
-    match who:
-        case TeacherPrefix():
-            return {"prefix_limit": float(limit)}
-        case StopOnAgreement() if math.isfinite(threshold := who.threshold(step, memory)):
-            return {"threshold": threshold}
-    return {}

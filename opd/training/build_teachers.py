@@ -20,7 +20,6 @@ from opd.data.tasks.task import Task
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.methods.questions import Grade, Stages
-from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models import load as models
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
@@ -180,7 +179,7 @@ def teacher(
     if rate is not None:
         return Average(student, rate, to=to, low=low)
     if model == "base" and isinstance(student, PeftModel):
-        if not isinstance(checks.resolved(config).rollouts, OnPolicy):
+        if not checks.resolved(config).rollouts.on_policy:
             raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
         return WithoutAdapter(student, to=to, low=low)
     return _frozen(source, field, config, on, to)

@@ -10,7 +10,7 @@ from opd.core.sampling import Prompt
 from opd.core.types import Batch
 from opd.losses.terms import Target
 from opd.methods.questions import Continue, Question
-from opd.methods.rollout_policies.snapshot import drift
+from opd.methods.rollout_policies.snapshot import measured_drift
 
 
 def summary(batch: Batch) -> dict[str, float]:
@@ -149,8 +149,8 @@ def speaking(batch: Batch) -> dict[str, float]:
         out["cut_tokens"] = float(cut.sum() / (cut.sum() + mask.sum()).clamp(min=1))  # share of sampled tokens
     if "staleness" in notes:
         out["staleness"], out["staleness_max"] = float(notes["staleness"].mean()), float(notes["staleness"].max())
-        if (found := drift(batch)) is not None:
-            out["drift"] = found  # KL(student || weights that generated it), nats
+        if (drift := measured_drift(batch)) is not None:
+            out["drift"] = drift  # KL(student || weights that generated it), nats
     if "threshold" in notes:
         out["threshold"] = float(notes["threshold"].mean())  # nats
     if "prefix_limit" in notes and batch.prefix is not None:

@@ -23,9 +23,7 @@ from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
 from opd.methods.method import Method
 from opd.methods.questions import Stages
-from opd.methods.rollout_policies.base import NOTHING, Memory
-from opd.methods.rollout_policies.policies import Rollouts, draw_of, prompts_of
-from opd.methods.rollout_policies.snapshot import Snapshot
+from opd.methods.rollout_policies.base import NOTHING, Memory, RolloutPolicy
 from opd.models import adapters
 from opd.models import load as models
 from opd.rollouts import buffer as draws
@@ -40,7 +38,7 @@ from opd.training.session import Session
 def hired(
     config: Train,
     session: Session,
-    who: Rollouts,
+    policy: RolloutPolicy,
     kept: dict[int, list[Rollout]],
     say: Callable[[str], object],
     *,
@@ -84,16 +82,16 @@ def hired(
     )
 
     def job(draw: int) -> Job:
-        prompts = session.prompts.batch(prompts_of(who, draw), config.batch // who.per_prompt)
+        prompts = session.prompts.batch(policy.prompt_step(draw), config.batch // policy.per_prompt)
         mine = share(len(prompts), accelerator.process_index, accelerator.num_processes)
-        return Job(draw, prompts[mine], who, mine.start * who.per_prompt, alone)
+        return Job(draw, prompts[mine], policy, mine.start * policy.per_prompt, alone)
 
     def weights() -> dict[str, Tensor]:
         return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}
 
     return Background(
         opening,
-        who,
+        policy,
         weights=weights,
         job=job,
         staleness=config.staleness,
@@ -119,17 +117,17 @@ class Writing:
 
         `state` is the training-state folder of a checkpoint, whose saved rollouts are used first.
         """
-        config, session, who = self.config, self.session, self.method.rollouts
+        config, session, policy = self.config, self.session, self.method.rollouts
         kept = self._restored(state) if state is not None else {}
         if config.staleness or config.worker:
-            self.source = hired(config, session, who, kept, say, alone="student_alone" in self.method.reads())
+            self.source = hired(config, session, policy, kept, say, alone="student_alone" in self.method.reads())
         else:
 
             def write(draw: int, memory: Memory) -> list[Rollout]:
-                prompts = self._prompts(prompts_of(who, draw), memory)
-                return self._mine(prompts, who, config.sampling, draw, session.prompts.task, memory)
+                prompts = self._prompts(policy.prompt_step(draw), memory)
+                return self._mine(prompts, policy, config.sampling, draw, session.prompts.task, memory)
 
-            self.source = Here(who, write, config.steps, kept)
+            self.source = Here(policy, write, config.steps, kept)
         self.source.advance(step, memory)
         return self.source
 
@@ -156,21 +154,21 @@ class Writing:
 
     def taken(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
-        who = self.method.rollouts
+        policy = self.method.rollouts
         source = self.source or self.open(step - 1, memory, None, print)
-        drawn, draw = source.take(step, memory), draw_of(who, step, memory)
-        prompts = self._prompts(prompts_of(who, draw), memory)
+        drawn, draw = source.take(step, memory), policy.batch_number(step, memory)
+        prompts = self._prompts(policy.prompt_step(draw), memory)
         if "teacher_alone" in self.method.reads():
-            drawn = passes.alone(drawn, draws.dressed(drawn, prompts, who.per_prompt))
+            drawn = passes.alone(drawn, draws.dressed(drawn, prompts, policy.per_prompt))
             if draw in source.kept:
                 source.kept[draw] = drawn
-        mine = draws.behind(drawn, step) if self.config.staleness or isinstance(who, Snapshot) else drawn
-        return draws.dressed(gather_object(mine), prompts, who.per_prompt)
+        mine = draws.behind(drawn, step) if self.config.staleness or policy.frozen_sampler else drawn
+        return draws.dressed(gather_object(mine), prompts, policy.per_prompt)
 
     def collect(
         self,
         prompts: Sequence[Rendered],
-        who: Rollouts,
+        policy: RolloutPolicy,
         sampling: Sampling,
         step: int,
         task: Task,
@@ -181,12 +179,12 @@ class Writing:
 
         They are in order and numbered from `first`.
         """
-        return gather_object(self._mine(prompts, who, sampling, step, task, memory, first))
+        return gather_object(self._mine(prompts, policy, sampling, step, task, memory, first))
 
     def _mine(
         self,
         prompts: Sequence[Rendered],
-        who: Rollouts,
+        policy: RolloutPolicy,
         sampling: Sampling,
         step: int,
         task: Task,
@@ -199,12 +197,12 @@ class Writing:
         with accelerator.autocast():
             return self.session.collector.collect(
                 prompts[mine],
-                who,
+                policy,
                 sampling,
                 task.verify,
                 seed=self.config.seed,
                 step=step,
-                first=first + mine.start * who.per_prompt,
+                first=first + mine.start * policy.per_prompt,
                 total=self.config.steps,
                 memory=memory,
                 alone="student_alone" in self.method.reads(),
@@ -221,8 +219,8 @@ class Writing:
 
     def _restored(self, state: Path) -> dict[int, list[Rollout]]:
         """Load this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""
-        accelerator, who = self.session.accelerator, self.method.rollouts
-        per_prompt = who.per_prompt
+        accelerator, policy = self.session.accelerator, self.method.rollouts
+        per_prompt = policy.per_prompt
         mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
         for draw, drawn in draws.load(state).items():

@@ -26,8 +26,6 @@ from opd.methods.method import Method
 from opd.methods.questions import Question, Stages
 from opd.methods.rollout_policies.base import Memory
 from opd.methods.rollout_policies.on_policy import OnPolicy
-from opd.methods.rollout_policies.snapshot import Snapshot
-from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
 from opd.models.batching import micro_batches
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.vllm_requests import Sent
@@ -127,7 +125,7 @@ class Loop:
 
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
         """Run a training step: sample, score, update.  Return its metrics and the memory for the next step."""
-        config, session, who = self.config, self.session, self.method.rollouts
+        config, session, policy = self.config, self.session, self.method.rollouts
         clock = Clock({})
         apart, writer = bool(config.staleness or config.worker), session.collector.student
         sent = writer.seconds if isinstance(writer, Sent) else 0.0
@@ -147,14 +145,10 @@ class Loop:
         if not self.method.local():
             with clock("measure"):
                 batch, _ = self.passes.over(batch, rollouts, None)
-        if isinstance(who, StopOnAgreement):
-            if not who.online:
-                lengths = torch.tensor([len(r.ids) for r in rollouts])
-                batch = who.cut(batch, lengths, who.threshold(step, memory))
-                self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
-            memory = who.remember(memory, batch)
-        if isinstance(who, Snapshot):
-            memory = who.remember(memory, batch, step)
+        mask, lengths = batch.mask, torch.tensor([len(r.ids) for r in rollouts])
+        batch, memory = policy.after_scoring(batch, step, memory, lengths)
+        if batch.mask is not mask:
+            self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
         if self.method.asks is not None:
             with clock("ask"):
                 batch, after = self._asked(self.method.asks, batch, rollouts, before)
@@ -162,18 +156,18 @@ class Loop:
                 with clock("reflect"):
                     memory = self._reflected(batch, rollouts[:fresh], step, after).memory()
         numbers: dict[str, float] = {}
-        share = config.batch // who.updates
+        share = config.batch // policy.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
         others: dict[str, Tensor] = {}
-        for update in range(who.updates):
-            last = update + 1 == who.updates  # the last update also trains on the reflections of the previous step
+        for update in range(policy.updates):
+            last = update + 1 == policy.updates  # the last update also trains on the reflections of the previous step
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
             if last and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
                     others = self.passes.alternatives(batch[shown], rollouts[shown])
             with clock("update"):
-                measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * who.updates + update + 1)
+                measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * policy.updates + update + 1)
         if others:
             ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
             numbers |= agreeing(ids, own, other, batch.mask[shown])

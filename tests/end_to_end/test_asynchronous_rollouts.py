@@ -36,8 +36,7 @@ from opd.methods import METHODS
 from opd.methods.npd import DeltaIFD
 from opd.methods.rollout_policies.base import NOTHING
 from opd.methods.rollout_policies.on_policy import OnPolicy
-from opd.methods.rollout_policies.policies import draw_of, opened, prompts_of
-from opd.methods.rollout_policies.snapshot import Snapshot, drift
+from opd.methods.rollout_policies.snapshot import Snapshot, measured_drift
 from opd.models.student import Student
 from opd.rollouts import buffer as draws
 from opd.rollouts.worker import client as background
@@ -462,14 +461,16 @@ def test_the_shares_of_processes_cover_a_draw():
 def test_a_cycle_of_snapshots():
     """Four epochs over three batches, a refresh after two, written by hand."""
     who = Snapshot(pool=3, epochs=4, refresh=(2,), drift=1.0)
-    assert [draw_of(who, s, NOTHING) for s in range(1, 14)] == [1, 2, 3, 1, 2, 3, 7, 8, 9, 7, 8, 9, 13]
-    assert [list(opened(who, s, NOTHING)) for s in (1, 2, 7, 12, 13)] == [[1, 2, 3], [], [7, 8, 9], [], [13, 14, 15]]
-    assert [prompts_of(who, d) for d in (1, 2, 3, 7, 8, 9, 13)] == [1, 2, 3, 1, 2, 3, 4]
+    assert [who.batch_number(s, NOTHING) for s in range(1, 14)] == [1, 2, 3, 1, 2, 3, 7, 8, 9, 7, 8, 9, 13]
+    batches = [list(who.open_batches(s, NOTHING)) for s in (1, 2, 7, 12, 13)]
+    assert batches == [[1, 2, 3], [], [7, 8, 9], [], [13, 14, 15]]
+    assert [who.prompt_step(d) for d in (1, 2, 3, 7, 8, 9, 13)] == [1, 2, 3, 1, 2, 3, 4]
     drifted = {"snapshot": torch.tensor(5)}  # in the second epoch: batch 2 of the pool comes first
-    assert [draw_of(who, s, drifted) for s in range(4, 9)] == [1, 5, 6, 7, 8]
-    assert [who.outdated(s, NOTHING) for s in (2, 6, 7)] == [1, 1, 7] and who.outdated(5, drifted) == 7
-    assert list(opened(who, 5, drifted)) == [5, 6] and [prompts_of(who, d) for d in (5, 6)] == [2, 3]
-    assert [draw_of(OnPolicy(), 5, NOTHING), *opened(OnPolicy(), 5, NOTHING), prompts_of(OnPolicy(), 5)] == [5] * 3
+    assert [who.batch_number(s, drifted) for s in range(4, 9)] == [1, 5, 6, 7, 8]
+    assert [who.oldest_valid(s, NOTHING) for s in (2, 6, 7)] == [1, 1, 7] and who.oldest_valid(5, drifted) == 7
+    assert list(who.open_batches(5, drifted)) == [5, 6] and [who.prompt_step(d) for d in (5, 6)] == [2, 3]
+    plain = OnPolicy()
+    assert [plain.batch_number(5, NOTHING), *plain.open_batches(5, NOTHING), plain.prompt_step(5)] == [5] * 3
 
 
 NPD = METHODS["npd"](pool=2, epochs=2, refresh=1, tau=5.0)
@@ -595,7 +596,7 @@ def test_drift_is_the_kl_to_who_wrote(float64):
     columns["stopped"] = torch.tensor([False])
     found = sum(
         mu[v].exp()
-        * drift(
+        * measured_drift(
             Batch(
                 ids=torch.tensor([[v]]),
                 mask=torch.tensor([[True]]),

@@ -33,7 +33,6 @@ from opd.losses.token_weights import TruncatedImportance
 from opd.methods import rubricem as judged
 from opd.methods.omniopd import Audited, CentredPosterior, Posterior, Unaudited
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.methods.rollout_policies.policies import source_of
 from opd.methods.rubricem import StageReturn, StageScore
 from tests.by_hand import INF, POISON, close, logp, tensor
 from tests.methods import test_reward_methods, test_selection_methods
@@ -400,18 +399,18 @@ def test_on_policy_a_ratio_has_the_gradient_of_reinforce(surrogate):
 
 
 def test_student_speaks_on_policy():
-    assert {source_of(OnPolicy(), step, rollout, 0) for step in range(9) for rollout in range(9)} == {STUDENT}
+    assert {OnPolicy().source(step, rollout, 0) for step in range(9) for rollout in range(9)} == {STUDENT}
 
 
 @pytest.mark.parametrize("other", [TEACHER, DATA])
 def test_mixture_gives_the_student_its_share(other):
-    spoken = [source_of(Mixture(0.25, other), step, rollout, 1) for step in range(40) for rollout in range(100)]
+    spoken = [Mixture(0.25, other).source(step, rollout, 1) for step in range(40) for rollout in range(100)]
     assert set(spoken) == {STUDENT, other}
     assert abs(spoken.count(STUDENT) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     for step in (0, 39):  # a step draws a coin for each rollout
         assert len(set(spoken[100 * step : 100 * step + 100])) == 2
-    assert {source_of(Mixture(1.0, other), 0, rollout, 1) for rollout in range(100)} == {STUDENT}
-    assert {source_of(Mixture(0.0, other), 0, rollout, 1) for rollout in range(100)} == {other}
+    assert {Mixture(1.0, other).source(0, rollout, 1) for rollout in range(100)} == {STUDENT}
+    assert {Mixture(0.0, other).source(0, rollout, 1) for rollout in range(100)} == {other}
 
 
 # nouns

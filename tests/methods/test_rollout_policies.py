@@ -27,15 +27,16 @@ from opd.losses.terms import Match, PolicyGradient
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.methods.rollout_policies.kl_ball import Blend, blend
+from opd.methods.rollout_policies.base import NOTHING, RunState
+from opd.methods.rollout_policies.kl_ball import Blend, BlendHook, blend
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
+from opd.methods.rollout_policies.stop_on_agreement import AgreementHook, StopOnAgreement
 from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
 from opd.methods.tropd import PrefixTokens, StudentTokens
 from opd.models.load import EMBEDDED
 from opd.rollouts.batch import collate
 from opd.rollouts.collector import Collector
-from opd.rollouts.engines.hf import Beside, Blended, HFEngine, Watched
+from opd.rollouts.engines.hf import HFEngine, TeacherDecoding
 from opd.training.build import open_session
 from opd.training.metrics import speaking
 from opd.training.run_folder import Run
@@ -159,8 +160,8 @@ def slow_blend(models, prompt, heard, index, eps, length, stop=STOP):
 @pytest.mark.parametrize("options", [{}, {"rows": 3, "compact": 1.0}])
 def test_joint_decoding_equals_full_forward_passes(models, eps, options):
     engine = HFEngine(models[0], V, STOP, **options)
-    beside = Beside(models[1], HEARD, Blended(eps))
-    found = engine.generate(PROMPTS, Sampling(max_new_tokens=20), seed=3, step=5, index=range(4), beside=beside)
+    teaching = TeacherDecoding(models[1], HEARD, BlendHook(eps))
+    found = engine.generate(PROMPTS, Sampling(max_new_tokens=20), seed=3, step=5, index=range(4), teacher=teaching)
     assert len({len(s.ids) for s in found}) > 1  # rows end at different times: caches were compacted
     for i, sample in enumerate(found):
         ids, numbers = slow_blend(models, PROMPTS[i], HEARD[i], i, eps, 20)
@@ -177,8 +178,8 @@ def test_stop_tokens_are_one_class_and_the_students_own_is_said(models):
     with torch.no_grad():
         for model, id in ((student, 3), (teacher, 2)):
             model.lm_head.weight.data[id] *= 0.1
-    engine, beside = HFEngine(student, V, stop), Beside(teacher, HEARD * 4, Blended(0.3))
-    found = engine.generate(PROMPTS * 4, Sampling(max_new_tokens=20), seed=3, step=5, index=range(16), beside=beside)
+    engine, teaching = HFEngine(student, V, stop), TeacherDecoding(teacher, HEARD * 4, BlendHook(0.3))
+    found = engine.generate(PROMPTS * 4, Sampling(max_new_tokens=20), seed=3, step=5, index=range(16), teacher=teaching)
     assert any(s.stopped for s in found)
     for i, sample in enumerate(found[:4]):
         ids, _ = slow_blend(models, PROMPTS[i], HEARD[i], i, 0.3, 20, stop)
@@ -291,8 +292,10 @@ def test_online_and_late_cuts_are_the_same_tokens(models):
             )
         d.append(kl(p, q).double().tolist())
     threshold = float(np.quantile([by_hand(row, -1, 4)[1] for row in d if len(row) >= 6], 0.9))
-    watched = Watched(rule, threshold, Vocabulary(V))
-    found = engine.generate(prompts, sampling, seed=3, step=5, index=range(n), beside=Beside(models[1], heard, watched))
+    watched = AgreementHook(rule, threshold, lambda logits: logits.log_softmax(-1))
+    found = engine.generate(
+        prompts, sampling, seed=3, step=5, index=range(n), teacher=TeacherDecoding(models[1], heard, watched)
+    )
     late = rule.cut(
         replace(batch_of(d), stopped=torch.tensor([s.stopped for s in whole])),
         torch.tensor([len(row) for row in d]),
@@ -312,9 +315,10 @@ def test_online_and_late_cuts_are_the_same_tokens(models):
 
 def test_the_prefix_shrinks_as_a_cosine():
     who = TeacherPrefix(100)
-    limits = [who.limit(s, 10, 400) for s in range(1, 11)]
+    limits = [who.prefix_limit(RunState(s, 10, 400, NOTHING)) for s in range(1, 11)]
     assert limits[0] == 100 and limits[5] == 50 and limits == sorted(limits, reverse=True) and limits[-1] == 2
-    assert TeacherPrefix(0).limit(1, 10, 400) == 400 and TeacherPrefix(1000).limit(1, 10, 400) == 400
+    start = RunState(1, 10, 400, NOTHING)
+    assert TeacherPrefix(0).prefix_limit(start) == 400 and TeacherPrefix(1000).prefix_limit(start) == 400
 
 
 def test_the_teacher_begins_and_the_student_goes_on(models):

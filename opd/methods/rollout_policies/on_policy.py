@@ -1,13 +1,17 @@
 """Rollouts of the student, or of a mixture of student, teacher and data (GKD)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from opd.core.types import DATA, TEACHER
-from opd.methods.rollout_policies.base import _counts
+from opd.core.rng import uniform
+from opd.core.types import DATA, STUDENT, TEACHER
+from opd.losses.terms import PolicyGradient
+from opd.methods.rollout_policies.base import RolloutPolicy
 
 
 @dataclass(frozen=True)
-class OnPolicy:
+class OnPolicy(RolloutPolicy):
     """The policy in which the student generates.
 
     `samples` tokens are sampled at each position; the response continues with the first of them.
@@ -16,15 +20,27 @@ class OnPolicy:
     per_prompt: int = 1
     updates: int = 1
     samples: int = 1
+    on_policy: ClassVar[bool] = True
+    stationary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _counts(self)
+        super().__post_init__()
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: at least the response's own token is drawn at each position")
 
+    def worker_refusal(self) -> str:
+        """Return "": a worker has the student, which is sufficient."""
+        return ""
+
+    def engine_refusal(self) -> str:
+        """Return the reason for hf if several tokens are sampled at each position, else ""."""
+        if self.samples == 1:
+            return ""
+        return "draws more tokens at each position, which hf alone does: take --engine hf, or leave --samples out"
+
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(RolloutPolicy):
     """The policy in which the student generates with probability `share`; otherwise the teacher or the data's response.
 
     This is GKD's lambda, arXiv:2306.13649, Algorithm 1.
@@ -34,10 +50,31 @@ class Mixture:
     other: int = TEACHER
     per_prompt: int = 1
     updates: int = 1
+    stationary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _counts(self)
+        super().__post_init__()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share}: the on-policy share lies in [0, 1]")
         if self.other not in (TEACHER, DATA):
             raise ValueError(f"other={self.other}: the rest comes from TEACHER ({TEACHER}) or DATA ({DATA})")
+
+    def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
+        """Raise ValueError: a policy gradient is a sum over the student's own tokens."""
+        raise ValueError(
+            f"{self} lets others speak, and a policy gradient is a sum over the student's own "
+            "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
+        )
+
+    def worker_refusal(self) -> str:
+        """Return "" for a mixture with the data, which a worker reads with the prompts."""
+        return "" if self.other == DATA else super().worker_refusal()
+
+    def source(self, step: int, rollout: int, seed: int) -> int:
+        """Return STUDENT if the rollout's coin is below `share`, else `other`."""
+        coin = uniform(seed, step, rollout, -1)  # key -1: no token uses this noise
+        return STUDENT if coin < self.share else self.other
+
+    def source_shares(self) -> Mapping[int, float]:
+        """Return `share` for the student, and the rest for `other`."""
+        return {STUDENT: self.share, self.other: 1 - self.share}

@@ -1,15 +1,20 @@
 """Rollouts of a snapshot of the student, trained on for several epochs (NPD)."""
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from opd.core.types import Batch
-from opd.methods.rollout_policies.base import Memory, _counts
+from opd.losses.terms import PolicyGradient
+from opd.methods.rollout_policies.base import Memory, RolloutPolicy
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(RolloutPolicy):
     """The policy in which a frozen snapshot of the student generates a pool of rollouts.  NPD, arXiv:2605.05940.
 
     A snapshot generates `pool` batches.  Each is trained on once per epoch, until the next snapshot replaces them.  A
@@ -23,9 +28,10 @@ class Snapshot:
     drift: float = 0.10
     per_prompt: int = 1
     updates: int = 1
+    frozen_sampler: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _counts(self)
+        super().__post_init__()
         for name in ("pool", "epochs"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}: a cycle over a pool needs {name} >= 1")
@@ -33,6 +39,59 @@ class Snapshot:
             raise ValueError(f"refresh={self.refresh}: epochs after which a snapshot is taken, 1 to {self.epochs - 1}")
         if not self.drift > 0:
             raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
+
+    def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
+        """Raise ValueError for a term without a ratio to the snapshot."""
+        if not term.corrected():
+            raise ValueError(
+                f"{self} lets an older student speak, and a policy gradient then needs the ratio to it: "
+                "take the surrogate OffPolicy(), or match distributions instead (opd-topk)"
+            )
+
+    def worker_refusal(self) -> str:
+        """Return "": a worker has the snapshot, which is sufficient."""
+        return ""
+
+    def tempering_refusal(self) -> str:
+        """Return a reason: the sampler's log-probs stand for the snapshot's."""
+        return "takes the log-probs of the draw for the snapshot's own, in its drift and in Delta-IFD"
+
+    def batch_number(self, step: int, memory: Memory) -> int:
+        """Return the number of the pool's batch that a step trains on; each epoch uses the batches in order."""
+        start = self.start(step, memory)
+        return start + (step - start) % self.pool
+
+    def open_batches(self, step: int, memory: Memory) -> range:
+        """Return the numbers of all batches of the pool if a snapshot is taken before `step`, else none."""
+        if self.start(step, memory) < step:
+            return range(0)
+        return range(step, min(step + self.pool, self._next_scheduled(step)))
+
+    def prompt_step(self, batch_number: int) -> int:
+        """Return the step whose prompts a batch uses; the epochs of a cycle use the same prompts."""
+        return (batch_number - 1) // (self.pool * self.epochs) * self.pool + (batch_number - 1) % self.pool + 1
+
+    def oldest_valid(self, step: int, memory: Memory) -> int:
+        """Return a batch number; before `step`, batches with lower numbers come from a snapshot older than required."""
+        if int(memory.get("snapshot", 0)) == step:  # an early snapshot reuses the numbers of the unused batches
+            return self._next_scheduled(step)
+        return self.start(step, memory)
+
+    def oldest_needed(self, step: int, memory: Memory) -> int:
+        """Return the number of the first batch of the snapshot, because later epochs train on it again."""
+        return self.start(step, memory)
+
+    def reads_measured(self) -> bool:
+        """Return True unless `drift` is inf, which needs no measured drift."""
+        return self.drift < math.inf
+
+    def after_scoring(
+        self, batch: Batch, step: int, memory: Memory, lengths: Int[Tensor, " B"]
+    ) -> tuple[Batch, Memory]:
+        """Return the batch, and the memory with the next snapshot's step if this snapshot has drifted too far."""
+        drift = measured_drift(batch)
+        early = drift is not None and drift > self.drift
+        return batch, {"snapshot": torch.tensor(step + 1)} if early else memory
 
     def scheduled(self, step: int) -> list[int]:
         """Return the steps before which a snapshot is scheduled, in the cycle of `step`.
@@ -46,27 +105,19 @@ class Snapshot:
     def start(self, step: int, memory: Memory) -> int:
         """Return the step before which the snapshot used at `step` was taken."""
         early = memory.get("snapshot")
-        found = self.scheduled(step) + ([] if early is None else [int(early)])
-        return max(x for x in found if x <= step)
+        steps = self.scheduled(step) + ([] if early is None else [int(early)])
+        return max(x for x in steps if x <= step)
 
-    def outdated(self, step: int, memory: Memory) -> int:
-        """Return a batch number; before `step`, batches with lower numbers come from a snapshot older than required."""
-        if int(memory.get("snapshot", 0)) == step:  # an early snapshot reuses the numbers of the unused batches
-            return min(x for x in self.scheduled(step) if x > step)
-        return self.start(step, memory)
-
-    def remember(self, memory: Memory, batch: Batch, step: int) -> Memory:
-        """Return the memory; if this snapshot has drifted too far, it holds the step before which to take the next."""
-        found = drift(batch)
-        return {"snapshot": torch.tensor(step + 1)} if found is not None and found > self.drift else memory
+    def _next_scheduled(self, step: int) -> int:
+        return min(x for x in self.scheduled(step) if x > step)
 
 
-def drift(batch: Batch) -> float | None:
+def measured_drift(batch: Batch) -> float | None:
     """Return KL(student || generating weights) per token, in nats, or None if it was not measured.
 
     The estimate is E_mu[rho log rho - rho + 1], rho = p / mu, whose summands are all >= 0.
     """
-    if batch.student_logp is None or not (own := batch.written()).any():
+    if batch.student_logp is None or not (mask := batch.written()).any():
         return None
-    gap = (batch.student_logp - batch.sampler_logp)[own].double()
+    gap = (batch.student_logp - batch.sampler_logp)[mask].double()
     return float((gap.exp() * gap - torch.expm1(gap)).mean())

@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.core.types import Batch
-from opd.methods.rollout_policies.base import Memory, _counts
+from opd.losses.divergences import kl
+from opd.methods.rollout_policies.base import DecodeHook, LogProbs, Memory, RolloutPolicy, RunState
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreementState:
     """The state of `StopOnAgreement`: the agreement of the models along some rollouts so far."""
 
     recent: Float[np.ndarray, "B W"]  # KL(student || teacher) of the last tokens, in nats, newest last
@@ -22,7 +23,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class StopOnAgreement:
+class StopOnAgreement(RolloutPolicy):
     """The policy in which the student generates until student and teacher agree for a while.  KAT, arXiv:2606.09471.
 
     The mean KL over the last `window` tokens is compared with a threshold: the (1 - eta) quantile of the lowest such
@@ -43,7 +44,7 @@ class StopOnAgreement:
     updates: int = 1
 
     def __post_init__(self) -> None:
-        _counts(self)
+        super().__post_init__()
         for name in ("window", "floor", "buffer", "ready", "patience"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}: stopping on agreement needs {name} >= 1")
@@ -56,40 +57,65 @@ class StopOnAgreement:
                 f"ready={self.ready}: above buffer={self.buffer}, the rollouts remembered: it would never stop"
             )
 
+    def needs(self) -> frozenset[str]:
+        """Return `reverse_kl`, and `decoding` if the teacher scores the tokens during generation."""
+        return frozenset({"reverse_kl", "decoding"} if self.online else {"reverse_kl"})
+
+    def decode_hook(self, state: RunState, logp: LogProbs) -> DecodeHook | None:
+        """Return the hook that ends responses during generation, or None if they are cut afterwards."""
+        return AgreementHook(self, self.threshold(state.step, state.memory), logp) if self.online else None
+
+    def notes(self, state: RunState) -> dict[str, float]:
+        """Return the threshold, in nats, once it is finite."""
+        threshold = self.threshold(state.step, state.memory)
+        return {"threshold": threshold} if math.isfinite(threshold) else {}
+
+    def reads_measured(self) -> bool:
+        """Return True if rollouts are cut after they are measured."""
+        return not self.online
+
+    def after_scoring(
+        self, batch: Batch, step: int, memory: Memory, lengths: Int[Tensor, " B"]
+    ) -> tuple[Batch, Memory]:
+        """Return the batch, cut if that was not done during generation, and the memory of its lowest window means."""
+        if not self.online:
+            batch = self.cut(batch, lengths, self.threshold(step, memory))
+        return batch, self.remember(memory, batch)
+
     def threshold(self, step: int, memory: Memory) -> float:
         """Return the threshold for the mean KL over a window, in nats; -inf while none is available."""
-        least = memory.get("least")
-        if step <= self.warmup or least is None or len(least) < self.ready:
+        window_means = memory.get("least")
+        if step <= self.warmup or window_means is None or len(window_means) < self.ready:
             return -math.inf
-        return float(least.quantile(1 - self.eta))
+        return float(window_means.quantile(1 - self.eta))
 
     def remember(self, memory: Memory, batch: Batch) -> Memory:
         """Return the memory with the batch's lowest window means appended in order; only the newest `buffer` remain."""
-        least, before = batch.notes["least"].double(), memory.get("least")
-        new = least[least.isfinite() & batch.mask.any(1)]
-        return {"least": (new if before is None else torch.cat((before, new)))[-self.buffer :]}
+        window_means, earlier = batch.notes["least"].double(), memory.get("least")
+        new = window_means[window_means.isfinite() & batch.mask.any(1)]
+        return {"least": (new if earlier is None else torch.cat((earlier, new)))[-self.buffer :]}
 
-    def begin(self, rollouts: int) -> Agreement:
+    def begin(self, rollouts: int) -> AgreementState:
         """Return the state before the first token."""
         recent = np.zeros((rollouts, self.window))
-        return Agreement(recent, np.zeros(rollouts, dtype=np.int64), np.full(rollouts, math.inf))
+        return AgreementState(recent, np.zeros(rollouts, dtype=np.int64), np.full(rollouts, math.inf))
 
-    def hear(
+    def updated(
         self,
-        before: Agreement,
+        state: AgreementState,
         token_kl: Float[np.ndarray, " B"],
         active: Bool[np.ndarray, " B"],
         count: int | Int[np.ndarray, " B"],
         threshold: float,
-    ) -> Agreement:
+    ) -> AgreementState:
         """Return the state after token number `count` (from 1) of the active rollouts; other rollouts are unchanged."""
-        recent = np.where(active[:, None], np.concatenate((before.recent[:, 1:], token_kl[:, None]), 1), before.recent)
+        recent = np.where(active[:, None], np.concatenate((state.recent[:, 1:], token_kl[:, None]), 1), state.recent)
         mean = recent.mean(1)
         counts = active & (count >= self.floor + self.window)
-        low = np.where(active, np.where(counts & (mean < threshold), before.low + 1, 0), before.low)
-        return Agreement(recent, low, np.where(counts, np.minimum(before.least, mean), before.least))
+        low = np.where(active, np.where(counts & (mean < threshold), state.low + 1, 0), state.low)
+        return AgreementState(recent, low, np.where(counts, np.minimum(state.least, mean), state.least))
 
-    def kept(self, count: int) -> int:
+    def remaining(self, count: int) -> int:
         """Return the number of tokens to keep when a rollout of `count` tokens ends.
 
         These are the tokens before the first low window, at least `floor`.
@@ -104,14 +130,54 @@ class StopOnAgreement:
         """
         assert batch.reverse_kl is not None
         mask, terminal = batch.mask, torch.arange(batch.mask.shape[1]) == lengths[:, None] - 1
-        heard = mask & ~(terminal & batch.stopped[:, None])
-        order = (~heard).long().argsort(dim=1, stable=True)
-        token_kl, active = batch.reverse_kl.double().gather(1, order).numpy(), heard.gather(1, order).numpy()
-        state, kept = self.begin(len(mask)), mask.sum(1).numpy()
+        scored = mask & ~(terminal & batch.stopped[:, None])
+        order = (~scored).long().argsort(dim=1, stable=True)
+        token_kl, active = batch.reverse_kl.double().gather(1, order).numpy(), scored.gather(1, order).numpy()
+        state, counts = self.begin(len(mask)), mask.sum(1).numpy()
         for t in range(mask.shape[1]):
             going = active[:, t] & (state.low < self.patience)
-            state = self.hear(state, token_kl[:, t], going, t + 1, threshold)
-            kept = np.where(going & (state.low >= self.patience), self.kept(t + 1), kept)
-        stays = mask & (mask.cumsum(1) <= torch.from_numpy(kept)[:, None])
-        notes = {"least": torch.from_numpy(state.least), "cut": (mask.sum(1) - stays.sum(1)).double()}
-        return replace(batch, mask=stays, notes={**batch.notes, **notes})
+            state = self.updated(state, token_kl[:, t], going, t + 1, threshold)
+            counts = np.where(going & (state.low >= self.patience), self.remaining(t + 1), counts)
+        short_mask = mask & (mask.cumsum(1) <= torch.from_numpy(counts)[:, None])
+        notes = {"least": torch.from_numpy(state.least), "cut": (mask.sum(1) - short_mask.sum(1)).double()}
+        return replace(batch, mask=short_mask, notes={**batch.notes, **notes})
+
+
+@dataclass(frozen=True)
+class AgreementHook(DecodeHook):
+    """A hook that samples from the student and ends a response once the teacher has agreed for long enough."""
+
+    policy: StopOnAgreement
+    threshold: float  # nats
+    logp: LogProbs
+    state: AgreementState | None = None  # None before `begin`
+
+    def begin(self, count: int) -> DecodeHook:
+        """Return the hook with the state of `count` responses before their first token."""
+        return replace(self, state=self.policy.begin(count))
+
+    def observe(
+        self,
+        student: Float[Tensor, "B V"],
+        teacher: Float[Tensor, "B V"],
+        rows: Int[np.ndarray, " B"],
+        active: Bool[np.ndarray, " B"],
+        counts: Int[np.ndarray, " n"],
+    ) -> DecodeHook:
+        """Return the hook with the KL between the two models at the new tokens of the active responses."""
+        assert self.state is not None
+        token_kl, is_active = np.zeros(len(counts)), np.zeros(len(counts), dtype=bool)
+        token_kl[rows] = kl(self.logp(student), self.logp(teacher)).double().cpu().numpy()
+        is_active[rows] = active
+        return replace(self, state=self.policy.updated(self.state, token_kl, is_active, counts, self.threshold))
+
+    def ended(self) -> Bool[np.ndarray, " n"]:
+        """Return which responses have had enough windows below the threshold in a row."""
+        assert self.state is not None
+        return self.state.low >= self.policy.patience
+
+    def finish(self, response: int, count: int) -> tuple[int, dict[str, float]]:
+        """Return the tokens before the first low window, with the notes `least` and `cut`."""
+        assert self.state is not None
+        remaining = self.policy.remaining(count) if self.ended()[response] else count
+        return remaining, {"least": float(self.state.least[response]), "cut": float(count - remaining)}

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from opd.methods.rollout_policies.base import _counts
+from opd.losses.terms import PolicyGradient
+from opd.methods.rollout_policies.base import RolloutPolicy, RunState
 
 
 @dataclass(frozen=True)
-class TeacherPrefix:
+class TeacherPrefix(RolloutPolicy):
     """The policy in which the teacher generates the first tokens of each response and the student continues.
 
     The prefix has at most `length` (1 + cos(pi s/S)) / 2 tokens after s of S steps.  TrOPD, arXiv:2606.01249, Eq. 8.
@@ -18,11 +19,34 @@ class TeacherPrefix:
     updates: int = 1
 
     def __post_init__(self) -> None:
-        _counts(self)
+        super().__post_init__()
         if self.length < 0:
             raise ValueError(f"length={self.length}: a teacher's prefix has length >= 1 token (0: --max-new-tokens)")
 
-    def limit(self, step: int, total: int, longest: int) -> int:
-        """Return the maximum number of prefix tokens, for a response of at most `longest` tokens."""
-        most = min(self.length or longest, longest)
-        return round(most * (1 + math.cos(math.pi * (step - 1) / total)) / 2)
+    def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
+        """Raise ValueError for a term that does not tell the teacher's tokens from the student's."""
+        if "prefix" not in columns:
+            raise ValueError(
+                f"{self} lets the teacher write the first tokens, and a policy gradient is a sum over the "
+                "student's own: add the weight StudentTokens(), or match distributions instead (opd-topk)"
+            )
+
+    def teacher_takes_part(self) -> bool:
+        """Return True: the teacher generates the prefix."""
+        return True
+
+    def moving_teacher_refusal(self) -> str:
+        """Return a reason: a prompt has the same prefix at every step."""
+        return (
+            "would begin each response once for all steps: switch "
+            "the prefix off (tropd --no-prefix), or name base or another model"
+        )
+
+    def prefix_limit(self, state: RunState) -> int:
+        """Return the length of the longest prefix, which falls from `length` to 0 tokens as a cosine."""
+        length = min(self.length or state.longest, state.longest)
+        return round(length * (1 + math.cos(math.pi * (state.step - 1) / state.total)) / 2)
+
+    def notes(self, state: RunState) -> dict[str, float]:
+        """Return the prefix limit, in tokens."""
+        return {"prefix_limit": float(self.prefix_limit(state))}

@@ -4,7 +4,7 @@ A teacher may decode beside the student.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +16,7 @@ from transformers import PreTrainedModel
 from opd.core.rng import uniform
 from opd.core.sampling import Sampling
 from opd.core.types import Others
-from opd.head.vocabulary import Head, Vocabulary
-from opd.losses.divergences import kl
-from opd.methods.rollout_policies.kl_ball import blend
-from opd.methods.rollout_policies.stop_on_agreement import StopOnAgreement
+from opd.methods.rollout_policies.base import DecodeHook
 from opd.rollouts.engines.base import Sample
 from opd.rollouts.engines.json_schema import Form, within
 from opd.rollouts.engines.kv_cache import Stream
@@ -27,28 +24,12 @@ from opd.rollouts.engines.sampling import draw
 
 
 @dataclass(frozen=True)
-class Blended:
-    """A decode mode that samples from a mixture with the teacher, within KL `eps` (nats) of the student."""
-
-    eps: float
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A decode mode that samples from the student and stops a response once the teacher has agreed long enough."""
-
-    rule: StopOnAgreement
-    threshold: float  # nats
-    vocabulary: Vocabulary  # defines how the two distributions are compared, as in the loss
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A teacher that decodes beside the student, after the teacher's prompts."""
+class TeacherDecoding:
+    """A teacher that decodes beside the student, after the teacher's prompts, and what it is used for."""
 
     model: PreTrainedModel | PeftModel
     prompts: Sequence[Sequence[int]]
-    does: Blended | Watched
+    hook: DecodeHook
 
 
 @dataclass(frozen=True)
@@ -81,7 +62,7 @@ class HFEngine:
         step: int,
         index: Sequence[int],
         prefixes: Sequence[Sequence[int]] = (),
-        beside: Beside | None = None,
+        teacher: TeacherDecoding | None = None,
         samples: int = 1,
         forms: Sequence[Form] = (),
     ) -> list[Sample]:
@@ -93,12 +74,11 @@ class HFEngine:
         """
         n, device, key = len(prompts), self.model.device, np.array(index, dtype=np.int64)
         prefixes = prefixes or ((),) * n
-        readers = [(self.model, prompts), *([] if beside is None else [(beside.model, beside.prompts)])]
+        readers = [(self.model, prompts), *([] if teacher is None else [(teacher.model, teacher.prompts)])]
         texts = [[(*p, *x) for p, x in zip(some, prefixes, strict=True)] for _, some in readers]
         streams = [Stream.of(model) for model, _ in readers]
         refills = all(stream.rows.splices() for stream in streams)
-        watch = beside.does if beside is not None and isinstance(beside.does, Watched) else None
-        heard = None if watch is None else watch.rule.begin(n)
+        hook = DecodeHook() if teacher is None else teacher.hook.begin(n)
         stop = torch.tensor(self.stop, device=device)
         one = stop if self.merged is None else torch.tensor(self.merged, dtype=torch.long, device=device)
         written, sampled = np.array([len(x) for x in prefixes], dtype=np.int64), np.zeros(n, dtype=np.int64)
@@ -117,16 +97,15 @@ class HFEngine:
                     stream.change(kept, [text[i] for i in new], {text[i] for i in waiting[: self.rows]})
                 alive = np.concatenate((alive[keep], new))
             noise = _noise(seed, step, key[alive], written[alive] + sampled[alive], samples)
-            logits, *beheld = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
-            asked, said = sampling, dict[str, Tensor]()
+            logits, *teacher_logits = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
+            token_sampling, token_notes = sampling, dict[str, Tensor]()
             if forms:
                 logits = within(logits, [forms[i] for i in alive.tolist()])
-            if beside is not None and isinstance(beside.does, Blended):
-                logits, said = _blended(logits, beheld[0], sampling.temperature, beside.does.eps, stop)
-                asked = replace(sampling, temperature=1.0)
-            drawn, logp = draw(logits, asked, torch.from_numpy(noise).to(device), one)
+            if teacher is not None:
+                logits, token_sampling, token_notes = hook.mix(logits, teacher_logits[0], sampling, stop)
+            drawn, logp = draw(logits, token_sampling, torch.from_numpy(noise).to(device), one)
             going = ~done[alive]
-            for name, values in said.items():
+            for name, values in token_notes.items():
                 _append(notes.setdefault(name, [[] for _ in prompts]), alive, values.tolist(), going)
             _append(tokens, alive, drawn[:, 0].tolist(), going)
             _append(logps, alive, logp[:, 0].tolist(), going)
@@ -143,27 +122,19 @@ class HFEngine:
             sampled[alive] += going
             ends = torch.isin(drawn, stop).cpu().numpy()
             ended[alive] |= ends & going
-            if watch is not None and heard is not None:
-                token_kl, active = np.zeros(n), np.zeros(n, dtype=bool)
-                p, q = (watch.vocabulary.logp(x, AS_IS) for x in (logits, beheld[0]))
-                token_kl[alive], active[alive] = kl(p, q).double().cpu().numpy(), going & ~ends
-                heard = watch.rule.hear(heard, token_kl, active, sampled, watch.threshold)
-                done |= heard.low >= watch.rule.patience
+            if teacher is not None:
+                hook = hook.observe(logits, teacher_logits[0], alive, going & ~ends, sampled)
+                done |= hook.ended()
             done |= ended | (written + sampled >= sampling.max_new_tokens)
             for stream in streams:
                 stream.last = drawn.to(stream.last.device)
         rows: list[dict[str, float | tuple[float, ...]]]
         rows = [{name: tuple(values[i]) for name, values in notes.items()} for i in range(n)]
-        if watch is not None and heard is not None:
-            for i, agreed in enumerate(heard.low >= watch.rule.patience):
-                stays = watch.rule.kept(len(tokens[i])) if agreed else len(tokens[i])
-                rows[i] = {"least": float(heard.least[i]), "cut": float(len(tokens[i]) - stays)}
-                tokens[i], logps[i] = tokens[i][:stays], logps[i][:stays]
+        for i in range(n):
+            length, response_notes = hook.finish(i, len(tokens[i]))
+            tokens[i], logps[i], rows[i] = tokens[i][:length], logps[i][:length], {**rows[i], **response_notes}
         parts = zip(tokens, logps, ended, rows, others if samples > 1 else [None] * n, strict=True)
         return [Sample(tuple(ids), tuple(logp), bool(stopped), note, more) for ids, logp, stopped, note, more in parts]
-
-
-AS_IS = Head(torch.empty(0, 0))  # no scale or softcap: the model has applied them to the logits
 
 
 def _noise(
@@ -182,23 +153,3 @@ def _append(lists: list[list], rows: np.ndarray, values: list, going: np.ndarray
     for row, value, more in zip(rows, values, going, strict=True):
         if more:
             lists[row].append(value)
-
-
-def _blended(
-    student: Float[Tensor, "B V"],
-    teacher: Float[Tensor, "B V"],
-    temperature: float,
-    eps: float,
-    stop: Int[Tensor, " S"],
-) -> tuple[Float[Tensor, "B V"], dict[str, Float[Tensor, " B"]]]:
-    """Return log mu of the mixture, with its weight `beta` and its KL from the student in nats.
-
-    The stop ids are merged into one token, the stop id that the student prefers.
-    """
-    p, q = ((x / temperature).log_softmax(-1) for x in (student, teacher))
-    if len(stop) > 1:
-        own = stop[p[:, stop].argmax(-1)][:, None]
-        whole = [x[:, stop].logsumexp(-1, keepdim=True) for x in (p, q)]
-        p, q = (x.index_fill(-1, stop, -torch.inf).scatter(-1, own, w) for x, w in zip((p, q), whole, strict=True))
-    mixed, beta, distance = blend(p, q, eps)
-    return mixed, {"beta": beta, "behavior_kl": distance}

@@ -28,10 +28,8 @@ from torch import Tensor
 from opd.core.disk import disk
 from opd.core.errors import Refusal
 from opd.core.types import Rollout
-from opd.methods.rollout_policies.base import Memory
-from opd.methods.rollout_policies.policies import Rollouts, draw_of, opened
-from opd.methods.rollout_policies.snapshot import Snapshot
-from opd.rollouts.buffer import forget, outdate
+from opd.methods.rollout_policies.base import Memory, RolloutPolicy
+from opd.rollouts.buffer import discard
 from opd.rollouts.worker.messages import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
 
 DEATHS = 3  # the run ends after this many deaths of the worker in a row without a finished draw
@@ -45,7 +43,7 @@ class Background:
     def __init__(
         self,
         opening: Opening,
-        who: Rollouts,
+        policy: RolloutPolicy,
         *,
         weights: Callable[[], Mapping[str, Tensor]],
         job: Callable[[int], Job],
@@ -56,10 +54,10 @@ class Background:
         kept: dict[int, list[Rollout]],
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.opening, self.who, self.weights, self.job = opening, who, weights, job
+        self.opening, self.policy, self.weights, self.job = opening, policy, weights, job
         self.staleness, self.total, self.kept, self.say = staleness, total, kept, say
         self.threads = threads  # torch threads of this process when it has no worker
-        self.pinned = exact or isinstance(who, Snapshot)  # draws use the snapshot they were queued at, not the newest
+        self.pinned = exact or policy.frozen_sampler  # draws use the snapshot they were queued at, not the newest
         self.changed = threading.Condition()
         self.waiting: deque[Job] = deque()
         self.running: Job | None = None
@@ -78,11 +76,11 @@ class Background:
     def advance(self, step: int, memory: Memory) -> None:
         """Save the weights after `step` steps for the worker, and queue the draws that they allow."""
         steps = range(step + 1, min(step + 1 + self.staleness, self.total) + 1)
-        allowed = [d for s in steps for d in opened(self.who, s, memory) if d <= self.total]
+        allowed = [d for s in steps for d in self.policy.open_batches(s, memory) if d <= self.total]
         with self.changed:
-            if isinstance(self.who, Snapshot) and step < self.total:
-                first = self.who.outdated(step + 1, memory)
-                outdate(self.who, self.kept, step + 1, memory)
+            if step < self.total:
+                first = self.policy.oldest_valid(step + 1, memory)
+                discard(self.kept, first)
                 self.waiting = deque(job for job in self.waiting if job.draw >= first)
                 if self.running is not None and self.running.draw < first:
                     self.useless = self.running
@@ -100,7 +98,7 @@ class Background:
 
     def take(self, step: int, memory: Memory) -> list[Rollout]:
         """Return the rollouts that `step` trains on; wait until they are generated."""
-        asked = draw_of(self.who, step, memory)
+        asked = self.policy.batch_number(step, memory)
         with self.changed:
             self.depth = len(self.kept)
             lost = asked not in self.kept and all(job.draw != asked for job in self._under_way())
@@ -113,7 +111,7 @@ class Background:
         self._wait(lambda: asked in self.kept)
         with self.changed:
             found = self.kept[asked]
-            forget(self.who, self.kept, step, memory)
+            discard(self.kept, self.policy.oldest_needed(step, memory))
         return found
 
     def settle(self) -> None:

@@ -9,7 +9,7 @@ from opd.core.sampling import Prompt
 from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.head.vocabulary import Vocabulary
-from opd.methods.rollout_policies.policies import Rollouts
+from opd.methods.rollout_policies.base import RolloutPolicy
 
 NEWEST = -1  # version of a job that uses the newest weights when it starts
 
@@ -35,7 +35,7 @@ class Job:
 
     draw: int
     prompts: list[Rendered]
-    who: Rollouts
+    policy: RolloutPolicy
     first: int  # batch index of the first rollout
     alone: bool  # also compute the student's cross entropy of each response without its prompt
     version: int = NEWEST  # version (training steps) of the weights to generate with

@@ -66,7 +66,7 @@ class Writer:
         with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
             rollouts = self.collector.collect(
                 job.prompts,
-                job.who,
+                job.policy,
                 config.sampling,
                 self.told.verify,
                 seed=config.seed,

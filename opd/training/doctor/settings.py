@@ -12,7 +12,6 @@ from opd.core.sampling import Prompt
 from opd.core.types import DATA, RIGHT
 from opd.data.prompts import short
 from opd.head.backend import sweeper
-from opd.methods.rollout_policies.on_policy import Mixture
 from opd.teachers.remote import LogpTeacher
 from opd.training.doctor.findings import Finding, Level, ok
 from opd.training.doctor.probe import Looked, Probe
@@ -65,7 +64,7 @@ def compatible(probe: Probe) -> Iterator[Finding]:
         )
     rows = range(min(VERIFIED, len(task.prompts)))
     mute = [i for i in rows if not task.prompts[i].response]
-    if isinstance(method.rollouts, Mixture) and method.rollouts.other == DATA and mute:
+    if DATA in method.rollouts.source_shares() and mute:
         yield Finding(
             check="method",
             level=Level.ERROR,
