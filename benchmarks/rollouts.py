@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.result import Result, Timed, in_turn, spread, versions
 from opd.core.sampling import Sampling
 from opd.head.onednn import faster, quicken
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 
 STOP = 2
@@ -89,7 +90,9 @@ def measured(ragged: Ragged) -> Result:
     def ours(name: str, of: LlamaForCausalLM) -> None:
         engine = HFEngine(of, ragged.vocabulary, (STOP,), ragged.rows)
         sampling = Sampling(max_new_tokens=ragged.max_new_tokens)
-        found = engine.generate(prompts, sampling, seed=0, step=len(lengths[name]), index=range(len(prompts)))
+        found = engine.generate(
+            GenerateRequest(prompts, sampling, seed=0, step=len(lengths[name]), index=range(len(prompts)))
+        )
         assert all(len(x.logp) == len(x.ids) for x in found)
         lengths[name].append([len(x.ids) for x in found])
 

@@ -19,6 +19,7 @@ from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
 from opd.data.verifiers.extract import marked, plain, said, spoken
 from opd.models import load as models
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.training.progress import loading
 
@@ -142,7 +143,8 @@ def evaluate(config: Evaluate) -> Scores:
         )
     engine = HFEngine(model, len(text), stop, config.decode_rows)
     asked = [i for i in ids for _ in range(config.samples)]
-    drawn = engine.generate(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
+    request = GenerateRequest(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
+    drawn = engine.generate(request)
     responses = tuple(str(text.decode(list(s.ids), skip_special_tokens=True)) for s in drawn)
     k, questions = config.samples, tuple(task.prompts)
     parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]

@@ -49,6 +49,7 @@ from opd.models.batching import Rows, rows
 from opd.models.forward import final_states
 from opd.models.load import head
 from opd.models.student import Student
+from opd.rollouts.request import RolloutRequest
 from opd.training.build import open_session
 
 ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal
@@ -96,15 +97,9 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     if not trained:
         some = ", ".join(list(dict(student.named_parameters()))[:3])
         raise Refusal(f"--parameters {config.parameters}: no trained parameter has such a name; there are {some}, ...")
-    drawn = session.collector.collect(
-        session.prompts.batch(1, config.rollouts),
-        OnPolicy(),
-        config.sampling,
-        lambda text, prompt: 0.0,
-        seed=config.seed,
-        step=1,
-        first=0,
-    )
+    prompts = session.prompts.batch(1, config.rollouts)
+    request = RolloutRequest(prompts=prompts, policy=OnPolicy(), sampling=config.sampling, seed=config.seed, step=1)
+    drawn = session.collector.collect(request, lambda text, prompt: 0.0)
     means, found, nats = Means(), [], 0.0
     for rollout in track(drawn, "rollouts", console=Console(stderr=True), transient=True):
         at = rows([rollout], [[True] * len(rollout.ids)], teacher=False, device=student.model.device)

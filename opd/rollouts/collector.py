@@ -1,141 +1,110 @@
-"""Rollout collection: generate responses with student or teacher, verify them, and collate them into a `Batch`."""
+"""Rollout collection: generate responses with student or teacher, and verify them."""
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
-from opd.core.sampling import Prompt, Sampling
+from opd.core.sampling import Prompt
 from opd.core.types import DATA, STUDENT, TEACHER, Rollout
 from opd.data.prompts import Rendered
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Head, Vocabulary
-from opd.methods.rollout_policies.base import NOTHING, DecodeHook, Memory, RolloutPolicy, RunState
+from opd.methods.rollout_policies.base import DecodeHook
 from opd.models.batching import rows
 from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
-from opd.rollouts.engines.base import Engine, Sample, Writer
-from opd.rollouts.engines.hf import HFEngine, TeacherDecoding
+from opd.rollouts.engines.base import Engine, GenerateRequest, ResponseGenerator, Sample, TeacherDecoding
+from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.prefix_cache import Prefix, PrefixCache
+from opd.rollouts.request import RolloutRequest
 
 AS_IS = Head(torch.empty(0, 0))  # no scale or softcap: the model has applied them to the logits
-KEPT = 1 << 24  # tokens: limit of the cache of teacher prefixes, 4 bytes per token
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The beginning of a teacher's response."""
-
-    ids: Sequence[int] = ()
-    stopped: bool = False  # the response is complete: it ends with this prefix
-
-    def reaches(self, limit: int) -> bool:
-        """Return whether the prefix has `limit` tokens or the complete response."""
-        return self.stopped or len(self.ids) >= limit
-
-    def first(self, limit: int) -> "Prefix":
-        """Return the first `limit` tokens."""
-        return Prefix(tuple(self.ids[:limit]), self.stopped and len(self.ids) <= limit)
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Turns prompts into finished rollouts, for a single process."""
+    """A collector that turns prompts into finished rollouts, for a single process."""
 
     student: Engine
-    teachers: Mapping[str, Writer]  # by route name; "" is --teacher
+    teachers: Mapping[str, ResponseGenerator]  # by route name; "" is --teacher
     tokenizer: Tokenizer
     vocabulary: Vocabulary  # common ids, temperature and stop class for comparing student and teacher
-    prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = field(default_factory=dict)  # a cache, oldest first
+    prefix_cache: PrefixCache = field(default_factory=PrefixCache)
 
-    def collect(
-        self,
-        prompts: Sequence[Rendered],
-        policy: RolloutPolicy,
-        sampling: Sampling,
-        verify: Callable[[str, Prompt], float],
-        *,
-        seed: int,
-        step: int,
-        first: int,
-        total: int = 1,
-        memory: Memory = NOTHING,
-        alone: bool = False,
-    ) -> list[Rollout]:
-        """Generate and verify `policy.per_prompt` rollouts per prompt.
-
-        Args:
-            prompts: this process's share of the prompts.
-            policy: the rollout policy.  A policy that changes over the run reads `step`, `total` and `memory`.
-            sampling: temperature, top-p, top-k and the length limit.
-            verify: the verifier, (response, prompt) -> score from 0 to 1.
-            seed: the run's seed.
-            step: the step that the noise is keyed by.
-            first: batch index of the first rollout.
-            total: number of steps in the run.
-            memory: what the run carries from step to step.
-            alone: also note the student's cross entropy of each response without its prompt (`student_alone`).
-        """
-        wanted = [(p, i) for i, p in enumerate(prompts) for _ in range(policy.per_prompt)]
-        index = list(range(first, first + len(wanted)))
-        source = [policy.source(step, i, seed) for i in index]
-        room = sampling.max_new_tokens
-        state = RunState(step, total, room, memory)
-        hook = policy.decode_hook(state, partial(self.vocabulary.logp, head=AS_IS))
-        prefixes = self._prefixes([p for p, _ in wanted], sampling, policy.prefix_limit(state), seed)
-        # A prefix that is complete or reaches the length limit needs no continuation by the student.
-        whole = {i: p.stopped for i, p in enumerate(prefixes) if p.stopped or len(p.ids) >= room}
-        samples = {i: Sample((), (), stopped) for i, stopped in whole.items()}
-        names = [[name] for name in self.teachers] if hook else [list(self.teachers)]
-        for speaker, among in (*((STUDENT, x) for x in names), *((TEACHER, [name]) for name in self.teachers)):
-            mine = [i for i, s in enumerate(source) if s == speaker and wanted[i][0].teacher in among]
-            mine = [i for i in mine if i not in whole]
-            asked, key = [wanted[i][0] for i in mine], [index[i] for i in mine]
-            if speaker == TEACHER:
-                heard = [p.teacher_ids for p in asked]
-                drawn = self.teachers[among[0]].generate(heard, sampling, seed=seed, step=step, index=key)
-            else:
-                drawn = self.student.generate(
-                    [p.ids for p in asked],
-                    sampling,
-                    seed=seed,
-                    step=step,
-                    index=key,
-                    prefixes=[prefixes[i].ids for i in mine],
-                    **self._more(policy, among[0], asked, hook),
-                )
-            samples |= dict(zip(mine, drawn, strict=True))
-        for i, s in enumerate(source):
-            if s == DATA:
-                samples[i] = self._written(wanted[i][0], sampling.max_new_tokens)
-        notes, out = policy.notes(state), []
-        for i, (rendered, group) in enumerate(wanted):
-            ids, prefix = (*prefixes[i].ids, *samples[i].ids), len(prefixes[i].ids)
-            out.append(
+    def collect(self, request: RolloutRequest, verify: Callable[[str, Prompt], float]) -> list[Rollout]:
+        """Generate rollouts and score them with the verifier, (response, prompt) -> score from 0 to 1."""
+        policy, first = request.policy, request.first
+        prompts = [prompt for prompt in request.prompts for _ in range(policy.per_prompt)]
+        sources = [policy.source(request.step, first + i, request.seed) for i in range(len(prompts))]
+        limit = policy.prefix_limit(request.run_state())
+        prefixes = self.prefix_cache.get(self.teachers, prompts, request.sampling, request.seed, limit)
+        samples = self._samples(request, prompts, sources, prefixes)
+        notes, rollouts = policy.notes(request.run_state()), list[Rollout]()
+        for i, (prompt, source, prefix) in enumerate(zip(prompts, sources, prefixes, strict=True)):
+            sample, ids = samples[i], (*prefix.ids, *samples[i].ids)
+            rollouts.append(
                 Rollout(
-                    prompt_ids=rendered.ids,
-                    teacher_prompt_ids=rendered.teacher_ids,
+                    prompt_ids=prompt.ids,
+                    teacher_prompt_ids=prompt.teacher_ids,
                     ids=ids,
-                    sampler_logp=(*(0.0,) * prefix, *samples[i].logp),
-                    index=index[i],
-                    group=first // policy.per_prompt + group,
-                    stopped=samples[i].stopped,
-                    source=source[i],
-                    outcome=verify(self.text(ids), rendered.prompt),
-                    prefix=prefix,
-                    others=samples[i].others,
-                    notes={**samples[i].notes, **notes},
-                    teacher=rendered.teacher,
-                    prompt=rendered.prompt,
+                    sampler_logp=(*(0.0,) * len(prefix.ids), *sample.logp),
+                    index=first + i,
+                    group=first // policy.per_prompt + i // policy.per_prompt,
+                    stopped=sample.stopped,
+                    source=source,
+                    outcome=verify(self.text(ids), prompt.prompt),
+                    prefix=len(prefix.ids),
+                    others=sample.others,
+                    notes={**sample.notes, **notes},
+                    teacher=prompt.teacher,
+                    prompt=prompt.prompt,
                 )
             )
-        return self._unprompted(out) if alone else out
+        return self._unprompted(rollouts) if request.unprompted else rollouts
+
+    def _samples(
+        self, request: RolloutRequest, prompts: Sequence[Rendered], sources: Sequence[int], prefixes: Sequence[Prefix]
+    ) -> dict[int, Sample]:
+        """Return the responses after their prefixes, by position, each generated by its source."""
+        sampling = request.sampling
+        # A prefix that is complete or reaches the length limit needs no continuation by the student.
+        complete = [prefix.reaches(sampling.max_new_tokens) for prefix in prefixes]
+        samples = {i: Sample((), (), p.stopped) for i, p in enumerate(prefixes) if complete[i]}
+        hook = request.policy.decode_hook(request.run_state(), partial(self.vocabulary.logp, head=AS_IS))
+        groups = [[name] for name in self.teachers] if hook else [list(self.teachers)]
+        for source, names in (*((STUDENT, names) for names in groups), *((TEACHER, [name]) for name in self.teachers)):
+            places = [i for i, p in enumerate(prompts) if sources[i] == source and p.teacher in names]
+            places = [i for i in places if not complete[i]]
+            if not places:
+                continue
+            chosen, index = [prompts[i] for i in places], [request.first + i for i in places]
+            generate = GenerateRequest(
+                [p.ids if source == STUDENT else p.teacher_ids for p in chosen],
+                sampling,
+                seed=request.seed,
+                step=request.step,
+                index=index,
+            )
+            if source == STUDENT:
+                teacher = None if hook is None else self._decoding(names[0], chosen, hook)
+                prefix_ids = [prefixes[i].ids for i in places]
+                generate = replace(generate, prefixes=prefix_ids, teacher=teacher, samples=request.policy.samples)
+            engine = self.student if source == STUDENT else self.teachers[names[0]]
+            samples |= zip(places, engine.generate(generate), strict=True)
+        for i, source in enumerate(sources):
+            if source == DATA:
+                samples[i] = self._reference(prompts[i], sampling.max_new_tokens)
+        return samples
+
+    def _decoding(self, name: str, prompts: Sequence[Rendered], hook: DecodeHook) -> TeacherDecoding:
+        """Return the teacher `name`, to decode beside the student."""
+        engine = self.teachers[name]
+        assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
+        return TeacherDecoding(engine.model, [p.teacher_ids for p in prompts], hook)
 
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -147,50 +116,18 @@ class Collector:
         model, out = self.student.model, list[Rollout]()
         for start in range(0, len(rollouts), self.student.rows):
             part = rollouts[start : start + self.student.rows]
-            plain, told = unprompted(part)
-            hidden = Hidden(final_states(model, rows(plain, told, teacher=False, device=model.device)), head(model))
-            found = cross_entropies(hidden, part, self.vocabulary)
-            out += [replace(r, notes={**r.notes, "student_alone": x}) for r, x in zip(part, found, strict=True)]
-        return out
-
-    def _more(
-        self, policy: RolloutPolicy, teacher: str, asked: Sequence[Rendered], hook: DecodeHook | None
-    ) -> dict[str, Any]:
-        """Return the arguments that only `HFEngine.generate` supports: a teacher at each decoding step, more samples.
-
-        A run refuses these policies with any other engine.
-        """
-        if hook is not None:
-            engine = self.teachers[teacher]
-            assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
-            return {"teacher": TeacherDecoding(engine.model, [p.teacher_ids for p in asked], hook)}
-        return {"samples": policy.samples} if policy.samples > 1 else {}
-
-    def _prefixes(self, prompts: Sequence[Rendered], sampling: Sampling, limit: int, seed: int) -> list[Prefix]:
-        """Return the first `limit` tokens of the teacher's response to each prompt.
-
-        A prompt gets the same response at every step.
-        """
-        if not limit:
-            return [Prefix()] * len(prompts)
-        for name, engine in self.teachers.items():
-            asked = dict.fromkeys(p.teacher_ids for p in prompts if p.teacher == name)
-            new = [x for x in asked if (name, x) not in self.prefixes or not self.prefixes[name, x].reaches(limit)]
-            # The noise is keyed by the prompt, so that a resumed run regenerates the same prefixes without saving them.
-            key = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
-            told = replace(sampling, max_new_tokens=limit)
-            for ids, sample in zip(new, engine.generate(new, told, seed=seed, step=-2, index=key), strict=True):
-                self.prefixes[name, ids] = Prefix(array("i", sample.ids), sample.stopped)
-        out = [self.prefixes[p.teacher, p.teacher_ids].first(limit) for p in prompts]
-        while sum(len(p.ids) for p in self.prefixes.values()) > KEPT:
-            del self.prefixes[next(iter(self.prefixes))]
+            plain, masks = unprompted(part)
+            hidden = Hidden(final_states(model, rows(plain, masks, teacher=False, device=model.device)), head(model))
+            entropies = cross_entropies(hidden, part, self.vocabulary)
+            out += [replace(r, notes={**r.notes, "student_alone": x}) for r, x in zip(part, entropies, strict=True)]
         return out
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode a response to text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _written(self, rendered: Rendered, budget: int) -> Sample:
+    def _reference(self, rendered: Rendered, max_tokens: int) -> Sample:
+        """Return the data's response as a sample.  Raises Refusal if the data has none."""
         prompt = rendered.prompt
         if not prompt.response:
             raise Refusal(
@@ -198,4 +135,4 @@ class Collector:
                 f"({self.tokenizer.decode(list(rendered.ids))[-60:]!r}); name the column, or --other teacher"
             )
         ids = [*self.tokenizer(prompt.response, add_special_tokens=False)["input_ids"], self.student.stop[0]]
-        return Sample(tuple(ids[:budget]), (0.0,) * min(len(ids), budget), len(ids) <= budget)
+        return Sample(tuple(ids[:max_tokens]), (0.0,) * min(len(ids), max_tokens), len(ids) <= max_tokens)

@@ -1,4 +1,4 @@
-"""The source of rollouts for the steps of a run: call `Writing.open(...)`, then `taken(step, ...)` at each step.
+"""The source of rollouts for the steps of a run: call `RolloutSource.open(...)`, then `take(step, ...)` at each step.
 
 The student's process or a worker process generates them.
 """
@@ -26,113 +26,47 @@ from opd.methods.questions import Stages
 from opd.methods.rollout_policies.base import NOTHING, Memory, RolloutPolicy
 from opd.models import adapters
 from opd.models import load as models
-from opd.rollouts import buffer as draws
-from opd.rollouts.buffer import Here, Source, share
-from opd.rollouts.worker.client import WHOLE, Background
-from opd.rollouts.worker.messages import Job, Opening
+from opd.rollouts import buffer
+from opd.rollouts.buffer import Batches, InProcessBuffer, RolloutBuffer, share
+from opd.rollouts.request import RolloutRequest
+from opd.rollouts.worker.client import UNSHARDED, WorkerBuffer
+from opd.rollouts.worker.messages import Job, WorkerSetup
 from opd.teachers.judges import reflections as episode
 from opd.training.forward_backward import Passes
 from opd.training.session import Session
 
 
-def hired(
-    config: Train,
-    session: Session,
-    policy: RolloutPolicy,
-    kept: dict[int, list[Rollout]],
-    say: Callable[[str], object],
-    *,
-    alone: bool,
-) -> Background:
-    """Start a worker for this process of a run.
-
-    Raises Refusal if the weights are sharded, or if the verifier cannot be pickled.
-    """
-    accelerator, engine, task = session.accelerator, session.collector.student, session.prompts.task
-    if accelerator.distributed_type not in WHOLE:
-        raise Refusal(
-            f"--staleness {config.staleness}: a worker reads whole weights, and {accelerator.distributed_type} shards "
-            "them; train in one process or with DDP, or take --staleness 0"
-        )
-    try:
-        pickle.dumps(task.verify)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise Refusal(
-            f"--verifier: {task.verify!r} cannot be sent to the worker process ({error}); name a function of a module"
-        ) from error
-    device = str(accelerator.device)
-    if config.worker_device != "same":
-        device = str(models.device(config.worker_device, field="worker-device"))
-    threads = torch.get_num_threads()
-    if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, threads // 2))  # each its own cores
-    model = session.plain().model
-    # The base that the checkpoints name: --student may be a run folder that has moved on since.
-    student = adapters.base_name(model) if isinstance(model, PeftModel) else config.student
-    opening = Opening(
-        config=replace(config, method=Method(), student=student),  # a method of the user's own need not be there
-        folder=config.out / f".worker-{accelerator.process_index}-{os.getpid()}",  # that of another trainer is its own
-        size=engine.vocabulary,
-        stop=engine.stop,
-        vocabulary=session.collector.vocabulary,
-        teachers=tuple(session.teachers),
-        device=device,
-        threads=torch.get_num_threads(),
-        verify=task.verify,
-    )
-
-    def job(draw: int) -> Job:
-        prompts = session.prompts.batch(policy.prompt_step(draw), config.batch // policy.per_prompt)
-        mine = share(len(prompts), accelerator.process_index, accelerator.num_processes)
-        return Job(draw, prompts[mine], policy, mine.start * policy.per_prompt, alone)
-
-    def weights() -> dict[str, Tensor]:
-        return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}
-
-    return Background(
-        opening,
-        policy,
-        weights=weights,
-        job=job,
-        staleness=config.staleness,
-        exact=config.exact_staleness,
-        total=config.steps,
-        threads=threads,
-        kept=kept,
-        say=say,
-    )
-
-
 @dataclass
-class Writing:
+class RolloutSource:
     """The prompts and rollouts of each step of a run."""
 
     config: Train
     method: Method
     session: Session
-    source: Source | None = None  # buffer of training rollouts; None before `open`
+    source: RolloutBuffer | None = None  # buffer of training rollouts; None before `open`
 
-    def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> Source:
+    def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> RolloutBuffer:
         """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
 
         `state` is the training-state folder of a checkpoint, whose saved rollouts are used first.
         """
-        config, session, policy = self.config, self.session, self.method.rollouts
-        kept = self._restored(state) if state is not None else {}
+        config, policy = self.config, self.method.rollouts
+        batches = self._restored(state) if state is not None else {}
         if config.staleness or config.worker:
-            self.source = hired(config, session, policy, kept, say, alone="student_alone" in self.method.reads())
+            self.source = self._start_worker(batches, say)
         else:
 
-            def write(draw: int, memory: Memory) -> list[Rollout]:
-                prompts = self._prompts(policy.prompt_step(draw), memory)
-                return self._mine(prompts, policy, config.sampling, draw, session.prompts.task, memory)
+            def generate(number: int, memory: Memory) -> list[Rollout]:
+                prompts = self._prompts(policy.prompt_step(number), memory)
+                request = self._request(prompts, policy, config.sampling, number, memory=memory)
+                return self._generate(request, self.session.prompts.task)
 
-            self.source = Here(policy, write, config.steps, kept)
+            self.source = InProcessBuffer(policy, generate, config.steps, batches)
         self.source.advance(step, memory)
         return self.source
 
     def close(self) -> None:
-        """Stop the rollout source, the engine and the teachers."""
+        """Stop the rollout buffer, the engine and the teachers."""
         if self.source is not None:
             self.source.close()
             self.source = None
@@ -145,25 +79,26 @@ class Writing:
 
         Every process must call it; only the main process writes.
         """
-        kept: list[dict[int, list[Rollout]]] = [{}]
+        parts: list[Batches] = [{}]
         if self.source is not None:
             self.source.settle()
-            kept = gather_object([dict(self.source.kept)])
+            parts = gather_object([dict(self.source.batches)])
         if self.session.accelerator.is_main_process:
-            draws.save({d: [r for part in kept for r in part.get(d, ())] for d in {*chain(*kept)}}, folder)
+            buffer.save({n: [r for part in parts for r in part.get(n, ())] for n in {*chain(*parts)}}, folder)
 
-    def taken(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
+    def take(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
         policy = self.method.rollouts
         source = self.source or self.open(step - 1, memory, None, print)
-        drawn, draw = source.take(step, memory), policy.batch_number(step, memory)
-        prompts = self._prompts(policy.prompt_step(draw), memory)
+        rollouts, number = source.take(step, memory), policy.batch_number(step, memory)
+        prompts = self._prompts(policy.prompt_step(number), memory)
         if "teacher_alone" in self.method.reads():
-            drawn = passes.alone(drawn, draws.dressed(drawn, prompts, policy.per_prompt))
-            if draw in source.kept:
-                source.kept[draw] = drawn
-        mine = draws.behind(drawn, step) if self.config.staleness or policy.frozen_sampler else drawn
-        return draws.dressed(gather_object(mine), prompts, policy.per_prompt)
+            rollouts = passes.alone(rollouts, buffer.with_prompts(rollouts, prompts, policy.per_prompt))
+            if number in source.batches:
+                source.batches[number] = rollouts
+        if self.config.staleness or policy.frozen_sampler:
+            rollouts = buffer.with_staleness(rollouts, step)
+        return buffer.with_prompts(gather_object(rollouts), prompts, policy.per_prompt)
 
     def collect(
         self,
@@ -172,59 +107,115 @@ class Writing:
         sampling: Sampling,
         step: int,
         task: Task,
-        memory: Memory = NOTHING,
         first: int = 0,
     ) -> list[Rollout]:
         """Generate and verify rollouts, each process for its share of the prompts; return those of all processes.
 
         They are in order and numbered from `first`.
         """
-        return gather_object(self._mine(prompts, policy, sampling, step, task, memory, first))
+        return gather_object(self._generate(self._request(prompts, policy, sampling, step, first=first), task))
 
-    def _mine(
+    def _request(
         self,
         prompts: Sequence[Rendered],
         policy: RolloutPolicy,
         sampling: Sampling,
         step: int,
-        task: Task,
-        memory: Memory,
+        *,
         first: int = 0,
-    ) -> list[Rollout]:
-        """Generate and verify the rollouts of this process's share of the prompts."""
+        memory: Memory = NOTHING,
+    ) -> RolloutRequest:
+        """Return the request for this process's share of the prompts."""
         accelerator = self.session.accelerator
-        mine = draws.share(len(prompts), accelerator.process_index, accelerator.num_processes)
-        with accelerator.autocast():
-            return self.session.collector.collect(
-                prompts[mine],
-                policy,
-                sampling,
-                task.verify,
-                seed=self.config.seed,
-                step=step,
-                first=first + mine.start * policy.per_prompt,
-                total=self.config.steps,
-                memory=memory,
-                alone="student_alone" in self.method.reads(),
-            )
+        part = share(len(prompts), accelerator.process_index, accelerator.num_processes)
+        return RolloutRequest(
+            prompts=prompts[part],
+            policy=policy,
+            sampling=sampling,
+            seed=self.config.seed,
+            step=step,
+            first=first + part.start * policy.per_prompt,
+            total=self.config.steps,
+            memory=dict(memory),
+            unprompted="student_alone" in self.method.reads(),
+        )
 
-    def _prompts(self, number: int, memory: Memory) -> list[Rendered]:
-        """Return the prompts of step `number`; a method that reflects adds the notes on earlier attempts to them."""
+    def _generate(self, request: RolloutRequest, task: Task) -> list[Rollout]:
+        """Generate and verify the rollouts of a request in this process."""
+        with self.session.accelerator.autocast():
+            return self.session.collector.collect(request, task.verify)
+
+    def _prompts(self, step: int, memory: Memory) -> list[Rendered]:
+        """Return the prompts of a step; a method that reflects adds the notes on earlier attempts to them."""
         session, asks, count = self.session, self.method.asks, self.config.batch // self.method.rollouts.per_prompt
         reflect = asks.reflect if isinstance(asks, Stages) else None
         if reflect is None:
-            return session.prompts.batch(number, count)
-        found = session.prompts.batch(reflect.batch(number), count)
-        return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
+            return session.prompts.batch(step, count)
+        prompts = session.prompts.batch(reflect.batch(step), count)
+        return episode.reminded(prompts, episode.of(memory).notes, reflect, session.prompts)
 
-    def _restored(self, state: Path) -> dict[int, list[Rollout]]:
-        """Load this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""
-        accelerator, policy = self.session.accelerator, self.method.rollouts
-        per_prompt = policy.per_prompt
-        mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
-        wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
-        for draw, drawn in draws.load(state).items():
-            own = [r for r in drawn if r.index in wanted]
-            if len(own) == len(wanted):
-                out[draw] = own
-        return out
+    def _restored(self, state: Path) -> Batches:
+        """Load this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
+        accelerator, per_prompt = self.session.accelerator, self.method.rollouts.per_prompt
+        part = share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
+        wanted, batches = range(part.start * per_prompt, part.stop * per_prompt), {}
+        for number, rollouts in buffer.load(state).items():
+            share_of_batch = [r for r in rollouts if r.index in wanted]
+            if len(share_of_batch) == len(wanted):
+                batches[number] = share_of_batch
+        return batches
+
+    def _start_worker(self, batches: Batches, say: Callable[[str], object]) -> WorkerBuffer:
+        """Start a worker for this process of a run.
+
+        Raises Refusal if the weights are sharded, or if the verifier cannot be pickled.
+        """
+        config, session, policy = self.config, self.session, self.method.rollouts
+        accelerator, task = session.accelerator, session.prompts.task
+        if accelerator.distributed_type not in UNSHARDED:
+            raise Refusal(
+                f"--staleness {config.staleness}: a worker reads whole weights, and {accelerator.distributed_type} "
+                "shards them; train in one process or with DDP, or take --staleness 0"
+            )
+        try:
+            pickle.dumps(task.verify)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise Refusal(
+                f"--verifier: {task.verify!r} cannot be sent to the worker process ({error}); name a function of a "
+                "module"
+            ) from error
+
+        def job(number: int) -> Job:
+            prompts = session.prompts.batch(policy.prompt_step(number), config.batch // policy.per_prompt)
+            return Job(self._request(prompts, policy, config.sampling, number))
+
+        def weights() -> dict[str, Tensor]:
+            return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}
+
+        threads = torch.get_num_threads()
+        setup = self._worker_setup()
+        return WorkerBuffer(setup, policy, weights=weights, job=job, threads=threads, batches=batches, say=say)
+
+    def _worker_setup(self) -> WorkerSetup:
+        """Return the first message to the worker, and give half of this process's cores to it if it needs them."""
+        config, session = self.config, self.session
+        accelerator, engine = session.accelerator, session.collector.student
+        device = str(accelerator.device)
+        if config.worker_device != "same":
+            device = str(models.device(config.worker_device, field="worker-device"))
+        if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # each process has its own cores
+        model = session.plain().model
+        # The base that the checkpoints name: --student may be a run folder that has moved on since.
+        student = adapters.base_name(model) if isinstance(model, PeftModel) else config.student
+        return WorkerSetup(
+            config=replace(config, method=Method(), student=student),  # the worker may not have the user's own method
+            folder=config.out / f".worker-{accelerator.process_index}-{os.getpid()}",  # no other trainer has this path
+            size=engine.vocabulary,
+            stop=engine.stop,
+            vocabulary=session.collector.vocabulary,
+            teachers=tuple(session.teachers),
+            device=device,
+            threads=torch.get_num_threads(),
+            verify=session.prompts.task.verify,
+        )

@@ -28,7 +28,7 @@ from opd.methods.rollout_policies.base import Memory
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models.batching import micro_batches
 from opd.rollouts.batch import collate
-from opd.rollouts.engines.vllm_requests import Sent
+from opd.rollouts.engines.vllm_requests import WeightSyncedEngine
 from opd.teachers.judges import annotate as asking
 from opd.teachers.judges import annotate_stages as staging
 from opd.teachers.judges import reflections as episode
@@ -49,7 +49,7 @@ from opd.training.metrics import (
     summary,
     weighting,
 )
-from opd.training.rollout_source import Writing
+from opd.training.rollout_source import RolloutSource
 from opd.training.run_folder import STATE, Run
 from opd.training.session import Session
 from opd.training.timing import Clock
@@ -79,11 +79,11 @@ class Loop:
     each: Callable[[dict[str, float]], object] = lambda row: None
     refused: int = 0  # consecutive optimizer steps skipped because of non-finite gradients
     passes: Passes = field(init=False)
-    writing: Writing = field(init=False)
+    writing: RolloutSource = field(init=False)
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.config, self.method, self.session)
-        self.writing = Writing(self.config, self.method, self.session)
+        self.writing = RolloutSource(self.config, self.method, self.session)
 
     def save(self, memory: Memory, folder: Path) -> None:
         """Write everything that a resumed run reads into a checkpoint folder.
@@ -128,9 +128,9 @@ class Loop:
         config, session, policy = self.config, self.session, self.method.rollouts
         clock = Clock({})
         apart, writer = bool(config.staleness or config.worker), session.collector.student
-        sent = writer.seconds if isinstance(writer, Sent) else 0.0
+        sent = writer.seconds if isinstance(writer, WeightSyncedEngine) else 0.0
         with clock("wait" if apart else "rollout"):
-            rollouts = self.writing.taken(step, memory, self.passes)
+            rollouts = self.writing.take(step, memory, self.passes)
             if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
@@ -139,7 +139,7 @@ class Loop:
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
-        if isinstance(writer, Sent):
+        if isinstance(writer, WeightSyncedEngine):
             clock.split("rollout", "weights", writer.seconds - sent)
         self.passes.heard.clear()
         if not self.method.local():

@@ -38,8 +38,8 @@ from opd.methods.rollout_policies.base import NOTHING
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.methods.rollout_policies.snapshot import Snapshot, measured_drift
 from opd.models.student import Student
-from opd.rollouts import buffer as draws
-from opd.rollouts.worker import client as background
+from opd.rollouts import buffer
+from opd.rollouts.worker import client
 from opd.teachers.local import LocalTeacher
 from opd.training.build import open_session
 from opd.training.forward_backward import Passes
@@ -162,7 +162,7 @@ def test_repeated_deaths_end_in_one_line(pair, tmp_path, monkeypatch):
         theirs.close()
         return subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]), ours
 
-    monkeypatch.setattr(background, "_start", dying)
+    monkeypatch.setattr(client, "_start", dying)
     with pytest.raises(Refusal, match=r"3 times in a row .*exit status -9.*--resume") as error:
         opd.train(config(pair, tmp_path / "run", staleness=1))
     assert "\n" not in str(error.value) and not list((tmp_path / "run").glob(".worker*"))
@@ -196,7 +196,7 @@ def test_a_verifier_that_the_worker_does_not_find_is_one_line(pair, tmp_path, mo
 
 
 def test_a_listener_that_fails_ends_the_run(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(background.Background, "_hear", lambda *_: [][1])
+    monkeypatch.setattr(client.WorkerBuffer, "_receive", lambda *_: [][1])
     with pytest.raises(Refusal, match=r"^the worker process: IndexError: list index out of range$"):
         opd.train(config(pair, tmp_path / "run", staleness=1))
     assert not workers(os.getpid()) and not list((tmp_path / "run").glob(".worker*"))
@@ -264,7 +264,7 @@ def test_killed_and_resumed_is_bitwise_where_staleness_is_exact(pair, tmp_path, 
     cut.send_signal(signal.SIGKILL)
     cut.wait(30)
     assert gone(children) and not list(out.glob(".worker*"))  # an orphan sees its pipe close, and cleans up
-    kept = draws.load(out / "checkpoints/step-000003/training_state")
+    kept = buffer.load(out / "checkpoints/step-000003/training_state")
     assert versions(kept) == {4: {1}, 5: {2}, 6: {3}}
     again = launch(command(pair, out, *same, "--resume"))
     assert again.wait(120) == 0, again.stderr.read()
@@ -281,7 +281,7 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
     assert run.wait(120) == 0 and gone(children) and not list(out.glob(".worker*"))
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name[-6:])
-    kept = draws.load(saved / "training_state")
+    kept = buffer.load(saved / "training_state")
     assert set(kept) <= {step + 1, step + 2, step + 3}
     (out / "config.json").write_text((out / "config.json").read_text().replace('"steps": 500', f'"steps": {step + 4}'))
     again = launch(command(pair, out, "--steps", str(step + 4), "--save-every", "400", "--resume"))
@@ -317,16 +317,16 @@ def test_the_queue_is_bounded(pair, tmp_path, _threads):
     with contextlib.closing(loop.writing):
         torch.set_num_threads(4)
         source = loop.writing.open(0, NOTHING, None, print)
-        source._wait(lambda: len(source.kept) == 3)
+        source._wait(lambda: len(source.batches) == 3)
         time.sleep(0.3)
-        assert sorted(source.kept) == [1, 2, 3] and not source.waiting and source.running is None
+        assert sorted(source.batches) == [1, 2, 3] and not source.waiting and source.running is None
         loop.step(1, NOTHING)
-        source._wait(lambda: len(source.kept) == 3)
+        source._wait(lambda: len(source.batches) == 3)
         time.sleep(0.3)
-        assert versions(source.kept) == {2: {0}, 3: {0}, 4: {1}}
-        assert [p.name for p in source.opening.folder.iterdir()] == ["step-000001.safetensors"]
+        assert versions(source.batches) == {2: {0}, 3: {0}, 4: {1}}
+        assert [p.name for p in source.setup.folder.iterdir()] == ["step-000001.safetensors"]
         assert [p.name for p in run.folder.glob(".worker*")] == [f".worker-0-{os.getpid()}"]
-        assert torch.get_num_threads() == source.opening.threads == 2
+        assert torch.get_num_threads() == source.setup.threads == 2
     assert torch.get_num_threads() == 4
 
 
@@ -409,12 +409,12 @@ def test_draws_of_a_checkpoint_come_back(tmp_path):
     )  # fmt: skip
     other = replace(whole, ids=(5,), sampler_logp=(-7.5,), notes={"staleness": 2.0, "beta": (1.0,)}, index=7, version=7)
     kept = {9: [whole, other], 11: [replace(whole, version=8)]}
-    draws.save(kept, tmp_path)
-    assert draws.load(tmp_path) == kept
+    buffer.save(kept, tmp_path)
+    assert buffer.load(tmp_path) == kept
     # The workers of two processes may be a step apart.
-    assert [r.notes["staleness"] for r in draws.behind(draws.load(tmp_path)[9], 9)] == [2.0, 1.0]
-    assert draws.load(tmp_path / "nothing") == {}
-    assert draws.bare([dataclasses.replace(whole, prompt_ids=(1,))], 3) == [replace(whole, version=3)]
+    assert [r.notes["staleness"] for r in buffer.with_staleness(buffer.load(tmp_path)[9], 9)] == [2.0, 1.0]
+    assert buffer.load(tmp_path / "nothing") == {}
+    assert buffer.without_prompts([dataclasses.replace(whole, prompt_ids=(1,))], 3) == [replace(whole, version=3)]
 
 
 def test_off_policy_tokens_have_the_gradient_of_the_divergence(float64):
@@ -454,7 +454,7 @@ def test_the_advantage_is_of_the_weights_being_trained(float64):
 def test_the_shares_of_processes_cover_a_draw():
     for count in (1, 5, 8):
         for processes in (1, 2, 3, 4):
-            parts = [list(range(count))[draws.share(count, i, processes)] for i in range(processes)]
+            parts = [list(range(count))[buffer.share(count, i, processes)] for i in range(processes)]
             assert [i for part in parts for i in part] == list(range(count))
 
 
@@ -484,7 +484,7 @@ def test_a_pool_is_written_by_a_snapshot_and_survives_a_checkpoint(pair, tmp_pat
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, worker=True))
     alike(here, tmp_path / "apart")
     for run in (here, tmp_path / "apart"):
-        assert versions(draws.load(run / "checkpoints/step-000003/training_state")) == {3: {2}, 4: {2}}
+        assert versions(buffer.load(run / "checkpoints/step-000003/training_state")) == {3: {2}, 4: {2}}
     for step in (6, 7):
         shutil.rmtree(tmp_path / f"apart/checkpoints/step-{step:06d}")
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, resume=True))  # without a worker now

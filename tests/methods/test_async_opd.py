@@ -23,7 +23,8 @@ from opd.losses.terms import PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
-from opd.rollouts import buffer as draws
+from opd.rollouts import buffer
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from tests.end_to_end.test_asynchronous_rollouts import alike, config
 from tests.tiny_models import interrupted_at
@@ -41,7 +42,7 @@ def model(pair):
 def written(model, samples, prompts=PROMPTS, index=range(6), **sampling):
     engine = HFEngine(model, model.config.vocab_size, (2, 3), rows=4)
     how = Sampling(max_new_tokens=24, **sampling)
-    return engine.generate(prompts, how, seed=3, step=5, index=index, samples=samples)
+    return engine.generate(GenerateRequest(prompts, how, seed=3, step=5, index=index, samples=samples))
 
 
 def test_the_response_is_the_one_it_would_be_without_them(model):
@@ -64,7 +65,7 @@ def test_they_are_drawn_from_the_models_own_distribution(model, temperature):
         close(torch.tensor(sample.others.logp).view(-1, M - 1), logp.gather(-1, ids), rtol=1e-3, atol=1e-4)
     n, engine = 4000, HFEngine(model, model.config.vocab_size, (2,), rows=1)
     how = Sampling(max_new_tokens=1, temperature=temperature)
-    (first,) = engine.generate([[1, 7]], how, seed=0, step=1, index=[0], samples=n)
+    (first,) = engine.generate(GenerateRequest([[1, 7]], how, seed=0, step=1, index=[0], samples=n))
     p = (model(torch.tensor([[1, 7]])).logits[0, -1].double() / temperature).softmax(-1).detach()
     group = (p.cumsum(0) * 19.999).long()
     classes = lambda x: torch.zeros(20, dtype=torch.float64).index_add(0, group, x)
@@ -155,8 +156,8 @@ def test_they_come_back_from_a_checkpoint(tmp_path):
     other = replace(whole, ids=(5,), sampler_logp=(-7.5,), others=Others(more.ids[:2], more.logp[:2]), index=7)
     empty = replace(whole, ids=(), sampler_logp=(), others=Others.none())
     kept = {9: [whole, empty, other], 11: [replace(whole, others=None)]}
-    draws.save(kept, tmp_path)
-    assert draws.load(tmp_path) == kept
+    buffer.save(kept, tmp_path)
+    assert buffer.load(tmp_path) == kept
 
 
 def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
@@ -170,7 +171,7 @@ def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
     with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "cut", **late))
     assert any(
-        drawn[0].others for drawn in draws.load(tmp_path / "cut/checkpoints/step-000002/training_state").values()
+        drawn[0].others for drawn in buffer.load(tmp_path / "cut/checkpoints/step-000002/training_state").values()
     )
     opd.train(config(pair, tmp_path / "cut", resume=True, **late))
     alike(tmp_path / "whole", tmp_path / "cut")

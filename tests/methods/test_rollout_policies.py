@@ -36,7 +36,9 @@ from opd.methods.tropd import PrefixTokens, StudentTokens
 from opd.models.load import EMBEDDED
 from opd.rollouts.batch import collate
 from opd.rollouts.collector import Collector
-from opd.rollouts.engines.hf import HFEngine, TeacherDecoding
+from opd.rollouts.engines.base import GenerateRequest, TeacherDecoding
+from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.request import RolloutRequest
 from opd.training.build import open_session
 from opd.training.metrics import speaking
 from opd.training.run_folder import Run
@@ -161,7 +163,9 @@ def slow_blend(models, prompt, heard, index, eps, length, stop=STOP):
 def test_joint_decoding_equals_full_forward_passes(models, eps, options):
     engine = HFEngine(models[0], V, STOP, **options)
     teaching = TeacherDecoding(models[1], HEARD, BlendHook(eps))
-    found = engine.generate(PROMPTS, Sampling(max_new_tokens=20), seed=3, step=5, index=range(4), teacher=teaching)
+    found = engine.generate(
+        GenerateRequest(PROMPTS, Sampling(max_new_tokens=20), seed=3, step=5, index=range(4), teacher=teaching)
+    )
     assert len({len(s.ids) for s in found}) > 1  # rows end at different times: caches were compacted
     for i, sample in enumerate(found):
         ids, numbers = slow_blend(models, PROMPTS[i], HEARD[i], i, eps, 20)
@@ -179,7 +183,9 @@ def test_stop_tokens_are_one_class_and_the_students_own_is_said(models):
         for model, id in ((student, 3), (teacher, 2)):
             model.lm_head.weight.data[id] *= 0.1
     engine, teaching = HFEngine(student, V, stop), TeacherDecoding(teacher, HEARD * 4, BlendHook(0.3))
-    found = engine.generate(PROMPTS * 4, Sampling(max_new_tokens=20), seed=3, step=5, index=range(16), teacher=teaching)
+    found = engine.generate(
+        GenerateRequest(PROMPTS * 4, Sampling(max_new_tokens=20), seed=3, step=5, index=range(16), teacher=teaching)
+    )
     assert any(s.stopped for s in found)
     for i, sample in enumerate(found[:4]):
         ids, _ = slow_blend(models, PROMPTS[i], HEARD[i], i, 0.3, 20, stop)
@@ -196,8 +202,11 @@ def collector(models):
     return Collector(student, {"": teacher}, text, Vocabulary(V))
 
 
-def collect(c, who, step=1, sampling=Sampling(max_new_tokens=16), **more):
-    return c.collect(rendered(), who, sampling, lambda text, prompt: 0.0, seed=3, step=step, first=0, **more)
+def collect(c, policy, step=1, total=1):
+    request = RolloutRequest(
+        prompts=rendered(), policy=policy, sampling=Sampling(max_new_tokens=16), seed=3, step=step, total=total
+    )
+    return c.collect(request, lambda text, prompt: 0.0)
 
 
 def test_without_a_radius_the_student_speaks_bit_for_bit(models):
@@ -282,7 +291,7 @@ def test_online_and_late_cuts_are_the_same_tokens(models):
     rule, sampling, n = replace(RULE, window=4), Sampling(max_new_tokens=40), 24
     prompts, heard = PROMPTS * 6, HEARD * 6
     engine = HFEngine(models[0], V, STOP)
-    whole = engine.generate(prompts, sampling, seed=3, step=5, index=range(n))
+    whole = engine.generate(GenerateRequest(prompts, sampling, seed=3, step=5, index=range(n)))
     d = []
     for prompt, other, sample in zip(prompts, heard, whole, strict=True):
         with torch.no_grad():
@@ -294,7 +303,9 @@ def test_online_and_late_cuts_are_the_same_tokens(models):
     threshold = float(np.quantile([by_hand(row, -1, 4)[1] for row in d if len(row) >= 6], 0.9))
     watched = AgreementHook(rule, threshold, lambda logits: logits.log_softmax(-1))
     found = engine.generate(
-        prompts, sampling, seed=3, step=5, index=range(n), teacher=TeacherDecoding(models[1], heard, watched)
+        GenerateRequest(
+            prompts, sampling, seed=3, step=5, index=range(n), teacher=TeacherDecoding(models[1], heard, watched)
+        )
     )
     late = rule.cut(
         replace(batch_of(d), stopped=torch.tensor([s.stopped for s in whole])),
@@ -349,9 +360,9 @@ def test_a_teachers_response_is_the_same_at_every_step_and_written_once(models, 
     c, wrote = collector(models), []
     teacher = c.teachers[""]
     generate = HFEngine.generate
-    spy = lambda self, prompts, *args, **more: (
-        wrote.extend(prompts) if self is teacher else None,
-        generate(self, prompts, *args, **more),
+    spy = lambda self, request: (
+        wrote.extend(request.prompts) if self is teacher else None,
+        generate(self, request),
     )[1]
     monkeypatch.setattr(HFEngine, "generate", spy)
     early, late = (collect(c, TeacherPrefix(12), step=s, total=8) for s in (2, 5))
@@ -360,8 +371,8 @@ def test_a_teachers_response_is_the_same_at_every_step_and_written_once(models, 
     assert fresh == late
     for a, b in zip(early, late, strict=True):
         assert a.ids[: b.prefix] == b.ids[: b.prefix] and b.prefix <= a.prefix
-    monkeypatch.setattr("opd.rollouts.collector.KEPT", 0)
-    assert collect(c, TeacherPrefix(12), step=5, total=8) == late and not c.prefixes
+    monkeypatch.setattr("opd.rollouts.prefix_cache.MAX_TOKENS", 0)
+    assert collect(c, TeacherPrefix(12), step=5, total=8) == late and not c.prefix_cache.prefixes
 
 
 @pytest.mark.usefixtures("float64")

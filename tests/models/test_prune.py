@@ -9,6 +9,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.models import load as models
 from opd.models.prune import container, prune, select
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from tests.tiny_models import tiny
 
@@ -73,7 +74,7 @@ def test_decodes_with_a_cache_and_keeps_tokenizer_and_stops(whole, tmp_path):
     # Greedy decoding with the cache says what full passes without one say.
     rows, prompt = model.config.vocab_size, tuple(IDS[0].tolist())
     sampling, stop = Sampling(temperature=0.0, max_new_tokens=6), (model.generation_config.eos_token_id,)
-    (drawn,) = HFEngine(model, rows, stop).generate([prompt], sampling, seed=0, step=0, index=[0])
+    (drawn,) = HFEngine(model, rows, stop).generate(GenerateRequest([prompt], sampling, seed=0, step=0, index=[0]))
     said: list[int] = []
     with torch.no_grad():
         for _ in drawn.ids:

@@ -10,6 +10,7 @@ from opd.core.rng import uniform
 from opd.core.sampling import Sampling
 from opd.head.kernels import quantile as draws
 from opd.head.kernels.quantile import quantile
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.kv_cache import Cache, Stream
 from opd.rollouts.engines.sampling import draw, truncate
@@ -28,7 +29,7 @@ def engine(model, **options):
 
 
 def generate(e, prompts=PROMPTS, index=None, sampling=Sampling(max_new_tokens=24)):
-    return e.generate(prompts, sampling, seed=3, step=5, index=index or range(len(prompts)))
+    return e.generate(GenerateRequest(prompts, sampling, seed=3, step=5, index=index or range(len(prompts))))
 
 
 def test_log_probs_are_the_models_own(model):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import opd
 from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
 from opd.teachers.judges import rubrics
@@ -77,7 +78,9 @@ def written(pair, forms, **options):
     engine = HFEngine(model, len(text), (256,), **options)
     prompts = [text(f"question {i % 3}:")["input_ids"] for i in range(8)]
     made = [forms.form(SCHEMA) for _ in prompts]
-    return prompts, engine.generate(prompts, Sampling(max_new_tokens=200), seed=1, step=2, index=range(8), forms=made)
+    return prompts, engine.generate(
+        GenerateRequest(prompts, Sampling(max_new_tokens=200), seed=1, step=2, index=range(8), forms=made)
+    )
 
 
 def test_every_answer_is_a_filled_form(pair):

@@ -33,9 +33,9 @@ from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.models.load import EMBEDDED, Source
-from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.vllm import VLLMEngine
-from opd.rollouts.engines.vllm_requests import parameters, requests, sample
+from opd.rollouts.engines.vllm_requests import WeightSyncedEngine, grouped, parameters, sample
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.rollouts.weight_sync.vllm_plugin import Update, weights
 from opd.training.metrics import mismatch
@@ -66,7 +66,7 @@ def contract(request):
 
 
 def calls(module: str) -> list[ast.Call]:
-    tree = ast.parse((ROOT / "opd" / "engines" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / "opd" / "rollouts" / f"{module}.py").read_text())
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
@@ -84,7 +84,7 @@ def test_everything_imported_from_vllm_is_there(contract):
 
 def test_the_engine_is_opened_with_arguments_that_it_has(contract):
     known = {*contract["callables"]["LLM.__init__"], *contract["classes"]["EngineArgs"]}
-    assert keywords("vllm", "LLM") <= known
+    assert keywords("engines/vllm", "LLM") <= known
     assert contract["classes"]["WeightTransferConfig"] == ["backend"]
 
 
@@ -92,7 +92,7 @@ def test_the_methods_of_the_engine_are_called_as_they_are_written(contract):
     named = {name.split(".")[1]: p for name, p in contract["callables"].items() if name.split(".")[0] in OFFLINE}
     used = [
         c
-        for c in calls("vllm")
+        for c in calls("engines/vllm")
         if isinstance(c.func, ast.Attribute) and ast.unparse(c.func.value) == "self.llm" and c.func.attr in named
     ]
     assert {c.func.attr for c in used} == named.keys() - {"__init__"}
@@ -105,7 +105,7 @@ OFFLINE = ("LLM", "RLOfflineMixin")
 
 
 def test_sampling_parameters_are_vllms(contract):
-    (one,) = requests([[1, 2]], [], FREE, seed=0, step=1, index=[0])
+    (one,) = grouped(GenerateRequest([[1, 2]], FREE, seed=0, step=1, index=[0]))
     asked = parameters(one, FREE, (2, 9), range(5))
     assert {*asked, "flat_logprobs"} <= set(contract["classes"]["SamplingParams"])
     assert {"index", "token_ids", "logprobs"} <= set(contract["classes"]["CompletionOutput"])
@@ -114,7 +114,7 @@ def test_sampling_parameters_are_vllms(contract):
 
 
 def test_what_is_sent_and_read_over_http_are_fields_of_the_protocol(contract):
-    source = (ROOT / "opd" / "engines" / "server.py").read_text()
+    source = (ROOT / "opd" / "rollouts" / "engines" / "vllm_server.py").read_text()
     classes, routes = contract["classes"], contract["routes"]
     assert {"model", "token_ids", "sampling_params"} <= set(classes["GenerateRequest"])
     assert {"index", "token_ids", "logprobs", "weight_versions"} <= set(classes["GenerateTokensChoice"])
@@ -133,7 +133,7 @@ def test_what_is_sent_and_read_over_http_are_fields_of_the_protocol(contract):
 
 
 def test_the_receiver_has_the_methods_that_vllm_calls_with_their_parameters(contract):
-    tree = ast.parse((ROOT / "opd" / "engines" / "receiver.py").read_text())
+    tree = ast.parse((ROOT / "opd" / "rollouts" / "weight_sync" / "receiver.py").read_text())
     (receiver,) = [x for x in tree.body if isinstance(x, ast.ClassDef)]
     ours = {f.name: script().parameters(f) for f in receiver.body if isinstance(f, ast.FunctionDef)}
     theirs = {k.split(".")[1]: v for k, v in contract["callables"].items() if k.startswith("WeightTransferEngine.")}
@@ -142,7 +142,7 @@ def test_the_receiver_has_the_methods_that_vllm_calls_with_their_parameters(cont
 
 def test_the_senders_are_opened_with_fields_that_they_have(contract):
     for name in ("NCCLTrainerInitInfo", "IPCTrainerInitInfo"):
-        assert keywords("sender", name) <= set(contract["classes"][name]), name
+        assert keywords("weight_sync/sender", name) <= set(contract["classes"][name]), name
     # Positional: address, port, world size.
     assert contract["classes"]["NCCLTrainerInitInfo"][2:5] == ["master_address", "master_port", "world_size"]
     assert contract["callables"]["ModuleSource.__init__"] == ["module"]
@@ -161,21 +161,23 @@ def test_the_installed_vllm_is_one_of_the_contracts():
 
 def test_rollouts_of_a_prompt_are_one_request_and_seeds_do_not_depend_on_it():
     a, b = (1, 2), (3,)
-    asked = requests([a, a, a, b, a], [], FREE, seed=7, step=3, index=[4, 5, 6, 7, 8])
+    asked = grouped(GenerateRequest([a, a, a, b, a], FREE, seed=7, step=3, index=[4, 5, 6, 7, 8]))
     assert [(x.ids, x.first, x.n) for x in asked] == [(a, 0, 3), (b, 3, 1), (a, 4, 1)]
     start = asked[0].seed - 4
     seeds = [x.seed + j for x in asked for j in range(x.n)]  # vLLM gives the j-th of n the seed plus j
     assert seeds == [start + i for i in (4, 5, 6, 7, 8)]
-    alone = requests([a], [], FREE, seed=7, step=3, index=[6])
+    alone = grouped(GenerateRequest([a], FREE, seed=7, step=3, index=[6]))
     assert alone[0].seed == seeds[2]
-    assert requests([a], [], FREE, seed=7, step=4, index=[6])[0].seed != seeds[2]
+    assert grouped(GenerateRequest([a], FREE, seed=7, step=4, index=[6]))[0].seed != seeds[2]
     assert 0 <= alone[0].seed < 2**53
-    apart = requests([a, a], [], FREE, seed=7, step=3, index=[0, 2])
+    apart = grouped(GenerateRequest([a, a], FREE, seed=7, step=3, index=[0, 2]))
     assert [x.n for x in apart] == [1, 1]  # the seeds of one request are neighbours
 
 
 def test_a_prefix_is_read_as_part_of_the_prompt_and_counts_as_written():
-    asked = requests([(1,), (1,), (1,)], [(5, 6), (5, 6), ()], FREE, seed=0, step=1, index=[0, 1, 2])
+    asked = grouped(
+        GenerateRequest([(1,), (1,), (1,)], FREE, seed=0, step=1, index=[0, 1, 2], prefixes=[(5, 6), (5, 6), ()])
+    )
     assert [(x.ids, x.room, x.n) for x in asked] == [((1, 5, 6), 10, 2), ((1,), 12, 1)]
 
 
@@ -192,9 +194,11 @@ def test_a_stop_token_has_the_log_prob_of_its_class():
 
 def test_padded_rows_are_never_drawn(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "wide", seed=0, rows=160))
-    from opd.rollouts.engines.vllm_requests import Sent
 
-    assert Sent(model, 145, (2,), 4).allowed == range(145) and Sent(model, 160, (2,), 4).allowed is None
+    assert (
+        WeightSyncedEngine(model, 145, (2,), 4).allowed == range(145)
+        and WeightSyncedEngine(model, 160, (2,), 4).allowed is None
+    )
 
 
 # Weights
@@ -374,11 +378,11 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
     prompts = [[5, 6, 7]] * 3 + [[8, 9, 10, 11]]
     with serving(tiny(tmp_path / "other", seed=5), "--takes-weights") as (url, _):
         model, engine = ready(folder, url)
-        drawn = lambda: engine.generate(prompts, FREE, seed=1, step=2, index=range(4))
+        drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
         first = drawn()
         close(model, prompts, first)
         assert first == drawn() and len({x.ids for x in first[:3]}) > 1
-        (alone,) = engine.generate(prompts[2:3], FREE, seed=1, step=2, index=[2])
+        (alone,) = engine.generate(GenerateRequest(prompts[2:3], FREE, seed=1, step=2, index=[2]))
         assert alone.ids == first[2].ids and alone.logp == pytest.approx(first[2].logp, abs=1e-5)
         with torch.no_grad():
             for p in model.parameters():
@@ -387,7 +391,9 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
         after = drawn()
         close(model, prompts, after)
         assert after != first and not (tmp_path / "engine").exists()
-        cold = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=4), seed=1, step=2, index=range(4))
+        cold = engine.generate(
+            GenerateRequest(prompts, Sampling(temperature=0.0, max_new_tokens=4), seed=1, step=2, index=range(4))
+        )
         assert len({x.ids for x in cold[:3]}) == 1 and engine.processed()
         # Somebody else's weights: noticed by their name, and replaced.
         httpx.post(f"{url}/update_weight_version", json={"new_version": "of another run"}).raise_for_status()
@@ -396,7 +402,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
         how = Speaker(engine=url, engine_transfer="opd")
         wrong = VLLMServer(small, 145, (2,), how, 0, folder=tmp_path, dtype=torch.float32)
         with pytest.raises(opd.Refusal, match="the weights of another model"):
-            wrong.generate(prompts, FREE, seed=1, step=2, index=range(4))
+            wrong.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
 
 
 def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_again_is_met_anew(tmp_path):
@@ -427,7 +433,7 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
     with serving(folder, "--takes-weights") as (url, _), Proxy(url, fault) as proxy:
         model, engine = ready(folder, proxy.url)
         assert engine.processed()
-        drawn = lambda: engine.generate(prompts, FREE, seed=1, step=2, index=range(2))
+        drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(2)))
         close(model, prompts, drawn())
         with torch.no_grad():
             for p in model.parameters():
@@ -524,7 +530,7 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
 
     def drawn(sampling=FREE, **changes):
         asked = {"seed": 1, "step": 2, "index": range(6), **changes}
-        return engine.generate(prompts[: len(asked["index"])], sampling, **asked)
+        return engine.generate(GenerateRequest(prompts[: len(asked["index"])], sampling, **asked))
 
     def close(samples):
         for prompt, one in zip(prompts, samples, strict=True):
@@ -540,7 +546,9 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         first = drawn()
         close(first)
         assert first == drawn() and len({x.ids for x in first[:4]}) > 1
-        assert first[3:4] == engine.generate(prompts[3:4], FREE, seed=1, step=2, index=[3])  # alone or in company
+        assert first[3:4] == engine.generate(
+            GenerateRequest(prompts[3:4], FREE, seed=1, step=2, index=[3])
+        )  # alone or in company
         assert first != drawn(step=3)
         with torch.no_grad():
             for p in model.parameters():
@@ -551,10 +559,12 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         assert after != first
         cold = drawn(Sampling(temperature=0.0, max_new_tokens=5))
         assert len({x.ids for x in cold[:4]}) == 1 and set(cold[0].logp) == {0.0}
-        prefixed = engine.generate(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10])
+        prefixed = engine.generate(GenerateRequest(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10]))
         assert len(prefixed[0].ids) <= 2
         many = torch.randint(10, 140, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
-        assert len(engine.generate(many, FREE, seed=1, step=2, index=range(60))) == 60  # more than it reads at once
+        assert (
+            len(engine.generate(GenerateRequest(many, FREE, seed=1, step=2, index=range(60)))) == 60
+        )  # more than it reads at once
         engine.stop = tuple({x.ids[1] for x in after})  # a class of several, all drawn at the second token
         ended = drawn()
         assert all(x.stopped and len(x.ids) <= 2 for x in ended) and len({x.ids[-1] for x in ended}) > 1

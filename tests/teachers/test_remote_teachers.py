@@ -40,6 +40,7 @@ from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
 from opd.models.remote.client import Client
 from opd.models.remote.vllm_protocol import reach
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
 from opd.teachers.connect import compare
@@ -373,10 +374,12 @@ def test_what_the_server_writes_is_sampled_from_its_model(server, teacher):
     writer = ServerEngine(reach(server, QUICK), 145, (2,))
     prompts = [[5, 6, 7, 8], [9, 10, 11]]
     greedy = Sampling(temperature=0.0, max_new_tokens=6)
-    here = HFEngine(teacher.model, 145, (2,)).generate(prompts, greedy, seed=0, step=0, index=[0, 1])
-    there = writer.generate(prompts, greedy, seed=0, step=0, index=[0, 1])
+    here = HFEngine(teacher.model, 145, (2,)).generate(GenerateRequest(prompts, greedy, seed=0, step=0, index=[0, 1]))
+    there = writer.generate(GenerateRequest(prompts, greedy, seed=0, step=0, index=[0, 1]))
     assert [x.ids for x in there] == [x.ids for x in here]
-    (drawn,) = writer.generate([[5, 6]], Sampling(max_new_tokens=6), seed=1, step=2, index=[3], prefixes=[[7]])
+    (drawn,) = writer.generate(
+        GenerateRequest([[5, 6]], Sampling(max_new_tokens=6), seed=1, step=2, index=[3], prefixes=[[7]])
+    )
     assert len(drawn.ids) <= 5
     with torch.no_grad():
         whole = teacher.model(input_ids=torch.tensor([[5, 6, 7, *drawn.ids]])).logits[0].log_softmax(-1)
@@ -690,7 +693,7 @@ def test_completions_and_chat_write_text(http_, teacher, pair):
     told = http_.post("/v1/completions", json=asked).json()
     ids = text("Ann has 3 coins.")["input_ids"]
     greedy = Sampling(temperature=0.0, max_new_tokens=8)
-    (sample,) = HFEngine(teacher.model, 145, (2,)).generate([ids], greedy, seed=0, step=0, index=[0])
+    (sample,) = HFEngine(teacher.model, 145, (2,)).generate(GenerateRequest([ids], greedy, seed=0, step=0, index=[0]))
     written = sample.ids[:-1] if sample.stopped else sample.ids
     assert [c["text"] for c in told["choices"]] == [text.decode(list(written), skip_special_tokens=True)] * 2
     assert told["usage"]["prompt_tokens"] == len(ids)

@@ -1,7 +1,7 @@
-"""What an engine is: a sample, and the protocols that engines and teachers' generators follow."""
+"""The interface of engines: requests to generate responses, sampled responses, and the protocols of engines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol, runtime_checkable
 
 from peft import PeftModel
@@ -9,6 +9,45 @@ from transformers import PreTrainedModel
 
 from opd.core.sampling import Sampling
 from opd.core.types import Others
+from opd.methods.rollout_policies.base import DecodeHook
+from opd.rollouts.engines.json_schema import Form
+
+
+@dataclass(frozen=True)
+class TeacherDecoding:
+    """A teacher that decodes beside the student, after the teacher's prompts, and the hook that uses its logits."""
+
+    model: PreTrainedModel | PeftModel
+    prompts: Sequence[Sequence[int]]
+    hook: DecodeHook
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A request to generate one response per prompt.
+
+    The noise of a response depends only on (seed, step, its entry of `index`).  A response continues its prefix, which
+    counts as its first tokens and is not returned.  Only `HFEngine` generates with `teacher`, `samples` or `forms`.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    _: KW_ONLY
+    seed: int
+    step: int
+    index: Sequence[int]
+    prefixes: Sequence[Sequence[int]] = ()  # one per prompt; empty: no prefixes
+    teacher: TeacherDecoding | None = None
+    samples: int = 1  # tokens sampled at each position; the first of them is the response's token
+    forms: Sequence[Form] = ()  # grammars that the responses must match, one per prompt; empty: none
+
+    def prefix_of_each(self) -> Sequence[Sequence[int]]:
+        """Return a prefix for each prompt, empty by default."""
+        return self.prefixes or ((),) * len(self.prompts)
+
+    def check_plain(self) -> None:
+        """Assert that the request is one that every engine can serve."""
+        assert self.teacher is None and self.samples == 1 and not self.forms, "a run refuses it with another engine"
 
 
 @dataclass(frozen=True)
@@ -23,26 +62,15 @@ class Sample:
 
 
 @runtime_checkable
-class Writer(Protocol):
+class ResponseGenerator(Protocol):
     """A generator of responses: an engine or a server."""
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-    ) -> list[Sample]:
-        """Generate a response for each prompt.
-
-        The noise of a response depends only on (seed, step, its entry of `index`).
-        """
+    def generate(self, request: GenerateRequest) -> list[Sample]:
+        """Generate a response for each prompt."""
 
 
 @runtime_checkable
-class Engine(Writer, Protocol):
+class Engine(ResponseGenerator, Protocol):
     """An engine that samples from the student.
 
     It shares the student's weights, or receives them before it generates.
@@ -63,18 +91,6 @@ class Engine(Writer, Protocol):
     @property
     def stop(self) -> tuple[int, ...]:
         """Ids that end a response."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-        prefixes: Sequence[Sequence[int]] = (),
-    ) -> list[Sample]:
-        """Generate a response for each prompt, as the continuation of its prefix."""
 
     def follow(self) -> None:
         """Note that an optimizer step changed the student's weights."""

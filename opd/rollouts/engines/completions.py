@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from opd.core.rng import uniform
-from opd.core.sampling import Sampling
 from opd.models.remote.client import read_json
 from opd.models.remote.vllm_protocol import Server, logprobs
-from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
 
 
 @dataclass(frozen=True)
@@ -21,22 +20,15 @@ class ServerEngine:
     vocabulary: int
     stop: tuple[int, ...]
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-        prefixes: Sequence[Sequence[int]] = (),
-    ) -> list[Sample]:
+    def generate(self, request: GenerateRequest) -> list[Sample]:
         """Generate one response per prompt, after its prefix.
 
         The seed depends on (seed, step, index[i]).  How the server turns it into noise is up to the server.
         """
+        request.check_plain()
+        sampling = request.sampling
 
-        def draw(prompt: Sequence[int], prefix: Sequence[int], i: int) -> Sample:
+        def complete(prompt: Sequence[int], prefix: Sequence[int], i: int) -> Sample:
             body = {
                 "model": self.server.model,
                 "prompt": [*prompt, *prefix],
@@ -44,7 +36,7 @@ class ServerEngine:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
-                "seed": int(uniform(seed, step, i, -2) * 2**53),
+                "seed": int(uniform(request.seed, request.step, i, -2) * 2**53),
                 "stop_token_ids": list(self.stop),
                 "logprobs": 0,
                 "return_token_ids": True,
@@ -53,14 +45,14 @@ class ServerEngine:
 
         pool = ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher")
         try:
-            return list(pool.map(draw, prompts, prefixes or [()] * len(prompts), index))
+            return list(pool.map(complete, request.prompts, request.prefix_of_each(), request.index))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure, do not wait for the other requests
 
-    def _read(self, told: dict) -> Sample:
-        (choice,) = told["choices"]
-        said = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float64)
-        ids, logp = tuple(choice["token_ids"]), tuple(logprobs(said).tolist())
+    def _read(self, answer: dict) -> Sample:
+        (choice,) = answer["choices"]
+        token_logp = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float64)
+        ids, logp = tuple(choice["token_ids"]), tuple(logprobs(token_logp).tolist())
         if not ids or len(ids) != len(logp) or max(ids) >= self.vocabulary:
             raise ValueError(f"{len(ids)} tokens with {len(logp)} log-probs, or an id beyond {self.vocabulary}")
         return Sample(ids, logp, ids[-1] in self.stop)

@@ -3,33 +3,22 @@
 A teacher may decode beside the student.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.core.rng import uniform
-from opd.core.sampling import Sampling
 from opd.core.types import Others
 from opd.methods.rollout_policies.base import DecodeHook
-from opd.rollouts.engines.base import Sample
-from opd.rollouts.engines.json_schema import Form, within
+from opd.rollouts.engines.base import GenerateRequest, Sample
+from opd.rollouts.engines.json_schema import within
 from opd.rollouts.engines.kv_cache import Stream
 from opd.rollouts.engines.sampling import draw
-
-
-@dataclass(frozen=True)
-class TeacherDecoding:
-    """A teacher that decodes beside the student, after the teacher's prompts, and what it is used for."""
-
-    model: PreTrainedModel | PeftModel
-    prompts: Sequence[Sequence[int]]
-    hook: DecodeHook
 
 
 @dataclass(frozen=True)
@@ -53,103 +42,112 @@ class HFEngine:
         """Do nothing: the engine holds no resources."""
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-        prefixes: Sequence[Sequence[int]] = (),
-        teacher: TeacherDecoding | None = None,
-        samples: int = 1,
-        forms: Sequence[Form] = (),
-    ) -> list[Sample]:
+    def generate(self, request: GenerateRequest) -> list[Sample]:
         """Generate one response per prompt.  Token t of rollout `index[i]` uses the noise of (seed, step, index[i], t).
 
-        A response continues its prefix.  The prefix counts as its first tokens and is not returned.  When a response
-        ends, the next waiting prompt takes its row.  At each position `samples` tokens are drawn; the first of them is
-        the response's token.  With `forms`, one per prompt, a response keeps to its form until the length limit.
+        When a response ends, the next waiting prompt takes its row.
         """
-        n, device, key = len(prompts), self.model.device, np.array(index, dtype=np.int64)
-        prefixes = prefixes or ((),) * n
-        readers = [(self.model, prompts), *([] if teacher is None else [(teacher.model, teacher.prompts)])]
-        texts = [[(*p, *x) for p, x in zip(some, prefixes, strict=True)] for _, some in readers]
+        sampling, teacher, forms = request.sampling, request.teacher, request.forms
+        n, device, key = len(request.prompts), self.model.device, np.array(request.index, dtype=np.int64)
+        prefixes = request.prefix_of_each()
+        readers = [(self.model, request.prompts), *([] if teacher is None else [(teacher.model, teacher.prompts)])]
+        texts = [[(*p, *x) for p, x in zip(prompts, prefixes, strict=True)] for _, prompts in readers]
         streams = [Stream.of(model) for model, _ in readers]
         refills = all(stream.rows.splices() for stream in streams)
         hook = DecodeHook() if teacher is None else teacher.hook.begin(n)
         stop = torch.tensor(self.stop, device=device)
-        one = stop if self.merged is None else torch.tensor(self.merged, dtype=torch.long, device=device)
-        written, sampled = np.array([len(x) for x in prefixes], dtype=np.int64), np.zeros(n, dtype=np.int64)
-        done, ended = written >= sampling.max_new_tokens, np.zeros(n, dtype=bool)
+        merged = stop if self.merged is None else torch.tensor(self.merged, dtype=torch.long, device=device)
+        prefix_tokens, sampled = np.array([len(x) for x in prefixes], dtype=np.int64), np.zeros(n, dtype=np.int64)
+        done, stopped = prefix_tokens >= sampling.max_new_tokens, np.zeros(n, dtype=bool)
         waiting, alive = (~done).nonzero()[0], np.zeros(0, dtype=np.int64)  # alive[row] = prompt
-        tokens: list[list[int]] = [[] for _ in prompts]
-        logps: list[list[float]] = [[] for _ in prompts]
-        notes: dict[str, list[list[float]]] = {}
-        others = [Others.none() for _ in prompts]
+        responses = _Responses.empty(n)
         while len(waiting) or not done.all():
             keep = ~done[alive]
             if keep.sum() <= self.compact * len(keep):
-                kept, room = torch.from_numpy(keep.nonzero()[0]), self.rows - keep.sum()
+                rows, room = torch.from_numpy(keep.nonzero()[0]), self.rows - keep.sum()
                 new, waiting = np.split(waiting, [room if refills or not keep.any() else 0])
                 for stream, text in zip(streams, texts, strict=True):
-                    stream.change(kept, [text[i] for i in new], {text[i] for i in waiting[: self.rows]})
+                    stream.change(rows, [text[i] for i in new], {text[i] for i in waiting[: self.rows]})
                 alive = np.concatenate((alive[keep], new))
-            noise = _noise(seed, step, key[alive], written[alive] + sampled[alive], samples)
+            noise = _noise(request, key[alive], prefix_tokens[alive] + sampled[alive])
             logits, *teacher_logits = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
             token_sampling, token_notes = sampling, dict[str, Tensor]()
             if forms:
                 logits = within(logits, [forms[i] for i in alive.tolist()])
             if teacher is not None:
                 logits, token_sampling, token_notes = hook.mix(logits, teacher_logits[0], sampling, stop)
-            drawn, logp = draw(logits, token_sampling, torch.from_numpy(noise).to(device), one)
-            going = ~done[alive]
-            for name, values in token_notes.items():
-                _append(notes.setdefault(name, [[] for _ in prompts]), alive, values.tolist(), going)
-            _append(tokens, alive, drawn[:, 0].tolist(), going)
-            _append(logps, alive, logp[:, 0].tolist(), going)
-            if samples > 1:
-                for i, ids, values in zip(
-                    alive[going], *(x[:, 1:].cpu().numpy()[going] for x in (drawn, logp)), strict=True
-                ):
-                    others[i].ids.extend(ids)
-                    others[i].logp.extend(values)
-            drawn = drawn[:, 0]
-            for i, token, more in zip(alive.tolist(), drawn.tolist(), going, strict=True) if forms else ():
-                if more:
+            ids, logp = draw(logits, token_sampling, torch.from_numpy(noise).to(device), merged)
+            active, tokens = ~done[alive], ids[:, 0]
+            responses.append(alive, active, ids, logp, token_notes)
+            if forms:
+                for i, token in zip(alive[active].tolist(), tokens.cpu().numpy()[active].tolist(), strict=True):
                     forms[i].take(token)
-            sampled[alive] += going
-            ends = torch.isin(drawn, stop).cpu().numpy()
-            ended[alive] |= ends & going
+            sampled[alive] += active
+            stops = torch.isin(tokens, stop).cpu().numpy()
+            stopped[alive] |= stops & active
             if teacher is not None:
-                hook = hook.observe(logits, teacher_logits[0], alive, going & ~ends, sampled)
+                hook = hook.observe(logits, teacher_logits[0], alive, active & ~stops, sampled)
                 done |= hook.ended()
-            done |= ended | (written + sampled >= sampling.max_new_tokens)
+            done |= stopped | (prefix_tokens + sampled >= sampling.max_new_tokens)
             for stream in streams:
-                stream.last = drawn.to(stream.last.device)
-        rows: list[dict[str, float | tuple[float, ...]]]
-        rows = [{name: tuple(values[i]) for name, values in notes.items()} for i in range(n)]
-        for i in range(n):
-            length, response_notes = hook.finish(i, len(tokens[i]))
-            tokens[i], logps[i], rows[i] = tokens[i][:length], logps[i][:length], {**rows[i], **response_notes}
-        parts = zip(tokens, logps, ended, rows, others if samples > 1 else [None] * n, strict=True)
-        return [Sample(tuple(ids), tuple(logp), bool(stopped), note, more) for ids, logp, stopped, note, more in parts]
+                stream.last = tokens.to(stream.last.device)
+        return [responses.sample(i, bool(stopped[i]), hook, request.samples > 1) for i in range(n)]
 
 
 def _noise(
-    seed: int, step: int, rollout: Int[np.ndarray, " B"], token: Int[np.ndarray, " B"], samples: int
+    request: GenerateRequest, rollout: Int[np.ndarray, " B"], token: Int[np.ndarray, " B"]
 ) -> Float[np.ndarray, "B m"]:
     """Return the noise [B, samples]: column 0 for the response's token, the others for the extra samples.
 
     The extra samples have keys of six numbers, because keys of five numbers are used for coins.
     """
-    own = np.asarray(uniform(seed, step, rollout, token))[:, None]
-    beside = uniform(seed, step, rollout[:, None], token[:, None], 2, np.arange(1, samples))
-    return np.concatenate((own, beside), 1)
+    seed, step = request.seed, request.step
+    first = np.asarray(uniform(seed, step, rollout, token))[:, None]
+    extra = uniform(seed, step, rollout[:, None], token[:, None], 2, np.arange(1, request.samples))
+    return np.concatenate((first, extra), 1)
 
 
-def _append(lists: list[list], rows: np.ndarray, values: list, going: np.ndarray) -> None:
-    for row, value, more in zip(rows, values, going, strict=True):
-        if more:
-            lists[row].append(value)
+@dataclass(frozen=True)
+class _Responses:
+    """Responses that are being generated, one entry per prompt in each list."""
+
+    tokens: list[list[int]]
+    logps: list[list[float]]
+    notes: list[dict[str, list[float]]]  # one number per token
+    others: list[Others]
+
+    @classmethod
+    def empty(cls, count: int) -> "_Responses":
+        """Return `count` responses without tokens."""
+        empty = range(count)
+        return cls([[] for _ in empty], [[] for _ in empty], [{} for _ in empty], [Others.none() for _ in empty])
+
+    def append(
+        self,
+        rows: Int[np.ndarray, " B"],
+        active: Bool[np.ndarray, " B"],
+        ids: Int[Tensor, "B k"],
+        logp: Float[Tensor, "B k"],
+        notes: dict[str, Float[Tensor, " B"]],
+    ) -> None:
+        """Append a token to the active ones of the responses `rows`."""
+        tokens, token_logp = ids[:, 0].tolist(), logp[:, 0].tolist()
+        values = {name: x.tolist() for name, x in notes.items()}
+        for k in active.nonzero()[0]:
+            i = rows[k]
+            self.tokens[i].append(tokens[k])
+            self.logps[i].append(token_logp[k])
+            for name, x in values.items():
+                self.notes[i].setdefault(name, []).append(x[k])
+        if ids.shape[1] > 1:
+            extra_ids, extra_logp = (x[:, 1:].cpu().numpy()[active] for x in (ids, logp))
+            for i, x, y in zip(rows[active], extra_ids, extra_logp, strict=True):
+                self.others[i].ids.extend(x)
+                self.others[i].logp.extend(y)
+
+    def sample(self, i: int, stopped: bool, hook: DecodeHook, has_others: bool) -> Sample:
+        """Return a finished response, without the tokens that the hook removes."""
+        length, notes = hook.finish(i, len(self.tokens[i]))
+        ids, logp = tuple(self.tokens[i][:length]), tuple(self.logps[i][:length])
+        token_notes = {name: tuple(x) for name, x in self.notes[i].items()}
+        return Sample(ids, logp, stopped, {**token_notes, **notes}, self.others[i] if has_others else None)

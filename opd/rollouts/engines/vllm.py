@@ -3,7 +3,7 @@
 Token ids go in and out, and nothing is detokenized.  A request is one prompt with its adjacent rollouts.  vLLM gives
 the j-th of them the seed plus j.  The seed of a rollout is the seed of the step plus its index.  So it does not depend
 on how rollouts are grouped into requests.  Log-probs are those of the sampled distribution (`processed_logprobs`).
-`Sent` is shared with `engines/server.py`, which sends the same requests to a vLLM server.
+`WeightSyncedEngine` is shared with `vllm_server.py`, which sends the same requests to a vLLM server.
 """
 
 import os
@@ -19,11 +19,11 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.models.load import Source
 from opd.rollouts.engines.base import Sample
-from opd.rollouts.engines.vllm_requests import Request, Sent, _line, parameters, sample
+from opd.rollouts.engines.vllm_requests import VLLMRequest, WeightSyncedEngine, one_line, parameters, sample
 from opd.rollouts.weight_sync.vllm_plugin import BACKEND, register, weights
 
 
-class VLLMEngine(Sent):
+class VLLMEngine(WeightSyncedEngine):
     """An engine that runs vLLM in this process.  Weights are passed by reference."""
 
     def __init__(
@@ -32,7 +32,7 @@ class VLLMEngine(Sent):
         source: Source,
         vocabulary: int,
         stop: tuple[int, ...],
-        how: Speaker,
+        config: Speaker,
         *,
         dtype: torch.dtype,
         rows: int,
@@ -49,26 +49,26 @@ class VLLMEngine(Sent):
                 "--engine vllm: vLLM is not installed; pip install 'opd[vllm]', or take --engine hf"
             ) from error
         register()
-        self.parameters, self.sleeps = SamplingParams, how.engine_sleep
+        self.parameters, self.sleeps = SamplingParams, config.engine_sleep
         try:
             self.llm = LLM(
                 source.whole().folder,  # the weights are sent before it samples
                 trust_remote_code=source.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=-1,  # as long as the memory allows
-                kv_cache_memory_bytes=int(how.engine_kv_gb * 2**30),
+                kv_cache_memory_bytes=int(config.engine_kv_gb * 2**30),
                 max_num_seqs=rows,
                 logprobs_mode="processed_logprobs",
                 max_logprobs=max(20, len(stop)),
                 enable_prefix_caching=True,
-                enable_sleep_mode=how.engine_sleep,
+                enable_sleep_mode=config.engine_sleep,
                 enforce_eager=not torch.cuda.is_available(),
                 # On a CPU, vLLM crashes on a seeded request with chunked prefill.
                 enable_chunked_prefill=None if torch.cuda.is_available() else False,
                 weight_transfer_config={"backend": BACKEND},
             )
         except (ValueError, RuntimeError, OSError) as error:  # no such architecture, no memory
-            raise Refusal(f"--engine vllm: it does not open {source}: {_line(error)}") from error
+            raise Refusal(f"--engine vllm: it does not open {source}: {one_line(error)}") from error
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def _send(self) -> None:
@@ -88,21 +88,26 @@ class VLLMEngine(Sent):
         self.llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
-    def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def _sample_all(self, requests: Sequence[VLLMRequest], sampling: Sampling) -> list[list[Sample]]:
         self.sync()
-        how = [self.parameters(**parameters(x, sampling, self.stop, self.allowed), flat_logprobs=True) for x in asked]
+        prompts = [{"prompt_token_ids": list(x.ids)} for x in requests]
+        settings = [
+            self.parameters(**parameters(x, sampling, self.stop, self.allowed), flat_logprobs=True) for x in requests
+        ]
         try:
-            told = self.llm.generate([{"prompt_token_ids": list(x.ids)} for x in asked], how, use_tqdm=False)
+            answers = self.llm.generate(prompts, settings, use_tqdm=False)
         except ValueError as error:  # a prompt does not fit into the KV cache
-            raise Refusal(f"--engine vllm: {_line(error)}: raise --engine-kv-gb") from error
+            raise Refusal(f"--engine vllm: {one_line(error)}: raise --engine-kv-gb") from error
         if self.sleeps:
             self.llm.sleep(2)
             self.stale = True  # sleep level 2 discards the weights
-        return [[self._sample(one, sampling) for one in sorted(x.outputs, key=lambda o: o.index)] for x in told]
+        return [
+            [self._sample(output, sampling) for output in sorted(x.outputs, key=lambda o: o.index)] for x in answers
+        ]
 
-    def _sample(self, one: Any, sampling: Sampling) -> Sample:
-        flat = one.logprobs
+    def _sample(self, output: Any, sampling: Sampling) -> Sample:
+        flat = output.logprobs
         logp = [flat.logprobs[start] for start in flat.start_indices]  # the sampled token is the first of each position
-        at = slice(flat.start_indices[-1], flat.end_indices[-1])
-        last = dict(zip(flat.token_ids[at], flat.logprobs[at], strict=True))
-        return sample(one.token_ids, logp, last, sampling, self.stop, self.merged)
+        last_token = slice(flat.start_indices[-1], flat.end_indices[-1])
+        last = dict(zip(flat.token_ids[last_token], flat.logprobs[last_token], strict=True))
+        return sample(output.token_ids, logp, last, sampling, self.stop, self.merged)

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from opd.core.rng import uniform
 from opd.core.sampling import Sampling
 from opd.models.load import head
-from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
 
 SEEDS = -4  # a key that no rollout has: its noise gives the first seed of a step
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt and its `n` rollouts, which have the places `first`, `first` + 1, ... in the batch."""
+class VLLMRequest:
+    """A request for `n` rollouts of a prompt, which have the places `first`, `first` + 1, ... in the batch."""
 
     ids: tuple[int, ...]
     room: int  # tokens that may be generated
@@ -28,38 +28,32 @@ class Request:
     seed: int
 
 
-def requests(
-    prompts: Sequence[Sequence[int]],
-    prefixes: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    seed: int,
-    step: int,
-    index: Sequence[int],
-) -> list[Request]:
-    """Group rollouts into requests: adjacent rollouts of one prompt and prefix share a request."""
-    begin, out = int(uniform(seed, step, SEEDS) * 2**52), list[Request]()
-    for i, (prompt, prefix) in enumerate(zip(prompts, prefixes or ((),) * len(prompts), strict=True)):
-        ids, room = (*prompt, *prefix), sampling.max_new_tokens - len(prefix)
+def grouped(request: GenerateRequest) -> list[VLLMRequest]:
+    """Group rollouts into requests to vLLM: adjacent rollouts of one prompt and prefix share a request."""
+    first_seed = int(uniform(request.seed, request.step, SEEDS) * 2**52)
+    out: list[VLLMRequest] = []
+    pairs = zip(request.prompts, request.prefix_of_each(), request.index, strict=True)
+    for i, (prompt, prefix, index) in enumerate(pairs):
+        ids, room = (*prompt, *prefix), request.sampling.max_new_tokens - len(prefix)
         last = out[-1] if out else None
-        if last and (last.ids, last.room) == (ids, room) and begin + index[i] == last.seed + last.n:
+        if last and (last.ids, last.room) == (ids, room) and first_seed + index == last.seed + last.n:
             out[-1] = replace(last, n=last.n + 1)
         else:
-            out.append(Request(ids, room, i, 1, begin + index[i]))
+            out.append(VLLMRequest(ids, room, i, 1, first_seed + index))
     return out
 
 
 def parameters(
-    asked: Request, sampling: Sampling, stop: tuple[int, ...], allowed: Sequence[int] | None
+    request: VLLMRequest, sampling: Sampling, stop: tuple[int, ...], allowed: Sequence[int] | None
 ) -> dict[str, Any]:
     """Return vLLM's `SamplingParams` by name.  With several stop ids, their log-probs are requested at each token."""
     out: dict[str, Any] = {
-        "n": 1 if sampling.temperature == 0 else asked.n,  # greedy: all rollouts are equal
+        "n": 1 if sampling.temperature == 0 else request.n,  # greedy: all rollouts are equal
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "seed": asked.seed,
-        "max_tokens": asked.room,
+        "seed": request.seed,
+        "max_tokens": request.room,
         "stop_token_ids": list(stop),
         "ignore_eos": True,  # the run sets the stop ids, not the model
         "detokenize": False,
@@ -86,13 +80,13 @@ def sample(
     stopped = ids[-1] in stop
     if sampling.temperature == 0:
         return Sample(tuple(ids), (0.0,) * len(ids), stopped)
-    one = stop if merged is None else merged
-    if ids[-1] in one and len(one) > 1:
-        logp = (*logp[:-1], float(np.logaddexp.reduce([last[i] for i in one])))
+    members = stop if merged is None else merged
+    if ids[-1] in members and len(members) > 1:
+        logp = (*logp[:-1], float(np.logaddexp.reduce([last[i] for i in members])))
     return Sample(tuple(ids), tuple(logp), stopped)
 
 
-class Sent:
+class WeightSyncedEngine:
     """The common part of both vLLM engines: it sends requests, restores their order, and sends changed weights."""
 
     merged: tuple[int, ...] | None = None  # as in `HFEngine`
@@ -116,31 +110,24 @@ class Sent:
     def close(self) -> None:
         """Release resources."""
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        index: Sequence[int],
-        prefixes: Sequence[Sequence[int]] = (),
-    ) -> list[Sample]:
+    def generate(self, request: GenerateRequest) -> list[Sample]:
         """Generate one response per prompt, after its prefix.  Each rollout `index[i]` has a different seed."""
-        asked = requests(prompts, prefixes, sampling, seed=seed, step=step, index=index)
-        out: dict[int, Sample] = {i: Sample((), (), False) for i in range(len(prompts))}
-        some = [x for x in asked if x.room > 0]
-        for x, found in zip(some, self._draw(some, sampling) if some else [], strict=True):
-            found = found * x.n if len(found) < x.n else found  # greedy: one sample serves all rollouts
-            out |= zip(range(x.first, x.first + x.n), found, strict=True)
-        return [out[i] for i in range(len(prompts))]
+        request.check_plain()
+        samples = {i: Sample((), (), False) for i in range(len(request.prompts))}
+        requests = [x for x in grouped(request) if x.room > 0]
+        answers = self._sample_all(requests, request.sampling) if requests else []
+        for x, answer in zip(requests, answers, strict=True):
+            copies = answer * x.n if len(answer) < x.n else answer  # greedy: one sample serves all rollouts
+            samples |= zip(range(x.first, x.first + x.n), copies, strict=True)
+        return [samples[i] for i in range(len(request.prompts))]
 
     def _send(self) -> None:
         raise NotImplementedError
 
-    def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def _sample_all(self, requests: Sequence[VLLMRequest], sampling: Sampling) -> list[list[Sample]]:
         raise NotImplementedError
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return an error's message in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

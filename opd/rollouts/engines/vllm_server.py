@@ -19,15 +19,15 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.tensors import save_tensors
 from opd.models.remote.client import Client, Malformed, read_json
-from opd.rollouts.engines.base import Sample
-from opd.rollouts.engines.vllm_requests import Request, Sent, parameters, requests, sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
+from opd.rollouts.engines.vllm_requests import VLLMRequest, WeightSyncedEngine, grouped, parameters, sample
 from opd.rollouts.weight_sync.vllm_plugin import weights
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
 LEAST = -9998.0  # nats: vLLM sends -9999 for -inf
 
 
-class VLLMServer(Sent):
+class VLLMServer(WeightSyncedEngine):
     """An engine that uses a vLLM server, started by the command `START`.
 
     Every response names the weights that generated it.  If the server was restarted or has the weights of another
@@ -39,26 +39,26 @@ class VLLMServer(Sent):
         model: PreTrainedModel | PeftModel,
         vocabulary: int,
         stop: tuple[int, ...],
-        how: Speaker,
+        config: Speaker,
         retries: int,
         *,
         folder: Path,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(model, vocabulary, stop, how.engine_concurrency)
-        self.how, self.folder, self.dtype = how, folder, dtype
-        asked = Remote(
-            teacher_token_env=how.engine_token_env,
-            teacher_timeout=how.engine_timeout,
-            teacher_concurrency=how.engine_concurrency,
+        super().__init__(model, vocabulary, stop, config.engine_concurrency)
+        self.config, self.folder, self.dtype = config, folder, dtype
+        remote = Remote(
+            teacher_token_env=config.engine_token_env,
+            teacher_timeout=config.engine_timeout,
+            teacher_concurrency=config.engine_concurrency,
             teacher_retries=retries,
         )
-        self.client = Client(how.engine, asked, field="engine")
-        backend = json.dumps({"backend": how.engine_transfer})
+        self.client = Client(config.engine, remote, field="engine")
+        backend = json.dumps({"backend": config.engine_transfer})
         self.start = f"{START} '{backend}'"
         if not self.client.knows("/get_world_size"):
             raise Refusal(f"--engine {self.client.url}: it takes no weights: start it as {self.start}")
-        cards = self.client.get("/v1/models", read_json(lambda told: [card["id"] for card in told["data"]]))
+        cards = self.client.get("/v1/models", read_json(lambda answer: [card["id"] for card in answer["data"]]))
         self.name, self.version = self.client.model or cards[0], ""
         self.link: Callable[[], None] | None = None
         # A trainer killed during a transfer leaves an open update and a pause.  Without an update vLLM refuses.
@@ -71,14 +71,16 @@ class VLLMServer(Sent):
 
         At temperature 0.01 they are then near 0 for the sampled tokens.
         """
-        hot, cold = (Sampling(temperature=t, max_new_tokens=8) for t in (1.0, 0.01))
-        asked = requests([[1, 1]], [], hot, seed=0, step=0, index=[0])
-        return all(sum(x.logp) > -0.5 for x in self._ask(asked[0], cold) or ())
+        return all(sum(x.logp) > -0.5 for x in self._probe(Sampling(temperature=0.01, max_new_tokens=8)) or ())
 
     def _ours(self) -> bool:
         """Return whether the server still has the weights that were sent last."""
-        asked = requests([[1, 1]], [], Sampling(max_new_tokens=1), seed=0, step=0, index=[0])
-        return self._ask(asked[0], Sampling(max_new_tokens=1)) is not None
+        return self._probe(Sampling(max_new_tokens=1)) is not None
+
+    def _probe(self, sampling: Sampling) -> list[Sample] | None:
+        """Return a short response to an arbitrary prompt, or None if other weights generated it."""
+        (request,) = grouped(GenerateRequest([[1, 1]], sampling, seed=0, step=0, index=[0]))
+        return self._ask(request, sampling)
 
     def _send(self) -> None:
         self.client.knows("/health")  # waits for a server that is starting
@@ -94,38 +96,41 @@ class VLLMServer(Sent):
         try:
             self.link()
         except (OSError, RuntimeError) as error:  # raised by vLLM's client and its backends
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise Refusal(f"--engine {self.client.url}: the weights did not get there: {said}") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise Refusal(f"--engine {self.client.url}: the weights did not get there: {reason}") from error
         self._post("/update_weight_version", {"new_version": self.version})
         self._post("/reset_prefix_cache", {})  # its keys belong to the old weights
         self._post("/resume", {})
 
     def _opened(self) -> Callable[[], None]:
         """Return the function that sends the weights, for the backend that the server was started with."""
-        if self.how.engine_transfer == "opd":
+        if self.config.engine_transfer == "opd":
             self._post("/init_weight_transfer_engine", {"init_info": {}})
             return self._by_file
         try:
             from opd.rollouts.weight_sync.sender import ipc, nccl
         except ImportError as error:
             raise Refusal(
-                f"--engine-transfer {self.how.engine_transfer}: vLLM has to be installed here, too; pip install "
+                f"--engine-transfer {self.config.engine_transfer}: vLLM has to be installed here, too; pip install "
                 "'opd[vllm]', or take --engine-transfer opd"
             ) from error
-        whole = lambda: {name: x.to(self.dtype) for name, x in weights(self.model).items()}
-        if self.how.engine_transfer == "ipc":
-            return ipc(self.client.url, whole)
-        workers = self.client.get("/get_world_size", read_json(lambda told: int(told["world_size"])))
-        return nccl(self.client.url, whole, workers)
+        if self.config.engine_transfer == "ipc":
+            return ipc(self.client.url, self._weights)
+        workers = self.client.get("/get_world_size", read_json(lambda answer: int(answer["world_size"])))
+        return nccl(self.client.url, self._weights, workers)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return the student's weights in the dtype of the engine."""
+        return {name: x.to(self.dtype) for name, x in weights(self.model).items()}
 
     def _by_file(self) -> None:
+        """Write the weights to a file, and let the server load it."""
         path = (self.folder / "engine" / "weights.safetensors").absolute()
-        whole = {name: x.to(self.dtype) for name, x in weights(self.model).items()}
         # The server may run as another user, so the file's mode follows the umask.
         try:
             with disk(f"writing {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(whole, path)
+                save_tensors(self._weights(), path)
             self._post("/start_weight_update", {})
             self._post("/update_weights", {"update_info": {"files": [str(path)]}})
             self._post("/finish_weight_update", {})
@@ -138,13 +143,13 @@ class VLLMServer(Sent):
         """Call a route for weights.  By default it is not retried, because most of these calls must not run twice."""
         self.client.post(path, body, lambda response: None, tries=tries)
 
-    def _draw(self, asked: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def _sample_all(self, requests: Sequence[VLLMRequest], sampling: Sampling) -> list[list[Sample]]:
         self.sync()
-        with ThreadPoolExecutor(self.how.engine_concurrency, "engine") as pool:
+        with ThreadPoolExecutor(self.config.engine_concurrency, "engine") as pool:
             for _ in range(2):
-                found = list(pool.map(lambda x: self._ask(x, sampling), asked))
-                if None not in found:
-                    return [x for x in found if x is not None]
+                answers = list(pool.map(lambda x: self._ask(x, sampling), requests))
+                if None not in answers:
+                    return [x for x in answers if x is not None]
                 # The server was restarted, or another client sent it weights.  Send ours, then repeat the batch.
                 self.link, self.stale = None, True
                 self.sync()
@@ -153,16 +158,16 @@ class VLLMServer(Sent):
             "run to a server"
         )
 
-    def _ask(self, asked: Request, sampling: Sampling) -> list[Sample] | None:
+    def _ask(self, request: VLLMRequest, sampling: Sampling) -> list[Sample] | None:
         """Return the rollouts of a request, or None if older or other weights generated any part of them."""
         body = {
             "model": self.name,
-            "token_ids": list(asked.ids),
-            "sampling_params": parameters(asked, sampling, self.stop, self.allowed),
+            "token_ids": list(request.ids),
+            "sampling_params": parameters(request, sampling, self.stop, self.allowed),
         }
 
-        def read(told: dict) -> list[Sample] | None:
-            choices = sorted(told["choices"], key=lambda c: c["index"])
+        def read(answer: dict) -> list[Sample] | None:
+            choices = sorted(answer["choices"], key=lambda c: c["index"])
             if self.version and any(x["version"] != self.version for c in choices for x in c["weight_versions"] or ()):
                 return None
             return [self._sample(choice, sampling) for choice in choices]
@@ -170,9 +175,9 @@ class VLLMServer(Sent):
         return self.client.post("/inference/v1/generate", body, read_json(read))
 
     def _sample(self, choice: dict, sampling: Sampling) -> Sample:
-        ids, said = choice["token_ids"], choice["logprobs"]["content"]
-        if not ids or [x["token_id"] for x in said] != ids or max(ids) >= self.vocabulary:
-            raise Malformed(f"{len(ids)} tokens with {len(said)} log-probs, or an id beyond {self.vocabulary}")
-        last = {x["token_id"]: x["logprob"] for x in said[-1]["top_logprobs"]}
-        logp = [x["logprob"] if x["logprob"] > LEAST else -np.inf for x in said]
+        ids, tokens = choice["token_ids"], choice["logprobs"]["content"]
+        if not ids or [x["token_id"] for x in tokens] != ids or max(ids) >= self.vocabulary:
+            raise Malformed(f"{len(ids)} tokens with {len(tokens)} log-probs, or an id beyond {self.vocabulary}")
+        last = {x["token_id"]: x["logprob"] for x in tokens[-1]["top_logprobs"]}
+        logp = [x["logprob"] if x["logprob"] > LEAST else -np.inf for x in tokens]
         return sample(ids, logp, last, sampling, self.stop, self.merged)

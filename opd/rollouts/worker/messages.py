@@ -7,15 +7,14 @@ from pathlib import Path
 from opd.config.train import Train
 from opd.core.sampling import Prompt
 from opd.core.types import Rollout
-from opd.data.prompts import Rendered
 from opd.head.vocabulary import Vocabulary
-from opd.methods.rollout_policies.base import RolloutPolicy
+from opd.rollouts.request import RolloutRequest
 
 NEWEST = -1  # version of a job that uses the newest weights when it starts
 
 
 @dataclass(frozen=True)
-class Opening:
+class WorkerSetup:
     """The first message to a worker: everything it needs to load the student and to verify responses."""
 
     config: Train
@@ -31,36 +30,37 @@ class Opening:
 
 @dataclass(frozen=True)
 class Job:
-    """A request to generate this process's share of a draw (a rollout batch)."""
+    """A request to generate this process's share of a rollout batch, and the weights to generate it with."""
 
-    draw: int
-    prompts: list[Rendered]
-    policy: RolloutPolicy
-    first: int  # batch index of the first rollout
-    alone: bool  # also compute the student's cross entropy of each response without its prompt
-    version: int = NEWEST  # version (training steps) of the weights to generate with
+    request: RolloutRequest
+    version: int = NEWEST  # version of the weights: the number of steps that they were trained
+
+    @property
+    def batch_number(self) -> int:
+        """The number of the batch."""
+        return self.request.step
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Reports that the worker's model is loaded."""
+    """A report that the worker's model is loaded."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """Reports that a draw is generated, and returns its rollouts."""
+    """A report that a batch is generated, with its rollouts."""
 
-    draw: int
+    batch_number: int
     rollouts: list[Rollout]  # without their prompts
     seconds: float  # wall-clock seconds of the generation
     computed: float  # CPU seconds of the worker process in that time
 
 
 @dataclass(frozen=True)
-class Failed:
-    """Reports that the worker cannot continue, and why."""
+class WorkerFailure:
+    """A report that the worker cannot continue."""
 
-    why: str
+    reason: str
 
 
 def snapshot(folder: Path, version: int) -> Path:

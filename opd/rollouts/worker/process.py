@@ -27,63 +27,54 @@ from transformers import PreTrainedModel
 from opd.core.errors import Refusal
 from opd.models import load as models
 from opd.models import lora
-from opd.rollouts.buffer import bare
+from opd.rollouts.buffer import without_prompts
 from opd.rollouts.collector import Collector
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.worker.messages import NEWEST, Done, Failed, Job, Opening, Ready, snapshot
+from opd.rollouts.worker.messages import NEWEST, Done, Job, Ready, WorkerFailure, WorkerSetup, snapshot
 
-LOOK = 1.0  # seconds between checks that the parent lives, because another process may hold the pipe open
+POLL = 1.0  # seconds between checks that the parent lives, because another process may hold the pipe open
 
 
 @dataclass
-class Writer:
-    """Generates rollouts with the worker's copy of the student, and keeps the version of its weights."""
+class WorkerModel:
+    """The worker's copy of the student, which generates rollouts, and the version of its weights."""
 
-    told: Opening
+    setup: WorkerSetup
     model: PreTrainedModel | PeftModel
     collector: Collector
     version: int = NEWEST
 
     @classmethod
-    def of(cls, told: Opening) -> "Writer":
+    def of(cls, setup: WorkerSetup) -> "WorkerModel":
         """Load the student in the same way as the trainer does."""
-        torch.set_num_threads(told.threads)
-        config = told.config
+        torch.set_num_threads(setup.threads)
+        config = setup.config
         source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
-        device = models.device(told.device, field="worker-device")
+        device = models.device(setup.device, field="worker-device")
         model = lora.trainable(config, source, None, device)
-        engine = HFEngine(model, told.size, told.stop, config.decode_rows, told.vocabulary.stop)
+        engine = HFEngine(model, setup.size, setup.stop, config.decode_rows, setup.vocabulary.stop)
         text = models.tokenizer(source, field="student")
-        collector = Collector(engine, dict.fromkeys(told.teachers, engine), text, told.vocabulary)
-        return cls(told, model, collector)
+        collector = Collector(engine, dict.fromkeys(setup.teachers, engine), text, setup.vocabulary)
+        return cls(setup, model, collector)
 
-    def write(self, job: Job) -> Done:
-        """Generate a draw with the weights that the job names."""
-        start, computed, config = time.perf_counter(), time.process_time(), self.told.config
+    def generate(self, job: Job) -> Done:
+        """Generate a batch with the weights that the job names."""
+        start, cpu_start = time.perf_counter(), time.process_time()
         if job.version != self.version:
             self._load(job.version)
         kind = self.model.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
-            rollouts = self.collector.collect(
-                job.prompts,
-                job.policy,
-                config.sampling,
-                self.told.verify,
-                seed=config.seed,
-                step=job.draw,
-                first=job.first,
-                total=config.steps,
-                alone=job.alone,
-            )
-        return Done(job.draw, bare(rollouts, self.version), time.perf_counter() - start, time.process_time() - computed)
+        with torch.autocast(kind, torch.bfloat16, enabled=self.setup.config.precision == "bf16"):
+            rollouts = without_prompts(self.collector.collect(job.request, self.setup.verify), self.version)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        return Done(job.batch_number, rollouts, seconds, cpu_seconds)
 
     @torch.no_grad()
     def _load(self, version: int) -> None:
         """Load the trained parameters of a snapshot; all other parameters never change."""
-        new = load_file(snapshot(self.told.folder, version))
-        mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        assert new.keys() == mine.keys(), "the trainer's student is another model"
-        for name, p in mine.items():
+        new = load_file(snapshot(self.setup.folder, version))
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        assert new.keys() == trained.keys(), "the trainer's student is another model"
+        for name, p in trained.items():
             p.copy_(new[name])
         self.version = version
 
@@ -95,28 +86,28 @@ def main() -> None:
     pipe, parent = Connection(int(sys.argv[1])), os.getppid()
     with contextlib.suppress(EOFError, OSError):
         try:
-            told: Opening = pipe.recv()
+            setup: WorkerSetup = pipe.recv()
             jobs: queue.Queue[Job] = queue.Queue()
-            threading.Thread(target=_listen, args=(pipe, jobs, told.folder, parent), daemon=True).start()
-            writer = Writer.of(told)
+            threading.Thread(target=_listen, args=(pipe, jobs, setup.folder, parent), daemon=True).start()
+            model = WorkerModel.of(setup)
             pipe.send(Ready())
             while True:
-                pipe.send(writer.write(jobs.get()))
+                pipe.send(model.generate(jobs.get()))
         except Refusal as error:
-            pipe.send(Failed(f"worker process: {error}"))
+            pipe.send(WorkerFailure(f"worker process: {error}"))
         except BrokenPipeError:
             raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where, said = f"{Path(last.filename).name}:{last.lineno}", " ".join(str(error).split())
-            pipe.send(Failed(f"the worker process failed: {type(error).__name__}: {said} ({where})"))
+            where, message = f"{Path(last.filename).name}:{last.lineno}", " ".join(str(error).split())
+            pipe.send(WorkerFailure(f"the worker process failed: {type(error).__name__}: {message} ({where})"))
 
 
 def _listen(pipe: Connection, jobs: "queue.Queue[Job]", folder: Path, parent: int) -> None:
     """Queue the jobs that arrive.  When the trainer ends, kill this process and all that a verifier started."""
     while True:
         try:
-            if pipe.poll(LOOK):
+            if pipe.poll(POLL):
                 jobs.put(pipe.recv())
             elif os.getppid() != parent:
                 raise EOFError

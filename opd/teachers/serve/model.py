@@ -24,7 +24,7 @@ from opd.models.batching import Rows, micro_batches
 from opd.models.forward import final_states
 from opd.models.load import base, head
 from opd.models.remote import opd_protocol as wire
-from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
 from opd.rollouts.weight_sync.vllm_plugin import weights
@@ -124,7 +124,8 @@ class Served:
         engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
         with self.lock:
             forms = [] if schema is None else [self.forms.form(schema) for _ in prompts]
-            return engine.generate(prompts, sampling, seed=seed, step=0, index=range(len(prompts)), forms=forms)
+            index = range(len(prompts))
+            return engine.generate(GenerateRequest(prompts, sampling, seed=seed, step=0, index=index, forms=forms))
 
     def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
         """Generate a response to one prompt for each seed.  Only the ids `stop` end it.
@@ -133,7 +134,7 @@ class Served:
         """
         with self.lock:
             engine = replace(self.engine, stop=tuple(stop))
-            return engine.generate([ids] * len(seeds), sampling, seed=0, step=0, index=seeds)
+            return engine.generate(GenerateRequest([ids] * len(seeds), sampling, seed=0, step=0, index=seeds))
 
     @torch.no_grad()
     def take(self, files: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from opd.config.servers import Remote, endpoint, secret
 from opd.core.errors import Refusal, one_line
 from opd.core.sampling import Sampling
 from opd.data import prompts
+from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
 from opd.teachers.text.text_teacher import Account, Begun, Failed, How, T, Written, needed
@@ -150,7 +151,8 @@ class Local:
             forms += [self.forms.form(json.loads(begun.schema)) for _ in range(how.n) if begun.schema]
             places.append(i)
         sampling = Sampling(temperature=how.temperature, max_new_tokens=how.max_tokens)
-        drawn = self.engine.generate(rows, sampling, seed=0, step=0, index=index, forms=forms)
+        request = GenerateRequest(rows, sampling, seed=0, step=0, index=index, forms=forms)
+        drawn = self.engine.generate(request)
         account.add(
             seconds=time.perf_counter() - start,
             read_tokens=sum(map(len, rows)),
