@@ -35,5 +35,5 @@ def kat(
         online: Run the teacher during generation, so that the rest of the rollout is never generated.  Off: generate
             the whole rollout, measure it, then cut it.
     """
-    who = StopOnAgreement(window, floor, buffer, ready, after, eta, patience, online)
-    return Method((Match(BucketKL(Support(k))),), rollouts=who)
+    policy = StopOnAgreement(window, floor, buffer, ready, after, eta, patience, online)
+    return Method((Match(BucketKL(Support(k))),), rollouts=policy)

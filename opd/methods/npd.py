@@ -38,8 +38,8 @@ class DeltaIFD:
         mask: Bool[Tensor, "B T"],
     ) -> Bool[Tensor, "B T"]:
         delta = row_mean(sampler_logp, mask) / student_alone - row_mean(teacher_logp, mask) / teacher_alone
-        kept = (delta >= self.low) & (delta <= self.high) & (student_alone > 0) & (teacher_alone > 0)
-        return mask & kept[:, None]
+        passes = (delta >= self.low) & (delta <= self.high) & (student_alone > 0) & (teacher_alone > 0)
+        return mask & passes[:, None]
 
 
 def npd(

@@ -78,8 +78,8 @@ class PrefixTokens:
     """Weight 1 on the teacher's prefix, 0 on the tokens that the student generated.  Eq. 8."""
 
     def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        at = torch.arange(mask.shape[1], device=mask.device)
-        return (at < prefix[:, None]).to(torch.get_default_dtype())
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return (positions < prefix[:, None]).to(torch.get_default_dtype())
 
 
 def tropd(
@@ -101,9 +101,12 @@ def tropd(
         length: Length in tokens of the longest prefix, at the first step.  0 means --max-new-tokens.
         beta: Weight of the negative log-likelihood of the prefix.
     """
-    outlier, own = RawForwardKL(k), (StudentTokens(),) if prefix else ()
-    coin = (PolicyGradient(weights=(Accepted(), *own)), Match(outlier, weights=(Rejected(), *own)))
-    mean = (PolicyGradient(Trusted(), weights=own), Match(outlier, weights=(Outlier(), *own)))
+    outlier, student_tokens = RawForwardKL(k), (StudentTokens(),) if prefix else ()
+    coin = (
+        PolicyGradient(weights=(Accepted(), *student_tokens)),
+        Match(outlier, weights=(Rejected(), *student_tokens)),
+    )
+    mean = (PolicyGradient(Trusted(), weights=student_tokens), Match(outlier, weights=(Outlier(), *student_tokens)))
     guided = (PolicyGradient(One(), weights=(PrefixTokens(),), coef=beta),) if prefix else ()
-    who = TeacherPrefix(length, per_prompt) if prefix else OnPolicy(per_prompt)
-    return Method((*(mean if soft else coin), *guided), rollouts=who)
+    policy = TeacherPrefix(length, per_prompt) if prefix else OnPolicy(per_prompt)
+    return Method((*(mean if soft else coin), *guided), rollouts=policy)

@@ -1,4 +1,4 @@
-"""From rollouts to a `Batch` of [B, T] columns, and back to ragged rows."""
+"""Conversion of rollouts to a `Batch` of [B, T] columns, and of its mask to ragged rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,12 +23,12 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         if r.stopped and stop_token == "mask":
             mask = torch.cat((mask[:-1], torch.tensor([False])))
         rows.append(mask)
-    found = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
-    given: dict[str, Any] = {name: torch.stack(found.pop(name)) for name in ALONE & found.keys()}
-    more = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
-    if more and len(more) == len(rollouts):
-        given["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in more], 0)
-        given["others_logp"] = pad([torch.tensor(x.logp).view(n, -1) for x, n in more], 0.0)
+    notes = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
+    columns: dict[str, Any] = {name: torch.stack(notes.pop(name)) for name in ALONE & notes.keys()}
+    extra = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
+    if extra and len(extra) == len(rollouts):
+        columns["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in extra], 0)
+        columns["others_logp"] = pad([torch.tensor(x.logp).view(n, -1) for x, n in extra], 0.0)
     return Batch(
         ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
         mask=pad(rows, False),
@@ -38,8 +38,8 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         outcome=torch.tensor([r.outcome for r in rollouts]),
         sampler_logp=pad([torch.tensor(r.sampler_logp) for r in rollouts], 0.0),
         prefix=torch.tensor([r.prefix for r in rollouts]),
-        **given,
-        notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in found.items()},
+        **columns,
+        notes={name: pad(x, 0.0) if x[0].ndim else torch.stack(x) for name, x in notes.items()},
         # The fifth key, 1, separates this noise from the sampling noise, which has only the first four.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
     )
@@ -55,14 +55,14 @@ def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Ba
 
     Rows that are in no part keep their previous values.
     """
-    before = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
-    found: dict[str, Any] = {}
-    for at, columns in parts:
-        rows = torch.tensor(at, dtype=torch.long)
-        for name, flat in columns.named():
-            had = before.get(name)
+    previous = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
+    columns: dict[str, Any] = {}
+    for row_numbers, flat_columns in parts:
+        rows = torch.tensor(row_numbers, dtype=torch.long)
+        for name, flat in flat_columns.named():
+            old = previous.get(name)
             empty = torch.zeros(batch.mask.shape, dtype=flat.dtype)
-            whole = found.setdefault(name, empty if had is None else had.to(flat.dtype, copy=True))
-            whole[rows] = torch.zeros_like(whole[rows]).masked_scatter(batch.mask[rows], flat)
-    scores = tuple(found.pop(f"scores.{i}", None) for i in range(len(parts[0][1].scores)))
-    return replace(batch, **found, scores=scores)
+            column = columns.setdefault(name, empty if old is None else old.to(flat.dtype, copy=True))
+            column[rows] = torch.zeros_like(column[rows]).masked_scatter(batch.mask[rows], flat)
+    scores = tuple(columns.pop(f"scores.{i}", None) for i in range(len(parts[0][1].scores)))
+    return replace(batch, **columns, scores=scores)

@@ -3,10 +3,12 @@
 The mechanisms fire end to end on small models, and runs that remember resume bitwise.
 """
 
+import ast
 import copy
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from opd.losses.terms import Match, PolicyGradient
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.methods.rollout_policies.base import NOTHING, RunState
+from opd.methods.rollout_policies.base import NOTHING, RolloutPolicy, RunState
 from opd.methods.rollout_policies.kl_ball import Blend, BlendHook, blend
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.methods.rollout_policies.stop_on_agreement import AgreementHook, StopOnAgreement
@@ -429,6 +431,19 @@ def test_a_policy_gradient_on_others_tokens_is_refused():
     Method((PolicyGradient(weights=(TruncatedImportance(),)),), rollouts=Blend())
     Method((PolicyGradient(weights=(StudentTokens(),)),), rollouts=TeacherPrefix())
     Method((PolicyGradient(),), rollouts=StopOnAgreement())
+
+
+def test_only_the_files_of_the_policies_ask_for_their_class():
+    """So a new policy is one file: the others ask what it answers."""
+    package = Path(opd.__file__).parent
+    policies = {policy.__name__ for policy in RolloutPolicy.__subclasses__()}
+    assert policies >= {"OnPolicy", "Mixture", "Blend", "TeacherPrefix", "StopOnAgreement", "Snapshot"}
+    for path in set(package.rglob("*.py")) - set((package / "methods/rollout_policies").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name("isinstance"), args=[_, classes]) | ast.MatchClass(cls=classes):
+                    names = {x.id for x in ast.walk(classes) if isinstance(x, ast.Name)}
+                    assert not names & policies, f"{path}:{classes.lineno}"
 
 
 # End to end

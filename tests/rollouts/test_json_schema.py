@@ -15,7 +15,7 @@ from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.engines.json_schema import Forms
+from opd.rollouts.engines.json_schema import GrammarCompiler
 from opd.teachers.judges import rubrics
 from opd.teachers.judges.rubric_judge import Criterion, Group, ModelJudge, Rubric
 from opd.teachers.judges.rubric_schema import Listed, schema
@@ -73,49 +73,49 @@ def pair(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def written(pair, forms, **options):
+def written(pair, compiler, **options):
     model, text = pair
     engine = HFEngine(model, len(text), (256,), **options)
     prompts = [text(f"question {i % 3}:")["input_ids"] for i in range(8)]
-    made = [forms.form(SCHEMA) for _ in prompts]
+    made = [compiler.grammar(SCHEMA) for _ in prompts]
     return prompts, engine.generate(
-        GenerateRequest(prompts, Sampling(max_new_tokens=200), seed=1, step=2, index=range(8), forms=made)
+        GenerateRequest(prompts, Sampling(max_new_tokens=200), seed=1, step=2, index=range(8), grammars=made)
     )
 
 
 def test_every_answer_is_a_filled_form(pair):
-    _, found = written(pair, Forms.of(pair[1], 258, (256,)))
+    _, found = written(pair, GrammarCompiler.of(pair[1], 258, (256,)))
     assert all(sample.stopped for sample in found)
     read = [Sheet.model_validate_json(pair[1].decode(sample.ids[:-1])) for sample in found]
     assert len({str(sheet) for sheet in read}) > 4  # a random model fills them in at random
 
 
 def test_in_whatever_company(pair):
-    forms = Forms.of(pair[1], 258, (256,))
-    assert [x.ids for x in written(pair, forms, rows=3)[1]] == [x.ids for x in written(pair, forms)[1]]
+    compiler = GrammarCompiler.of(pair[1], 258, (256,))
+    assert [x.ids for x in written(pair, compiler, rows=3)[1]] == [x.ids for x in written(pair, compiler)[1]]
 
 
 def test_tokens_come_from_the_models_distribution_within_the_form(pair):
     """Log-probs of the softmax over what the grammar lets through, by a matcher that reads each prefix anew."""
-    forms = Forms.of(pair[1], 258, (256,))
-    prompts, found = written(pair, forms)
+    compiler = GrammarCompiler.of(pair[1], 258, (256,))
+    prompts, found = written(pair, compiler)
     for prompt, sample in zip(prompts[:3], found, strict=False):
         logits = pair[0](torch.tensor([[*prompt, *sample.ids]])).logits[0, len(prompt) - 1 : -1].detach()
         for t, (token, logp) in enumerate(zip(sample.ids, sample.logp, strict=True)):
-            matcher = forms.form(SCHEMA).matcher
+            matcher = compiler.grammar(SCHEMA).matcher
             assert matcher.consume_tokens(list(sample.ids[:t]))
-            may = [i for i in range(258) if matcher.validate_tokens([i]) == 1] or [256]  # the form is filled
+            may = [i for i in range(258) if matcher.validate_tokens([i]) == 1] or [256]  # the grammar is filled
             assert token in may
             assert logp == pytest.approx(float(logits[t, may].log_softmax(-1)[may.index(token)]), abs=1e-4)
 
 
 def test_what_cannot_be_kept_to(pair, monkeypatch):
     with pytest.raises(opd.Refusal, match="response_format: Invalid type: nothing"):
-        Forms.of(pair[1], 258, (256,)).form({"type": "nothing"})
+        GrammarCompiler.of(pair[1], 258, (256,)).grammar({"type": "nothing"})
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
     with pytest.raises(opd.Refusal, match=r"needs llguidance; pip install 'opd\[text\]'"):
-        Forms.of(pair[1], 258, (256,))
+        GrammarCompiler.of(pair[1], 258, (256,))
 
 
 def test_the_openai_client_gets_filled_forms_from_a_server(folder):
@@ -130,9 +130,9 @@ def test_the_openai_client_gets_filled_forms_from_a_server(folder):
         assert [choice.finish_reason for choice in said.choices] == ["stop"] * 3
         assert all(Sheet.model_validate(json.loads(choice.message.content)) for choice in said.choices)
         wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
-        for form in (wrong, {"type": "json_object"}):
+        for grammar in (wrong, {"type": "json_object"}):
             with pytest.raises(openai.BadRequestError, match="response_format"):
-                ask(response_format=form)
+                ask(response_format=grammar)
 
 
 def graded(writer, tmp_path, *, schemas):
@@ -178,7 +178,7 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
     """Of each stage as many as are due, at the fewest and the most; of a stage with criteria there may be none."""
     asked = []
 
-    def filled(self, questions, form, check, seed, *, temperature, lists):
+    def filled(self, questions, grammar, check, seed, *, temperature, lists):
         asked.append((check, [lists(i) for i in range(len(questions))]))
         return [Failed("nobody was asked")] * len(questions)
 
@@ -191,15 +191,15 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
     judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
     ((check, lists),) = asked
     assert [told["criteria"].values for told in lists] == [(1, 2, 3, 4, 4), (1, 3, 4, 4)]
-    forms = Forms.of(text, len(text), (256,))
+    compiler = GrammarCompiler.of(text, len(text), (256,))
     for i, told in enumerate(lists):
         most = told["criteria"]
         assert most.most - most.least == 3
         for extra in [(), *((stage,) * 3 for stage in (1, 2, 3, 4))]:
             new = [Proposed(stage=stage, description="x", weight=1) for stage in (*most.values, *extra)]
             assert not check(i, Evolved(criteria=tuple(new)))
-            form = forms.form(json.loads(schema(Evolved, told)))
-            assert form.matcher.consume_tokens(text(Evolved(criteria=tuple(new)).model_dump_json())["input_ids"])
+            grammar = compiler.grammar(json.loads(schema(Evolved, told)))
+            assert grammar.matcher.consume_tokens(text(Evolved(criteria=tuple(new)).model_dump_json())["input_ids"])
         bad = Evolved(criteria=tuple(Proposed(stage=5, description="x", weight=1) for _ in most.values))
-        form = forms.form(json.loads(schema(Evolved, told)))
-        assert not form.matcher.consume_tokens(text(bad.model_dump_json())["input_ids"])
+        grammar = compiler.grammar(json.loads(schema(Evolved, told)))
+        assert not grammar.matcher.consume_tokens(text(bad.model_dump_json())["input_ids"])

@@ -511,10 +511,10 @@ def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
 
 @real
 def test_the_source_of_a_sender_says_what_it_sends(tmp_path):
-    from opd.rollouts.weight_sync.sender import ModuleSource, Student
+    from opd.rollouts.weight_sync.sender import ModuleSource, NamedWeights
 
     model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "model", seed=0))
-    source = ModuleSource(Student(lambda: weights(model)))
+    source = ModuleSource(NamedWeights(lambda: weights(model)))
     metadata, sent = source.metadata, list(source.iter_full() if hasattr(source, "iter_full") else source)  # 0.33, 0.32
     said = [(m.name, m.dtype, m.shape) for m in (metadata() if callable(metadata) else metadata)]
     assert said == [(name, x.dtype, tuple(x.shape)) for name, x in sent] and len(said) > 10

@@ -19,7 +19,7 @@ class AgreementState:
 
     recent: Float[np.ndarray, "B W"]  # KL(student || teacher) of the last tokens, in nats, newest last
     low: Int[np.ndarray, " B"]  # number of consecutive windows below the threshold so far
-    least: Float[np.ndarray, " B"]  # the lowest mean of a counted window; inf before the first
+    lowest: Float[np.ndarray, " B"]  # the lowest mean of a counted window; inf before the first
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class StopOnAgreement(RolloutPolicy):
         """Return the state after token number `count` (from 1) of the active rollouts; other rollouts are unchanged."""
         recent = np.where(active[:, None], np.concatenate((state.recent[:, 1:], token_kl[:, None]), 1), state.recent)
         mean = recent.mean(1)
-        counts = active & (count >= self.floor + self.window)
-        low = np.where(active, np.where(counts & (mean < threshold), state.low + 1, 0), state.low)
-        return AgreementState(recent, low, np.where(counts, np.minimum(state.least, mean), state.least))
+        counted = active & (count >= self.floor + self.window)
+        low = np.where(active, np.where(counted & (mean < threshold), state.low + 1, 0), state.low)
+        return AgreementState(recent, low, np.where(counted, np.minimum(state.lowest, mean), state.lowest))
 
     def remaining(self, count: int) -> int:
         """Return the number of tokens to keep when a rollout of `count` tokens ends.
@@ -139,7 +139,7 @@ class StopOnAgreement(RolloutPolicy):
             state = self.updated(state, token_kl[:, t], going, t + 1, threshold)
             counts = np.where(going & (state.low >= self.patience), self.remaining(t + 1), counts)
         short_mask = mask & (mask.cumsum(1) <= torch.from_numpy(counts)[:, None])
-        notes = {"least": torch.from_numpy(state.least), "cut": (mask.sum(1) - short_mask.sum(1)).double()}
+        notes = {"least": torch.from_numpy(state.lowest), "cut": (mask.sum(1) - short_mask.sum(1)).double()}
         return replace(batch, mask=short_mask, notes={**batch.notes, **notes})
 
 
@@ -180,4 +180,4 @@ class AgreementHook(DecodeHook):
         """Return the tokens before the first low window, with the notes `least` and `cut`."""
         assert self.state is not None
         remaining = self.policy.remaining(count) if self.ended()[response] else count
-        return remaining, {"least": float(self.state.least[response]), "cut": float(count - remaining)}
+        return remaining, {"least": float(self.state.lowest[response]), "cut": float(count - remaining)}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from opd.core.sampling import Sampling
 from opd.core.types import Others
 from opd.methods.rollout_policies.base import DecodeHook
-from opd.rollouts.engines.json_schema import Form
+from opd.rollouts.engines.json_schema import Grammar
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class GenerateRequest:
     """A request to generate one response per prompt.
 
     The noise of a response depends only on (seed, step, its entry of `index`).  A response continues its prefix, which
-    counts as its first tokens and is not returned.  Only `HFEngine` generates with `teacher`, `samples` or `forms`.
+    counts as its first tokens and is not returned.  Only `HFEngine` generates with `teacher`, `samples` or `grammars`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -39,7 +39,7 @@ class GenerateRequest:
     prefixes: Sequence[Sequence[int]] = ()  # one per prompt; empty: no prefixes
     teacher: TeacherDecoding | None = None
     samples: int = 1  # tokens sampled at each position; the first of them is the response's token
-    forms: Sequence[Form] = ()  # grammars that the responses must match, one per prompt; empty: none
+    grammars: Sequence[Grammar] = ()  # grammars that the responses must match, one per prompt; empty: none
 
     def prefix_of_each(self) -> Sequence[Sequence[int]]:
         """Return a prefix for each prompt, empty by default."""
@@ -47,7 +47,7 @@ class GenerateRequest:
 
     def check_plain(self) -> None:
         """Assert that the request is one that every engine can serve."""
-        assert self.teacher is None and self.samples == 1 and not self.forms, "a run refuses it with another engine"
+        assert self.teacher is None and self.samples == 1 and not self.grammars, "a run refuses it with another engine"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from opd.core.rng import uniform
 from opd.core.types import Others
 from opd.methods.rollout_policies.base import DecodeHook
 from opd.rollouts.engines.base import GenerateRequest, Sample
-from opd.rollouts.engines.json_schema import within
+from opd.rollouts.engines.json_schema import constrained
 from opd.rollouts.engines.kv_cache import Stream
 from opd.rollouts.engines.sampling import draw
 
@@ -47,7 +47,7 @@ class HFEngine:
 
         When a response ends, the next waiting prompt takes its row.
         """
-        sampling, teacher, forms = request.sampling, request.teacher, request.forms
+        sampling, teacher, grammars = request.sampling, request.teacher, request.grammars
         n, device, key = len(request.prompts), self.model.device, np.array(request.index, dtype=np.int64)
         prefixes = request.prefix_of_each()
         readers = [(self.model, request.prompts), *([] if teacher is None else [(teacher.model, teacher.prompts)])]
@@ -72,16 +72,16 @@ class HFEngine:
             noise = _noise(request, key[alive], prefix_tokens[alive] + sampled[alive])
             logits, *teacher_logits = (stream.read()[:, : self.vocabulary].float().to(device) for stream in streams)
             token_sampling, token_notes = sampling, dict[str, Tensor]()
-            if forms:
-                logits = within(logits, [forms[i] for i in alive.tolist()])
+            if grammars:
+                logits = constrained(logits, [grammars[i] for i in alive.tolist()])
             if teacher is not None:
                 logits, token_sampling, token_notes = hook.mix(logits, teacher_logits[0], sampling, stop)
             ids, logp = draw(logits, token_sampling, torch.from_numpy(noise).to(device), merged)
             active, tokens = ~done[alive], ids[:, 0]
             responses.append(alive, active, ids, logp, token_notes)
-            if forms:
+            if grammars:
                 for i, token in zip(alive[active].tolist(), tokens.cpu().numpy()[active].tolist(), strict=True):
-                    forms[i].take(token)
+                    grammars[i].advance(token)
             sampled[alive] += active
             stops = torch.isin(tokens, stop).cpu().numpy()
             stopped[alive] |= stops & active

@@ -21,13 +21,13 @@ COMPACT: Any = {"whitespace_flexible": False}  # without optional white space, w
 
 
 @dataclass(frozen=True)
-class Forms:
-    """A tokenizer prepared for grammars.  Preparing it takes about a second."""
+class GrammarCompiler:
+    """A compiler of JSON schemas for one tokenizer.  Preparing it takes about a second."""
 
     tokens: Any  # llguidance.LLTokenizer
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int, stop: Sequence[int]) -> "Forms":
+    def of(cls, tokenizer: Tokenizer, size: int, stop: Sequence[int]) -> "GrammarCompiler":
         """Prepare the first `size` ids of a tokenizer.  The ids `stop` end a response.
 
         Raises Refusal if llguidance is not installed or the tokenizer is not a fast one.
@@ -44,31 +44,31 @@ class Forms:
             )
         return cls(llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(stop)))
 
-    def form(self, schema: Mapping[str, object]) -> "Form":
-        """Return the form of one response.  Raises Refusal for a schema that llguidance does not support."""
+    def grammar(self, schema: Mapping[str, object]) -> "Grammar":
+        """Return the grammar of one response.  Raises Refusal for a schema that llguidance does not support."""
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
         matcher = LLMatcher(self.tokens, grammar, log_level=0)
         if matcher.is_error():
             raise Refusal(f"response_format: {' '.join(matcher.get_error().split())[:200]}")
-        return Form(matcher)
+        return Grammar(matcher)
 
 
 @dataclass(frozen=True)
-class Form:
+class Grammar:
     """The grammar state of one response."""
 
     matcher: Any
 
-    def take(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Advance the state by a token of the response."""
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
 
 
-def within(logits: Float[Tensor, "B V"], forms: Sequence[Form]) -> Float[Tensor, "B V"]:
-    """Return the logits, set to -inf at tokens that would violate the form of their row."""
-    may = np.frombuffer(b"".join(form.matcher.compute_bitmask() for form in forms), dtype=np.uint8)
-    bits = np.unpackbits(may.reshape(len(forms), -1), axis=1, bitorder="little", count=logits.shape[1])
+def constrained(logits: Float[Tensor, "B V"], grammars: Sequence[Grammar]) -> Float[Tensor, "B V"]:
+    """Return the logits, set to -inf at tokens that would violate the grammar of their row."""
+    masks = np.frombuffer(b"".join(grammar.matcher.compute_bitmask() for grammar in grammars), dtype=np.uint8)
+    bits = np.unpackbits(masks.reshape(len(grammars), -1), axis=1, bitorder="little", count=logits.shape[1])
     return logits.masked_fill(torch.from_numpy(cast(np.ndarray, bits) == 0).to(logits.device), -torch.inf)

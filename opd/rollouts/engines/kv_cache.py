@@ -20,7 +20,7 @@ Ids = tuple[int, ...]
 Rows = Int[Tensor, " _"]  # indices of rows, in order; a row may occur more than once
 
 
-class Roomy(DynamicLayer):
+class SpareLayer(DynamicLayer):
     """A KV-cache layer with spare columns on the right, so that appending a token copies nothing."""
 
     keys: Tensor
@@ -37,7 +37,7 @@ class Roomy(DynamicLayer):
             self.hold((key_states[:, :, :0], value_states[:, :, :0]), 0)
         used, width = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if width > self.places[0].shape[2]:
-            moved = _rooms((self.keys, self.values), len(self.keys), width)
+            moved = _buffers((self.keys, self.values), len(self.keys), width)
             for place, x in zip(moved, (self.keys, self.values), strict=True):
                 place[:, :, :used] = x
             self.hold(moved, used)
@@ -56,10 +56,10 @@ class Roomy(DynamicLayer):
         self.hold((self.keys[indices], self.values[indices]), self.keys.shape[2])
 
 
-Layer = Roomy | DynamicSlidingWindowLayer  # the layers that support splicing
+Layer = SpareLayer | DynamicSlidingWindowLayer  # the layers that support splicing
 
 
-def _rooms(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
+def _buffers(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Allocate buffers [rows, heads, room, D] for `width` columns and a quarter more, at least 32 more."""
     room = width + max(32, width // 4)
     keys, values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in like)
@@ -78,12 +78,12 @@ class Cache:
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
         """Return an empty cache for a model."""
         cache = DynamicCache(config=base(model).config)
-        cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cls(cache, torch.zeros(0, dtype=torch.long, device=model.device), 0)
 
     def splices(self) -> bool:
         """Return whether rows of two such caches can be joined: each layer holds only keys and values by column."""
-        return all(type(layer) in (Roomy, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+        return all(type(layer) in (SpareLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
 
     def _layers(self) -> list[Layer]:
         return cast(list[Layer], self.cache.layers)
@@ -96,10 +96,10 @@ class Cache:
             _join_(layer, [(part._layers()[i], rows) for part, rows in parts], width)
         self.length, self.width = length, width
 
-    def drop_(self, kept: Rows) -> None:
-        """Keep only the rows `kept`, in a cache that does not splice."""
-        self.cache.batch_select_indices(kept)
-        self.length = self.length[kept]
+    def select_(self, rows: Rows) -> None:
+        """Keep only some rows, in a cache that does not splice."""
+        self.cache.batch_select_indices(rows)
+        self.length = self.length[rows]
 
 
 def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> None:
@@ -109,18 +109,18 @@ def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> Non
     if like is None or not width:
         layer.reset()  # no token is cached yet, or the layer is never written: it shares another layer's keys
         return
-    stored = width if isinstance(layer, Roomy) else min(width, layer.sliding_window - 1)
-    places, start = _rooms(like, sum(len(at) for _, at in parts), stored), 0
-    for source, (_, at) in zip(held, parts, strict=True):
-        end, columns = start + len(at), 0 if source is None else min(stored, source[0].shape[2])
+    stored = width if isinstance(layer, SpareLayer) else min(width, layer.sliding_window - 1)
+    places, start = _buffers(like, sum(len(rows) for _, rows in parts), stored), 0
+    for source, (_, rows) in zip(held, parts, strict=True):
+        end, columns = start + len(rows), 0 if source is None else min(stored, source[0].shape[2])
         for i, place in enumerate(places):
             place[start:end, :, : stored - columns] = 0
             if source is not None:
-                place[start:end, :, stored - columns : stored] = source[i][at, :, source[i].shape[2] - columns :]
+                place[start:end, :, stored - columns : stored] = source[i][rows, :, source[i].shape[2] - columns :]
         start = end
     if not layer.is_initialized:
         layer.lazy_initialization(*places)
-    if isinstance(layer, Roomy):
+    if isinstance(layer, SpareLayer):
         layer.hold(places, width)
     else:
         layer.keys, layer.values = (place[:, :, :stored] for place in places)
@@ -145,25 +145,25 @@ class Stream:
         """Return a stream without rows."""
         return cls(model, Cache.of(model), torch.zeros(0, dtype=torch.long, device=model.device), ([], Cache.of(model)))
 
-    def change(self, kept: Rows, new: Sequence[Ids], soon: Collection[Ids]) -> None:
+    def change(self, rows: Rows, new: Sequence[Ids], soon: Collection[Ids]) -> None:
         """Keep some rows and add prompts.  A new prompt that is also in `soon` is prefilled once for all its rows."""
-        kept = kept.to(self.model.device)
-        self.last = torch.cat((self.last[kept], self.last.new_tensor([p[-1] for p in new])))
+        rows = rows.to(self.model.device)
+        self.last = torch.cat((self.last[rows], self.last.new_tensor([p[-1] for p in new])))
         if self.rows.splices() and not new:
-            self.rows.join_([(self.rows, kept)])
+            self.rows.join_([(self.rows, rows)])
         elif self.rows.splices():
             names, read = self._known(new)
-            self.rows.join_([(self.rows, kept), (read, self._at(names, new))])
+            self.rows.join_([(self.rows, rows), (read, self._at(names, new))])
             later, shelved = [p for p in names if p in soon], Cache.of(self.model)
             shelved.join_([(read, self._at(names, later))])
             self.shelf = later, shelved
         elif new:
-            assert not len(kept), "such a cache takes no rows while it has others"
+            assert not len(rows), "such a cache takes no rows while it has others"
             names = list(dict.fromkeys(new))
             self.rows = self._prefilled(names)
-            self.rows.drop_(self._at(names, new))
+            self.rows.select_(self._at(names, new))
         else:
-            self.rows.drop_(kept)
+            self.rows.select_(rows)
 
     def read(self) -> Float[Tensor, "B V"]:
         """Read the last token of each row, and return the logits of the next token."""
@@ -189,9 +189,9 @@ class Stream:
         read = self._prefilled(missing)
         if not names:
             return missing, read
-        both = Cache.of(self.model)
-        both.join_([(shelved, self._at(names, names)), (read, self._at(missing, missing))])
-        return names + missing, both
+        joined = Cache.of(self.model)
+        joined.join_([(shelved, self._at(names, names)), (read, self._at(missing, missing))])
+        return names + missing, joined
 
     def _prefilled(self, prompts: Sequence[Ids]) -> Cache:
         """Return the cache after all but the last token of each prompt."""

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: temperature, top-k, nucleus, stop classes."""
+"""Sampling of tokens from logits: temperature, top-k, nucleus, stop classes."""
 
 import torch
 from jaxtyping import Float, Int
@@ -18,13 +18,13 @@ def draw(
     if sampling.temperature == 0:
         ids = logits.argmax(-1, keepdim=True).expand(-1, noise.shape[1])
         return ids, torch.zeros_like(ids, dtype=logits.dtype)
-    cold = sampling.temperature
+    temperature = sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
-        logits, cold = truncate((logits / cold).log_softmax(-1), sampling), 1.0
-    ids, whole = quantile(logits, noise, cold)
-    own = logits.gather(-1, ids).double() / cold
-    ends = (logits[:, merged].double() / cold).logsumexp(-1, keepdim=True)
-    return ids, (torch.where(torch.isin(ids, merged), ends, own) - whole[:, None]).float()
+        logits, temperature = truncate((logits / temperature).log_softmax(-1), sampling), 1.0
+    ids, log_total = quantile(logits, noise, temperature)
+    token_logits = logits.gather(-1, ids).double() / temperature
+    merged_logits = (logits[:, merged].double() / temperature).logsumexp(-1, keepdim=True)
+    return ids, (torch.where(torch.isin(ids, merged), merged_logits, token_logits) - log_total[:, None]).float()
 
 
 def truncate(logp: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
@@ -33,8 +33,8 @@ def truncate(logp: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B
         kth = logp.topk(sampling.top_k, -1).values[:, -1:]
         logp = logp.masked_fill(logp < kth, -torch.inf).log_softmax(-1)
     if sampling.top_p < 1:
-        ordered, at = logp.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()
-        cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, at, before >= sampling.top_p)
-        logp = logp.masked_fill(cut, -torch.inf).log_softmax(-1)
+        ordered, ids = logp.sort(-1, descending=True)
+        mass_above = ordered.exp().cumsum(-1) - ordered.exp()
+        removed = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, ids, mass_above >= sampling.top_p)
+        logp = logp.masked_fill(removed, -torch.inf).log_softmax(-1)
     return logp

@@ -17,7 +17,7 @@ from vllm.utils.network_utils import get_ip, get_open_port
 Weights = Callable[[], Mapping[str, Tensor]]
 
 
-class Student(torch.nn.Module):
+class NamedWeights(torch.nn.Module):
     """A module that yields the current weights under their checkpoint names.
 
     It is a module because `ModuleSource` reads the parameters of a module in every version of vLLM, while
@@ -35,7 +35,7 @@ class Student(torch.nn.Module):
 
 def nccl(url: str, weights: Weights, workers: int) -> Callable[[], None]:
     """Return a function that sends weights from this GPU to the GPUs of a server with `workers` workers."""
-    return _opened(NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0), url, weights)
+    return _sender(NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0), url, weights)
 
 
 def ipc(url: str, weights: Weights) -> Callable[[], None]:
@@ -43,11 +43,11 @@ def ipc(url: str, weights: Weights) -> Callable[[], None]:
 
     The server needs VLLM_ALLOW_INSECURE_SERIALIZATION=1.
     """
-    return _opened(IPCTrainerInitInfo(rank=0), url, weights)
+    return _sender(IPCTrainerInitInfo(rank=0), url, weights)
 
 
-def _opened(how: TrainerInitInfo, url: str, weights: Weights) -> Callable[[], None]:
+def _sender(info: TrainerInitInfo, url: str, weights: Weights) -> Callable[[], None]:
     sender = WeightTransferTrainerFactory.trainer_init(
-        how, client=HTTPVLLMWeightSyncClient(url), source=ModuleSource(Student(weights))
+        info, client=HTTPVLLMWeightSyncClient(url), source=ModuleSource(NamedWeights(weights))
     )
     return sender.send_weights

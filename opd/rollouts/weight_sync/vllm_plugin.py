@@ -54,16 +54,16 @@ def weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     plain = base(model)
     if not isinstance(model, PeftModel):
         return revert_weight_conversion(plain, {name: p.detach() for name, p in plain.named_parameters()})
-    found: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     adapted = {name: m for name, m in plain.named_modules() if isinstance(m, Adapted)}
     for name, p in plain.named_parameters():
-        owner, _, rest = name.rpartition(".base_layer.")
-        if owner:
-            layer, value = adapted[owner], p.detach()
-            if rest == "weight":
+        layer_name, _, parameter = name.rpartition(".base_layer.")
+        if layer_name:
+            layer, value = adapted[layer_name], p.detach()
+            if parameter == "weight":
                 deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
                 value = (value.float() + torch.stack(deltas).sum(0).float()).to(p.dtype)
-            found[f"{owner}.{rest}"] = value
+            merged[f"{layer_name}.{parameter}"] = value
         elif not any(name.startswith(f"{inside}.") for inside in adapted):
-            found[name] = p.detach()
-    return revert_weight_conversion(plain, found)
+            merged[name] = p.detach()
+    return revert_weight_conversion(plain, merged)

@@ -37,7 +37,7 @@ class Job:
 
     @property
     def batch_number(self) -> int:
-        """The number of the batch."""
+        """Return the number of the batch."""
         return self.request.step
 
 

@@ -26,7 +26,7 @@ from opd.models.load import base, head
 from opd.models.remote import opd_protocol as wire
 from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.engines.json_schema import Forms
+from opd.rollouts.engines.json_schema import GrammarCompiler
 from opd.rollouts.weight_sync.vllm_plugin import weights
 
 
@@ -104,9 +104,9 @@ class Served:
         ]
 
     @cached_property
-    def forms(self) -> Forms:
+    def grammar_compiler(self) -> GrammarCompiler:
         """Return the compiler of JSON schemas for this tokenizer; made once."""
-        return Forms.of(self.tokenizer, self.rows, self.stop)
+        return GrammarCompiler.of(self.tokenizer, self.rows, self.stop)
 
     def generate(
         self,
@@ -123,9 +123,11 @@ class Served:
         """
         engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
         with self.lock:
-            forms = [] if schema is None else [self.forms.form(schema) for _ in prompts]
+            grammars = [] if schema is None else [self.grammar_compiler.grammar(schema) for _ in prompts]
             index = range(len(prompts))
-            return engine.generate(GenerateRequest(prompts, sampling, seed=seed, step=0, index=index, forms=forms))
+            return engine.generate(
+                GenerateRequest(prompts, sampling, seed=seed, step=0, index=index, grammars=grammars)
+            )
 
     def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
         """Generate a response to one prompt for each seed.  Only the ids `stop` end it.

@@ -19,7 +19,7 @@ from opd.core.sampling import Sampling
 from opd.data import prompts
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.engines.json_schema import Forms
+from opd.rollouts.engines.json_schema import GrammarCompiler
 from opd.teachers.text.text_teacher import Account, Begun, Failed, How, T, Written, needed
 
 ON = (
@@ -129,9 +129,9 @@ class Local:
     arguments: Mapping[str, Any]  # arguments of its chat template
 
     @cached_property
-    def forms(self) -> Forms:
+    def grammar_compiler(self) -> GrammarCompiler:
         """Return the compiler of JSON schemas for this tokenizer; made once."""
-        return Forms.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
+        return GrammarCompiler.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
 
     def reads(self, begun: Begun) -> object:
         """Return the token ids after the chat template, and the schema if the request has one."""
@@ -139,7 +139,7 @@ class Local:
 
     def write(self, asked: Sequence[tuple[Begun, int]], how: How, account: Account) -> Iterator[Written]:
         """Generate texts for all requests in batches.  Each text of a request has a separate random stream."""
-        start, rows, index, places, forms = time.perf_counter(), [], [], [], []
+        start, rows, index, places, grammars = time.perf_counter(), [], [], [], []
         for i, (begun, seed) in enumerate(asked):
             ids = self._ids(begun)
             if len(ids) + how.max_tokens > self.context:
@@ -148,10 +148,10 @@ class Local:
                 continue
             rows += [ids] * how.n
             index += [seed * how.n + j for j in range(how.n)]
-            forms += [self.forms.form(json.loads(begun.schema)) for _ in range(how.n) if begun.schema]
+            grammars += [self.grammar_compiler.grammar(json.loads(begun.schema)) for _ in range(how.n) if begun.schema]
             places.append(i)
         sampling = Sampling(temperature=how.temperature, max_new_tokens=how.max_tokens)
-        request = GenerateRequest(rows, sampling, seed=0, step=0, index=index, forms=forms)
+        request = GenerateRequest(rows, sampling, seed=0, step=0, index=index, grammars=grammars)
         drawn = self.engine.generate(request)
         account.add(
             seconds=time.perf_counter() - start,
