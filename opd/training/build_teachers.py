@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.config import checks
 from opd.config.precision import dtype_of
@@ -16,10 +14,9 @@ from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.data import prompts
-from opd.data.tasks.task import Task
+from opd.data.prompt_stream import Prompts
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.methods.questions import Grade, Stages
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models import load as models
 from opd.models.remote import opd_protocol as wire
@@ -29,16 +26,14 @@ from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect as remote
+from opd.teachers.base import Teacher
 from opd.teachers.ema import Average, average_rate
-from opd.teachers.judges.panel import Panel
+from opd.teachers.judges.annotator import Annotator
+from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
 from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Gate, TextTeacher, needed
+from opd.teachers.text.text_teacher import Gate, TextTeacher
 from opd.teachers.text.writers import Elsewhere, Endpoint, Local
-
-if TYPE_CHECKING:
-    from opd.teachers.judges.rubric_judge import Judge
-    from opd.teachers.judges.stage_judge import StageJudge
 
 
 def flag(teacher: str) -> str:
@@ -119,45 +114,18 @@ def text_teacher(model: str, config: Train, on: torch.device, *, field: str, mai
     return TextTeacher(writer(model, config, on, field=field, main=main), answers, gate)
 
 
-def panel(
+def annotator(
     method: Method,
     config: Train,
-    task: Task,
-    teachers: Mapping[str, object],
-    text: Tokenizer,
+    prompt_stream: Prompts,
+    teachers: Mapping[str, Teacher],
     on: torch.device,
     *,
     main: bool,
-) -> Panel | None:
-    """Who is asked for texts and judgements, for the methods that ask."""
-    if method.asks is None:
-        return None
-    who = {name: t for name, t in teachers.items() if isinstance(t, TextTeacher)}
-    gate = Gate(f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements")
-    most = config.sampling.max_new_tokens
-    return Panel(who, judge(method, config, task, teachers[""], on, main=main), gate, text, most, config.seed)
-
-
-def judge(
-    method: Method, config: Train, task: Task, teacher: object, on: torch.device, *, main: bool
-) -> "Judge | StageJudge | None":
-    """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
-    if not isinstance(method.asks, Grade | Stages):
-        return None
-    needed("pydantic", f"{method.asks}")
-    from opd.teachers.judges.rubric_judge import ModelJudge
-    from opd.teachers.judges.stage_judge import ModelStageJudge
-    from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
-
-    if config.judge == "verifier":
-        if not task.scored:
-            raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-        return VerifierStageJudge(task.verify) if isinstance(method.asks, Stages) else VerifierJudge(task.verify)
-    model = text_teacher(config.judge, config, on, field="judge", main=main) if config.judge else teacher
-    assert isinstance(model, TextTeacher)
-    how = config.remote
-    whole = ModelJudge(model, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)
-    return ModelStageJudge(whole, method.asks.tags) if isinstance(method.asks, Stages) else whole
+) -> Annotator:
+    """Return the object that asks the method's question, with the judge that --judge names."""
+    open_judge = lambda: text_teacher(config.judge, config, on, field="judge", main=main)
+    return open_annotator(method.asks, config, prompt_stream, teachers, open_judge, main=main)
 
 
 def teacher(

@@ -22,7 +22,6 @@ from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
 from opd.methods.method import Method
-from opd.methods.questions import Stages
 from opd.methods.rollout_policies.base import NOTHING, Memory
 from opd.methods.rollout_policies.policies import Rollouts, draw_of, prompts_of
 from opd.methods.rollout_policies.snapshot import Snapshot
@@ -32,7 +31,6 @@ from opd.rollouts import buffer as draws
 from opd.rollouts.buffer import Here, Source, share
 from opd.rollouts.worker.client import WHOLE, Background
 from opd.rollouts.worker.messages import Job, Opening
-from opd.teachers.judges import reflections as episode
 from opd.training.forward_backward import Passes
 from opd.training.session import Session
 
@@ -211,13 +209,9 @@ class Writing:
             )
 
     def _prompts(self, number: int, memory: Memory) -> list[Rendered]:
-        """Return the prompts of step `number`; a method that reflects adds the notes on earlier attempts to them."""
-        session, asks, count = self.session, self.method.asks, self.config.batch // self.method.rollouts.per_prompt
-        reflect = asks.reflect if isinstance(asks, Stages) else None
-        if reflect is None:
-            return session.prompts.batch(number, count)
-        found = session.prompts.batch(reflect.batch(number), count)
-        return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
+        """Return the prompts of step `number`."""
+        count = self.config.batch // self.method.rollouts.per_prompt
+        return self.session.annotator.prompts(number, count, memory)
 
     def _restored(self, state: Path) -> dict[int, list[Rollout]]:
         """Load this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""

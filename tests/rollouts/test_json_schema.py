@@ -15,9 +15,9 @@ from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
-from opd.teachers.judges import rubrics
-from opd.teachers.judges.rubric_judge import Criterion, Group, ModelJudge, Rubric
-from opd.teachers.judges.rubric_schema import Listed, schema
+from opd.teachers.judges.judge_requests import FormModel, ListBounds, schema
+from opd.teachers.judges.rubric_judge import AnswerGroup, Criterion, ModelJudge, Rubric
+from opd.teachers.judges.rubric_memory import StageCriterion
 from opd.teachers.judges.stage_judge import Contrast, Evolved, Marking, ModelStageJudge, Proposed
 from opd.teachers.text.answer_cache import Answers
 from opd.teachers.text.text_teacher import Failed, Gate, TextTeacher
@@ -135,9 +135,9 @@ def test_the_openai_client_gets_filled_forms_from_a_server(folder):
 def graded(writer, tmp_path, *, schemas):
     """What a random model says of five answers by a rubric of three, and of two stages' marks."""
     model = TextTeacher(writer, Answers(tmp_path / f"{schemas}.sqlite"), Gate("judge x", 1.0))
-    judge = ModelJudge(model, 400, shared=False, schemas=schemas)
+    judge = ModelJudge(FormModel(model, 400, shared=False, schemas=schemas))
     rubric = Rubric(criteria=tuple(Criterion(criterion=f"says {i}", points=i) for i in (1, 2, 3)))
-    groups = [Group(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
+    groups = [AnswerGroup(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
     return judge.grades(groups, [rubric] * 2, 0), judge.traffic()
 
 
@@ -160,14 +160,14 @@ def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
 
 
 def test_the_schema_of_a_form():
-    told = json.loads(schema(Marking, {"marks": Listed(2, 2, "index", (1, 2))}))
+    told = json.loads(schema(Marking, {"marks": ListBounds(2, 2, "index", (1, 2))}))
     assert told["properties"]["marks"]["minItems"] == told["properties"]["marks"]["maxItems"] == 2
     assert [x["properties"]["index"] for x in told["properties"]["marks"]["prefixItems"]] == [
         {"const": 1},
         {"const": 2},
     ]
     assert not told["additionalProperties"] and not told["$defs"]["Marked"]["additionalProperties"]
-    told = json.loads(schema(Rubric, {"criteria": Listed(4, 12)}))
+    told = json.loads(schema(Rubric, {"criteria": ListBounds(4, 12)}))
     assert "prefixItems" not in told["properties"]["criteria"] and told["properties"]["criteria"]["maxItems"] == 12
 
 
@@ -175,23 +175,23 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
     """Of each stage as many as are due, at the fewest and the most; of a stage with criteria there may be none."""
     asked = []
 
-    def filled(self, questions, form, check, seed, *, temperature, lists):
-        asked.append((check, [lists(i) for i in range(len(questions))]))
-        return [Failed("nobody was asked")] * len(questions)
+    def fill(self, requests, form, check, seed, *, temperature, bounds):
+        asked.append((check, [bounds(i) for i in range(len(requests))]))
+        return [Failed("nobody was asked")] * len(requests)
 
-    monkeypatch.setattr(ModelJudge, "filled", filled)
+    monkeypatch.setattr(FormModel, "fill", fill)
     text = pair[1]
     writer = Local("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
     model = TextTeacher(writer, Answers(tmp_path / "answers.sqlite"), Gate("judge x", 1.0))
-    judge = ModelStageJudge(ModelJudge(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
-    kept = (rubrics.Criterion(2, "old", 1, False),)
+    judge = ModelStageJudge(FormModel(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
+    kept = (StageCriterion(2, "old", 1, False),)
     judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
     ((check, lists),) = asked
     assert [told["criteria"].values for told in lists] == [(1, 2, 3, 4, 4), (1, 3, 4, 4)]
     forms = Forms.of(text, len(text), (256,))
     for i, told in enumerate(lists):
         most = told["criteria"]
-        assert most.most - most.least == 3
+        assert most.longest - most.shortest == 3
         for extra in [(), *((stage,) * 3 for stage in (1, 2, 3, 4))]:
             new = [Proposed(stage=stage, description="x", weight=1) for stage in (*most.values, *extra)]
             assert not check(i, Evolved(criteria=tuple(new)))
