@@ -17,10 +17,10 @@ from opd.losses.hidden_states import Lens
 from opd.models.batching import rows
 from opd.models.forward import Body, states
 from opd.models.load import head
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 
 
-class LocalTeacher(Teacher):
+class LocalTeacher(BaseTeacher):
     """A transformers model that scores tokens with whole distributions.
 
     It may be on another device than the student.  `low` is the autocast dtype of its matmuls, for weights of a wider

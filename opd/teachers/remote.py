@@ -26,7 +26,7 @@ from opd.losses.hidden_states import Lens
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.client import Malformed, Traffic, read_json
 from opd.models.remote.vllm_protocol import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,7 @@ class _Row:
     at: tuple[int, ...]  # positions of the trained tokens
 
 
-class _Remote(Teacher, Generic[K]):
+class _Remote(BaseTeacher, Generic[K]):
     """The common part of both server teachers: it sends rows in chunks, keeps their order and counts the traffic."""
 
     def __init__(self, server: Server, *, to: torch.device) -> None:

@@ -26,14 +26,14 @@ from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect as remote
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 from opd.teachers.ema import Average, average_rate
 from opd.teachers.judges.annotator import Annotator
 from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
-from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Gate, TextTeacher
-from opd.teachers.text.writers import Elsewhere, Endpoint, Local
+from opd.teachers.text.answer_cache import AnswerCache
+from opd.teachers.text.text_models import AbsentModel, EndpointModel, InProcessModel
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 
 
 def flag(teacher: str) -> str:
@@ -80,20 +80,22 @@ def asking() -> list[str]:
     return [name for name, factory in METHODS.items() if factory().asks is not None]
 
 
-def writer(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> Endpoint | Local | Elsewhere:
-    """A model that writes: behind an endpoint, or in the main process, with its own tokenizer.
+def text_model(
+    model: str, config: Train, on: torch.device, *, field: str, main: bool
+) -> EndpointModel | InProcessModel | AbsentModel:
+    """Return a model that generates text: behind an endpoint, or in the main process, with its own tokenizer.
 
     Refuses the student's own weights.
     """
     config.remote.check()
     if model.startswith("openai:"):
-        return Endpoint(model, config.remote.towards(field, model, config.routes()[""]), field=field)
+        return EndpointModel(model, config.remote.towards(field, model, config.routes()[""]), field=field)
     if _own(model) or model.startswith(("http://", "https://")):
         way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")
     source = models.locate(model, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
-        return Elsewhere(model)
+        return AbsentModel(model)
     text = models.tokenizer(source, field=field)
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
         False
@@ -104,21 +106,21 @@ def writer(model: str, config: Train, on: torch.device, *, field: str, main: boo
     arguments = prompts.known(text, prompts.template_arguments(config.data.template_args))
     engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
     name = f"{source} {wire.weights_hash(weights)}"
-    return Local(name, engine, text, context.max_position_embeddings, arguments)
+    return InProcessModel(name, engine, text, context.max_position_embeddings, arguments)
 
 
 def text_teacher(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> TextTeacher:
-    """A teacher that writes, and what it wrote before."""
-    answers = Answers(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
-    gate = Gate(f"{field} {model}", config.remote.judge_failures)
-    return TextTeacher(writer(model, config, on, field=field, main=main), answers, gate)
+    """Return a teacher or judge that generates text, with its cache of answers."""
+    cache = AnswerCache(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
+    failure_limit = FailureLimit(f"{field} {model}", config.remote.judge_failures)
+    return TextTeacher(text_model(model, config, on, field=field, main=main), cache, failure_limit)
 
 
 def annotator(
     method: Method,
     config: Train,
     prompt_stream: Prompts,
-    teachers: Mapping[str, Teacher],
+    teachers: Mapping[str, BaseTeacher],
     on: torch.device,
     *,
     main: bool,

@@ -1,5 +1,6 @@
 """Answers that keep to a JSON schema: any model's, valid every time, from the model's own distribution."""
 
+import hashlib
 import json
 import sys
 from typing import Literal
@@ -15,13 +16,14 @@ from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
-from opd.teachers.judges.judge_requests import FormModel, ListBounds, schema
+from opd.teachers.judges import rubric_judge, stage_judge
+from opd.teachers.judges.judge_requests import AGAIN, FormModel, ListBounds, schema
 from opd.teachers.judges.rubric_judge import AnswerGroup, Criterion, ModelJudge, Rubric
 from opd.teachers.judges.rubric_memory import StageCriterion
 from opd.teachers.judges.stage_judge import Contrast, Evolved, Marking, ModelStageJudge, Proposed
-from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Failed, Gate, TextTeacher
-from opd.teachers.text.writers import Endpoint, Local
+from opd.teachers.text.answer_cache import AnswerCache
+from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, InProcessModel
+from opd.teachers.text.text_teacher import FailureLimit, RequestFailed, TextTeacher
 from scripts.soak import serving
 
 pytest.importorskip("llguidance")
@@ -134,7 +136,7 @@ def test_the_openai_client_gets_filled_forms_from_a_server(folder):
 
 def graded(writer, tmp_path, *, schemas):
     """What a random model says of five answers by a rubric of three, and of two stages' marks."""
-    model = TextTeacher(writer, Answers(tmp_path / f"{schemas}.sqlite"), Gate("judge x", 1.0))
+    model = TextTeacher(writer, AnswerCache(tmp_path / f"{schemas}.sqlite"), FailureLimit("judge x", 1.0))
     judge = ModelJudge(FormModel(model, 400, shared=False, schemas=schemas))
     rubric = Rubric(criteria=tuple(Criterion(criterion=f"says {i}", points=i) for i in (1, 2, 3)))
     groups = [AnswerGroup(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
@@ -144,18 +146,18 @@ def graded(writer, tmp_path, *, schemas):
 def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_path):
     """A model in this process: with a schema every verdict is one, without none is, and all are counted."""
     model, text = pair
-    writer = Local("here", HFEngine(model, len(text), (256,)), text, 4096, {})
+    writer = InProcessModel("here", HFEngine(model, len(text), (256,)), text, 4096, {})
     found, traffic = graded(writer, tmp_path, schemas=True)
     assert all(len(met) == 5 and {len(x) for x in met} == {3} for met in found)
     assert traffic["judge_calls"] == 2 and traffic["judge_failed"] == 0 < traffic["judge_written_tokens"]
     found, traffic = graded(writer, tmp_path, schemas=False)
-    assert [isinstance(met, Failed) for met in found] == [True, True]
+    assert [isinstance(met, RequestFailed) for met in found] == [True, True]
     assert traffic["judge_calls"] + traffic["judge_failed"] > 2
 
 
 def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
     with serving(folder, "--name", "any") as (url, _):
-        writer = Endpoint(f"openai:any@{url}/v1", Remote(), field="judge")
+        writer = EndpointModel(f"openai:any@{url}/v1", Remote(), field="judge")
         assert all(isinstance(met, tuple) for met in graded(writer, tmp_path, schemas=True)[0])
 
 
@@ -177,12 +179,12 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
 
     def fill(self, requests, form, check, seed, *, temperature, bounds):
         asked.append((check, [bounds(i) for i in range(len(requests))]))
-        return [Failed("nobody was asked")] * len(requests)
+        return [RequestFailed("nobody was asked")] * len(requests)
 
     monkeypatch.setattr(FormModel, "fill", fill)
     text = pair[1]
-    writer = Local("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
-    model = TextTeacher(writer, Answers(tmp_path / "answers.sqlite"), Gate("judge x", 1.0))
+    writer = InProcessModel("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
+    model = TextTeacher(writer, AnswerCache(tmp_path / "answers.sqlite"), FailureLimit("judge x", 1.0))
     judge = ModelStageJudge(FormModel(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
     kept = (StageCriterion(2, "old", 1, False),)
     judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
@@ -200,3 +202,11 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
         bad = Evolved(criteria=tuple(Proposed(stage=5, description="x", weight=1) for _ in most.values))
         form = forms.form(json.loads(schema(Evolved, told)))
         assert not form.matcher.consume_tokens(text(bad.model_dump_json())["input_ids"])
+
+
+def test_what_a_judge_is_sent_stays_what_it_was():
+    """Cached answers are found by prompt and schema, and docstrings of forms are in schemas: a change loses answers."""
+    prompts = [rubric_judge.RUBRIC, rubric_judge.GRADE, stage_judge.EVOLVE, stage_judge.MARK, stage_judge.WEIGH]
+    forms = [rubric_judge.Rubric, rubric_judge.Sheet, Evolved, Marking, stage_judge.Weighed]
+    sent = json.dumps([*prompts, AGAIN, CONTINUE_REQUEST, *(schema(form, {}) for form in forms)])
+    assert hashlib.sha256(sent.encode()).hexdigest()[:16] == "883990afc41e12a4"

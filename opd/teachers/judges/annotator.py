@@ -17,7 +17,7 @@ from opd.data.prompt_stream import Prompts
 from opd.data.prompts import Rendered
 from opd.data.verifiers.extract import spoken
 from opd.methods.rollout_policies.base import Memory
-from opd.teachers.text.text_teacher import How, TextTeacher
+from opd.teachers.text.text_teacher import TextSampling, TextTeacher
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class TeacherTexts:
         The teacher and the prompt of a group are those of its rollout in `rollout_by_group`.
         """
         answers: dict[int, list[str]] = {group: [] for group in rollout_by_group}
-        sampling = How(count, self.max_tokens, temperature, "--max-new-tokens")
+        sampling = TextSampling(count, self.max_tokens, temperature, "--max-new-tokens")
         for name, teacher in self.teachers.items() if count else ():
             groups = [group for group, r in rollout_by_group.items() if r.teacher == name]
             texts = teacher.chat([rollout_by_group[group].prompt for group in groups], sampling, self.seed)

@@ -14,7 +14,7 @@ from opd.core.types import Batch, Rollout
 from opd.methods.questions import Continue
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep
-from opd.teachers.text.text_teacher import Begun, needed
+from opd.teachers.text.text_teacher import TextRequest, import_extra
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChunkAnnotator(Annotator):
 
         A chunk without an answer is removed: its number becomes 0.
         """
-        similarity = needed("rapidfuzz.distance", "omniopd").Levenshtein.normalized_similarity
+        similarity = import_extra("rapidfuzz.distance", "omniopd").Levenshtein.normalized_similarity
         question, texts = self.question, self.texts
         assert batch.student_entropy is not None, "a method that asks for continuations is measured before"
         chunk = question.chunk_numbers(batch.student_entropy, batch.mask)
@@ -45,9 +45,9 @@ class ChunkAnnotator(Annotator):
         for name, teacher in texts.teachers.items():
             spans = [span for span in chunk_spans(chunk) if rollouts[span.row].teacher == name]
             prefixes = [
-                Begun(rollouts[span.row].prompt, texts.span(rollouts[span.row], 0, span.start)) for span in spans
+                TextRequest(rollouts[span.row].prompt, texts.span(rollouts[span.row], 0, span.start)) for span in spans
             ]
-            answers = teacher.continue_(prefixes, question.texts, question.length, texts.seed, question.temperature)
+            answers = teacher.continuations(prefixes, question.texts, question.length, texts.seed, question.temperature)
             for span, continuations in zip(spans, answers, strict=True):
                 student_text = texts.span(rollouts[span.row], span.start, span.end)
                 tokens = (span.row, slice(span.start, span.end))

@@ -6,17 +6,17 @@ from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.data.prompt_stream import Prompts
 from opd.methods.questions import Continue, Grade, Question, Stages
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 from opd.teachers.judges.annotator import Annotator, TeacherTexts
 from opd.teachers.judges.chunk_annotator import ChunkAnnotator
-from opd.teachers.text.text_teacher import Gate, TextTeacher, needed
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher, import_extra
 
 
 def open_annotator(
     question: Question | None,
     config: Train,
     prompt_stream: Prompts,
-    teachers: Mapping[str, Teacher],
+    teachers: Mapping[str, BaseTeacher],
     open_judge: Callable[[], TextTeacher],
     *,
     main: bool,
@@ -38,7 +38,7 @@ def open_annotator(
     if isinstance(question, Continue):
         return ChunkAnnotator(prompt_stream, question, texts)
 
-    needed("pydantic", f"{question}")  # an optional dependency, which the modules of the judges import
+    import_extra("pydantic", f"{question}")  # an optional dependency, which the modules of the judges import
     from opd.teachers.judges.judge_requests import FormModel
     from opd.teachers.judges.rubric_annotator import RubricAnnotator
     from opd.teachers.judges.rubric_judge import ModelJudge
@@ -53,12 +53,14 @@ def open_annotator(
         model = FormModel(judge_model, remote.judge_tokens, shared=not config.judge, schemas=remote.judge_schema)
     elif not task.scored:
         raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-    gate = Gate(f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements")
+    failure_limit = FailureLimit(
+        f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements"
+    )
     match question:
         case Grade():
             judge = ModelJudge(model) if model else VerifierJudge(task.verify)
-            return RubricAnnotator(prompt_stream, question, texts, judge, gate)
+            return RubricAnnotator(prompt_stream, question, texts, judge, failure_limit)
         case Stages():
             stage_judge = ModelStageJudge(model, question.tags) if model else VerifierStageJudge(task.verify)
-            return StageAnnotator(prompt_stream, question, texts, stage_judge, gate)
+            return StageAnnotator(prompt_stream, question, texts, stage_judge, failure_limit)
     raise AssertionError(f"no annotator for {question}")

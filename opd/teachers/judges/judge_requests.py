@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.core.sampling import Prompt
 from opd.data.verifiers.extract import spoken
-from opd.teachers.text.text_teacher import Begun, Failed, How, TextTeacher
+from opd.teachers.text.text_teacher import RequestFailed, TextRequest, TextSampling, TextTeacher
 
 F = TypeVar("F", bound=BaseModel)
 AGAIN = "That was not as asked ({why}). Return the one json object and nothing else."
@@ -86,21 +86,21 @@ class FormModel:
         *,
         temperature: float,
         bounds: Callable[[int], Bounds] = lambda i: {},
-    ) -> list[F | Failed]:
+    ) -> list[F | RequestFailed]:
         """Return the filled forms.  An answer that is not valid is requested once more.
 
         `check(i, form)` returns an error message, or an empty string if form i is right.  `bounds(i)` constrains the
         lists in the schema of form i.
         """
         schemas = [schema(form, bounds(i)) if self.schemas else "" for i in range(len(requests))]
-        sampling = How(1, self.max_tokens, temperature, "--judge-tokens")
+        sampling = TextSampling(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in requests]
-        rejected: list[list[Begun]] = [[] for _ in requests]
+        rejected: list[list[TextRequest]] = [[] for _ in requests]
         forms: list[F | None] = [None] * len(requests)
         errors = dict.fromkeys(range(len(requests)), "no answer")  # of the requests without a valid answer
         for _ in range(2):
             open_requests = sorted(errors)
-            questions = [Begun(Prompt(messages=turns[i]), schema=schemas[i]) for i in open_requests]
+            questions = [TextRequest(Prompt(messages=turns[i]), schema=schemas[i]) for i in open_requests]
             answers = self.model.texts(questions, sampling, seed)
             for i, question, texts in zip(open_requests, questions, answers, strict=True):
                 if not texts:
@@ -114,7 +114,7 @@ class FormModel:
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
         # Rejected answers leave the cache, so that a later run requests them from a repaired judge.
         self.model.forget([question for i in errors for question in rejected[i]], sampling, seed)
-        return [Failed(errors[i]) if filled is None else filled for i, filled in enumerate(forms)]
+        return [RequestFailed(errors[i]) if filled is None else filled for i, filled in enumerate(forms)]
 
     def traffic(self) -> dict[str, float]:
         """Return the counters under the names judge_*; empty if the teacher counts them."""

@@ -12,7 +12,7 @@ from opd.methods.questions import Grade
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep, rows_by_group
 from opd.teachers.judges.rubric_judge import AnswerGroup, Judge
-from opd.teachers.text.text_teacher import Failed, Gate
+from opd.teachers.text.text_teacher import FailureLimit, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RubricAnnotator(Annotator):
     question: Grade
     texts: TeacherTexts
     judge: Judge
-    gate: Gate  # failure limit of the judge, counted over groups
+    failure_limit: FailureLimit  # of the judge, counted over groups
 
     def annotate(
         self, batch: Batch, rollouts: Sequence[Rollout], memory: Memory, step: TrainingStep
@@ -49,15 +49,15 @@ class RubricAnnotator(Annotator):
         }
         written = self.judge.rubrics(list(groups.values()), question.least, question.most, seed)
         rubric_or_failure = dict(zip(groups, written, strict=True))
-        rubrics = {key: rubric for key, rubric in rubric_or_failure.items() if not isinstance(rubric, Failed)}
+        rubrics = {key: rubric for key, rubric in rubric_or_failure.items() if not isinstance(rubric, RequestFailed)}
         graded = self.judge.grades([groups[key] for key in rubrics], list(rubrics.values()), seed)
         grades = dict(zip(rubrics, graded, strict=True))
         verdict, judged = torch.zeros(len(rollouts)), torch.zeros(len(rollouts), dtype=torch.bool)
         reference_verdict = torch.full((len(rollouts),), torch.nan)
-        no_reference = Failed("the teacher gave no answer to compare with")
+        no_reference = RequestFailed("the teacher gave no answer to compare with")
         for key, members in rows.items():
             met = grades.get(key, rubric_or_failure.get(key, no_reference))
-            self.gate.note(str(met) if isinstance(met, Failed) else "")
+            self.failure_limit.note(str(met) if isinstance(met, RequestFailed) else "")
             if isinstance(met, tuple):
                 scores = [rubrics[key].score(criteria) for criteria in met]
                 first = len(groups[key].references)  # the references' scores come first

@@ -33,7 +33,7 @@ from opd.teachers.judges.rubric_memory import (
     stage_scores,
 )
 from opd.teachers.judges.stage_judge import Contrast, StagedResponse, StageJudge
-from opd.teachers.text.text_teacher import Failed, Gate
+from opd.teachers.text.text_teacher import FailureLimit, RequestFailed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StageAnnotator(Annotator):
     question: Stages
     texts: TeacherTexts
     judge: StageJudge
-    gate: Gate  # failure limit of the judge, counted over rollouts and reflections
+    failure_limit: FailureLimit  # of the judge, counted over rollouts and reflections
 
     def prompts(self, step: int, count: int, memory: Memory) -> list[Rendered]:
         """Return the prompts of a step.  With reflections, prompts return and have the notes on earlier attempts."""
@@ -139,16 +139,16 @@ class StageAnnotator(Annotator):
         criteria: dict[int, Criteria] = {}
         for group, contrast in contrasts.items():
             new = evolved[group]
-            criteria[group] = extended(contrast.criteria, () if isinstance(new, Failed) else new)
+            criteria[group] = extended(contrast.criteria, () if isinstance(new, RequestFailed) else new)
         to_mark = [i for group, members in rows.items() if criteria[group] for i in members]
         marked = self.judge.marks([responses[i] for i in to_mark], [criteria[rollouts[i].group] for i in to_mark], seed)
         marks_or_failure = dict(zip(to_mark, marked, strict=True))
         for i in range(len(responses)):
             answer = marks_or_failure.get(i, evolved[rollouts[i].group])  # a rollout without criteria gets no marks
-            failure = str(answer) if isinstance(answer, Failed) else "no criteria"
-            is_marked = i in marks_or_failure and not isinstance(answer, Failed)
-            self.gate.note("" if is_marked else failure)
-        return {i: marks for i, marks in marks_or_failure.items() if not isinstance(marks, Failed)}, criteria
+            failure = str(answer) if isinstance(answer, RequestFailed) else "no criteria"
+            is_marked = i in marks_or_failure and not isinstance(answer, RequestFailed)
+            self.failure_limit.note("" if is_marked else failure)
+        return {i: marks for i, marks in marks_or_failure.items() if not isinstance(marks, RequestFailed)}, criteria
 
     def _staged(self, rollout: Rollout, stage_numbers: Sequence[int]) -> StagedResponse:
         """Return the text of a rollout by stage.  `stage_numbers` has the stage of each token."""
@@ -170,7 +170,9 @@ class StageAnnotator(Annotator):
             return {}, []
         logp = step.measure(written).student_logp
         assert logp is not None
-        return self.texts.on_main(lambda: judge_reflections(attempts, written, logp, self.judge, self.gate, self.texts))
+        return self.texts.on_main(
+            lambda: judge_reflections(attempts, written, logp, self.judge, self.failure_limit, self.texts)
+        )
 
     def metrics(self, batch: Batch, extra: Batch) -> dict[str, float]:
         """Return the mean score and the share of tokens of each stage, and the scores of the reflections."""

@@ -23,7 +23,7 @@ from opd.teachers.judges.stage_judge import (
     StagedResponse,
     Weighed,
 )
-from opd.teachers.text.text_teacher import Failed
+from opd.teachers.text.text_teacher import RequestFailed
 
 RIGHT_ANSWER = "The final answer is right."
 CLOSES = "It closes with an answer."
@@ -47,11 +47,13 @@ class VerifierJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failed]:
+    def rubrics(
+        self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int
+    ) -> list[Rubric | RequestFailed]:
         """Return a rubric for each group, made from the lines of its answers."""
         return [self._rubric(group, minimum, maximum) for group in groups]
 
-    def _rubric(self, group: AnswerGroup, minimum: int, maximum: int) -> Rubric | Failed:
+    def _rubric(self, group: AnswerGroup, minimum: int, maximum: int) -> Rubric | RequestFailed:
         fixed = [(RIGHT_ANSWER, 5), (CLOSES, 1), (NUMBERS, 1), (ONCE, 1)][:maximum]
         is_right = lambda text: self.verify(text, group.prompt) > RIGHT
         right = list(filter(is_right, group.references)) or list(filter(is_right, group.answers))
@@ -65,10 +67,10 @@ class VerifierJudge:
         steps = sorted(_shared_lines(right), key=distance_from_half)[: maximum - len(fixed)]
         criteria = [*fixed, *((STATES + line, 2) for line in steps)]
         if len(criteria) < minimum:
-            return Failed(f"{len(criteria)} criteria, and --least is {minimum}")
+            return RequestFailed(f"{len(criteria)} criteria, and --least is {minimum}")
         return Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in criteria))
 
-    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failed]:
+    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | RequestFailed]:
         """Return which criteria each answer meets, by fixed rules."""
         return [
             tuple(
@@ -108,7 +110,7 @@ class VerifierStageJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | RequestFailed]:
         """Return new criteria for each question, made from the lines of its responses."""
         return [self._new_criteria(group) for group in groups]
 
@@ -130,7 +132,9 @@ class VerifierStageJudge:
             new += by_spread[: (ANSWER_CRITERIA if stage == last else STAGE_CRITERIA)[1]]
         return tuple(new)
 
-    def marks(self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int) -> list[Marks | Failed]:
+    def marks(
+        self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
+    ) -> list[Marks | RequestFailed]:
         """Return the marks of each response, by fixed rules."""
         return [tuple(self._mark(c, x) for c in listed) for x, listed in zip(answers, criteria, strict=True)]
 
@@ -147,7 +151,7 @@ class VerifierStageJudge:
     def _right(self, response: StagedResponse) -> bool:
         return self.verify(response.text(), response.prompt) > RIGHT
 
-    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | RequestFailed]:
         """Return the worth of each reflection, by fixed rules."""
         return [self.weigh(reflection).worth() for reflection in reflections]
 
