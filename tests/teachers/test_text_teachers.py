@@ -27,6 +27,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import Batch, Rollout
 from opd.data import prompts
+from opd.data.prompt_stream import Prompts
 from opd.data.tasks.load import load
 from opd.losses.advantages import GroupAdvantage
 from opd.losses.terms import Positions
@@ -199,7 +200,7 @@ def test_texts_are_many_and_differ_and_are_drawn_again_alike(server, here, tmp_p
     for k, make in enumerate(
         (lambda f: endpoint(server, f), lambda f: TextTeacher(here, AnswerCache(f / "x"), FailureLimit("x", 0.4)))
     ):
-        asked = [replace(x, text="<plan>") for x in questions(3)]
+        asked = [replace(x, prefix="<plan>") for x in questions(3)]
         first, again, other = (
             make(tmp_path / f"{k}{name}").continuations(asked, 6, 12, seed, temperature=3.0)
             for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -359,8 +360,9 @@ def audited(text):
 
 
 def columns(question, batch, rollouts, teacher, text):
-    annotator = ChunkAnnotator(None, question, TeacherTexts({"": teacher}, text, max_tokens=0, seed=5))
-    return annotator.columns(batch, rollouts)
+    stream = Prompts(load(Data(source="embedded:ledger", limit=1)), text, {}, opd.Train(student="", prompts=""), 60)
+    texts = TeacherTexts({"": teacher}, text, max_tokens=0, seed=5)
+    return ChunkAnnotator(stream, question, texts).columns(batch, rollouts)
 
 
 def test_likeness_is_that_of_the_texts(server, text, audited, tmp_path):
