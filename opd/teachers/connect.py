@@ -27,7 +27,7 @@ MAX_DIFFERENCE = 0.05  # nats: largest mean difference between the log-probs of 
 
 @dataclass(frozen=True)
 class Known:
-    """What a run knows of a model before it loads the weights."""
+    """The tokenizer, config and stop ids of a model, before its weights are loaded."""
 
     text: Tokenizer
     shape: PretrainedConfig

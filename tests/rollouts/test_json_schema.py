@@ -23,7 +23,7 @@ from opd.teachers.judges.rubric_memory import StageCriterion
 from opd.teachers.judges.stage_judge import Contrast, Evolved, Marking, ModelStageJudge, Proposed
 from opd.teachers.text.answer_cache import AnswerCache
 from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, InProcessModel
-from opd.teachers.text.text_teacher import FailureLimit, RequestFailed, TextTeacher
+from opd.teachers.text.text_teacher import Failure, FailureLimit, TextTeacher
 from scripts.soak import serving
 
 pytest.importorskip("llguidance")
@@ -151,7 +151,7 @@ def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_pa
     assert all(len(met) == 5 and {len(x) for x in met} == {3} for met in found)
     assert traffic["judge_calls"] == 2 and traffic["judge_failed"] == 0 < traffic["judge_written_tokens"]
     found, traffic = graded(writer, tmp_path, schemas=False)
-    assert [isinstance(met, RequestFailed) for met in found] == [True, True]
+    assert [isinstance(met, Failure) for met in found] == [True, True]
     assert traffic["judge_calls"] + traffic["judge_failed"] > 2
 
 
@@ -179,7 +179,7 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
 
     def fill(self, requests, form, check, seed, *, temperature, bounds):
         asked.append((check, [bounds(i) for i in range(len(requests))]))
-        return [RequestFailed("nobody was asked")] * len(requests)
+        return [Failure("nobody was asked")] * len(requests)
 
     monkeypatch.setattr(FormModel, "fill", fill)
     text = pair[1]

@@ -37,7 +37,7 @@ from opd.teachers.judges.rubric_memory import DeferredReflection, RubricMemory, 
 from opd.teachers.judges.stage_annotator import column_criteria
 from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflection, StagedResponse
 from opd.teachers.judges.verifier_judge import ROUND, SUMS, VerifierStageJudge
-from opd.teachers.text.text_teacher import RequestFailed
+from opd.teachers.text.text_teacher import Failure
 from opd.training.checkpoint import load_memory
 from scripts.grader import Grader, Scripted
 from tests.data.test_tokenizers import byte_level
@@ -537,7 +537,7 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
         assert "That was not as asked" in again[2]
     with StageGrader(lambda what, n, text: spoil(text)) as grader:
         (none,) = asked(stage_judge(grader.url, tmp_path / "other"))
-        assert isinstance(none, RequestFailed) and grader.turns[kind] == 2
+        assert isinstance(none, Failure) and grader.turns[kind] == 2
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "malformed", "slow"])
@@ -550,7 +550,7 @@ def test_a_failing_server_loses_its_own_responses_alone(fault, tmp_path):
             proxy.url, tmp_path, teacher_timeout=2.0 if fault == "slow" else 20.0
         )  # n = 3: it is asked once more, and fails again
         one, none, three = judge.marks(group.answers[:3], [found] * 3, 0)
-        assert [one, three] == [wanted[0], wanted[2]] and isinstance(none, RequestFailed)
+        assert [one, three] == [wanted[0], wanted[2]] and isinstance(none, Failure)
         assert judge.traffic()["judge_failed"] == 2
         again = stage_judge(grader.url, tmp_path)
         assert again.marks(group.answers[:3], [found] * 3, 0) == wanted and again.traffic()["judge_calls"] == 1

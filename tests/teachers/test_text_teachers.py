@@ -44,7 +44,7 @@ from opd.teachers.judges.rubric_judge import GRADE, RUBRIC, AnswerGroup, ModelJu
 from opd.teachers.judges.verifier_judge import VerifierJudge
 from opd.teachers.text.answer_cache import AnswerCache
 from opd.teachers.text.text_models import CONTINUE_REQUEST, AbsentModel, EndpointModel, InProcessModel, run_parallel
-from opd.teachers.text.text_teacher import FailureLimit, RequestFailed, TextRequest, TextSampling, TextTeacher
+from opd.teachers.text.text_teacher import Failure, FailureLimit, TextRequest, TextSampling, TextTeacher
 from opd.training import build as session
 from opd.training import build_teachers as opening
 from scripts.grader import Grader, Scripted
@@ -650,7 +650,7 @@ def test_the_verifiers_judge_reads(float64):
     alone = AnswerGroup(PROMPT, (POOR,), (POOR, GOOD))  # no reference is right: a right answer of the student has them
     assert "It states: 5 + 4 = 9" in [c.criterion for c in judge.rubrics([alone], 4, 12, 0)[0].criteria]
     (none,) = judge.rubrics([AnswerGroup(PROMPT, (POOR,), (POOR,))], 5, 12, 0)
-    assert isinstance(none, RequestFailed) and str(none) == "4 criteria, and --least is 5"
+    assert isinstance(none, Failure) and str(none) == "4 criteria, and --least is 5"
 
 
 def groups(count=3):
@@ -711,7 +711,7 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
         judge = model_judge(grader.url, tmp_path / "other")
         rubrics = judge.rubrics(asked, 4, 12, 0)
         (none,) = rubrics if kind == "rubric" else judge.grades(asked, rubrics, 0)
-        assert isinstance(none, RequestFailed) and grader.turns[kind] == 2
+        assert isinstance(none, Failure) and grader.turns[kind] == 2
 
 
 def test_no_answer_opens_or_closes_what_a_judge_is_shown(tmp_path):
@@ -747,7 +747,7 @@ def test_a_judge_that_is_mended_is_asked_again(tmp_path):
     task, asked = groups(3)
     with Grader(lambda what, n, text: "Sure!" if n in (1, 3) else text) as grader:  # the second group, both times
         found = model_judge(grader.url, tmp_path).rubrics(asked, 4, 12, 0)
-        assert [isinstance(x, RequestFailed) for x in found] == [False, True, False] and grader.turns["rubric"] == 4
+        assert [isinstance(x, Failure) for x in found] == [False, True, False] and grader.turns["rubric"] == 4
     with Grader() as grader:
         judge = model_judge(grader.url, tmp_path)
         assert judge.rubrics(asked, 4, 12, 0) == VerifierJudge(task.verify).rubrics(asked, 4, 12, 0)

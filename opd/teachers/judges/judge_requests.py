@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.core.sampling import Prompt
 from opd.data.verifiers.extract import spoken
-from opd.teachers.text.text_teacher import RequestFailed, TextRequest, TextSampling, TextTeacher
+from opd.teachers.text.text_teacher import Failure, TextRequest, TextSampling, TextTeacher
 
 F = TypeVar("F", bound=BaseModel)
 AGAIN = "That was not as asked ({why}). Return the one json object and nothing else."
@@ -86,7 +86,7 @@ class FormModel:
         *,
         temperature: float,
         bounds: Callable[[int], Bounds] = lambda i: {},
-    ) -> list[F | RequestFailed]:
+    ) -> list[F | Failure]:
         """Return the filled forms.  An answer that is not valid is requested once more.
 
         `check(i, form)` returns an error message, or an empty string if form i is right.  `bounds(i)` constrains the
@@ -114,7 +114,7 @@ class FormModel:
                 turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
         # Rejected answers leave the cache, so that a later run requests them from a repaired judge.
         self.model.forget([question for i in errors for question in rejected[i]], sampling, seed)
-        return [RequestFailed(errors[i]) if filled is None else filled for i, filled in enumerate(forms)]
+        return [Failure(errors[i]) if filled is None else filled for i, filled in enumerate(forms)]
 
     def traffic(self) -> dict[str, float]:
         """Return the counters under the names judge_*; empty if the teacher counts them."""

@@ -17,7 +17,7 @@ from opd.methods.questions import Reflect
 from opd.teachers.judges.annotator import TeacherTexts, rows_by_group
 from opd.teachers.judges.rubric_memory import DeferredReflection
 from opd.teachers.judges.stage_judge import Reflection, StageJudge
-from opd.teachers.text.text_teacher import FailureLimit, RequestFailed
+from opd.teachers.text.text_teacher import Failure, FailureLimit
 
 ATTEMPT_CHOICE = -4  # random-number key in place of a token's position: the choice of the rollout to reflect on
 
@@ -90,8 +90,8 @@ def judge_reflections(
     best: dict[int, float] = {}  # worth of the best reflection by attempt
     deferred = []
     for i, (reflection, pair, worth) in enumerate(zip(reflections, pairs, worths, strict=True)):
-        failure_limit.note(str(worth) if isinstance(worth, RequestFailed) else "")
-        if isinstance(worth, RequestFailed):
+        failure_limit.note(str(worth) if isinstance(worth, Failure) else "")
+        if isinstance(worth, Failure):
             continue
         group = i // samples
         if worth > best.get(group, -1.0):

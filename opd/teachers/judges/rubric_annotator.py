@@ -12,7 +12,7 @@ from opd.methods.questions import Grade
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep, rows_by_group
 from opd.teachers.judges.rubric_judge import AnswerGroup, Judge
-from opd.teachers.text.text_teacher import FailureLimit, RequestFailed
+from opd.teachers.text.text_teacher import Failure, FailureLimit
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class RubricAnnotator(Annotator):
         }
         written = self.judge.rubrics(list(groups.values()), question.least, question.most, seed)
         rubric_or_failure = dict(zip(groups, written, strict=True))
-        rubrics = {key: rubric for key, rubric in rubric_or_failure.items() if not isinstance(rubric, RequestFailed)}
+        rubrics = {key: rubric for key, rubric in rubric_or_failure.items() if not isinstance(rubric, Failure)}
         graded = self.judge.grades([groups[key] for key in rubrics], list(rubrics.values()), seed)
         grades = dict(zip(rubrics, graded, strict=True))
         verdict, judged = torch.zeros(len(rollouts)), torch.zeros(len(rollouts), dtype=torch.bool)
         reference_verdict = torch.full((len(rollouts),), torch.nan)
-        no_reference = RequestFailed("the teacher gave no answer to compare with")
+        no_reference = Failure("the teacher gave no answer to compare with")
         for key, members in rows.items():
             met = grades.get(key, rubric_or_failure.get(key, no_reference))
-            self.failure_limit.note(str(met) if isinstance(met, RequestFailed) else "")
+            self.failure_limit.note(str(met) if isinstance(met, Failure) else "")
             if isinstance(met, tuple):
                 scores = [rubrics[key].score(criteria) for criteria in met]
                 first = len(groups[key].references)  # the references' scores come first

@@ -1,6 +1,6 @@
 """Judges that write a rubric for the answers to a question, and grade each answer by it.
 
-A judge returns `RequestFailed` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
+A judge returns `Failure` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
 a judge that needs no model.
 """
 
@@ -22,7 +22,7 @@ from opd.teachers.judges.judge_requests import (
     one_line,
     question_text,
 )
-from opd.teachers.text.text_teacher import RequestFailed
+from opd.teachers.text.text_teacher import Failure
 
 Met = tuple[tuple[bool, ...], ...]  # [answer][criterion]
 
@@ -125,12 +125,10 @@ class AnswerGroup:
 class Judge(Protocol):
     """A judge that writes rubrics and grades answers by them."""
 
-    def rubrics(
-        self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int
-    ) -> list[Rubric | RequestFailed]:
+    def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failure]:
         """Return a rubric of `minimum` to `maximum` criteria for each group."""
 
-    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | RequestFailed]:
+    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
         """Return for each group which criteria each answer meets, the teacher's answers first."""
 
     def traffic(self) -> dict[str, float]:
@@ -143,9 +141,7 @@ class ModelJudge:
 
     model: FormModel
 
-    def rubrics(
-        self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int
-    ) -> list[Rubric | RequestFailed]:
+    def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failure]:
         """Return a rubric for each group.  Temperature 0.7, as in ROPD."""
 
         def check(i: int, rubric: Rubric) -> str:
@@ -165,7 +161,7 @@ class ModelJudge:
         bounds = {"criteria": ListBounds(minimum, maximum)}
         return self.model.fill(requests, Rubric, check, seed, temperature=0.7, bounds=lambda i: bounds)
 
-    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | RequestFailed]:
+    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
         """Return the grades of each group.  A request holds all answers of a group, shuffled.  Temperature 0."""
         orders = [group.shuffled() for group in groups]
 
@@ -192,10 +188,10 @@ class ModelJudge:
                     criteria=len(rubric.criteria),
                 )
             )
-        grades: list[Met | RequestFailed] = []
+        grades: list[Met | Failure] = []
         sheets = self.model.fill(requests, Sheet, check, seed, temperature=0.0, bounds=bounds)
         for sheet, order in zip(sheets, orders, strict=True):
-            if isinstance(sheet, RequestFailed):
+            if isinstance(sheet, Failure):
                 grades.append(sheet)
                 continue
             met_by_answer = {i: sheet.answers[k].met for k, i in enumerate(order)}

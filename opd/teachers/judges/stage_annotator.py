@@ -33,7 +33,7 @@ from opd.teachers.judges.rubric_memory import (
     stage_scores,
 )
 from opd.teachers.judges.stage_judge import Contrast, StagedResponse, StageJudge
-from opd.teachers.text.text_teacher import FailureLimit, RequestFailed
+from opd.teachers.text.text_teacher import Failure, FailureLimit
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,16 @@ class StageAnnotator(Annotator):
         criteria: dict[int, Criteria] = {}
         for group, contrast in contrasts.items():
             new = evolved[group]
-            criteria[group] = extended(contrast.criteria, () if isinstance(new, RequestFailed) else new)
+            criteria[group] = extended(contrast.criteria, () if isinstance(new, Failure) else new)
         to_mark = [i for group, members in rows.items() if criteria[group] for i in members]
         marked = self.judge.marks([responses[i] for i in to_mark], [criteria[rollouts[i].group] for i in to_mark], seed)
         marks_or_failure = dict(zip(to_mark, marked, strict=True))
         for i in range(len(responses)):
             answer = marks_or_failure.get(i, evolved[rollouts[i].group])  # a rollout without criteria gets no marks
-            failure = str(answer) if isinstance(answer, RequestFailed) else "no criteria"
-            is_marked = i in marks_or_failure and not isinstance(answer, RequestFailed)
+            failure = str(answer) if isinstance(answer, Failure) else "no criteria"
+            is_marked = i in marks_or_failure and not isinstance(answer, Failure)
             self.failure_limit.note("" if is_marked else failure)
-        return {i: marks for i, marks in marks_or_failure.items() if not isinstance(marks, RequestFailed)}, criteria
+        return {i: marks for i, marks in marks_or_failure.items() if not isinstance(marks, Failure)}, criteria
 
     def _staged(self, rollout: Rollout, stage_numbers: Sequence[int]) -> StagedResponse:
         """Return the text of a rollout by stage.  `stage_numbers` has the stage of each token."""

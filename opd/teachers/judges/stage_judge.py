@@ -1,6 +1,6 @@
 """Judges that score the stages of a response, and reflections on it.  RubricEM, arXiv:2605.10899.
 
-A judge returns `RequestFailed` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
+A judge returns `Failure` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
 a judge that needs no model.
 """
 
@@ -22,7 +22,7 @@ from opd.teachers.judges.judge_requests import (
     tagged,
 )
 from opd.teachers.judges.rubric_memory import MAX_MARK, Criteria, Marks, StageCriterion
-from opd.teachers.text.text_teacher import RequestFailed
+from opd.teachers.text.text_teacher import Failure
 
 # (fewest, most) new criteria of a stage, and of the last stage, the answer.
 STAGE_CRITERIA, ANSWER_CRITERIA = (1, 4), (2, 5)
@@ -173,15 +173,15 @@ class Reflection:
 class StageJudge(Protocol):
     """A judge that writes criteria for stages and marks responses by them."""
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | RequestFailed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
         """Return new criteria for each question."""
 
     def marks(
         self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
-    ) -> list[Marks | RequestFailed]:
+    ) -> list[Marks | Failure]:
         """Return the marks of each response for its criteria."""
 
-    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | RequestFailed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
         """Return the worth of each reflection, in [0, 1]."""
 
     def traffic(self) -> dict[str, float]:
@@ -198,7 +198,7 @@ class ModelStageJudge:
     model: FormModel
     tags: tuple[str, ...]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | RequestFailed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
         """Return new criteria for each question.  Temperature 0.7.
 
         If a stage gets too many or too few criteria, they are requested once more.
@@ -242,13 +242,11 @@ class ModelStageJudge:
             for group in groups
         ]
         forms = self.model.fill(requests, Evolved, check, seed, temperature=0.7, bounds=bounds)
-        return [
-            form if isinstance(form, RequestFailed) else tuple(c.criterion() for c in form.criteria) for form in forms
-        ]
+        return [form if isinstance(form, Failure) else tuple(c.criterion() for c in form.criteria) for form in forms]
 
     def marks(
         self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
-    ) -> list[Marks | RequestFailed]:
+    ) -> list[Marks | Failure]:
         """Return the marks of each response.  Temperature 0."""
         indices = [tuple(range(1, len(listed) + 1)) for listed in criteria]
 
@@ -269,9 +267,9 @@ class ModelStageJudge:
             for response, listed in zip(answers, criteria, strict=True)
         ]
         forms = self.model.fill(requests, Marking, check, seed, temperature=0.0, bounds=bounds)
-        return [form if isinstance(form, RequestFailed) else tuple(m.mark for m in form.marks) for form in forms]
+        return [form if isinstance(form, Failure) else tuple(m.mark for m in form.marks) for form in forms]
 
-    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | RequestFailed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
         """Return the worth of each reflection.  Temperature 0."""
         requests = [
             WEIGH.format(
@@ -280,7 +278,7 @@ class ModelStageJudge:
             for x in reflections
         ]
         forms = self.model.fill(requests, Weighed, lambda i, form: "", seed, temperature=0.0)
-        return [form if isinstance(form, RequestFailed) else form.worth() for form in forms]
+        return [form if isinstance(form, Failure) else form.worth() for form in forms]
 
     def traffic(self) -> dict[str, float]:
         """Return the judge's counters since the last call."""

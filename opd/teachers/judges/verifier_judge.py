@@ -23,7 +23,7 @@ from opd.teachers.judges.stage_judge import (
     StagedResponse,
     Weighed,
 )
-from opd.teachers.text.text_teacher import RequestFailed
+from opd.teachers.text.text_teacher import Failure
 
 RIGHT_ANSWER = "The final answer is right."
 CLOSES = "It closes with an answer."
@@ -47,13 +47,11 @@ class VerifierJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def rubrics(
-        self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int
-    ) -> list[Rubric | RequestFailed]:
+    def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failure]:
         """Return a rubric for each group, made from the lines of its answers."""
         return [self._rubric(group, minimum, maximum) for group in groups]
 
-    def _rubric(self, group: AnswerGroup, minimum: int, maximum: int) -> Rubric | RequestFailed:
+    def _rubric(self, group: AnswerGroup, minimum: int, maximum: int) -> Rubric | Failure:
         fixed = [(RIGHT_ANSWER, 5), (CLOSES, 1), (NUMBERS, 1), (ONCE, 1)][:maximum]
         is_right = lambda text: self.verify(text, group.prompt) > RIGHT
         right = list(filter(is_right, group.references)) or list(filter(is_right, group.answers))
@@ -67,10 +65,10 @@ class VerifierJudge:
         steps = sorted(_shared_lines(right), key=distance_from_half)[: maximum - len(fixed)]
         criteria = [*fixed, *((STATES + line, 2) for line in steps)]
         if len(criteria) < minimum:
-            return RequestFailed(f"{len(criteria)} criteria, and --least is {minimum}")
+            return Failure(f"{len(criteria)} criteria, and --least is {minimum}")
         return Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in criteria))
 
-    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | RequestFailed]:
+    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
         """Return which criteria each answer meets, by fixed rules."""
         return [
             tuple(
@@ -110,7 +108,7 @@ class VerifierStageJudge:
 
     verify: Callable[[str, Prompt], float]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | RequestFailed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
         """Return new criteria for each question, made from the lines of its responses."""
         return [self._new_criteria(group) for group in groups]
 
@@ -134,7 +132,7 @@ class VerifierStageJudge:
 
     def marks(
         self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
-    ) -> list[Marks | RequestFailed]:
+    ) -> list[Marks | Failure]:
         """Return the marks of each response, by fixed rules."""
         return [tuple(self._mark(c, x) for c in listed) for x, listed in zip(answers, criteria, strict=True)]
 
@@ -151,7 +149,7 @@ class VerifierStageJudge:
     def _right(self, response: StagedResponse) -> bool:
         return self.verify(response.text(), response.prompt) > RIGHT
 
-    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | RequestFailed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
         """Return the worth of each reflection, by fixed rules."""
         return [self.weigh(reflection).worth() for reflection in reflections]
 

@@ -20,8 +20,8 @@ from opd.data import prompts
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import Forms
 from opd.teachers.text.text_teacher import (
+    Failure,
     RequestCounters,
-    RequestFailed,
     T,
     TextRequest,
     TextResults,
@@ -73,7 +73,7 @@ class EndpointModel:
 
     def _texts(
         self, request: TextRequest, seed: int, sampling: TextSampling, counters: RequestCounters
-    ) -> list[str] | RequestFailed:
+    ) -> list[str] | Failure:
         """Return all n texts of one request.  A server that returns fewer at once gets further requests."""
         texts: list[str] = []
         start, openai = time.perf_counter(), self.errors
@@ -81,7 +81,7 @@ class EndpointModel:
             while len(texts) < sampling.n:
                 missing = replace(sampling, n=sampling.n - len(texts))
                 result = self._send(request, (seed + len(texts)) % (1 << 31), missing, counters)
-                if isinstance(result, RequestFailed):
+                if isinstance(result, Failure):
                     return result
                 texts += result
             return texts[: sampling.n]
@@ -93,13 +93,13 @@ class EndpointModel:
         except openai.NotFoundError as error:
             raise Refusal(f"--{self.field} {self.name}: {one_line(error)}: name a model that the server has") from error
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # malformed answers
-            return RequestFailed(f"{type(error).__name__}: {one_line(error)}")
+            return Failure(f"{type(error).__name__}: {one_line(error)}")
         finally:
             counters.add(seconds=time.perf_counter() - start)
 
     def _send(
         self, request: TextRequest, seed: int, sampling: TextSampling, counters: RequestCounters
-    ) -> list[str] | RequestFailed:
+    ) -> list[str] | Failure:
         """Send one request and return its texts, at least one and possibly fewer than `sampling.n`."""
         parameters: dict[str, Any] = {
             "model": self.model,
@@ -120,7 +120,7 @@ class EndpointModel:
         if response.usage is not None:
             usage = response.usage
             counters.add(read_tokens=usage.prompt_tokens, written_tokens=usage.completion_tokens)
-        return texts_or_failure(texts, sampling) if texts else RequestFailed(f"{self.name} gave no text")
+        return texts_or_failure(texts, sampling) if texts else Failure(f"{self.name} gave no text")
 
     def _turns(self, request: TextRequest) -> tuple[list[dict[str, str]], dict[str, object]]:
         """Return the conversation, and the extra fields of the request."""
@@ -167,7 +167,7 @@ class InProcessModel:
             ids = self._ids(request)
             if len(ids) + sampling.max_tokens > self.context:
                 reason = f"{len(ids)} tokens and {sampling.max_tokens} new ones, in a context of {self.context}"
-                yield [(i, RequestFailed(f"{reason}: lower {sampling.flag}"))]
+                yield [(i, Failure(f"{reason}: lower {sampling.flag}"))]
                 continue
             rows += [ids] * n
             index += [seed * n + j for j in range(n)]
@@ -207,16 +207,14 @@ class AbsentModel:
         raise AssertionError("only the main process generates")
 
 
-def texts_or_failure(texts: Sequence[tuple[str, str | None]], sampling: TextSampling) -> list[str] | RequestFailed:
+def texts_or_failure(texts: Sequence[tuple[str, str | None]], sampling: TextSampling) -> list[str] | Failure:
     """Return the texts of pairs (text, finish_reason), or a failure if one is empty for another reason than "stop".
 
     A reasoning model may spend all its tokens on thinking and return no text.
     """
     for text, reason in texts:
         if not text and reason != "stop":
-            return RequestFailed(
-                f"no text in {sampling.max_tokens} tokens (finish_reason {reason}): raise {sampling.flag}"
-            )
+            return Failure(f"no text in {sampling.max_tokens} tokens (finish_reason {reason}): raise {sampling.flag}")
     return [text for text, _ in texts]
 
 

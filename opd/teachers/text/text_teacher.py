@@ -91,11 +91,11 @@ class FailureLimit:
                 )
 
 
-class RequestFailed(Exception):
+class Failure(Exception):
     """A request without an answer, with the reason."""
 
 
-TextResults = list[tuple[int, list[str] | RequestFailed]]
+TextResults = list[tuple[int, list[str] | Failure]]
 """Pairs (index of a request, its texts or its failure)."""
 
 
@@ -166,11 +166,11 @@ class TextTeacher(BaseTeacher):
         sent_keys = list(to_send)
         for results in self.model.generate(list(to_send.values()), sampling, self.counters) if to_send else ():
             for i, result in results:  # store all answers before a failure can stop the run
-                if not isinstance(result, RequestFailed):
+                if not isinstance(result, Failure):
                     self.cache.store(sent_keys[i], result)
                     texts_by_key[sent_keys[i]] = result
             for _, result in results:
-                failed = isinstance(result, RequestFailed)
+                failed = isinstance(result, Failure)
                 self.counters.add(failed=failed)
                 self.failure_limit.note(str(result) if failed else "")
         return [texts_by_key.get(key, []) for key in keys]
