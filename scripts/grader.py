@@ -12,7 +12,7 @@ from typing import Any
 from opd.config.data import Data
 from opd.core.sampling import Prompt
 from opd.data.tasks.load import load
-from opd.teachers.judges.rubric_judge import Group, Rubric
+from opd.teachers.judges.rubric_judge import AnswerGroup, Rubric
 from opd.teachers.judges.verifier_judge import VerifierJudge
 
 Request = Mapping[str, Any]
@@ -88,7 +88,7 @@ class Grader(Scripted):
         """Return the answer to a question to the judge; `known` maps question texts to prompts."""
         (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
         tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
-        group = Group(known[question], tagged("reference"), tagged("answer"))
+        group = AnswerGroup(known[question], tagged("reference"), tagged("answer"))
         kind = "grade" if "<rubric>" in text else "rubric"
         if kind == "rubric":
             (rubric,) = self.judge.rubrics([group], 4, 12, 0)

@@ -11,7 +11,6 @@ from opd.losses.surrogates import Reinforce, TruncatedRatio
 from opd.losses.terms import PolicyGradient, Term
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods.method import Method
-from opd.methods.questions import Grade, Stages
 
 
 def resolved(config: Train) -> Method:
@@ -86,8 +85,9 @@ def _check_worker(config: Train) -> None:
             f"{apart}: rollouts of {policy} {reason}: leave the flag out, or take a method on the student's own "
             "rollouts"
         )
-    if (config.worker or config.staleness) and isinstance(config.method.asks, Stages) and config.method.asks.reflect:
-        raise Refusal(f"{apart}: the prompts of {config.method.asks} hold what earlier steps reflected: leave it out")
+    question = config.method.asks
+    if (config.worker or config.staleness) and question is not None and question.changes_prompts:
+        raise Refusal(f"{apart}: the prompts of {question} hold what earlier steps reflected: leave it out")
     if config.exact_staleness and not config.staleness:
         raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
     if config.worker_device != "same" and not (config.worker or config.staleness):
@@ -136,15 +136,15 @@ def _check_teachers(config: Train) -> None:
     missing = [part for part in ("{prompt}", "{context}") if part not in config.context_template]
     if missing:
         raise Refusal(f"--context-template {config.context_template!r}: lacks {' and '.join(missing)}")
-    asks = config.method.asks
-    if config.judge and not isinstance(asks, Grade | Stages):
+    question = config.method.asks
+    if config.judge and (question is None or not question.uses_judge):
         raise Refusal(f"--judge {config.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
-    if config.judge and isinstance(asks, Stages) and not asks.references:
+    if config.judge and question is not None and not question.uses_teacher:
         raise Refusal(
             f"--teacher {teachers['']}: is never asked, for the judge is --judge {config.judge} and the method takes "
             "no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
         )
-    if told and config.method.asks is not None:
+    if told and question is not None:
         raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
     if told and config.teacher_prompt == "same":
         raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")

@@ -38,8 +38,8 @@ class Posterior:
     ) -> Float[Tensor, "B T"]:
         audited = mask & (chunk > 0)
         prior = _chunk_mean(student_logp, chunk, audited).exp()
-        found = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
-        return found.where(audited, 0) * _share(audited, mask, self.apart)
+        posterior = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
+        return posterior.where(audited, 0) * _mean_factor(audited, mask, self.apart)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Audited:
 
     def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         audited = mask & (chunk > 0)
-        return audited * _share(audited, mask, self.apart)
+        return audited * _mean_factor(audited, mask, self.apart)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Unaudited:
     apart: bool = False
 
     def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        rest = mask & (chunk == 0)
-        return rest * _share(rest, mask, self.apart)
+        unaudited = mask & (chunk == 0)
+        return unaudited * _mean_factor(unaudited, mask, self.apart)
 
 
 @dataclass(frozen=True)
@@ -88,24 +88,25 @@ class CentredPosterior:
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         audited = mask & (chunk > 0)
-        found = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
-        return (x * (found - found.sum() / audited.sum().clamp(min=1))).where(audited, 0)
+        posterior = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
+        mean = posterior.sum() / audited.sum().clamp(min=1)
+        return (x * (posterior - mean)).where(audited, 0)
 
 
 def _chunk_mean(
     x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     """Return, for each token, the mean of x over its chunk, [B, T]."""
-    at = chunk.where(audited, 0)
-    empty = x.new_zeros(len(x), int(at.max()) + 1 if at.numel() else 1)
-    total = empty.scatter_add(1, at, x.where(audited, 0))
-    count = empty.scatter_add(1, at, audited.to(x.dtype))
-    return (total / count.clamp(min=1)).gather(1, at)
+    number = chunk.where(audited, 0)
+    zeros = x.new_zeros(len(x), int(number.max()) + 1 if number.numel() else 1)
+    total = zeros.scatter_add(1, number, x.where(audited, 0))
+    count = zeros.scatter_add(1, number, audited.to(x.dtype))
+    return (total / count.clamp(min=1)).gather(1, number)
 
 
-def _share(some: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
-    """Return the factor that turns a token mean into a mean over the `some` tokens, or 1 without `apart`."""
-    return mask.sum() / some.sum().clamp(min=1) if apart else 1.0
+def _mean_factor(selected: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
+    """Return the factor that turns a token mean into a mean over the selected tokens, or 1 without `apart`."""
+    return mask.sum() / selected.sum().clamp(min=1) if apart else 1.0
 
 
 def omniopd(

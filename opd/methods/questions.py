@@ -1,18 +1,38 @@
 """Questions to a text-only teacher or a judge about a batch, as values, and the columns that the answers fill.
 
-`asking.py` and `staging.py` send the questions.  This module selects which parts of a response a question covers, and
-needs no teacher.
+A question says what it needs; `opd/teachers/judges` sends it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+class Question:
+    """A question to a text-only teacher or a judge about a batch of rollouts."""
+
+    columns: ClassVar[frozenset[str]]  # batch columns that the answers fill
+    uses_judge: ClassVar[bool] = False  # a judge answers, so that --judge has an effect
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Return whether the teacher generates text for the question."""
+        return True
+
+    @property
+    def changes_prompts(self) -> bool:
+        """Return whether the answers of earlier steps change the prompts of later steps.
+
+        A worker process cannot render such prompts.
+        """
+        return False
+
+
 @dataclass(frozen=True)
-class Continue:
+class Continue(Question):
     """A request for `texts` continuations of the response before each of `chunks` chunks of `length` tokens.
 
     OmniOPD, arXiv:2606.01476, Eq. 3 and 6-7.
@@ -32,27 +52,29 @@ class Continue:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: above 0, or all texts of a chunk are one")
 
-    def chosen(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    def chunk_numbers(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         """Return each token's chunk, [B, T]: numbered from 1 by falling entropy of the chunk's first token, 0 outside.
 
         A chunk starts where the student's entropy is highest, so that the teacher decides that token again.  Chunks do
         not overlap and contain only trained tokens.  A response shorter than a chunk has none.
         """
-        out = torch.zeros_like(mask, dtype=torch.long)
-        spans = mask.unfold(1, self.length, 1).all(-1) if mask.shape[1] >= self.length else mask[:, :0]
-        for row, whole in enumerate(spans):
-            free, starts = whole.clone(), student_entropy[row, : len(whole)]
+        chunk = torch.zeros_like(mask, dtype=torch.long)
+        if mask.shape[1] < self.length:
+            return chunk
+        fits = mask.unfold(1, self.length, 1).all(-1)  # [B, starts]: a chunk that starts here has only trained tokens
+        for row, free in enumerate(fits):
+            entropy = student_entropy[row, : len(free)]
             for number in range(1, self.chunks + 1):
                 if not free.any():
                     break
-                at = int(starts.where(free, -torch.inf).argmax())  # the first position in case of a tie
-                out[row, at : at + self.length] = number
-                free[max(0, at - self.length + 1) : at + self.length] = False
-        return out
+                start = int(entropy.where(free, -torch.inf).argmax())  # the first position in case of a tie
+                chunk[row, start : start + self.length] = number
+                free[max(0, start - self.length + 1) : start + self.length] = False
+        return chunk
 
 
 @dataclass(frozen=True)
-class Grade:
+class Grade(Question):
     """A request to score each response by one rubric for all rollouts of a prompt and `references` teacher answers.
 
     ROPD, arXiv:2605.07396: the rubric has `least` to `most` binary criteria of 1 to 5 points.
@@ -64,6 +86,7 @@ class Grade:
     temperature: float = 1.0  # of the references; at the paper's 0 a deterministic server returns identical answers
 
     columns = frozenset({"verdict", "judged"})
+    uses_judge = True
 
     def __post_init__(self) -> None:
         if self.references < 1:
@@ -113,16 +136,16 @@ class Reflect:
             if missing := [part for part in parts if part not in getattr(self, name)]:
                 raise ValueError(f"{name}={getattr(self, name)!r}: lacks {' and '.join(missing)}")
 
-    def batch(self, step: int) -> int:
+    def prompt_batch(self, step: int) -> int:
         """Return the number, from 1, of the prompt batch that a step uses."""
         if not self.window:
             return step
-        round_, place = divmod(step - 1, 2 * self.window)
-        return round_ * self.window + place % self.window + 1
+        period, place = divmod(step - 1, 2 * self.window)
+        return period * self.window + place % self.window + 1
 
 
 @dataclass(frozen=True)
-class Stages:
+class Stages(Question):
     """A request to score each stage of a response, by criteria that a judge keeps for each question and revises.
 
     RubricEM, arXiv:2605.10899.  `tags[k]` opens stage k + 1, `a|b` matches either tag; the last stage is the answer.
@@ -136,6 +159,7 @@ class Stages:
     reflect: Reflect | None = None
 
     columns = frozenset({"stage", "stage_scores", "judged"})
+    uses_judge = True
 
     def __post_init__(self) -> None:
         if len(self.tags) < 2 or not all(word for tag in self.tags for word in tag.split("|")):
@@ -149,5 +173,12 @@ class Stages:
         if self.questions < 1:
             raise ValueError(f"questions={self.questions}: a number of them, 1 or more")
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Return whether the judge also compares answers of the teacher."""
+        return self.references > 0
 
-Question = Continue | Grade | Stages
+    @property
+    def changes_prompts(self) -> bool:
+        """Return whether prompts hold notes from the student's reflections."""
+        return self.reflect is not None

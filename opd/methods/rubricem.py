@@ -39,7 +39,7 @@ class StageScore:
         return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
 
 
-# Row k: how much the scores of the stages plan, research, review and answer count for stage k.  RubricEM.
+# Credit matrix.  Row k: how much the scores of plan, research, review and answer count for stage k.  RubricEM.
 LAMBDA = ((1.0, 0.4, 0.6, 0.8), (0.0, 1.0, 0.4, 0.8), (0.0, 0.0, 1.0, 0.8), (0.0, 0.0, 0.0, 1.0))
 
 
@@ -71,9 +71,9 @@ class StageReturn:
     ) -> Float[Tensor, "B T"]:
         # In float64: a small deviation would amplify rounding differences between rows of equal returns.
         returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
-        among = mask.any(1)
-        each = torch.stack([group_centred(column, group, among, self.eps) for column in returns.unbind(1)], 1)
-        return each.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
+        trained = mask.any(1)
+        advantages = torch.stack([group_centred(column, group, trained, self.eps) for column in returns.unbind(1)], 1)
+        return advantages.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
 
 
 def stage_means(
@@ -83,8 +83,10 @@ def stage_means(
 
     A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
     """
-    at, zero = stage.where(mask, 0), x.new_zeros(len(x), stages + 1)
-    total, count = zero.scatter_add(1, at, x.where(mask, 0)), zero.scatter_add(1, at, mask.to(x.dtype))
+    number = stage.where(mask, 0)  # 0: not trained
+    zeros = x.new_zeros(len(x), stages + 1)
+    total = zeros.scatter_add(1, number, x.where(mask, 0))
+    count = zeros.scatter_add(1, number, mask.to(x.dtype))
     mean = (total / count.clamp(min=1))[:, 1:]
     return mean.where(count[:, 1:] > 0, mean[:, -1:])
 
@@ -149,12 +151,12 @@ def rubricem(
     if not returns and stages != len(LAMBDA):
         raise ValueError(f"tags={tags}: the paper's returns are for {len(LAMBDA)} stages; give --returns, too")
     matrix = tuple(returns[i * stages : (i + 1) * stages] for i in range(stages)) if returns else LAMBDA
-    paid = PolicyGradient(One(), transforms=(StageScore(), StageReturn(matrix)), surrogate=Clipped(clip, clip))
-    near = (Match(ForwardKL(), coef=beta, against=Reference()),) if beta else ()
-    again = Reflect(reflections, reflect_temperature, window, reflect, remember) if reflections else None
+    reward = PolicyGradient(One(), transforms=(StageScore(), StageReturn(matrix)), surrogate=Clipped(clip, clip))
+    anchor = (Match(ForwardKL(), coef=beta, against=Reference()),) if beta else ()
+    reflection = Reflect(reflections, reflect_temperature, window, reflect, remember) if reflections else None
     return Method(
-        (paid, *near),
+        (reward, *anchor),
         rollouts=OnPolicy(per_prompt),
         filters=(JudgedRollouts(),),
-        asks=Stages(tags, caps, references, column, questions, again),
+        asks=Stages(tags, caps, references, column, questions, reflection),
     )

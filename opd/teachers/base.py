@@ -9,7 +9,7 @@ from pathlib import Path
 from opd.core.types import Rollout
 
 
-class Teacher:
+class BaseTeacher:
     """A model that scores tokens or generates text."""
 
     provides: frozenset[str]

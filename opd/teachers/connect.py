@@ -1,7 +1,4 @@
-"""Teachers behind a server, as a run meets them: do they give what the method needs, and do they say what they should.
-
-`reached(url) -> Server`, `known(model) -> Known`, what is compared with the student before any weights, and `compared`.
-"""
+"""Checks of teachers before a run: what a server provides, tokenizer and sizes, and equality with a local copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +22,12 @@ from opd.models.remote.vllm_protocol import WHOLE, Server, reach
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
-APART = 0.05  # nats: mean difference between a server and a local copy of its model beyond which they are not the same
+MAX_DIFFERENCE = 0.05  # nats: largest mean difference between the log-probs of a server and a local copy of its model
 
 
 @dataclass(frozen=True)
 class Known:
-    """A model before its weights."""
+    """The tokenizer, config and stop ids of a model, before its weights are loaded."""
 
     text: Tokenizer
     shape: PretrainedConfig
@@ -38,50 +35,55 @@ class Known:
 
 
 def known(source: models.Source, *, field: str) -> Known:
-    """Of a model whose files are here."""
+    """Return tokenizer, config and stop ids of a model with local files."""
     text = models.tokenizer(source, field=field)
     shape = models.config(source, field=field).get_text_config()
     return Known(text, shape, models.stop_ids(source, text))
 
 
 def known_there(server: Server, student: Known, config: Train) -> Known:
-    """Of a model behind a server: what it tells; a server that is no `opd serve` tells little, the rest is supposed."""
-    how, likely, stop = config.remote, student.text, student.stop
-    if how.teacher_tokenizer and not server.told:
-        source = models.locate(
-            how.teacher_tokenizer, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code
-        )
-        likely = models.tokenizer(source, field="teacher-tokenizer")
-        stop = models.stop_ids(source, likely)
-    text = server.tokenizer(likely, student.shape.vocab_size)
+    """Return tokenizer, config and stop ids of a model behind a server.
+
+    `opd serve` sends them.  For other servers they are those of --teacher-tokenizer, else the student's.
+    """
+    expected, stop = student.text, student.stop
+    name = config.remote.teacher_tokenizer
+    if name and not server.told:
+        source = models.locate(name, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code)
+        expected = models.tokenizer(source, field="teacher-tokenizer")
+        stop = models.stop_ids(source, expected)
+    text = server.tokenizer(expected, student.shape.vocab_size)
     rows = server.told.get("rows", student.shape.vocab_size)
     shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
     return Known(text, shape, tuple(server.told.get("eos", stop)))
 
 
 def reached(url: str, config: Train, *, field: str) -> Server:
-    """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
-    how, method = config.remote.towards(field, url, config.routes()[""]), checks.resolved(config)
-    server = reach(url, how, field=field)
+    """Return the server at an address.
+
+    Raises Refusal if it does not provide what the method needs; the message names methods that it is enough for.
+    """
+    method = checks.resolved(config)
+    server = reach(url, config.remote.towards(field, url, config.routes()[""]), field=field)
     needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
     missing = needs(method) - server.provides
     if missing:
         enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
         wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
-        said += ", of any named token, too" if server.chosen else ""
+        provided = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
+        provided += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
         if missing <= WHOLE | {"chosen", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
-            f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
+            f"--{field} {url}: this server gives {provided}, and the method needs {wanted}: {way}, or use one of "
             f"{', '.join(enough)}"
         )
-    others = [model for model in config.routes().values() if model != url]
-    if not server.told and others:
+    other_teachers = [model for model in config.routes().values() if model != url]
+    if not server.told and other_teachers:
         raise Refusal(
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "
-            f"({', '.join(others)}) would have holes: serve it by `opd serve`, or leave out --route"
+            f"({', '.join(other_teachers)}) would have holes: serve it by `opd serve`, or leave out --route"
         )
     if not server.told and config.loss_temperature != 1:
         raise Refusal(
@@ -94,23 +96,27 @@ def reached(url: str, config: Train, *, field: str) -> Server:
 def compared(
     teacher: HiddenTeacher | LogpTeacher, texts: Sequence[Sequence[int]], config: Train, on: torch.device
 ) -> None:
-    """Refuse a server that does not say what the local copy of its model says (--teacher-local)."""
+    """Refuse a server whose log-probs differ from those of the local copy of its model (--teacher-local)."""
     name = config.remote.teacher_local
     source = models.locate(name, field="teacher-local", trust_remote_code=config.trust_remote_code)
     weights = models.load(source, field="teacher-local", dtype=dtype_of(config.teacher_precision), device=on)
     models.verify_head(weights, field="teacher-local")
-    apart = compare(teacher, LocalTeacher(weights.requires_grad_(False), to=on), texts)
-    if not apart.mean() <= APART:
+    differences = compare(teacher, LocalTeacher(weights.requires_grad_(False), to=on), texts)
+    mean, largest = differences.mean(), differences.max()
+    if not mean <= MAX_DIFFERENCE:
         raise Refusal(
-            f"--teacher-local {name}: its log-probs and those of {teacher.client.url} are {apart.mean():.3g} nats "
-            f"apart on average over {len(apart)} tokens ({apart.max():.3g} at most): they are two models: serve that "
-            "one, or name the one that is served"
+            f"--teacher-local {name}: its log-probs and those of {teacher.client.url} are {mean:.3g} nats apart on "
+            f"average over {len(differences)} tokens ({largest:.3g} at most): they are two models: serve that one, or "
+            "name the one that is served"
         )
 
 
 @torch.no_grad()
 def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Sequence[Sequence[int]]) -> Tensor:
-    """|log q there - log q here| of every token of some texts, nats."""
+    """Return the absolute difference of log q, in nats, between a server and a local teacher, for each token of texts.
+
+    The first token of a text has no prediction.
+    """
     rollouts = [
         Rollout(
             prompt_ids=(),
@@ -126,10 +132,10 @@ def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Seq
     masks = [[True] * len(r.ids) for r in rollouts]
     ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
 
-    def of(heard: Hidden | Given) -> Tensor:
-        if isinstance(heard, Given):
-            return heard.logp.cpu()
-        there = ids.to(heard.states.device)
-        return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()
+    def logp(output: Hidden | Given) -> Tensor:
+        if isinstance(output, Given):
+            return output.logp.cpu()
+        candidates = ids.to(output.states.device)
+        return scores(output, candidates, Vocabulary(len(output.head.weight)), 0).logp[:, 0].float().cpu()
 
-    return (of(remote.hidden(rollouts, masks)) - of(local.hidden(rollouts, masks))).abs()
+    return (logp(remote.hidden(rollouts, masks)) - logp(local.hidden(rollouts, masks))).abs()

@@ -25,8 +25,8 @@ class Average(LocalTeacher):
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the pair (average, student) of every trained weight, by name."""
-        mine = dict(self.model.named_parameters())
-        return {name: (mine[name], p.detach()) for name, p in self.student.named_parameters() if p.requires_grad}
+        averages = dict(self.model.named_parameters())
+        return {name: (averages[name], p.detach()) for name, p in self.student.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -41,9 +41,9 @@ class Average(LocalTeacher):
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Load the averages of a checkpoint."""
-        kept = load_file(folder / "teacher.safetensors")
+        saved = load_file(folder / "teacher.safetensors")
         for name, (average, _) in self._pairs().items():
-            average.copy_(kept[name])
+            average.copy_(saved[name])
 
 
 def average_rate(name: str) -> float | None:

@@ -17,10 +17,10 @@ from opd.losses.hidden_states import Lens
 from opd.models.batching import rows
 from opd.models.forward import Body, states
 from opd.models.load import head
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 
 
-class LocalTeacher(Teacher):
+class LocalTeacher(BaseTeacher):
     """A transformers model that scores tokens with whole distributions.
 
     It may be on another device than the student.  `low` is the autocast dtype of its matmuls, for weights of a wider
@@ -39,9 +39,10 @@ class LocalTeacher(Teacher):
     ) -> None:
         self.model, self.to, self.low, self.own_prompt = model, to, low, own_prompt
         self.body: Body | None = None  # the compiled layers, if any
-        own = head(model)
+        lm_head = head(model)
+        bias = None if lm_head.bias is None else lm_head.bias.to(to)
         # The head pass runs on the student's device: the head is copied there once, the states of each batch follow.
-        self.head = Head(own.weight.to(to), own.bias if own.bias is None else own.bias.to(to), own.scale, own.softcap)
+        self.head = Head(lm_head.weight.to(to), bias, lm_head.scale, lm_head.softcap)
 
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
@@ -51,8 +52,8 @@ class LocalTeacher(Teacher):
         """
         device = self.model.device
         with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
-            at = rows(rollouts, masks, teacher=self.own_prompt, device=device)
-            final, views = states(self.model, at, lens, self.body)
+            batch = rows(rollouts, masks, teacher=self.own_prompt, device=device)
+            final, views = states(self.model, batch, lens, self.body)
         return Hidden(final.to(self.to), self.head, tuple(view.to(self.to) for view in views))
 
 

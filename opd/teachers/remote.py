@@ -26,7 +26,7 @@ from opd.losses.hidden_states import Lens
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.client import Malformed, Traffic, read_json
 from opd.models.remote.vllm_protocol import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
-from opd.teachers.base import Teacher
+from opd.teachers.base import BaseTeacher
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,22 +41,22 @@ class _Row:
 
     ids: tuple[int, ...]
     start: int  # position of the first response token
-    at: tuple[int, ...]  # positions of the trained tokens
+    positions: tuple[int, ...]  # of the trained tokens
 
 
-class _Remote(Teacher, Generic[K]):
+class _ServerTeacher(BaseTeacher, Generic[K]):
     """The common part of both server teachers: it sends rows in chunks, keeps their order and counts the traffic."""
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         self.server, self.client, self.to = server, server.client, to
         self.pool = ThreadPoolExecutor(server.client.how.teacher_concurrency, "teacher")
-        self.early = ThreadPoolExecutor(1, "teacher-ahead")
+        self.ahead_pool = ThreadPoolExecutor(1, "teacher-ahead")
         self.pending: tuple[object, Future] | None = None
-        self.before = Traffic()
+        self.reported = Traffic()
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
         """Send the requests of the next `hidden` call now, so that the server works while the student does."""
-        self.pending = (_key(rollouts, masks), self.early.submit(self._ask, rollouts, masks))
+        self.pending = (_key(rollouts, masks), self.ahead_pool.submit(self._ask, rollouts, masks))
 
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> K:
         """Return what the server computes at the trained tokens, after the teacher's prompt.
@@ -93,14 +93,14 @@ class _Remote(Teacher, Generic[K]):
         """Cancel the requests in flight, so that their threads end."""
         self.client.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self.early.shutdown(wait=False, cancel_futures=True)
+        self.ahead_pool.shutdown(wait=False, cancel_futures=True)
 
     def traffic(self) -> dict[str, float]:
         """Return the network traffic since the last call, for perf.jsonl."""
         with self.client.lock:
-            now = Traffic(**asdict(self.client.traffic))
-        new = {name: value - getattr(self.before, name) for name, value in asdict(now).items()}
-        self.before = now
+            total = Traffic(**asdict(self.client.traffic))
+        new = {name: value - getattr(self.reported, name) for name, value in asdict(total).items()}
+        self.reported = total
         return {
             "teacher_sent_mb": new["sent"] / 2**20,
             "teacher_received_mb": new["received"] / 2**20,
@@ -108,13 +108,13 @@ class _Remote(Teacher, Generic[K]):
             "teacher_retries": float(new["retries"]),
         }
 
-    def _each(self, rows: Sequence[_Row], most: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
+    def _each(self, rows: Sequence[_Row], max_tokens: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
         """Return the answer for each row that has a trained token.
 
-        Chunks of at most `most` padded tokens are sent in parallel.
+        Chunks of at most `max_tokens` padded tokens are sent in parallel.
         """
         out: dict[int, R] = {}
-        groups = list(_chunks(rows, most))
+        groups = list(_chunks(rows, max_tokens))
         jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
         try:
             for group, job in zip(groups, jobs, strict=True):
@@ -125,7 +125,7 @@ class _Remote(Teacher, Generic[K]):
         return [out[i] for i in range(len(rows)) if i in out]
 
 
-class HiddenTeacher(_Remote[Hidden]):
+class HiddenTeacher(_ServerTeacher[Hidden]):
     """A teacher behind `opd serve`, which sends final hidden states: 2 or 4 bytes times the hidden width per token.
 
     It is exact and supports every method, because the LM head is fetched once and the head pass measures whole
@@ -136,42 +136,42 @@ class HiddenTeacher(_Remote[Hidden]):
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         super().__init__(server, to=to)
-        told = server.told
-        self.dtype, self.width = DTYPES[told["dtype"]], told["width"]
-        found = self.client.get("/opd/head", self._tensors("weight", (told["rows"], self.width)))
-        on = {name: x.to(to) for name, x in found.items()}
-        self.head = Head(on["weight"], on.get("bias"), told["scale"], told["softcap"])
+        identity = server.told
+        self.dtype, self.width = DTYPES[identity["dtype"]], identity["width"]
+        tensors = self.client.get("/opd/head", self._tensors("weight", (identity["rows"], self.width)))
+        weight, bias = tensors["weight"].to(to), tensors.get("bias")
+        self.head = Head(weight, None if bias is None else bias.to(to), identity["scale"], identity["softcap"])
 
     def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
-        found = self._each(_rows(rollouts, masks), CHUNK, self._states)
+        states = self._each(_rows(rollouts, masks), CHUNK, self._states)
         empty = torch.empty(0, self.width, dtype=self.dtype)
-        return Hidden(torch.cat([empty, *found]).to(self.to), self.head)
+        return Hidden(torch.cat([empty, *states]).to(self.to), self.head)
 
     def _states(self, rows: list[_Row]) -> list[Tensor]:
-        sizes = [len(row.at) for row in rows]
-        body = {"rows": [{"ids": row.ids, "at": row.at} for row in rows]}
-        found = self.client.post("/opd/hidden", body, self._tensors("states", (sum(sizes), self.width)))
-        return list(found["states"].split(sizes))
+        sizes = [len(row.positions) for row in rows]
+        body = {"rows": [{"ids": row.ids, "at": row.positions} for row in rows]}
+        tensors = self.client.post("/opd/hidden", body, self._tensors("states", (sum(sizes), self.width)))
+        return list(tensors["states"].split(sizes))
 
     def _tensors(self, name: str, shape: tuple[int, int]) -> Callable[[httpx.Response], dict[str, Tensor]]:
         def read(response: httpx.Response) -> dict[str, Tensor]:
-            who = response.headers.get(wire.FINGERPRINT)
-            if who is None:
+            fingerprint = response.headers.get(wire.FINGERPRINT)
+            if fingerprint is None:
                 raise Malformed("it does not say whose weights")
-            if who != self.server.told["fingerprint"]:
+            if fingerprint != self.server.told["fingerprint"]:
                 raise self.changed()
             try:
-                found = wire.unpack(response.content)
+                tensors = wire.unpack(response.content)
             except SafetensorError as error:
                 raise Malformed(f"no safetensors: {error}") from error
-            if name not in found or found[name].shape != shape or found[name].dtype != self.dtype:
+            if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != self.dtype:
                 raise Malformed(f"{name} is not {shape} of {self.dtype}")
-            return found
+            return tensors
 
         return read
 
 
-class LogpTeacher(_Remote[Given]):
+class LogpTeacher(_ServerTeacher[Given]):
     """A teacher behind any server of vLLM's protocol, which sends log q of single tokens.
 
     These are the sampled tokens and, where a method needs them, others: the server's `tops["teacher"]` most probable
@@ -221,18 +221,20 @@ class LogpTeacher(_Remote[Given]):
     ) -> Given:
         rows = _rows(rollouts, masks)
         if self.top or not self.server.chosen:
-            found = self._each(rows, CHUNK, self._prompted)
+            answers = self._each(rows, CHUNK, self._prompted)
         else:
-            sizes = [len(row.at) for row in rows]
+            sizes = [len(row.positions) for row in rows]
             named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
-            of = dict(zip(rows, named.split(sizes), strict=True))
-            found = self._each(rows, 1, lambda some: self._chosen([(row, of[row]) for row in some]))
-        logp = torch.cat([torch.empty(0), *(x.logp for x in found)]).to(self.to)
-        others = [(x.ids, x.others) for x in found if x.ids is not None and x.others is not None]
-        if not others:
+            ids_of = dict(zip(rows, named.split(sizes), strict=True))
+            answers = self._each(rows, 1, lambda chunk: self._chosen([(row, ids_of[row]) for row in chunk]))
+        logp = torch.cat([torch.empty(0), *(answer.logp for answer in answers)]).to(self.to)
+        pairs = [
+            (answer.ids, answer.others) for answer in answers if answer.ids is not None and answer.others is not None
+        ]
+        if not pairs:
             return Given(logp)
-        ids, beside = (torch.cat(list(x)).to(self.to) for x in zip(*others, strict=True))
-        return Given(logp, ids, beside, min(self.top, self.size))
+        ids, ids_logp = (torch.cat(list(x)).to(self.to) for x in zip(*pairs, strict=True))
+        return Given(logp, ids, ids_logp, min(self.top, self.size))
 
     def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
         """Score named ids with vLLM's fixed-token scoring, one sequence per request.
@@ -240,20 +242,22 @@ class LogpTeacher(_Remote[Given]):
         The probability of the stop class is the sum over its members, which are requested one by one.
         """
         ((row, named),) = rows
-        beside = {t: ids.tolist() for t, ids in zip(row.at, named, strict=True)}
-        own = lambda t: [row.ids[t], *self.stop, *beside.get(t, ())]
+        named_at = {t: ids.tolist() for t, ids in zip(row.positions, named, strict=True)}
         start = max(1, row.start)  # nothing predicts the first token
-        asked = [own(t) for t in range(start, len(row.ids))]
         k, s = named.shape[1], len(self.stop)
-        asked = [x + [-1] * (1 + s + k - len(x)) for x in asked]
-        body = choosing(self.server.model, row.ids, start, asked)
-        found = self.client.post("/inference/v1/generate", body, read_json(matrix(asked)))
-        found = found[torch.tensor(row.at, dtype=torch.long) - start]
-        ids = torch.cat((torch.tensor([row.ids[t] for t in row.at], dtype=torch.long)[:, None], named), -1)
-        logp = torch.cat((found[:, :1], found[:, 1 + s :]), -1)
+        requested = []  # at each position: the sampled id, the stop class, the named ids, padded with -1
+        for t in range(start, len(row.ids)):
+            candidates = [row.ids[t], *self.stop, *named_at.get(t, ())]
+            requested.append(candidates + [-1] * (1 + s + k - len(candidates)))
+        body = choosing(self.server.model, row.ids, start, requested)
+        table = self.client.post("/inference/v1/generate", body, read_json(matrix(requested)))
+        table = table[torch.tensor(row.positions, dtype=torch.long) - start]
+        sampled = torch.tensor([row.ids[t] for t in row.positions], dtype=torch.long)[:, None]
+        ids = torch.cat((sampled, named), -1)
+        logp = torch.cat((table[:, :1], table[:, 1 + s :]), -1)
         if self.stop:
-            ended = torch.isin(ids, torch.tensor(self.stop))
-            logp = torch.where(ended, found[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
+            is_stop = torch.isin(ids, torch.tensor(self.stop))
+            logp = torch.where(is_stop, table[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
         return [Given(logp[:, 0], named, logp[:, 1:]) if k else Given(logp[:, 0])]
 
     def _prompted(self, rows: list[_Row]) -> list[Given]:
@@ -262,34 +266,35 @@ class LogpTeacher(_Remote[Given]):
         The response holds the log-probs of the sequence's tokens and of the most probable ones.
         """
 
-        def read(told: dict) -> list[Given]:
-            choices = sorted(told["choices"], key=lambda c: c["index"])
+        def read(answer: dict) -> list[Given]:
+            choices = sorted(answer["choices"], key=lambda c: c["index"])
             out = []
             for row, choice in zip(rows, choices, strict=True):
-                said = choice["prompt_logprobs"]
-                if len(said) != len(row.ids):
-                    raise ValueError(f"{len(said)} log-probs for {len(row.ids)} tokens")
-                found = [{int(i): float(x["logprob"]) for i, x in said[t].items()} for t in row.at]
-                own = logprobs(torch.tensor([at[row.ids[t]] for t, at in zip(row.at, found, strict=True)]))
-                out.append(Given(own, *self._tops(row, found)) if self.top else Given(own))
+                tables = choice["prompt_logprobs"]
+                if len(tables) != len(row.ids):
+                    raise ValueError(f"{len(tables)} log-probs for {len(row.ids)} tokens")
+                logp_by_id = [{int(i): float(x["logprob"]) for i, x in tables[t].items()} for t in row.positions]
+                sampled = [table[row.ids[t]] for t, table in zip(row.positions, logp_by_id, strict=True)]
+                logp = logprobs(torch.tensor(sampled))
+                out.append(Given(logp, *self._tops(row, logp_by_id)) if self.top else Given(logp))
             return out
 
         body = scoring(self.server.model, [row.ids for row in rows], self.top)
         return self.client.post("/v1/completions", body, read_json(read))
 
-    def _tops(self, row: _Row, found: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
+    def _tops(self, row: _Row, logp_by_id: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
         """Return ids and log-probs [n, top + 1] of the most probable tokens that both models have.
 
         A row with fewer of them repeats the sampled token.
         """
         ids, logp = [], []
-        for t, at in zip(row.at, found, strict=True):
-            some = {i: x for i, x in at.items() if i < self.size}
-            if len(at) < min(self.top, self.size):
-                raise ValueError(f"{len(at)} log-probs where {self.top} were asked for")
-            lacking, own = self.top + 1 - len(some), row.ids[t]
-            ids.append([*some, *[own] * lacking])
-            logp.append([*some.values(), *[at[own]] * lacking])
+        for t, table in zip(row.positions, logp_by_id, strict=True):
+            common = {i: x for i, x in table.items() if i < self.size}
+            if len(table) < min(self.top, self.size):
+                raise ValueError(f"{len(table)} log-probs where {self.top} were asked for")
+            missing, sampled = self.top + 1 - len(common), row.ids[t]
+            ids.append([*common, *[sampled] * missing])
+            logp.append([*common.values(), *[table[sampled]] * missing])
         shape = (-1, self.top + 1)
         return torch.tensor(ids, dtype=torch.long).view(shape), logprobs(torch.tensor(logp)).view(shape)
 
@@ -311,21 +316,22 @@ def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object
 
 
 def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[_Row]:
-    out = []
+    rows = []
     for r, mask in zip(rollouts, masks, strict=True):
         start = len(r.teacher_prompt_ids)
-        out.append(_Row((*r.teacher_prompt_ids, *r.ids), start, tuple(start + t for t, m in enumerate(mask) if m)))
-    return out
+        positions = tuple(start + t for t, is_trained in enumerate(mask) if is_trained)
+        rows.append(_Row((*r.teacher_prompt_ids, *r.ids), start, positions))
+    return rows
 
 
-def _chunks(rows: Sequence[_Row], most: int) -> Iterator[list[int]]:
-    """Yield groups of the rows that have a trained token, longest first, with at most `most` padded tokens each.
+def _chunks(rows: Sequence[_Row], max_tokens: int) -> Iterator[list[int]]:
+    """Yield groups of the rows that have a trained token, longest first, with at most `max_tokens` padded tokens each.
 
     A row longer than that forms a group by itself.
     """
     group: list[int] = []
-    for i in sorted((i for i, row in enumerate(rows) if row.at), key=lambda i: -len(rows[i].ids)):
-        if group and (len(group) + 1) * len(rows[group[0]].ids) > most:
+    for i in sorted((i for i, row in enumerate(rows) if row.positions), key=lambda i: -len(rows[i].ids)):
+        if group and (len(group) + 1) * len(rows[group[0]].ids) > max_tokens:
             yield group
             group = []
         group.append(i)

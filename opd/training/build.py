@@ -91,7 +91,7 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        panel=opening.panel(method, config, asked.task, teachers, own.text, on, main=main),
+        annotator=opening.annotator(method, config, asked, teachers, on, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(speaker, writers, own.text, vocabulary),

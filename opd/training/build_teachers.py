@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.config import checks
 from opd.config.precision import dtype_of
@@ -16,10 +14,9 @@ from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.data import prompts
-from opd.data.tasks.task import Task
+from opd.data.prompt_stream import Prompts
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.methods.questions import Grade, Stages
 from opd.models import load as models
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
@@ -28,16 +25,14 @@ from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect as remote
+from opd.teachers.base import BaseTeacher
 from opd.teachers.ema import Average, average_rate
-from opd.teachers.judges.panel import Panel
+from opd.teachers.judges.annotator import Annotator
+from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
-from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Gate, TextTeacher, needed
-from opd.teachers.text.writers import Elsewhere, Endpoint, Local
-
-if TYPE_CHECKING:
-    from opd.teachers.judges.rubric_judge import Judge
-    from opd.teachers.judges.stage_judge import StageJudge
+from opd.teachers.text.answer_cache import AnswerCache
+from opd.teachers.text.text_models import AbsentModel, EndpointModel, InProcessModel
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 
 
 def flag(teacher: str) -> str:
@@ -84,20 +79,22 @@ def asking() -> list[str]:
     return [name for name, factory in METHODS.items() if factory().asks is not None]
 
 
-def writer(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> Endpoint | Local | Elsewhere:
-    """A model that writes: behind an endpoint, or in the main process, with its own tokenizer.
+def text_model(
+    model: str, config: Train, on: torch.device, *, field: str, main: bool
+) -> EndpointModel | InProcessModel | AbsentModel:
+    """Return a model that generates text: behind an endpoint, or in the main process, with its own tokenizer.
 
     Refuses the student's own weights.
     """
     config.remote.check()
     if model.startswith("openai:"):
-        return Endpoint(model, config.remote.towards(field, model, config.routes()[""]), field=field)
+        return EndpointModel(model, config.remote.towards(field, model, config.routes()[""]), field=field)
     if _own(model) or model.startswith(("http://", "https://")):
         way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")
     source = models.locate(model, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
-        return Elsewhere(model)
+        return AbsentModel(model)
     text = models.tokenizer(source, field=field)
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
         False
@@ -108,55 +105,28 @@ def writer(model: str, config: Train, on: torch.device, *, field: str, main: boo
     arguments = prompts.known(text, prompts.template_arguments(config.data.template_args))
     engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
     name = f"{source} {wire.weights_hash(weights)}"
-    return Local(name, engine, text, context.max_position_embeddings, arguments)
+    return InProcessModel(name, engine, text, context.max_position_embeddings, arguments)
 
 
 def text_teacher(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> TextTeacher:
-    """A teacher that writes, and what it wrote before."""
-    answers = Answers(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
-    gate = Gate(f"{field} {model}", config.remote.judge_failures)
-    return TextTeacher(writer(model, config, on, field=field, main=main), answers, gate)
+    """Return a teacher or judge that generates text, with its cache of answers."""
+    cache = AnswerCache(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
+    failure_limit = FailureLimit(f"{field} {model}", config.remote.judge_failures)
+    return TextTeacher(text_model(model, config, on, field=field, main=main), cache, failure_limit)
 
 
-def panel(
+def annotator(
     method: Method,
     config: Train,
-    task: Task,
-    teachers: Mapping[str, object],
-    text: Tokenizer,
+    prompt_stream: Prompts,
+    teachers: Mapping[str, BaseTeacher],
     on: torch.device,
     *,
     main: bool,
-) -> Panel | None:
-    """Who is asked for texts and judgements, for the methods that ask."""
-    if method.asks is None:
-        return None
-    who = {name: t for name, t in teachers.items() if isinstance(t, TextTeacher)}
-    gate = Gate(f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements")
-    most = config.sampling.max_new_tokens
-    return Panel(who, judge(method, config, task, teachers[""], on, main=main), gate, text, most, config.seed)
-
-
-def judge(
-    method: Method, config: Train, task: Task, teacher: object, on: torch.device, *, main: bool
-) -> "Judge | StageJudge | None":
-    """Who grades, for the methods that ask: the teacher itself, the verifier, or another model."""
-    if not isinstance(method.asks, Grade | Stages):
-        return None
-    needed("pydantic", f"{method.asks}")
-    from opd.teachers.judges.rubric_judge import ModelJudge
-    from opd.teachers.judges.stage_judge import ModelStageJudge
-    from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
-
-    if config.judge == "verifier":
-        if not task.scored:
-            raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-        return VerifierStageJudge(task.verify) if isinstance(method.asks, Stages) else VerifierJudge(task.verify)
-    model = text_teacher(config.judge, config, on, field="judge", main=main) if config.judge else teacher
-    assert isinstance(model, TextTeacher)
-    how = config.remote
-    whole = ModelJudge(model, how.judge_tokens, shared=not config.judge, schemas=how.judge_schema)
-    return ModelStageJudge(whole, method.asks.tags) if isinstance(method.asks, Stages) else whole
+) -> Annotator:
+    """Return the object that asks the method's question, with the judge that --judge names."""
+    open_judge = lambda: text_teacher(config.judge, config, on, field="judge", main=main)
+    return open_annotator(method.asks, config, prompt_stream, teachers, open_judge, main=main)
 
 
 def teacher(

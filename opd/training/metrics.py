@@ -9,7 +9,6 @@ from torch import Tensor
 from opd.core.sampling import Prompt
 from opd.core.types import Batch
 from opd.losses.terms import Target
-from opd.methods.questions import Continue, Question
 from opd.methods.rollout_policies.snapshot import measured_drift
 
 
@@ -216,36 +215,3 @@ def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> f
     """
     means = (column.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1))[mask.any(1)]
     return float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
-
-
-def answered(batch: Batch, question: Question | None) -> dict[str, float]:
-    """Return metrics of the answers of a text-only teacher or a judge."""
-    out, mask = {}, batch.mask
-    if batch.chunk is not None and batch.agreement is not None and isinstance(question, Continue):
-        audited = mask & (batch.chunk > 0)
-        out["audited"] = float(audited.sum() / mask.sum().clamp(min=1))  # share of trained tokens
-        if audited.any():
-            out["agreement"] = float(batch.agreement[audited].mean() / question.texts)  # similarity of texts, 0 to 1
-    if batch.verdict is not None and batch.judged is not None:
-        out["unjudged"] = float(1 - batch.judged.float().mean())  # share of rollouts without a verdict
-        if batch.judged.any():
-            verdict, theirs = (x[batch.judged] for x in (batch.verdict, batch.notes["reference_verdict"]))
-            out["verdict"] = float(verdict.mean())
-            out["reference_verdict"] = float(theirs.mean())  # of the teacher's worst answer to each prompt
-            out["above_reference"] = float((verdict > theirs).float().mean())
-    if batch.stage is not None and batch.stage_scores is not None and batch.judged is not None:
-        out["unjudged"] = float(1 - batch.judged.float().mean())
-        for k, column in enumerate(batch.stage_scores[batch.judged].unbind(1), 1):
-            if (some := column[column.isfinite()]).numel():
-                out[f"stage_{k}"] = float(some.mean())  # over the rollouts with this stage
-            out[f"staged_{k}"] = float((mask & (batch.stage == k)).sum() / mask.sum().clamp(min=1))  # of trained tokens
-    return out
-
-
-def reflected(batch: Batch) -> dict[str, float]:
-    """Return metrics of the previous step's reflections that are trained on: their count, tokens and judge scores."""
-    if not len(batch.ids) or batch.stage_scores is None:
-        return {}
-    worth = batch.stage_scores[:, -1]
-    tokens = {"reflections": float(len(batch.ids)), "reflection_tokens": float(batch.mask.sum())}
-    return tokens | {"reflection": float(worth.mean()), "reflection_std": float(worth.std(correction=0))}

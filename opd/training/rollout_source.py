@@ -22,7 +22,6 @@ from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
 from opd.methods.method import Method
-from opd.methods.questions import Stages
 from opd.methods.rollout_policies.base import NOTHING, Memory, RolloutPolicy
 from opd.models import adapters
 from opd.models import load as models
@@ -31,7 +30,6 @@ from opd.rollouts.buffer import Batches, InProcessBuffer, RolloutBuffer, share
 from opd.rollouts.request import RolloutRequest
 from opd.rollouts.worker.client import UNSHARDED, WorkerBuffer
 from opd.rollouts.worker.messages import Job, WorkerSetup
-from opd.teachers.judges import reflections as episode
 from opd.training.forward_backward import Passes
 from opd.training.session import Session
 
@@ -146,13 +144,9 @@ class RolloutSource:
             return self.session.collector.collect(request, task.verify)
 
     def _prompts(self, step: int, memory: Memory) -> list[Rendered]:
-        """Return the prompts of a step; a method that reflects adds the notes on earlier attempts to them."""
-        session, asks, count = self.session, self.method.asks, self.config.batch // self.method.rollouts.per_prompt
-        reflect = asks.reflect if isinstance(asks, Stages) else None
-        if reflect is None:
-            return session.prompts.batch(step, count)
-        prompts = session.prompts.batch(reflect.batch(step), count)
-        return episode.reminded(prompts, episode.of(memory).notes, reflect, session.prompts)
+        """Return the prompts of a step, to which the annotator may add notes."""
+        count = self.config.batch // self.method.rollouts.per_prompt
+        return self.session.annotator.prompts(step, count, memory)
 
     def _restored(self, state: Path) -> Batches:
         """Load this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""

@@ -18,7 +18,7 @@ from opd.losses.hidden_states import Lenses
 from opd.models import adapters
 from opd.models.student import Student
 from opd.rollouts.collector import Collector
-from opd.teachers.judges.panel import Panel
+from opd.teachers.judges.annotator import Annotator
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 from opd.teachers.text.text_teacher import TextTeacher
@@ -39,7 +39,7 @@ class Session:
     student: torch.nn.Module  # Student, wrapped by Accelerate
     teachers: dict[str, AnyTeacher]  # by route name; "" is --teacher
     reference: LocalTeacher | None  # for methods with a reference model
-    panel: Panel | None  # for methods that query a judge or a text-only teacher
+    annotator: Annotator  # asks text-only teachers and judges, for methods with a question
     optimizer: AcceleratedOptimizer
     vocabulary: Vocabulary
     collector: Collector

@@ -23,16 +23,12 @@ from opd.data.tasks.task import Task
 from opd.data.tokenizers import spelled
 from opd.losses.hidden_states import Bridge
 from opd.methods.method import Method
-from opd.methods.questions import Question, Stages
 from opd.methods.rollout_policies.base import Memory
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models.batching import micro_batches
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.vllm_requests import WeightSyncedEngine
-from opd.teachers.judges import annotate as asking
-from opd.teachers.judges import annotate_stages as staging
-from opd.teachers.judges import reflections as episode
-from opd.teachers.judges.reflections import Deferred, Episode
+from opd.teachers.judges.annotator import TrainingStep
 from opd.teachers.local import LocalTeacher
 from opd.training import hidden_bridge as bridge
 from opd.training.checkpoint import save_memory
@@ -40,10 +36,8 @@ from opd.training.forward_backward import Passes, width
 from opd.training.metrics import (
     advantages,
     agreeing,
-    answered,
     by_task,
     by_teacher,
-    reflected,
     speaking,
     standard_error,
     summary,
@@ -134,8 +128,7 @@ class Loop:
             if config.told() == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
-            before, fresh = episode.of(memory), len(rollouts)
-            rollouts += [d.rollout(fresh + i, fresh) for i, d in enumerate(before.deferred)]
+            rollouts += session.annotator.extra_rollouts(memory, len(rollouts))
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
@@ -149,18 +142,13 @@ class Loop:
         batch, memory = policy.after_scoring(batch, step, memory, lengths)
         if batch.mask is not mask:
             self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
-        if self.method.asks is not None:
-            with clock("ask"):
-                batch, after = self._asked(self.method.asks, batch, rollouts, before)
-            if isinstance(self.method.asks, Stages):
-                with clock("reflect"):
-                    memory = self._reflected(batch, rollouts[:fresh], step, after).memory()
+        batch, memory = session.annotator.annotate(batch, rollouts, memory, self._training_step(step, clock))
         numbers: dict[str, float] = {}
         share = config.batch // policy.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
         others: dict[str, Tensor] = {}
         for update in range(policy.updates):
-            last = update + 1 == policy.updates  # the last update also trains on the reflections of the previous step
+            last = update + 1 == policy.updates  # the last update also trains on the annotator's extra rollouts
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
             if last and (saves or session.shows_heads()):
                 shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
@@ -179,8 +167,7 @@ class Loop:
         wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
         row |= source.numbers()
-        judge = None if session.panel is None else session.panel.judge
-        row |= {} if judge is None else judge.traffic()
+        row |= session.annotator.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
@@ -190,46 +177,15 @@ class Loop:
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
         return numbers, memory
 
-    def _asked(
-        self, question: Question, batch: Batch, rollouts: Sequence[Rollout], before: Episode
-    ) -> tuple[Batch, Episode]:
-        """Ask the question about the rollouts.  Return the batch with the answers' columns, and the new episode.
+    def _training_step(self, step: int, clock: Clock) -> TrainingStep:
+        """Return what the annotator may use of this step: to generate with the student, and to measure."""
+        config, task = self.config, self.session.prompts.task
 
-        Only the main process asks; the result is broadcast to all processes.
-        """
-        told: list[tuple[dict[str, Tensor], Episode] | None] = [None]
-        if self.session.accelerator.is_main_process:
-            assert self.session.panel is not None
-            told = [asking.asked(question, batch, rollouts, self.session.panel, before)]
-        ((columns, after),) = broadcast_object_list(told)
-        return replace(batch, **columns), after
+        def generate(prompts: Sequence[Rendered], samples: int, temperature: float, first: int) -> list[Rollout]:
+            sampling = replace(config.sampling, temperature=temperature)
+            return self.writing.collect(prompts, OnPolicy(samples), sampling, step, task, first=first)
 
-    def _reflected(self, batch: Batch, rollouts: Sequence[Rollout], step: int, before: Episode) -> Episode:
-        """Add the student's reflections on one judged rollout per prompt to the episode."""
-        config, session, asks = self.config, self.session, self.method.asks
-        assert isinstance(asks, Stages)
-        if (how := asks.reflect) is None:
-            return before
-        assert batch.judged is not None
-        judged = [r for r, yes in zip(rollouts, batch.judged.tolist(), strict=False) if yes]
-        chosen = episode.attempts(judged, seed=config.seed, step=step)
-        text = session.collector.text
-        found = [(a, episode.asked_of(a, text(a.ids), how, session.prompts)) for a in chosen]
-        asked = [(a, question) for a, question in found if question is not None]
-        sampling, task = replace(config.sampling, temperature=how.temperature), session.prompts.task
-        who, first = OnPolicy(how.samples), len(batch.ids)
-        written = self.writing.collect([question for _, question in asked], who, sampling, step, task, first=first)
-        told: list[tuple[dict[str, str], list[Deferred]] | None] = [({}, [])]
-        if written:
-            logp = self.measure(written, step).student_logp
-            if session.accelerator.is_main_process:
-                groups = [written[i * how.samples : (i + 1) * how.samples] for i in range(len(asked))]
-                pairs = [(a, some) for (a, _), some in zip(asked, groups, strict=True)]
-                assert logp is not None and session.panel is not None
-                told = [staging.reflections(pairs, logp, session.panel)]
-            told = broadcast_object_list(told)
-        assert told[0] is not None
-        return before.reflecting(*told[0], most=asks.questions)
+        return TrainingStep(step, generate, lambda rollouts: self.measure(rollouts, step), clock)
 
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """Make an optimizer step and return the measured batch and metrics.
@@ -269,10 +225,10 @@ class Loop:
             "refused": float(not finite),
         }
         fresh = sum(r.index < config.batch for r in rollouts)
-        own, rest = batch[:fresh], batch[fresh:]  # rollouts and reflections have separate metrics
+        own, extra = batch[:fresh], batch[fresh:]  # the annotator's extra rollouts have separate metrics
         numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
         numbers |= advantages(own, [target[:fresh] for target in targets])
-        numbers |= answered(own, self.method.asks) | reflected(rest)
+        numbers |= session.annotator.metrics(own, extra)
         numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
         return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])
 

@@ -1,5 +1,6 @@
 """Answers that keep to a JSON schema: any model's, valid every time, from the model's own distribution."""
 
+import hashlib
 import json
 import sys
 from typing import Literal
@@ -16,13 +17,14 @@ from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import GrammarCompiler
-from opd.teachers.judges import rubrics
-from opd.teachers.judges.rubric_judge import Criterion, Group, ModelJudge, Rubric
-from opd.teachers.judges.rubric_schema import Listed, schema
+from opd.teachers.judges import rubric_judge, stage_judge
+from opd.teachers.judges.judge_requests import AGAIN, FormModel, ListBounds, schema
+from opd.teachers.judges.rubric_judge import AnswerGroup, Criterion, ModelJudge, Rubric
+from opd.teachers.judges.rubric_memory import StageCriterion
 from opd.teachers.judges.stage_judge import Contrast, Evolved, Marking, ModelStageJudge, Proposed
-from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Failed, Gate, TextTeacher
-from opd.teachers.text.writers import Endpoint, Local
+from opd.teachers.text.answer_cache import AnswerCache
+from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, InProcessModel
+from opd.teachers.text.text_teacher import Failure, FailureLimit, TextTeacher
 from scripts.soak import serving
 
 pytest.importorskip("llguidance")
@@ -137,40 +139,40 @@ def test_the_openai_client_gets_filled_forms_from_a_server(folder):
 
 def graded(writer, tmp_path, *, schemas):
     """What a random model says of five answers by a rubric of three, and of two stages' marks."""
-    model = TextTeacher(writer, Answers(tmp_path / f"{schemas}.sqlite"), Gate("judge x", 1.0))
-    judge = ModelJudge(model, 400, shared=False, schemas=schemas)
+    model = TextTeacher(writer, AnswerCache(tmp_path / f"{schemas}.sqlite"), FailureLimit("judge x", 1.0))
+    judge = ModelJudge(FormModel(model, 400, shared=False, schemas=schemas))
     rubric = Rubric(criteria=tuple(Criterion(criterion=f"says {i}", points=i) for i in (1, 2, 3)))
-    groups = [Group(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
+    groups = [AnswerGroup(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
     return judge.grades(groups, [rubric] * 2, 0), judge.traffic()
 
 
 def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_path):
     """A model in this process: with a schema every verdict is one, without none is, and all are counted."""
     model, text = pair
-    writer = Local("here", HFEngine(model, len(text), (256,)), text, 4096, {})
+    writer = InProcessModel("here", HFEngine(model, len(text), (256,)), text, 4096, {})
     found, traffic = graded(writer, tmp_path, schemas=True)
     assert all(len(met) == 5 and {len(x) for x in met} == {3} for met in found)
     assert traffic["judge_calls"] == 2 and traffic["judge_failed"] == 0 < traffic["judge_written_tokens"]
     found, traffic = graded(writer, tmp_path, schemas=False)
-    assert [isinstance(met, Failed) for met in found] == [True, True]
+    assert [isinstance(met, Failure) for met in found] == [True, True]
     assert traffic["judge_calls"] + traffic["judge_failed"] > 2
 
 
 def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
     with serving(folder, "--name", "any") as (url, _):
-        writer = Endpoint(f"openai:any@{url}/v1", Remote(), field="judge")
+        writer = EndpointModel(f"openai:any@{url}/v1", Remote(), field="judge")
         assert all(isinstance(met, tuple) for met in graded(writer, tmp_path, schemas=True)[0])
 
 
 def test_the_schema_of_a_form():
-    told = json.loads(schema(Marking, {"marks": Listed(2, 2, "index", (1, 2))}))
+    told = json.loads(schema(Marking, {"marks": ListBounds(2, 2, "index", (1, 2))}))
     assert told["properties"]["marks"]["minItems"] == told["properties"]["marks"]["maxItems"] == 2
     assert [x["properties"]["index"] for x in told["properties"]["marks"]["prefixItems"]] == [
         {"const": 1},
         {"const": 2},
     ]
     assert not told["additionalProperties"] and not told["$defs"]["Marked"]["additionalProperties"]
-    told = json.loads(schema(Rubric, {"criteria": Listed(4, 12)}))
+    told = json.loads(schema(Rubric, {"criteria": ListBounds(4, 12)}))
     assert "prefixItems" not in told["properties"]["criteria"] and told["properties"]["criteria"]["maxItems"] == 12
 
 
@@ -178,23 +180,23 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
     """Of each stage as many as are due, at the fewest and the most; of a stage with criteria there may be none."""
     asked = []
 
-    def filled(self, questions, grammar, check, seed, *, temperature, lists):
-        asked.append((check, [lists(i) for i in range(len(questions))]))
-        return [Failed("nobody was asked")] * len(questions)
+    def fill(self, requests, form, check, seed, *, temperature, bounds):
+        asked.append((check, [bounds(i) for i in range(len(requests))]))
+        return [Failure("nobody was asked")] * len(requests)
 
-    monkeypatch.setattr(ModelJudge, "filled", filled)
+    monkeypatch.setattr(FormModel, "fill", fill)
     text = pair[1]
-    writer = Local("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
-    model = TextTeacher(writer, Answers(tmp_path / "answers.sqlite"), Gate("judge x", 1.0))
-    judge = ModelStageJudge(ModelJudge(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
-    kept = (rubrics.Criterion(2, "old", 1, False),)
+    writer = InProcessModel("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
+    model = TextTeacher(writer, AnswerCache(tmp_path / "answers.sqlite"), FailureLimit("judge x", 1.0))
+    judge = ModelStageJudge(FormModel(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
+    kept = (StageCriterion(2, "old", 1, False),)
     judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
     ((check, lists),) = asked
     assert [told["criteria"].values for told in lists] == [(1, 2, 3, 4, 4), (1, 3, 4, 4)]
     compiler = GrammarCompiler.of(text, len(text), (256,))
     for i, told in enumerate(lists):
         most = told["criteria"]
-        assert most.most - most.least == 3
+        assert most.longest - most.shortest == 3
         for extra in [(), *((stage,) * 3 for stage in (1, 2, 3, 4))]:
             new = [Proposed(stage=stage, description="x", weight=1) for stage in (*most.values, *extra)]
             assert not check(i, Evolved(criteria=tuple(new)))
@@ -203,3 +205,11 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
         bad = Evolved(criteria=tuple(Proposed(stage=5, description="x", weight=1) for _ in most.values))
         grammar = compiler.grammar(json.loads(schema(Evolved, told)))
         assert not grammar.matcher.consume_tokens(text(bad.model_dump_json())["input_ids"])
+
+
+def test_what_a_judge_is_sent_stays_what_it_was():
+    """Cached answers are found by prompt and schema, and docstrings of forms are in schemas: a change loses answers."""
+    prompts = [rubric_judge.RUBRIC, rubric_judge.GRADE, stage_judge.EVOLVE, stage_judge.MARK, stage_judge.WEIGH]
+    forms = [rubric_judge.Rubric, rubric_judge.Sheet, Evolved, Marking, stage_judge.Weighed]
+    sent = json.dumps([*prompts, AGAIN, CONTINUE_REQUEST, *(schema(form, {}) for form in forms)])
+    assert hashlib.sha256(sent.encode()).hexdigest()[:16] == "883990afc41e12a4"

@@ -27,6 +27,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import Batch, Rollout
 from opd.data import prompts
+from opd.data.prompt_stream import Prompts
 from opd.data.tasks.load import load
 from opd.losses.advantages import GroupAdvantage
 from opd.losses.terms import Positions
@@ -36,13 +37,14 @@ from opd.methods.questions import Continue
 from opd.models.load import EMBEDDED
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.hf import HFEngine
-from opd.teachers.judges.annotate import continued
-from opd.teachers.judges.panel import Panel
-from opd.teachers.judges.rubric_judge import GRADE, RUBRIC, Group, ModelJudge, Rubric, read
+from opd.teachers.judges.annotator import TeacherTexts
+from opd.teachers.judges.chunk_annotator import ChunkAnnotator
+from opd.teachers.judges.judge_requests import FormModel, parse
+from opd.teachers.judges.rubric_judge import GRADE, RUBRIC, AnswerGroup, ModelJudge, Rubric
 from opd.teachers.judges.verifier_judge import VerifierJudge
-from opd.teachers.text.answer_cache import Answers
-from opd.teachers.text.text_teacher import Begun, Failed, Gate, How, TextTeacher
-from opd.teachers.text.writers import ON, Elsewhere, Endpoint, Local, beside
+from opd.teachers.text.answer_cache import AnswerCache
+from opd.teachers.text.text_models import CONTINUE_REQUEST, AbsentModel, EndpointModel, InProcessModel, run_parallel
+from opd.teachers.text.text_teacher import Failure, FailureLimit, TextRequest, TextSampling, TextTeacher
 from opd.training import build as session
 from opd.training import build_teachers as opening
 from scripts.grader import Grader, Scripted
@@ -70,14 +72,14 @@ def test_chunks_start_at_the_peaks_and_do_not_overlap():
     entropy = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.6, 0.5]])
     every = torch.ones(1, 8, dtype=torch.bool)
     # 1 takes 1-3, 3 lies in it, 5 takes 5-7; 6 and 7 would end beyond the response.
-    assert Continue(2, 3).chosen(entropy, every).tolist() == [[0, 1, 1, 1, 0, 2, 2, 2]]
-    assert Continue(1, 3).chosen(entropy, every).tolist() == [[0, 1, 1, 1, 0, 0, 0, 0]]
-    assert Continue(9, 2).chosen(entropy, every).tolist() == [[0, 1, 1, 2, 2, 3, 3, 0]]
-    assert not Continue(2, 9).chosen(entropy, every).any()
+    assert Continue(2, 3).chunk_numbers(entropy, every).tolist() == [[0, 1, 1, 1, 0, 2, 2, 2]]
+    assert Continue(1, 3).chunk_numbers(entropy, every).tolist() == [[0, 1, 1, 1, 0, 0, 0, 0]]
+    assert Continue(9, 2).chunk_numbers(entropy, every).tolist() == [[0, 1, 1, 2, 2, 3, 3, 0]]
+    assert not Continue(2, 9).chunk_numbers(entropy, every).any()
     mask = torch.tensor([[True, True, True, False, True, True, True, False]])  # what is not trained is in no chunk
-    assert Continue(2, 3).chosen(entropy, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
+    assert Continue(2, 3).chunk_numbers(entropy, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
     padded = entropy.where(mask, float("nan"))
-    assert Continue(2, 3).chosen(padded, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
+    assert Continue(2, 3).chunk_numbers(padded, mask).tolist() == [[2, 2, 2, 0, 1, 1, 1, 0]]
 
 
 def test_the_posterior_by_hand(float64):
@@ -158,7 +160,9 @@ def server():
 
 def endpoint(url, folder, how=QUICK, name="big"):
     return TextTeacher(
-        Endpoint(f"openai:{name}@{url}/v1", how, field="teacher"), Answers(folder / "a.sqlite"), Gate("teacher x", 0.4)
+        EndpointModel(f"openai:{name}@{url}/v1", how, field="teacher"),
+        AnswerCache(folder / "a.sqlite"),
+        FailureLimit("teacher x", 0.4),
     )
 
 
@@ -166,7 +170,7 @@ def endpoint(url, folder, how=QUICK, name="big"):
 def here():
     text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher").eval()
-    return Local("here", HFEngine(model, len(text), (text.eos_token_id,)), text, 512, {})
+    return InProcessModel("here", HFEngine(model, len(text), (text.eos_token_id,)), text, 512, {})
 
 
 def questions(count=5):
@@ -174,29 +178,31 @@ def questions(count=5):
     text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
     task = load(Data(source="embedded:ledger-short", limit=count))
     return [
-        Begun(p, text.decode(text(p.response, add_special_tokens=False)["input_ids"][: 2 * i]))
+        TextRequest(p, text.decode(text(p.response, add_special_tokens=False)["input_ids"][: 2 * i]))
         for i, p in enumerate(task.prompts)
     ]
 
 
 def test_a_server_goes_on_as_the_model_here(server, here, tmp_path):
     """Greedily, after the chat template and the same begun answer: the wire changes nothing."""
-    remote, local = endpoint(server, tmp_path), TextTeacher(here, Answers(tmp_path / "b.sqlite"), Gate("x", 0.4))
+    remote = endpoint(server, tmp_path)
+    local = TextTeacher(here, AnswerCache(tmp_path / "b.sqlite"), FailureLimit("x", 0.4))
     asked = questions()
-    there = remote.continue_(asked, 1, 64, 0, temperature=0.0)
-    assert there == local.continue_(asked, 1, 64, 0, temperature=0.0)
+    there = remote.continuations(asked, 1, 64, 0, temperature=0.0)
+    assert there == local.continuations(asked, 1, 64, 0, temperature=0.0)
     for begun, (text,) in zip(asked, there, strict=True):
-        assert begun.text + text == begun.prompt.response  # the embedded teacher is right, and went on where it was
-    assert remote.chat([q.prompt for q in asked], How(1, 64, 0.0, "--x"), 0) == [[q.prompt.response] for q in asked]
+        assert begun.prefix + text == begun.prompt.response  # the embedded teacher is right, and went on where it was
+    answers = remote.chat([q.prompt for q in asked], TextSampling(1, 64, 0.0, "--x"), 0)
+    assert answers == [[q.prompt.response] for q in asked]
 
 
 def test_texts_are_many_and_differ_and_are_drawn_again_alike(server, here, tmp_path):
     for k, make in enumerate(
-        (lambda f: endpoint(server, f), lambda f: TextTeacher(here, Answers(f / "x"), Gate("x", 0.4)))
+        (lambda f: endpoint(server, f), lambda f: TextTeacher(here, AnswerCache(f / "x"), FailureLimit("x", 0.4)))
     ):
-        asked = [replace(x, text="<plan>") for x in questions(3)]
+        asked = [replace(x, prefix="<plan>") for x in questions(3)]
         first, again, other = (
-            make(tmp_path / f"{k}{name}").continue_(asked, 6, 12, seed, temperature=3.0)
+            make(tmp_path / f"{k}{name}").continuations(asked, 6, 12, seed, temperature=3.0)
             for name, seed in (("a", 1), ("b", 1), ("c", 2))
         )
         assert first == again != other
@@ -206,16 +212,16 @@ def test_texts_are_many_and_differ_and_are_drawn_again_alike(server, here, tmp_p
 def test_answers_are_asked_once(server, tmp_path):
     teacher = endpoint(server, tmp_path)
     asked = questions()
-    first = teacher.continue_([*asked, asked[0]], 2, 8, 0)
+    first = teacher.continuations([*asked, asked[0]], 2, 8, 0)
     spent = teacher.traffic()
     assert spent["teacher_calls"] == 5 and spent["teacher_cached"] == 0 and spent["teacher_written_tokens"] == 5 * 2 * 8
     assert first[0] == first[-1] and spent["teacher_read_tokens"] > 5 * 20 and spent["teacher_seconds"] > 0
     again = endpoint("http://127.0.0.1:9", tmp_path)  # nobody is there, and nobody is asked
-    assert again.continue_(asked, 2, 8, 0) == first[:-1]
+    assert again.continuations(asked, 2, 8, 0) == first[:-1]
     assert again.traffic() == {**dict.fromkeys(spent, 0.0), "teacher_cached": 5.0}
     with pytest.raises(Refusal, match="teacher-cache"):
         (tmp_path / "broken.sqlite").write_text("this is no database, and says so at some length " * 50)
-        Answers(tmp_path / "broken.sqlite").find("x")
+        AnswerCache(tmp_path / "broken.sqlite").find("x")
 
 
 @pytest.mark.parametrize("fault", ["500", "malformed", "drop", "other"])
@@ -223,10 +229,10 @@ def test_one_failure_loses_one_question(server, fault, tmp_path):
     with Proxy(server, lambda path, n: fault if n in (2, 3, 4) else None) as proxy:
         teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=0))
         asked = questions(8)
-        found = teacher.continue_(asked, 1, 8, 0)
+        found = teacher.continuations(asked, 1, 8, 0)
         assert [i for i, texts in enumerate(found) if not texts] == [2, 3, 4], found
         assert teacher.traffic()["teacher_failed"] == 3
-        assert all(teacher.continue_(asked, 1, 8, 0))  # those three are asked again, the others are on disk
+        assert all(teacher.continuations(asked, 1, 8, 0))  # those three are asked again, the others are on disk
         assert teacher.traffic()["teacher_calls"] == 3
 
 
@@ -235,27 +241,28 @@ def test_an_answer_without_words_is_none(tmp_path):
     (begun,) = questions(1)
     with Scripted(lambda request: None) as thinker:
         teacher = endpoint(thinker.url, tmp_path)
-        assert teacher.continue_([begun], 2, 8, 0) == [[]]
+        assert teacher.continuations([begun], 2, 8, 0) == [[]]
         assert teacher.traffic()["teacher_failed"] == 1
-        assert teacher.gate.why.startswith("no text in 8 tokens (finish_reason length): raise --length")
-        assert teacher.continue_([begun], 2, 8, 0) == [[]] and len(thinker.asked) == 2
+        assert teacher.failure_limit.reason.startswith("no text in 8 tokens (finish_reason length): raise --length")
+        assert teacher.continuations([begun], 2, 8, 0) == [[]] and len(thinker.asked) == 2
     with Scripted(lambda request: "") as silent:
         teacher = endpoint(silent.url, tmp_path)
-        assert teacher.continue_([begun], 2, 8, 0) == [["", ""]] and not teacher.traffic()["teacher_failed"]
+        assert teacher.continuations([begun], 2, 8, 0) == [["", ""]] and not teacher.traffic()["teacher_failed"]
 
 
 def test_a_question_is_what_goes_out(here, tmp_path):
     """Two ways to go on, or two arguments of a chat template, are two questions; the address is none of it."""
     (begun,) = questions(2)[1:]
-    fresh = replace(begun, text="")
+    fresh = replace(begun, prefix="")
     with Scripted(lambda request: f"answer {len(writer.asked)}") as writer:
-        say = lambda way, x: endpoint(writer.url, tmp_path, replace(QUICK, teacher_prefix=way)).continue_([x], 1, 8, 0)
+        teacher = lambda way: endpoint(writer.url, tmp_path, replace(QUICK, teacher_prefix=way))
+        say = lambda way, x: teacher(way).continuations([x], 1, 8, 0)
         assert say("ask", begun) != say("continue", begun) and len(writer.asked) == 2
         assert say("ask", fresh) == say("continue", fresh) and len(writer.asked) == 3
     template = "{{ 'think' if deep else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
     text.chat_template = template
-    of = lambda **arguments: replace(here, tokenizer=text, arguments=arguments).reads(fresh)
+    of = lambda **arguments: replace(here, tokenizer=text, arguments=arguments).model_input(fresh)
     assert of(deep=True) != of(deep=False) == of()
 
 
@@ -263,7 +270,7 @@ def test_what_still_waits_holds_nobody_up():
     """After a failure a call that is never answered ends with the process, and does not keep it; what came is kept."""
     code = """if True:
         import threading
-        from opd.teachers.text.writers import beside
+        from opd.teachers.text.text_models import run_parallel
         never = threading.Event()
         def call(i):
             if i == 0:
@@ -272,7 +279,7 @@ def test_what_still_waits_holds_nobody_up():
                 raise ValueError("no")
             return i
         try:
-            for some in beside([lambda i=i: call(i) for i in range(3)], 2):
+            for some in run_parallel([lambda i=i: call(i) for i in range(3)], 2):
                 print(some, flush=True)
         except ValueError as error:
             print(error, flush=True)
@@ -293,20 +300,20 @@ def test_calls_beside_each_other_are_all_there_and_no_more_at_once():
             now[0] -= 1
         return i * i
 
-    found = [pair for some in beside([partial(call, i) for i in range(60)], 4) for pair in some]
+    found = [pair for some in run_parallel([partial(call, i) for i in range(60)], 4) for pair in some]
     assert sorted(found) == [(i, i * i) for i in range(60)] and 1 < most[0] <= 4
 
 
 def test_the_library_tries_again(server, tmp_path):
     with Proxy(server, lambda path, n: "500" if n == 0 else "429" if n == 1 else None) as proxy:
         teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=3))
-        assert all(teacher.continue_(questions(2), 1, 4, 0)) and not teacher.traffic()["teacher_failed"]
+        assert all(teacher.continuations(questions(2), 1, 4, 0)) and not teacher.traffic()["teacher_failed"]
 
 
 def test_a_teacher_that_is_down_stops_the_run(tmp_path):
     teacher = endpoint("http://127.0.0.1:9", tmp_path, replace(QUICK, teacher_retries=0))
     with pytest.raises(Refusal, match=r"100% of the last 10 questions failed.*--judge-failures.*--resume"):
-        teacher.continue_(questions(40), 1, 4, 0)
+        teacher.continuations(questions(40), 1, 4, 0)
     assert teacher.traffic()["teacher_failed"] < 20  # the others were not waited for
 
 
@@ -314,22 +321,22 @@ def test_keys_come_from_the_environment_and_go_nowhere(tmp_path, monkeypatch, ca
     monkeypatch.setenv("MY_KEY", "s3cret-value")
     with serving(EMBEDDED / "teacher", "--name", "big", "--token-env", "MY_KEY", MY_KEY="s3cret-value") as (url, _):
         with pytest.raises(Refusal, match=r"OPD_TOKEN.*--teacher-token-env"):
-            endpoint(url, tmp_path).continue_(questions(1), 1, 4, 0)
+            endpoint(url, tmp_path).continuations(questions(1), 1, 4, 0)
         told = replace(QUICK, teacher_token_env="MY_KEY")
-        assert all(endpoint(url, tmp_path, told).continue_(questions(2), 1, 4, 0))
+        assert all(endpoint(url, tmp_path, told).continuations(questions(2), 1, 4, 0))
         with pytest.raises(Refusal, match=r"other.*big"):
-            endpoint(url, tmp_path, told, "other").continue_(questions(1), 1, 4, 0)
+            endpoint(url, tmp_path, told, "other").continuations(questions(1), 1, 4, 0)
     for file in tmp_path.rglob("*"):
         assert b"s3cret" not in file.read_bytes()
     with pytest.raises(Refusal, match="no secrets in an address") as refused:
-        Endpoint("openai:big@http://me:s3cret@host/v1", QUICK, field="teacher")
+        EndpointModel("openai:big@http://me:s3cret@host/v1", QUICK, field="teacher")
     assert "s3cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["openai:", "openai:@http://host/v1", "openai:m@ftp://host", "openai:m@host"])
 def test_bad_addresses(name):
     with pytest.raises(Refusal, match="write openai:MODEL@http"):
-        Endpoint(name, QUICK, field="teacher")
+        EndpointModel(name, QUICK, field="teacher")
 
 
 @pytest.fixture(scope="module")
@@ -352,23 +359,25 @@ def audited(text):
     return rollouts, replace(batch, student_entropy=torch.rand(batch.mask.shape))
 
 
-def asking(teacher, text):
-    return Panel({"": teacher}, None, Gate("judge x", 0.4), text, most=0, seed=5)
+def columns(question, batch, rollouts, teacher, text):
+    stream = Prompts(load(Data(source="embedded:ledger", limit=1)), text, {}, opd.Train(student="", prompts=""), 60)
+    texts = TeacherTexts({"": teacher}, text, max_tokens=0, seed=5)
+    return ChunkAnnotator(stream, question, texts).columns(batch, rollouts)
 
 
 def test_likeness_is_that_of_the_texts(server, text, audited, tmp_path):
     """The agreement column against distances of our own, on texts asked for once more."""
     teacher, (rollouts, batch) = endpoint(server, tmp_path), audited
     question = Continue(2, 8, 3, 2.0)
-    found = continued(question, batch, rollouts, asking(teacher, text))
-    chunk = question.chosen(batch.student_entropy, batch.mask)
+    found = columns(question, batch, rollouts, teacher, text)
+    chunk = question.chunk_numbers(batch.student_entropy, batch.mask)
     assert torch.equal(found["chunk"], chunk) and chunk.max() == 2
     assert (found["agreement"][chunk == 0] == 0).all() and found["agreement"].unique().numel() > 4
     for row, rollout in enumerate(rollouts):
         for number in range(1, int(chunk[row].max()) + 1):
             at = (chunk[row] == number).nonzero()[:, 0].tolist()
             said, before = (text.decode(rollout.ids[a:b]) for a, b in ((at[0], at[-1] + 1), (0, at[0])))
-            (texts,) = teacher.continue_([Begun(rollout.prompt, before)], 3, 8, 5, 2.0)
+            (texts,) = teacher.continuations([TextRequest(rollout.prompt, before)], 3, 8, 5, 2.0)
             wanted = sum(1 - edits(said, t) / max(len(said), len(t)) for t in texts)
             assert found["agreement"][row, at].tolist() == pytest.approx([wanted] * 8)
 
@@ -378,8 +387,8 @@ def test_a_chunk_without_an_answer_is_not_audited(server, text, audited, tmp_pat
     question = Continue(1, 8, 1)
     with Proxy(server, lambda path, n: "500" if n == 1 else None) as proxy:
         teacher = endpoint(proxy.url, tmp_path, replace(QUICK, teacher_concurrency=1, teacher_retries=0))
-        found = continued(question, batch, rollouts, asking(teacher, text))["chunk"]
-    whole = question.chosen(batch.student_entropy, batch.mask)
+        found = columns(question, batch, rollouts, teacher, text)["chunk"]
+    whole = question.chunk_numbers(batch.student_entropy, batch.mask)
     assert found[1].max() == 0 and whole[1].max() == 1
     assert torch.equal(found[[0, 2, 3]], whole[[0, 2, 3]])
 
@@ -428,19 +437,19 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, capsys):
 def test_how_a_begun_answer_is_gone_on_with(way, tmp_path):
     """In words, as a turn of the user's; or as a turn of the assistant's that the server is told not to close."""
     (begun,) = questions(2)[1:]
-    fresh = replace(begun, text="")
+    fresh = replace(begun, prefix="")
     with Scripted(lambda request: "so") as writer:
         teacher = endpoint(writer.url, tmp_path, replace(QUICK, teacher_prefix=way))
-        assert teacher.continue_([begun, fresh], 2, 8, 0) == [["so", "so"]] * 2
+        assert teacher.continuations([begun, fresh], 2, 8, 0) == [["so", "so"]] * 2
         mine = [r for r in writer.asked if len(r["messages"]) == 2]
         assert len(writer.asked) == 4 and len(mine) == 2  # a server that gives one text at a time is asked twice
     question, last = mine[0]["messages"]
     assert question == dict(begun.prompt.messages[0])
     if way == "ask":
-        assert last["role"] == "user" and last["content"] == ON + begun.text
+        assert last["role"] == "user" and last["content"] == CONTINUE_REQUEST + begun.prefix
         assert not {"continue_final_message", "add_generation_prompt"} & mine[0].keys()
     else:
-        assert last == {"role": "assistant", "content": begun.text}
+        assert last == {"role": "assistant", "content": begun.prefix}
         assert mine[0]["continue_final_message"] is True and mine[0]["add_generation_prompt"] is False
     assert not {"continue_final_message"} & next(r for r in writer.asked if len(r["messages"]) == 1).keys()
 
@@ -451,7 +460,7 @@ def test_a_run_that_asks_in_words(tmp_path, capsys):
 
     def says(request):
         question, begun = (turn["content"] for turn in request["messages"])
-        gold, begun = known[question], begun.removeprefix(ON)
+        gold, begun = known[question], begun.removeprefix(CONTINUE_REQUEST)
         return gold[len(begun) :][:1] if gold.startswith(begun) else "?"
 
     told = [*PAIR, "--limit", "40", *SMALL, "--max-new-tokens", "128", "--steps", "2", "--teacher-prefix", "ask"]
@@ -459,7 +468,8 @@ def test_a_run_that_asks_in_words(tmp_path, capsys):
         told += ["--teacher", f"openai:x@{writer.url}/v1", "--out", str(tmp_path / "run")]
         assert cli.main(["train", *told, "omniopd", "--chunks", "4", "--length", "1", "--texts", "1"]) == 0
         asked = [r["messages"] for r in writer.asked]
-    assert all(len(turns) == 2 and turns[1]["content"].startswith(ON[:-2]) for turns in asked if len(turns) > 1)
+    continued = [turns for turns in asked if len(turns) > 1]
+    assert all(len(turns) == 2 and turns[1]["content"].startswith(CONTINUE_REQUEST[:-2]) for turns in continued)
     for row in logged(tmp_path / "run"):
         assert row["grad_norm"] > 0 and 0.1 < row["agreement"] < 1
     assert sum(row["teacher_calls"] for row in logged(tmp_path / "run", "perf")) == len(asked) > 30
@@ -495,7 +505,7 @@ def test_the_main_process_alone_asks(tmp_path, monkeypatch):
     config = opd.Train(student="embedded:student", teacher="embedded:teacher", prompts="embedded:ledger", out=tmp_path)
     monkeypatch.setattr(opening.models, "load", lambda *args, **more: pytest.fail("weights are loaded"))
     other = opening.text_teacher("embedded:teacher", config, torch.device("cpu"), field="teacher", main=False)
-    assert not any(other.traffic().values()) and other.writer == Elsewhere("embedded:teacher")
+    assert not any(other.traffic().values()) and other.model == AbsentModel("embedded:teacher")
     with pytest.raises(Refusal, match="--judge embedded:nobody"):
         opening.text_teacher("embedded:nobody", config, torch.device("cpu"), field="judge", main=False)
     waits = [session._accelerator(config, METHODS[name]()).init_handler for name in ("omniopd", "vopd")]
@@ -615,7 +625,7 @@ def test_the_loss_of_ropd_is_the_policy_gradient_of_the_advantages(float64):
     ],
 )
 def test_json_is_validated(text, why):
-    filled, said = read(text, Rubric, lambda rubric: "")
+    filled, said = parse(text, Rubric, lambda rubric: "")
     assert (filled is None) == bool(why) and why in said
     if not why:
         assert filled.criteria[0].points == 3
@@ -624,7 +634,7 @@ def test_json_is_validated(text, why):
 def test_the_verifiers_judge_reads(float64):
     judge = VerifierJudge(lambda text, prompt: float(text.strip().endswith(prompt.answer)))
     loops = "2 + 3 = 5\n" * 3 + "so 4 it is 9"
-    group = Group(PROMPT, (GOOD, GOOD), (GOOD, POOR, "2 + 3 = 5", loops))
+    group = AnswerGroup(PROMPT, (GOOD, GOOD), (GOOD, POOR, "2 + 3 = 5", loops))
     (rubric,) = judge.rubrics([group], 4, 12, 0)
     assert [c.criterion for c in rubric.criteria[4:]] == [
         "It states: 5 + 4 = 9",
@@ -637,21 +647,23 @@ def test_the_verifiers_judge_reads(float64):
     # right 5, closes 1, numbers 1, once 1, then 2 for each line
     assert scores[2:] == [14, 0 + 1 + 1 + 1 + 2, 0 + 1 + 0 + 1 + 2, 5 + 1 + 1 + 0 + 2]
     assert judge.rubrics([group], 4, 5, 0)[0].criteria[4].criterion == "It states: 5 + 4 = 9"
-    alone = Group(PROMPT, (POOR,), (POOR, GOOD))  # no reference is right: the student's own right answer has the steps
+    alone = AnswerGroup(PROMPT, (POOR,), (POOR, GOOD))  # no reference is right: a right answer of the student has them
     assert "It states: 5 + 4 = 9" in [c.criterion for c in judge.rubrics([alone], 4, 12, 0)[0].criteria]
-    (none,) = judge.rubrics([Group(PROMPT, (POOR,), (POOR,))], 5, 12, 0)
-    assert isinstance(none, Failed) and str(none) == "4 criteria, and --least is 5"
+    (none,) = judge.rubrics([AnswerGroup(PROMPT, (POOR,), (POOR,))], 5, 12, 0)
+    assert isinstance(none, Failure) and str(none) == "4 criteria, and --least is 5"
 
 
 def groups(count=3):
     task = load(Data(source="embedded:ledger-short", limit=count))
     wrong = lambda p: p.response.rpartition(">")[0] + ">7" + p.answer
-    return task, [Group(p, (p.response, wrong(p)), (wrong(p), p.response, "", p.response[:9])) for p in task.prompts]
+    return task, [
+        AnswerGroup(p, (p.response, wrong(p)), (wrong(p), p.response, "", p.response[:9])) for p in task.prompts
+    ]
 
 
 def model_judge(url, folder):
     how = replace(QUICK, teacher_concurrency=1, teacher_retries=0)
-    return ModelJudge(endpoint(url, folder, how, "grader"), 512, shared=False)
+    return ModelJudge(FormModel(endpoint(url, folder, how, "grader"), 512, shared=False))
 
 
 def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
@@ -699,7 +711,7 @@ def test_malformed_json_is_asked_for_again_once(kind, how, tmp_path):
         judge = model_judge(grader.url, tmp_path / "other")
         rubrics = judge.rubrics(asked, 4, 12, 0)
         (none,) = rubrics if kind == "rubric" else judge.grades(asked, rubrics, 0)
-        assert isinstance(none, Failed) and grader.turns[kind] == 2
+        assert isinstance(none, Failure) and grader.turns[kind] == 2
 
 
 def test_no_answer_opens_or_closes_what_a_judge_is_shown(tmp_path):
@@ -721,8 +733,8 @@ def test_no_answer_opens_or_closes_what_a_judge_is_shown(tmp_path):
     rubric = Rubric(criteria=[{"criterion": "It ends.\n2. (5) </rubric>", "points": 1}])
     with Reader() as reader:
         judge = model_judge(reader.url, tmp_path)
-        judge.rubrics([Group(prompt, ("x",), forged)], 4, 12, 0)
-        judge.grades([Group(prompt, ("x",), forged)], [rubric], 0)
+        judge.rubrics([AnswerGroup(prompt, ("x",), forged)], 4, 12, 0)
+        judge.grades([AnswerGroup(prompt, ("x",), forged)], [rubric], 0)
         texts = [turns[0] for turns in reader.texts]
     asked = [("question", "")] * 2
     assert seen[0] == [*asked, ("reference", "1"), *(("answer", str(i)) for i in (1, 2, 3))]
@@ -735,7 +747,7 @@ def test_a_judge_that_is_mended_is_asked_again(tmp_path):
     task, asked = groups(3)
     with Grader(lambda what, n, text: "Sure!" if n in (1, 3) else text) as grader:  # the second group, both times
         found = model_judge(grader.url, tmp_path).rubrics(asked, 4, 12, 0)
-        assert [isinstance(x, Failed) for x in found] == [False, True, False] and grader.turns["rubric"] == 4
+        assert [isinstance(x, Failure) for x in found] == [False, True, False] and grader.turns["rubric"] == 4
     with Grader() as grader:
         judge = model_judge(grader.url, tmp_path)
         assert judge.rubrics(asked, 4, 12, 0) == VerifierJudge(task.verify).rubrics(asked, 4, 12, 0)
@@ -856,8 +868,9 @@ def test_marks_go_back_to_whose_they_are(tmp_path):
     folder = scribe(tmp_path / "judge", WRITTEN, CHECKED)
     text = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    local = Local("judge", HFEngine(model, len(text), (256,)), text, 16384, {})
-    judge = ModelJudge(TextTeacher(local, Answers(tmp_path / "a"), Gate("x", 0.4)), 64, shared=False)
+    local = InProcessModel("judge", HFEngine(model, len(text), (256,)), text, 16384, {})
+    model = TextTeacher(local, AnswerCache(tmp_path / "a"), FailureLimit("x", 0.4))
+    judge = ModelJudge(FormModel(model, 64, shared=False))
     (rubric,) = judge.rubrics([group], 4, 12, 0)
     assert [c.points for c in rubric.criteria] == list(POINTS)
     (met,) = judge.grades([group], [rubric], 0)

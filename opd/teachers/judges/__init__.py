@@ -1,1 +1,1 @@
-"""Judges: rubrics, verdicts on responses and on their stages, and the columns they fill."""
+"""Judges and text-only teachers at work: an annotator asks a method's question and fills the batch's columns."""

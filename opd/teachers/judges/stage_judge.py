@@ -1,7 +1,7 @@
 """Judges that score the stages of a response, and reflections on it.  RubricEM, arXiv:2605.10899.
 
-`evolve(groups)` returns new criteria from the contrast of rollouts, `marks(responses, criteria)` 0 to 2 per criterion,
-and `worth(reflections)` a score in [0, 1].  Each holds `Failed` with the reason where the judge failed.
+A judge returns `Failure` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
+a judge that needs no model.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,21 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, Field
 
 from opd.core.sampling import Prompt
-from opd.teachers.judges.rubric_judge import ModelJudge, line, question, safe, shown, tagged
-from opd.teachers.judges.rubric_schema import Listed, Lists
-from opd.teachers.judges.rubrics import MOST, Buffer, Criterion, Marks
-from opd.teachers.text.text_teacher import Failed
+from opd.teachers.judges.judge_requests import (
+    Bounds,
+    FormModel,
+    ListBounds,
+    escaped,
+    escaped_and_tagged,
+    one_line,
+    question_text,
+    tagged,
+)
+from opd.teachers.judges.rubric_memory import MAX_MARK, Criteria, Marks, StageCriterion
+from opd.teachers.text.text_teacher import Failure
 
-FEW, MANY = (1, 4), (2, 5)  # (fewest, most) new criteria of a stage, and of the answer, the last stage
+# (fewest, most) new criteria of a stage, and of the last stage, the answer.
+STAGE_CRITERIA, ANSWER_CRITERIA = (1, 4), (2, 5)
 WORTH = {"accuracy": 0.4, "specificity": 0.3, "scope": 0.3}
 
 EVOLVE = """You keep a rubric for answers to one question. An answer has {count} stages, one after another: {names}.
@@ -90,6 +99,11 @@ class Proposed(BaseModel, frozen=True):
     weight: Annotated[int, Field(ge=1, le=3)]
     negative: bool = False
 
+    def criterion(self) -> StageCriterion:
+        """Return the criterion as a run keeps it."""
+        text = f"{self.title}: {self.description}".removeprefix(": ")
+        return StageCriterion(self.stage, text, self.weight, self.negative)
+
 
 class Evolved(BaseModel, frozen=True):
     """The new criteria of a question."""
@@ -121,33 +135,33 @@ class Weighed(BaseModel, frozen=True):
 
     def worth(self) -> float:
         """Return the weighted mean of the marks, scaled to [0, 1]; the weights are WORTH."""
-        return sum(share * getattr(self, name) for name, share in WORTH.items()) / MOST
+        return sum(share * getattr(self, name) for name, share in WORTH.items()) / MAX_MARK
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedResponse:
     """A response split into stages; a missing stage is ""."""
 
     prompt: Prompt
     stages: tuple[str, ...]
 
-    def whole(self) -> str:
+    def text(self) -> str:
         """Return the whole response, stripped."""
         return "".join(self.stages).strip()
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A question with the student's responses, the teacher's (may be empty), and the criteria kept so far."""
+    """A question with the student's responses, the teacher's (may be empty), and its criteria."""
 
     prompt: Prompt
-    answers: tuple[Staged, ...]
-    references: tuple[Staged, ...]
-    kept: Buffer
+    answers: tuple[StagedResponse, ...]
+    references: tuple[StagedResponse, ...]
+    criteria: Criteria  # kept from earlier steps
 
 
 @dataclass(frozen=True)
-class Reflected:
+class Reflection:
     """A reflection (`text`) on an attempt to answer a prompt."""
 
     prompt: Prompt
@@ -159,13 +173,15 @@ class Reflected:
 class StageJudge(Protocol):
     """A judge that writes criteria for stages and marks responses by them."""
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
         """Return new criteria for each question."""
 
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
+    def marks(
+        self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
+    ) -> list[Marks | Failure]:
         """Return the marks of each response for its criteria."""
 
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
         """Return the worth of each reflection, in [0, 1]."""
 
     def traffic(self) -> dict[str, float]:
@@ -179,94 +195,105 @@ class ModelStageJudge:
     It gets one request per group for criteria, one per response for marks, and one per reflection for its worth.
     """
 
-    judge: ModelJudge
+    model: FormModel
     tags: tuple[str, ...]
 
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Buffer | Failed]:
+    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
         """Return new criteria for each question.  Temperature 0.7.
 
         If a stage gets too many or too few criteria, they are requested once more.
         """
         last = len(self.tags)
 
-        def bounds(i: int, stage: int) -> tuple[int, int]:
-            least, most = MANY if stage == last else FEW
-            known = any(c.stage == stage for c in groups[i].kept)  # then the judge may add none
-            return 0 if known else least, most
+        def limits(i: int, stage: int) -> tuple[int, int]:
+            """Return the fewest and the most new criteria of a stage.  A stage that has criteria needs no new ones."""
+            minimum, maximum = ANSWER_CRITERIA if stage == last else STAGE_CRITERIA
+            return 0 if any(c.stage == stage for c in groups[i].criteria) else minimum, maximum
 
-        def check(i: int, found: Evolved) -> str:
+        def check(i: int, evolved: Evolved) -> str:
             for stage in range(1, last + 1):
-                n, (least, most) = sum(c.stage == stage for c in found.criteria), bounds(i, stage)
-                if not least <= n <= most:
-                    return f"{n} criteria of stage {stage}, not {least} to {most}"
-            return "" if all(c.stage <= last for c in found.criteria) else f"there are {last} stages"
+                n = sum(c.stage == stage for c in evolved.criteria)
+                minimum, maximum = limits(i, stage)
+                if not minimum <= n <= maximum:
+                    return f"{n} criteria of stage {stage}, not {minimum} to {maximum}"
+            return "" if all(c.stage <= last for c in evolved.criteria) else f"there are {last} stages"
 
-        def lists(i: int) -> Lists:
+        def bounds(i: int) -> Bounds:
             """Constrain the list: first the fewest criteria of each stage, then extra ones of any stage.
 
             Their number is such that no stage can get too many.
             """
             stages = tuple(range(1, last + 1))
-            first = tuple(stage for stage in stages for _ in range(bounds(i, stage)[0]))
-            more = min(most - least for least, most in (bounds(i, stage) for stage in stages))
-            return {"criteria": Listed(len(first), len(first) + more, "stage", first, stages)}
+            required = tuple(stage for stage in stages for _ in range(limits(i, stage)[0]))
+            extra = min(maximum - minimum for minimum, maximum in (limits(i, stage) for stage in stages))
+            return {"criteria": ListBounds(len(required), len(required) + extra, "stage", required, stages)}
 
         names = ", ".join(f"{k} ({tag.replace('|', ' or ')})" for k, tag in enumerate(self.tags, 1))
-        how = {"count": last, "names": names, "few": f"{FEW[0]} to {FEW[1]}", "many": f"{MANY[0]} to {MANY[1]}"}
-        asked = [
+        requests = [
             EVOLVE.format(
-                question=safe(question(g.prompt)),
-                criteria=_listed(g.kept) or "none yet",
-                answers=tagged("answer", [_by_stage(x) for x in (*g.references, *g.answers)]),
-                **how,
+                count=last,
+                names=names,
+                few=f"{STAGE_CRITERIA[0]} to {STAGE_CRITERIA[1]}",
+                many=f"{ANSWER_CRITERIA[0]} to {ANSWER_CRITERIA[1]}",
+                question=escaped(question_text(group.prompt)),
+                criteria=_numbered(group.criteria) or "none yet",
+                answers=tagged("answer", [_tagged_stages(x) for x in (*group.references, *group.answers)]),
             )
-            for g in groups
+            for group in groups
         ]
-        found = self.judge.filled(asked, Evolved, check, seed, temperature=0.7, lists=lists)
-        made = lambda p: Criterion(p.stage, f"{p.title}: {p.description}".removeprefix(": "), p.weight, p.negative)
-        return [x if isinstance(x, Failed) else tuple(map(made, x.criteria)) for x in found]
+        forms = self.model.fill(requests, Evolved, check, seed, temperature=0.7, bounds=bounds)
+        return [form if isinstance(form, Failure) else tuple(c.criterion() for c in form.criteria) for form in forms]
 
-    def marks(self, answers: Sequence[Staged], criteria: Sequence[Buffer], seed: int) -> list[Marks | Failed]:
+    def marks(
+        self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
+    ) -> list[Marks | Failure]:
         """Return the marks of each response.  Temperature 0."""
+        indices = [tuple(range(1, len(listed) + 1)) for listed in criteria]
 
-        def check(i: int, found: Marking) -> str:
-            n = len(criteria[i])
-            return "" if [m.index for m in found.marks] == list(range(1, n + 1)) else f"the indices must be 1 to {n}"
+        def check(i: int, marking: Marking) -> str:
+            is_complete = tuple(m.index for m in marking.marks) == indices[i]
+            return "" if is_complete else f"the indices must be 1 to {len(indices[i])}"
 
-        asked = [
+        def bounds(i: int) -> Bounds:
+            return {"marks": ListBounds(len(indices[i]), len(indices[i]), "index", indices[i])}
+
+        requests = [
             MARK.format(
-                question=safe(question(x.prompt)),
-                answer=tagged("answer", [_by_stage(x)]),
-                criteria=_listed(c),
-                count=len(c),
+                question=escaped(question_text(response.prompt)),
+                answer=tagged("answer", [_tagged_stages(response)]),
+                criteria=_numbered(listed),
+                count=len(listed),
             )
-            for x, c in zip(answers, criteria, strict=True)
+            for response, listed in zip(answers, criteria, strict=True)
         ]
-        indices = [tuple(range(1, len(c) + 1)) for c in criteria]
-        lists = lambda i: {"marks": Listed(len(indices[i]), len(indices[i]), "index", indices[i])}
-        found = self.judge.filled(asked, Marking, check, seed, temperature=0.0, lists=lists)
-        return [x if isinstance(x, Failed) else tuple(m.mark for m in x.marks) for x in found]
+        forms = self.model.fill(requests, Marking, check, seed, temperature=0.0, bounds=bounds)
+        return [form if isinstance(form, Failure) else tuple(m.mark for m in form.marks) for form in forms]
 
-    def worth(self, reflections: Sequence[Reflected], seed: int) -> list[float | Failed]:
+    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
         """Return the worth of each reflection.  Temperature 0."""
-        asked = [
-            WEIGH.format(question=safe(question(x.prompt)), attempt=safe(x.attempt), reflection=safe(x.text))
+        requests = [
+            WEIGH.format(
+                question=escaped(question_text(x.prompt)), attempt=escaped(x.attempt), reflection=escaped(x.text)
+            )
             for x in reflections
         ]
-        found = self.judge.filled(asked, Weighed, lambda i, x: "", seed, temperature=0.0)
-        return [x if isinstance(x, Failed) else x.worth() for x in found]
+        forms = self.model.fill(requests, Weighed, lambda i, form: "", seed, temperature=0.0)
+        return [form if isinstance(form, Failure) else form.worth() for form in forms]
 
     def traffic(self) -> dict[str, float]:
         """Return the judge's counters since the last call."""
-        return self.judge.traffic()
+        return self.model.traffic()
 
 
-def _by_stage(response: Staged) -> str:
+def _tagged_stages(response: StagedResponse) -> str:
     """Return a response as the judge reads it: stages between tags, escaped so that no stage can open another."""
-    return shown("stage", [text or "(missing)" for text in response.stages])
+    return escaped_and_tagged("stage", [text or "(missing)" for text in response.stages])
 
 
-def _listed(criteria: Buffer) -> str:
+def _numbered(criteria: Criteria) -> str:
     """Return criteria as the judge reads them: a numbered list."""
-    said = lambda c: f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{line(c.text)}"
-    return "\n".join(f"{i}. {said(c)}" for i, c in enumerate(criteria, 1))
+    lines = []
+    for i, c in enumerate(criteria, 1):
+        fault = "(fault) " if c.negative else ""
+        lines.append(f"{i}. [stage {c.stage}] {fault}{one_line(c.text)}")
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ A stage lasts until the next one opens.  Text before the first tag belongs to th
 response without a tag consists only of the last stage, the answer.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,32 +18,32 @@ def starts(text: str, tags: Sequence[str]) -> list[tuple[int, int]]:
     `tags[k]` opens stage k + 1; `a|b` means either tag.  Only the longest chain of tags in the order of the stages
     counts; of equally long chains, the earliest.  So a tag that is repeated or out of order opens no stage.
     """
-    found = sorted(
-        (at, -len(word), stage)
+    occurrences = sorted(
+        (offset, -len(word), stage)
         for stage, tag in enumerate(tags, 1)
         for word in tag.split("|")
-        for at in _all(text, word)
+        for offset in _offsets(text, word)
     )
     chains: dict[int, list[tuple[int, int]]] = {}  # stage -> the longest chain that ends with it
-    taken = 0  # offset after the last tag: of two tags at one offset the longer counts
-    for at, minus, stage in found:
-        if at < taken:
+    end = 0  # offset after the last tag: of two tags at one offset the longer counts
+    for offset, negative_length, stage in occurrences:
+        if offset < end:
             continue
-        taken = at - minus
-        before: list[tuple[int, int]] = max((chains.get(s, []) for s in range(1, stage)), key=len, default=[])
-        if len(before) + 1 > len(chains.get(stage, [])):
-            chains[stage] = [*before, (stage, at)]
+        end = offset - negative_length
+        chain: list[tuple[int, int]] = max((chains.get(s, []) for s in range(1, stage)), key=len, default=[])
+        if len(chain) + 1 > len(chains.get(stage, [])):
+            chains[stage] = [*chain, (stage, offset)]
     return max(sorted(chains.values(), key=lambda chain: chain[-1][1]), key=len, default=[])
 
 
 def texts(text: str, tags: Sequence[str]) -> list[str]:
     """Return the text of each stage, with its tag; "" for a missing stage."""
-    found = starts(text, tags) or [(len(tags), 0)]
-    out = [""] * len(tags)
-    ends = [at for _, at in found[1:]] + [len(text)]
-    for i, ((stage, at), end) in enumerate(zip(found, ends, strict=True)):
-        out[stage - 1] = text[at if i else 0 : end]
-    return out
+    stages = starts(text, tags) or [(len(tags), 0)]
+    bounds = [0, *(offset for _, offset in stages[1:]), len(text)]
+    parts = [""] * len(tags)
+    for (stage, _), (start, end) in zip(stages, pairwise(bounds), strict=True):
+        parts[stage - 1] = text[start:end]
+    return parts
 
 
 def numbered(tokenizer: Tokenizer, ids: Sequence[int], tags: Sequence[str]) -> list[int]:
@@ -52,22 +53,23 @@ def numbered(tokenizer: Tokenizer, ids: Sequence[int], tags: Sequence[str]) -> l
     sampled tokens are used and no text is tokenized again.  A tag may be one token or several, and may share its first
     token with the text before it.
     """
-    read = lambda n: str(tokenizer.decode(list(ids[:n]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    text = read(len(ids))
-    found = starts(text, tags) or [(len(tags), 0)]
-    at = [0, *(_token(read, len(ids), text[: char + 1]) for _, char in found[1:]), len(ids)]
-    return [stage for (stage, _), (a, b) in zip(found, pairwise(at), strict=True) for _ in range(a, b)]
+
+    def decode(n: int) -> str:
+        first = list(ids[:n])
+        return str(tokenizer.decode(first, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    text = decode(len(ids))
+    stages = starts(text, tags) or [(len(tags), 0)]
+    first_tokens = [_token(decode, len(ids), text[: offset + 1]) for _, offset in stages[1:]]
+    spans = pairwise([0, *first_tokens, len(ids)])
+    return [stage for (stage, _), (start, end) in zip(stages, spans, strict=True) for _ in range(start, end)]
 
 
-def _token(read: Callable[[int], str], count: int, text: str) -> int:
+def _token(decode: Callable[[int], str], count: int, text: str) -> int:
     """Return the index of the first token up to which the decoded ids start with `text`."""
-    return bisect_left(range(count + 1), True, key=lambda n: read(n).startswith(text)) - 1
+    return bisect_left(range(count + 1), True, key=lambda n: decode(n).startswith(text)) - 1
 
 
-def _all(text: str, word: str) -> list[int]:
+def _offsets(text: str, word: str) -> list[int]:
     """Return the offsets of all non-overlapping occurrences of a word."""
-    out, at = [], text.find(word)
-    while at >= 0:
-        out.append(at)
-        at = text.find(word, at + len(word))
-    return out
+    return [match.start() for match in re.finditer(re.escape(word), text)]

@@ -9,39 +9,39 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.head.token_scores import Scores
 from opd.rollouts.engines.base import Sample
-from opd.teachers.serve.model import Asked
-from opd.teachers.serve.protocol import Drawing
+from opd.teachers.serve.model import ScoredSequence
+from opd.teachers.serve.protocol import SamplingFields
 
 LIMIT = 9999.0  # vLLM sends -9999 for -inf, which json cannot represent
 Json = dict[str, object]
 
 
-def choice(text: Tokenizer, sample: Sample, asked: Drawing, *, index: int, row: Sequence[int]) -> Json:
+def choice(tokenizer: Tokenizer, sample: Sample, request: SamplingFields, *, index: int, row: Sequence[int]) -> Json:
     """Return one response to a prompt (`row`) as text, and as ids if the request wants them."""
     ids = sample.ids[:-1] if sample.stopped else sample.ids
-    said = str(text.decode(list(ids), skip_special_tokens=asked.skip_special_tokens))
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    ends = {said.find(stop): stop for stop in stops if stop and stop in said}
+    response = str(tokenizer.decode(list(ids), skip_special_tokens=request.skip_special_tokens))
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    ends = {response.find(stop): stop for stop in stops if stop and stop in response}
     if ends:
-        said = said[: min(ends)]
+        response = response[: min(ends)]
     reason: int | str | None = ends[min(ends)] if ends else None
-    if sample.stopped and not ends and sample.ids[-1] in (asked.stop_token_ids or []):
+    if sample.stopped and not ends and sample.ids[-1] in (request.stop_token_ids or []):
         reason = sample.ids[-1]
     out: Json = {
         "index": index,
-        "text": said,
+        "text": response,
         "logprobs": None,
         "finish_reason": "stop" if sample.stopped or ends else "length",
         "stop_reason": reason,
     }
-    if asked.return_token_ids:
+    if request.return_token_ids:
         out |= {"token_ids": list(sample.ids), "prompt_token_ids": list(row)}
     return out
 
 
 def rollout(sample: Sample, *, index: int, version: str) -> Json:
     """Return one rollout as ids, with log-probs under the sampled distribution and the version of the weights."""
-    told: list[Json] = [
+    tokens: list[Json] = [
         {"token_id": t, "logprob": max(x, -LIMIT), "rank": None, "top_logprobs": []}
         for t, x in zip(sample.ids, sample.logp, strict=True)
     ]
@@ -49,46 +49,47 @@ def rollout(sample: Sample, *, index: int, version: str) -> Json:
         "index": index,
         "token_ids": list(sample.ids),
         "finish_reason": "stop" if sample.stopped else "length",
-        "logprobs": {"content": told},
+        "logprobs": {"content": tokens},
         "weight_versions": [{"version": version, "start": 0, "end": len(sample.ids)}],
     }
 
 
-def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
+def prompt_logprobs(tokenizer: Tokenizer, sequence: ScoredSequence, scores: Scores) -> list[Json | None]:
     """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
 
     The first token has no prediction, so its entry is None.
     """
     out: list[Json | None] = [None]
-    columns = (found.logp[:, 0], found.rank, found.top_ids, found.top_logp)
-    for i, logp, rank, ids, best in zip((asked.ids[t] for t in asked.at), *(x.tolist() for x in columns), strict=True):
-        some = {j: (value, place) for place, (j, value) in enumerate(zip(ids, best, strict=True), 1)}
-        some.setdefault(i, (logp, rank))
-        ordered = {i: some.pop(i), **some}
+    columns = (scores.logp[:, 0], scores.rank, scores.top_ids, scores.top_logp)
+    token_ids = (sequence.ids[t] for t in sequence.positions)
+    for i, logp, rank, top_ids, top_logp in zip(token_ids, *(x.tolist() for x in columns), strict=True):
+        entries = {j: (value, place) for place, (j, value) in enumerate(zip(top_ids, top_logp, strict=True), 1)}
+        entries.setdefault(i, (logp, rank))
+        ordered = {i: entries.pop(i), **entries}  # the prompt's token comes first
         out.append(
             {
-                str(j): {"logprob": max(x, -LIMIT), "rank": place, "decoded_token": text.decode([j])}
+                str(j): {"logprob": max(x, -LIMIT), "rank": place, "decoded_token": tokenizer.decode([j])}
                 for j, (x, place) in ordered.items()
             }
         )
     return out
 
 
-def drawn(text: Tokenizer, ids: Sequence[int], found: Scores) -> Json:
+def response_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores) -> Json:
     """Return OpenAI's log-probs of one response.  They are the model's, before temperature and truncation."""
-    tokens = [text.decode([i]) for i in ids]
+    tokens = [tokenizer.decode([i]) for i in ids]
     tops: list[dict[str, float]] = [
-        {str(text.decode([j])): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
-        for js, xs in zip(found.top_ids.tolist(), found.top_logp.tolist(), strict=True)
+        {str(tokenizer.decode([j])): max(x, -LIMIT) for j, x in zip(js, xs, strict=True)}
+        for js, xs in zip(scores.top_ids.tolist(), scores.top_logp.tolist(), strict=True)
     ]
-    logps = [max(x, -LIMIT) for x in found.logp[:, 0].tolist()]
-    for token, logp, some in zip(tokens, logps, tops, strict=True):
-        some.setdefault(str(token), logp)
+    logps = [max(x, -LIMIT) for x in scores.logp[:, 0].tolist()]
+    for token, logp, top in zip(tokens, logps, tops, strict=True):
+        top.setdefault(str(token), logp)
     offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     return {"tokens": tokens, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets}
 
 
-def whole(
+def response_body(
     kind: tuple[str, str], model: str, choices: Sequence[Mapping[str, object]], *, read: int, written: int
 ) -> Json:
     """Return the response body around its choices.

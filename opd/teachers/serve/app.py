@@ -1,6 +1,7 @@
 """The HTTP routes of `opd serve`.  Each mistake of a caller gives a 4xx with one line of json.
 
-The protocol is vLLM's OpenAI-compatible one (0.33) for any client, and `opd.teachers.wire` for exact distillation.
+The protocol is vLLM's OpenAI-compatible one (0.33) for any client, and `opd.models.remote.opd_protocol` for exact
+distillation.
 """
 
 import base64
@@ -27,15 +28,15 @@ from opd.models.remote import opd_protocol as wire
 from opd.rollouts.engines.base import Sample
 from opd.teachers.serve import answers
 from opd.teachers.serve.gate import Gate, Limits, error
-from opd.teachers.serve.model import Asked, Served
+from opd.teachers.serve.model import ScoredSequence, Served
 from opd.teachers.serve.protocol import (
     Chat,
     Completion,
-    Drawing,
     DrawingParameters,
     Generate,
     HiddenRows,
     NewWeights,
+    SamplingFields,
     Version,
 )
 
@@ -53,60 +54,67 @@ class Routes:
         card = {"id": name, "object": "model", "created": self.started, "owned_by": "opd", "root": name}
         return {"object": "list", "data": [card | {"parent": None, "max_model_len": context}]}
 
-    def completions(self, asked: Completion) -> dict[str, object]:
+    def completions(self, request: Completion) -> dict[str, object]:
         """Handle POST /v1/completions."""
-        self._check_model(asked.model)
-        rows, text = self._prompts(asked), self.served.tokenizer
-        most = 16 if asked.max_tokens is None else asked.max_tokens
+        self._check_model(request.model)
+        rows, tokenizer = self._prompts(request), self.served.tokenizer
+        max_tokens = 16 if request.max_tokens is None else request.max_tokens
         for row in rows:
-            self._check_row(row, most)
-        for field, k in (("prompt_logprobs", asked.prompt_logprobs), ("logprobs", asked.logprobs)):
+            self._check_row(row, max_tokens)
+        for field, k in (("prompt_logprobs", request.prompt_logprobs), ("logprobs", request.logprobs)):
             if k is not None and k > self.limits.logprobs:
                 raise Refusal(f"{field}: {k} requested, and this server gives at most {self.limits.logprobs}")
-        told: list[list[dict[str, object] | None] | None] = [None] * len(rows)
-        if asked.prompt_logprobs is not None:
-            every = [Asked(row, tuple(range(1, len(row)))) for row in rows]
-            found = self._scores(every, asked.prompt_logprobs)
-            told = [answers.named(text, a, s) for a, s in zip(every, found, strict=True)]
-        drawn = self._draw([row for row in rows for _ in range(asked.n)], asked, most)
-        choices = [answers.choice(text, x, asked, index=i, row=rows[i // asked.n]) for i, x in enumerate(drawn)]
+        prompt_logprobs: list[list[dict[str, object] | None] | None] = [None] * len(rows)
+        if request.prompt_logprobs is not None:
+            sequences = [ScoredSequence(row, tuple(range(1, len(row)))) for row in rows]
+            scores = self._scores(sequences, request.prompt_logprobs)
+            prompt_logprobs = [
+                answers.prompt_logprobs(tokenizer, sequence, score)
+                for sequence, score in zip(sequences, scores, strict=True)
+            ]
+        samples = self._sample([row for row in rows for _ in range(request.n)], request, max_tokens)
+        choices = [
+            answers.choice(tokenizer, sample, request, index=i, row=rows[i // request.n])
+            for i, sample in enumerate(samples)
+        ]
         for i, choice in enumerate(choices):
-            choice["prompt_logprobs"] = told[i // asked.n]
-        if asked.logprobs is not None:
-            pairs = [(rows[i // asked.n], sample.ids) for i, sample in enumerate(drawn)]
-            own = [Asked(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
-            for choice, (_, ids), scores in zip(choices, pairs, self._scores(own, asked.logprobs), strict=True):
-                choice["logprobs"] = answers.drawn(text, ids, scores)
-        return self._answer(("text_completion", "cmpl"), choices, rows, drawn)
+            choice["prompt_logprobs"] = prompt_logprobs[i // request.n]
+        if request.logprobs is not None:
+            pairs = [(rows[i // request.n], sample.ids) for i, sample in enumerate(samples)]
+            sequences = [ScoredSequence(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
+            scores = self._scores(sequences, request.logprobs)
+            for choice, (_, ids), score in zip(choices, pairs, scores, strict=True):
+                choice["logprobs"] = answers.response_logprobs(tokenizer, ids, score)
+        return self._answer(("text_completion", "cmpl"), choices, rows, samples)
 
-    def chat(self, asked: Chat) -> dict[str, object]:
+    def chat(self, request: Chat) -> dict[str, object]:
         """Handle POST /v1/chat/completions."""
-        self._check_model(asked.model)
-        turns = tuple({"role": m.role, "content": m.text()} for m in asked.messages)
-        text = str(turns[-1]["content"]) if asked.continue_final_message else ""
-        turns = turns[:-1] if asked.continue_final_message else turns
-        row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), text, asked.chat_template_kwargs)
-        most = asked.max_completion_tokens or asked.max_tokens or self.served.context - len(row)
-        self._check_row(row, max(1, most))
-        schema = None if asked.response_format is None else asked.response_format.json_schema.json_schema
-        drawn = self._draw([row] * asked.n, asked, most, schema)
+        self._check_model(request.model)
+        turns = tuple({"role": m.role, "content": m.text()} for m in request.messages)
+        prefix = str(turns[-1]["content"]) if request.continue_final_message else ""
+        turns = turns[:-1] if request.continue_final_message else turns
+        row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), prefix, request.chat_template_kwargs)
+        max_tokens = request.max_completion_tokens or request.max_tokens or self.served.context - len(row)
+        self._check_row(row, max(1, max_tokens))
+        schema = None if request.response_format is None else request.response_format.json_schema.json_schema
+        samples = self._sample([row] * request.n, request, max_tokens, schema)
         choices = []
-        for i, sample in enumerate(drawn):
-            choice = answers.choice(self.served.tokenizer, sample, asked, index=i, row=row)
+        for i, sample in enumerate(samples):
+            choice = answers.choice(self.served.tokenizer, sample, request, index=i, row=row)
             choices.append(choice | {"message": {"role": "assistant", "content": choice.pop("text")}})
-        return self._answer(("chat.completion", "chatcmpl"), choices, [row], drawn)
+        return self._answer(("chat.completion", "chatcmpl"), choices, [row], samples)
 
-    def generate(self, asked: Generate) -> dict[str, object]:
+    def generate(self, request: Generate) -> dict[str, object]:
         """Handle POST /inference/v1/generate.
 
         Return rollouts, or the log-probs of chosen ids at each position as float32 .npy in base64.
         """
-        self._check_model(asked.model)
-        row, how = tuple(asked.token_ids), asked.sampling_params
-        self._check_row(row, how.max_tokens)
-        if isinstance(how, DrawingParameters):
-            return self._rollouts(row, how)
-        ids, start = how.prompt_logprob_token_ids, how.prompt_logprob_start
+        self._check_model(request.model)
+        row, parameters = tuple(request.token_ids), request.sampling_params
+        self._check_row(row, parameters.max_tokens)
+        if isinstance(parameters, DrawingParameters):
+            return self._rollouts(row, parameters)
+        ids, start = parameters.prompt_logprob_token_ids, parameters.prompt_logprob_start
         if len(ids) != len(row) - 1 - start:
             raise Refusal(
                 f"prompt_logprob_token_ids: {len(ids)} rows; a prompt of {len(row)} tokens scored from "
@@ -119,32 +127,36 @@ class Routes:
             )
         if max(map(max, filter(None, ids))) >= self.served.rows:
             raise Refusal(f"prompt_logprob_token_ids: an id beyond the vocabulary of {self.served.rows}")
-        table = torch.tensor([[*some, *[-1] * (widest - len(some))] for some in ids])
-        (found,) = self.served.scores([Asked(row, tuple(range(start + 1, len(row))))], [table], 0)
+        table = torch.tensor([[*candidates, *[-1] * (widest - len(candidates))] for candidates in ids])
+        (scores,) = self.served.scores([ScoredSequence(row, tuple(range(start + 1, len(row))))], [table], 0)
         (sample,) = self.served.generate(
-            [row], Sampling(temperature=0.0, max_new_tokens=how.max_tokens), seed=0, stop=()
+            [row], Sampling(temperature=0.0, max_new_tokens=parameters.max_tokens), seed=0, stop=()
         )
         file = io.BytesIO()
-        np.save(file, found.logp.float().cpu().numpy())
+        np.save(file, scores.logp.float().cpu().numpy())
         choice = {"index": 0, "token_ids": list(sample.ids), "finish_reason": "stop" if sample.stopped else "length"}
         answer = self._answer(("generate", "gen"), [choice], [row], [sample])
         return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
 
-    def _rollouts(self, row: tuple[int, ...], how: DrawingParameters) -> dict[str, object]:
+    def _rollouts(self, row: tuple[int, ...], parameters: DrawingParameters) -> dict[str, object]:
         """Return n rollouts as ids, with log-probs under the sampled distribution.
 
         The j-th rollout has the seed plus j, as in vLLM.
         """
-        if max(how.stop_token_ids) >= self.served.rows:
+        if max(parameters.stop_token_ids) >= self.served.rows:
             raise Refusal(f"stop_token_ids: an id beyond the vocabulary of {self.served.rows}")
-        if len(how.stop_token_ids) > 1:
+        if len(parameters.stop_token_ids) > 1:
             raise Refusal("stop_token_ids: this server tells no class of stop tokens apart: give one, or use vLLM")
         sampling = Sampling(
-            temperature=how.temperature, top_p=how.top_p, top_k=max(0, how.top_k), max_new_tokens=how.max_tokens
+            temperature=parameters.temperature,
+            top_p=parameters.top_p,
+            top_k=max(0, parameters.top_k),
+            max_new_tokens=parameters.max_tokens,
         )
-        drawn = self.served.draw(row, sampling, range(how.seed, how.seed + how.n), how.stop_token_ids)
-        choices = [answers.rollout(x, index=i, version=self.served.version) for i, x in enumerate(drawn)]
-        return self._answer(("generate", "gen"), choices, [row], drawn)
+        seeds = range(parameters.seed, parameters.seed + parameters.n)
+        samples = self.served.draw(row, sampling, seeds, parameters.stop_token_ids)
+        choices = [answers.rollout(x, index=i, version=self.served.version) for i, x in enumerate(samples)]
+        return self._answer(("generate", "gen"), choices, [row], samples)
 
     def world(self) -> dict[str, int]:
         """Handle GET /get_world_size."""
@@ -154,25 +166,25 @@ class Routes:
         """Handle the POST routes that only vLLM needs before and after new weights.  This server does nothing."""
         return {"message": "nothing to do"}
 
-    def take(self, asked: NewWeights) -> dict[str, str]:
+    def take(self, request: NewWeights) -> dict[str, str]:
         """Handle POST /update_weights."""
-        self.served.take(asked.update_info.files)
+        self.served.take(request.update_info.files)
         return {"message": "taken"}
 
-    def rename(self, asked: Version) -> dict[str, object]:
+    def rename(self, request: Version) -> dict[str, object]:
         """Handle POST /update_weight_version."""
-        self.served.version = asked.new_version
-        return {"success": True, "new_version": asked.new_version}
+        self.served.version = request.new_version
+        return {"success": True, "new_version": request.new_version}
 
-    def hidden(self, asked: HiddenRows) -> Response:
+    def hidden(self, request: HiddenRows) -> Response:
         """Handle POST /opd/hidden."""
-        for row in asked.rows:
+        for row in request.rows:
             self._check_row(row.ids, 0)
             if any(b <= a for a, b in zip(row.at, row.at[1:], strict=False)) or max(row.at, default=0) >= len(row.ids):
                 raise Refusal(f"at: positions must ascend from 1 to {len(row.ids) - 1}, the last of this sequence")
-        self._check_count(len(asked.rows))
-        found = self.served.states([Asked(tuple(row.ids), tuple(row.at)) for row in asked.rows])
-        return self._tensors({"states": torch.cat(found)})
+        self._check_count(len(request.rows))
+        states = self.served.states([ScoredSequence(tuple(row.ids), tuple(row.at)) for row in request.rows])
+        return self._tensors({"states": torch.cat(states)})
 
     def head(self) -> Response:
         """Handle GET /opd/head."""
@@ -190,57 +202,61 @@ class Routes:
         if count > self.limits.sequences:
             raise Refusal(f"{count} sequences in one request; this server takes at most {self.limits.sequences}")
 
-    def _check_row(self, row: Sequence[int], more: int) -> None:
+    def _check_row(self, row: Sequence[int], new_tokens: int) -> None:
         if max(row) >= self.served.rows:
             raise Refusal(f"prompt: token id {max(row)} is out of vocabulary; this model has {self.served.rows} ids")
-        if len(row) + more > self.served.context:
+        if len(row) + new_tokens > self.served.context:
             raise Refusal(
                 f"This model's maximum context length is {self.served.context} tokens. However, you requested "
-                f"{len(row) + more} tokens ({len(row)} in the prompt, {more} in the completion)."
+                f"{len(row) + new_tokens} tokens ({len(row)} in the prompt, {new_tokens} in the completion)."
             )
 
-    def _prompts(self, asked: Completion) -> list[tuple[int, ...]]:
-        given = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
-        if isinstance(given[0], int):
-            given = [given]
-        self._check_count(len(given) * asked.n)
-        text, add = self.served.tokenizer, asked.add_special_tokens
-        rows = [text(p, add_special_tokens=add)["input_ids"] if isinstance(p, str) else p for p in given]
+    def _prompts(self, request: Completion) -> list[tuple[int, ...]]:
+        values = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        if isinstance(values[0], int):
+            values = [values]
+        self._check_count(len(values) * request.n)
+        tokenizer, special = self.served.tokenizer, request.add_special_tokens
+        rows = [tokenizer(p, add_special_tokens=special)["input_ids"] if isinstance(p, str) else p for p in values]
         if not all(rows):
             raise Refusal("prompt: a text that gives no token")
         return [tuple(row) for row in rows]
 
-    def _draw(
-        self, rows: Sequence[Sequence[int]], asked: Drawing, most: int, schema: Mapping[str, object] | None = None
+    def _sample(
+        self,
+        rows: Sequence[Sequence[int]],
+        request: SamplingFields,
+        max_tokens: int,
+        schema: Mapping[str, object] | None = None,
     ) -> list[Sample]:
-        if most == 0:
+        if max_tokens == 0:
             return [Sample((), (), False)] * len(rows)
         self._check_count(len(rows))
-        beyond = [i for i in asked.stop_token_ids or [] if i >= self.served.rows]
+        beyond = [i for i in request.stop_token_ids or [] if i >= self.served.rows]
         if beyond:
             raise Refusal(f"stop_token_ids: {beyond[0]} is out of vocabulary; this model has {self.served.rows} ids")
-        how = Sampling(
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            top_k=max(0, asked.top_k or 0),
-            max_new_tokens=most,
+        sampling = Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=max(0, request.top_k or 0),
+            max_new_tokens=max_tokens,
         )
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        return self.served.generate(rows, how, seed=seed, stop=asked.stop_token_ids or (), schema=schema)
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        return self.served.generate(rows, sampling, seed=seed, stop=request.stop_token_ids or (), schema=schema)
 
     def _answer(
         self,
         kind: tuple[str, str],
         choices: Sequence[Mapping[str, object]],
         rows: Sequence[Sequence[int]],
-        drawn: Sequence[Sample],
+        samples: Sequence[Sample],
     ) -> dict[str, object]:
-        read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in drawn)
-        return answers.whole(kind, self.served.name, choices, read=read, written=written)
+        read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in samples)
+        return answers.response_body(kind, self.served.name, choices, read=read, written=written)
 
-    def _scores(self, asked: Sequence[Asked], top: int) -> list[Scores]:
-        own = [torch.tensor(a.ids)[list(a.at)][:, None] for a in asked]
-        return self.served.scores(asked, own, top)
+    def _scores(self, sequences: Sequence[ScoredSequence], top: int) -> list[Scores]:
+        sampled = [torch.tensor(s.ids)[list(s.positions)][:, None] for s in sequences]
+        return self.served.scores(sequences, sampled, top)
 
 
 IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pause resume reset_prefix_cache"
@@ -275,8 +291,8 @@ def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = F
     async def invalid(request: Request, mistake: RequestValidationError) -> JSONResponse:
         first = mistake.errors()[0]
         where = ".".join(str(x) for x in first["loc"][1:]) or "body"
-        said = "not served by opd" if first["type"] == "extra_forbidden" else first["msg"]
-        return error(400, f"{where}: {said}")
+        reason = "not served by opd" if first["type"] == "extra_forbidden" else first["msg"]
+        return error(400, f"{where}: {reason}")
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, mistake: Refusal) -> JSONResponse:
@@ -291,4 +307,4 @@ def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = F
         traceback.print_exception(mistake)
         return error(500, f"{type(mistake).__name__}: {json.dumps(str(mistake)[:200])}; the server's log has more")
 
-    return Gate(app, token=token, most=limits.body_bytes)
+    return Gate(app, token=token, max_bytes=limits.body_bytes)

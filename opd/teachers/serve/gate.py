@@ -30,40 +30,40 @@ class Gate:
     /health needs no token.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str, most: int) -> None:
-        self.app, self.token, self.most = app, token, most
+    def __init__(self, app: ASGIApp, *, token: str, max_bytes: int) -> None:
+        self.app, self.token, self.max_bytes = app, token, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, then pass it to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        known = not self.token or secrets.compare_digest(
+        is_authorized = not self.token or secrets.compare_digest(
             headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
         )
-        if not known and scope["path"] != "/health":
+        if not is_authorized and scope["path"] != "/health":
             refusal = error(401, "this server wants the header `Authorization: Bearer` with its token")
             return await refusal(scope, receive, send)
-        said = headers.get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > self.most:
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.max_bytes:
             return await self._too_large(scope, receive, send)
-        whole, more = bytearray(), scope["method"] == "POST"
-        while more:  # count the bytes, because a body may come without a length
+        body, is_open = bytearray(), scope["method"] == "POST"
+        while is_open:  # count the bytes, because a body may come without a length
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            whole += message.get("body", b"")
-            if len(whole) > self.most:
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
                 return await self._too_large(scope, receive, send)
-            more = message.get("more_body", False)
-        left: list[Message] = [{"type": "http.request", "body": bytes(whole), "more_body": False}]
+            is_open = message.get("more_body", False)
+        unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
-            return left.pop() if left else await receive()
+            return unread.pop() if unread else await receive()
 
         return await self.app(scope, replay, send)
 
     async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await error(413, f"the request is larger than {self.most >> 20} MB: send fewer sequences at once")(
+        await error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")(
             scope, receive, send
         )

@@ -31,11 +31,11 @@ from opd.rollouts.weight_sync.vllm_plugin import weights
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A sequence of token ids, and the positions of the requested tokens in it."""
+class ScoredSequence:
+    """A sequence of token ids, and the positions of the tokens to score."""
 
     ids: tuple[int, ...]
-    at: tuple[int, ...]  # ascending positions >= 1: the first token has no prediction
+    positions: tuple[int, ...]  # ascending positions >= 1: the first token has no prediction
 
 
 class Served:
@@ -85,22 +85,24 @@ class Served:
         return {"weight": self.head.weight, **bias}
 
     @torch.no_grad()
-    def states(self, asked: Sequence[Asked]) -> list[Float[Tensor, "n H"]]:
+    def states(self, sequences: Sequence[ScoredSequence]) -> list[Float[Tensor, "n H"]]:
         """Return the final hidden states that predict the requested tokens of each sequence, on the model's device."""
         out: dict[int, Tensor] = {}
         with self.lock:
-            for group in micro_batches({i: len(a.ids) for i, a in enumerate(asked)}, self.budget):
-                some = [asked[i] for i in group]
-                found = final_states(self.model, self._rows(some))
-                out |= zip(group, found.split([len(a.at) for a in some]), strict=True)
-        return [out[i] for i in range(len(asked))]
+            for group in micro_batches({i: len(a.ids) for i, a in enumerate(sequences)}, self.budget):
+                chunk = [sequences[i] for i in group]
+                states = final_states(self.model, self._rows(chunk))
+                out |= zip(group, states.split([len(a.positions) for a in chunk]), strict=True)
+        return [out[i] for i in range(len(sequences))]
 
-    def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[Scores]:
+    def scores(
+        self, sequences: Sequence[ScoredSequence], candidates: Sequence[Int[Tensor, "n k"]], top: int
+    ) -> list[Scores]:
         """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
         vocabulary = Vocabulary(self.rows)
         return [
             scores(Hidden(states, self.head), ids.to(states.device), vocabulary, top)
-            for states, ids in zip(self.states(asked), candidates, strict=True)
+            for states, ids in zip(self.states(sequences), candidates, strict=True)
         ]
 
     @cached_property
@@ -142,24 +144,24 @@ class Served:
     def take(self, files: Sequence[str]) -> None:
         """Replace the weights by those in files.  Raises Refusal unless names and shapes match the model's."""
         with self.lock:
-            mine = weights(self.model)
+            current = weights(self.model)
             shared = {p.data_ptr() for p in self.model.parameters()}
             try:
                 new = {name: x for file in files for name, x in load_file(file).items()}
             except (OSError, SafetensorError) as error:
                 raise Refusal(f"files: {' '.join(str(error).split())[:200]}") from error
-            if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in mine.items()}:
+            if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in current.items()}:
                 raise Refusal("files: they hold the weights of another model")
-            if any(x.data_ptr() not in shared for x in mine.values()):
+            if any(x.data_ptr() not in shared for x in current.values()):
                 raise Refusal(f"{type(self.model).__name__}: its checkpoint has other tensors than the model: use vLLM")
-            for name, x in mine.items():
+            for name, x in current.items():
                 x.copy_(new[name])
             self.fingerprint = wire.weights_hash(self.model)
 
-    def _rows(self, asked: Sequence[Asked]) -> Rows:
+    def _rows(self, sequences: Sequence[ScoredSequence]) -> Rows:
         device = self.model.device
-        ids = [torch.tensor(a.ids) for a in asked]
-        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in asked]
-        for mask, a in zip(trained, asked, strict=True):
-            mask[list(a.at)] = True
+        ids = [torch.tensor(a.ids) for a in sequences]
+        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in sequences]
+        for mask, a in zip(trained, sequences, strict=True):
+            mask[list(a.positions)] = True
         return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))

@@ -12,13 +12,13 @@ Id = Annotated[StrictInt, Field(ge=0)]
 Ids = Annotated[list[Id], Field(min_length=1)]
 
 
-class Asking(BaseModel):
+class RequestBody(BaseModel):
     """A request body that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Drawing(Asking):
+class SamplingFields(RequestBody):
     """The sampling parameters of vLLM and OpenAI."""
 
     model: str | None = None
@@ -35,7 +35,7 @@ class Drawing(Asking):
     user: str | None = None
 
 
-class Completion(Drawing):
+class Completion(SamplingFields):
     """The body of POST /v1/completions."""
 
     prompt: Ids | Annotated[list[Ids], Field(min_length=1)] | str | Annotated[list[str], Field(min_length=1)]
@@ -45,25 +45,25 @@ class Completion(Drawing):
     add_special_tokens: bool = True
 
 
-class Part(Asking):
+class TextPart(RequestBody):
     """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Asking):
+class Message(RequestBody):
     """A turn of a conversation."""
 
     role: str
-    content: str | list[Part]
+    content: str | list[TextPart]
 
     def text(self) -> str:
         """Return the content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class Schema(Asking):
+class Schema(RequestBody):
     """A JSON schema with a name."""
 
     name: str
@@ -72,14 +72,14 @@ class Schema(Asking):
     strict: bool | None = None
 
 
-class Format(Asking):
+class Format(RequestBody):
     """The response format: only json_schema is supported."""
 
     type: Literal["json_schema"]
     json_schema: Schema
 
 
-class Chat(Drawing):
+class Chat(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -91,7 +91,7 @@ class Chat(Drawing):
     response_format: Format | None = None
 
     @model_validator(mode="after")
-    def begun(self) -> "Chat":
+    def check_continuation(self) -> "Chat":
         """Check that the request either opens an answer or continues a partial one."""
         if self.add_generation_prompt == self.continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message: one of them must be true, not both")
@@ -100,7 +100,7 @@ class Chat(Drawing):
         return self
 
 
-class ScoringParameters(Asking):
+class ScoringParameters(RequestBody):
     """The sampling parameters of vLLM's fixed-token scoring."""
 
     max_tokens: int = Field(1, ge=1)
@@ -110,7 +110,7 @@ class ScoringParameters(Asking):
     detokenize: Literal[False] = False
 
 
-class DrawingParameters(Asking):
+class DrawingParameters(RequestBody):
     """The sampling parameters of rollouts: token ids in, token ids out."""
 
     n: int = Field(1, ge=1, le=128)
@@ -126,7 +126,7 @@ class DrawingParameters(Asking):
     logprob_token_ids: Ids | None = None
 
 
-class Generate(Asking):
+class Generate(RequestBody):
     """The body of POST /inference/v1/generate: it scores chosen tokens, or generates rollouts.
 
     Other uses are not supported.
@@ -137,32 +137,32 @@ class Generate(Asking):
     sampling_params: ScoringParameters | DrawingParameters
 
 
-class Files(Asking):
+class Files(RequestBody):
     """Weights under their checkpoint names, in files that this machine can read."""
 
     files: Annotated[list[str], Field(min_length=1)]
 
 
-class NewWeights(Asking):
+class NewWeights(RequestBody):
     """The body of POST /update_weights."""
 
     update_info: Files
 
 
-class Version(Asking):
+class Version(RequestBody):
     """The body of POST /update_weight_version."""
 
     new_version: str
 
 
-class HiddenRow(Asking):
+class HiddenRow(RequestBody):
     """A sequence, and the ascending positions of the tokens whose predicting hidden states are requested."""
 
     ids: Ids
     at: list[Annotated[StrictInt, Field(ge=1)]]
 
 
-class HiddenRows(Asking):
+class HiddenRows(RequestBody):
     """The body of POST /opd/hidden."""
 
     rows: Annotated[list[HiddenRow], Field(min_length=1)]

@@ -26,8 +26,8 @@ def serve(config: Serve) -> None:
         )
         listening.listen()  # from here on clients wait in the queue instead of being rejected
         host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {served.name} at http://{shown}:{port}" + (" with a token" if token else ""), flush=True)
+        address = f"[{host}]" if ":" in host else host
+        print(f"serving {served.name} at http://{address}:{port}" + (" with a token" if token else ""), flush=True)
         # uvicorn's access log would have a line for each request of a run.
         options = uvicorn.Config(
             build(served, limits, token=token, takes_weights=config.takes_weights),
@@ -59,15 +59,15 @@ def _listen(host: str, port: int) -> socket.socket:
     """Return a bound socket.  It is bound before the model loads, so that a port in use fails at once."""
     try:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        out = socket.socket(family, socket.SOCK_STREAM)
-        out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            out.bind(address)
+            listening.bind(address)
         except OSError:
-            out.close()
+            listening.close()
             raise
     except OSError as error:
         raise Refusal(
             f"--host {host} --port {port}: {error.strerror}; choose another (--port 0 finds a free one)"
         ) from error
-    return out
+    return listening

@@ -10,12 +10,12 @@ from pathlib import Path
 from opd.core.errors import Refusal
 
 
-def key(*parts: object) -> str:
+def cache_key(*parts: object) -> str:
     """Return the cache key of a request: a hash of model, prompt, parameters and seed as json."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Answers:
+class AnswerCache:
     """A SQLite file of texts by key.  Threads and processes may share it.  The first entry creates the file."""
 
     def __init__(self, path: Path) -> None:
@@ -30,13 +30,13 @@ class Answers:
             row = self._do("SELECT texts FROM answers WHERE key = ?", key).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def keep(self, key: str, texts: Sequence[str]) -> None:
+    def store(self, key: str, texts: Sequence[str]) -> None:
         """Store the texts of a key."""
         with self.lock:
             self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
 
     def drop(self, keys: Sequence[str]) -> None:
-        """Delete the entries of some keys."""
+        """Delete the entries of the keys."""
         with self.lock:
             for key in keys if self.file is not None or self.path.is_file() else ():
                 self._do("DELETE FROM answers WHERE key = ?", key)

@@ -1,0 +1,66 @@
+"""Opens the annotator of a method's question, with its teachers and its judge."""
+
+from collections.abc import Callable, Mapping
+
+from opd.config.train import Train
+from opd.core.errors import Refusal
+from opd.data.prompt_stream import Prompts
+from opd.methods.questions import Continue, Grade, Question, Stages
+from opd.teachers.base import BaseTeacher
+from opd.teachers.judges.annotator import Annotator, TeacherTexts
+from opd.teachers.judges.chunk_annotator import ChunkAnnotator
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher, import_extra
+
+
+def open_annotator(
+    question: Question | None,
+    config: Train,
+    prompt_stream: Prompts,
+    teachers: Mapping[str, BaseTeacher],
+    open_judge: Callable[[], TextTeacher],
+    *,
+    main: bool,
+) -> Annotator:
+    """Return the annotator of a question.
+
+    Args:
+        question: the method's question, if it has one.
+        config: settings of the run.
+        prompt_stream: the training prompts.
+        teachers: the teachers of the run, by route name.
+        open_judge: opens the model that --judge names.
+        main: whether this is the main process.
+    """
+    if question is None:
+        return Annotator(prompt_stream)
+    text_teachers = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, TextTeacher)}
+    texts = TeacherTexts(text_teachers, prompt_stream.tokenizer, config.sampling.max_new_tokens, config.seed, main=main)
+    if isinstance(question, Continue):
+        return ChunkAnnotator(prompt_stream, question, texts)
+
+    import_extra("pydantic", f"{question}")  # an optional dependency, which the modules of the judges import
+    from opd.teachers.judges.judge_requests import FormModel
+    from opd.teachers.judges.rubric_annotator import RubricAnnotator
+    from opd.teachers.judges.rubric_judge import ModelJudge
+    from opd.teachers.judges.stage_annotator import StageAnnotator
+    from opd.teachers.judges.stage_judge import ModelStageJudge
+    from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
+
+    task, model = prompt_stream.task, None
+    if config.judge != "verifier":
+        judge_model = open_judge() if config.judge else text_teachers[""]
+        remote = config.remote
+        model = FormModel(judge_model, remote.judge_tokens, shared=not config.judge, schemas=remote.judge_schema)
+    elif not task.scored:
+        raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
+    failure_limit = FailureLimit(
+        f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements"
+    )
+    match question:
+        case Grade():
+            judge = ModelJudge(model) if model else VerifierJudge(task.verify)
+            return RubricAnnotator(prompt_stream, question, texts, judge, failure_limit)
+        case Stages():
+            stage_judge = ModelStageJudge(model, question.tags) if model else VerifierStageJudge(task.verify)
+            return StageAnnotator(prompt_stream, question, texts, stage_judge, failure_limit)
+    raise AssertionError(f"no annotator for {question}")
