@@ -16,12 +16,12 @@ from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.types import Rollout
-from opd.head.inputs import Given, Hidden
+from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
 from opd.methods import METHODS
 from opd.models import load as models
-from opd.models.remote.vllm_protocol import WHOLE, Server, reach
+from opd.models.remote.vllm_protocol import OPD_SERVE_COLUMNS, Server, connect
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
@@ -37,7 +37,7 @@ class Known:
     stop: tuple[int, ...]
 
 
-def known(source: models.Source, *, field: str) -> Known:
+def known(source: models.ModelSource, *, field: str) -> Known:
     """Of a model whose files are here."""
     text = models.tokenizer(source, field=field)
     shape = models.config(source, field=field).get_text_config()
@@ -47,43 +47,43 @@ def known(source: models.Source, *, field: str) -> Known:
 def known_there(server: Server, student: Known, config: Train) -> Known:
     """Of a model behind a server: what it tells; a server that is no `opd serve` tells little, the rest is supposed."""
     how, likely, stop = config.remote, student.text, student.stop
-    if how.teacher_tokenizer and not server.told:
+    if how.teacher_tokenizer and not server.identity:
         source = models.locate(
             how.teacher_tokenizer, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code
         )
         likely = models.tokenizer(source, field="teacher-tokenizer")
         stop = models.stop_ids(source, likely)
     text = server.tokenizer(likely, student.shape.vocab_size)
-    rows = server.told.get("rows", student.shape.vocab_size)
+    rows = server.identity.get("rows", student.shape.vocab_size)
     shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
-    return Known(text, shape, tuple(server.told.get("eos", stop)))
+    return Known(text, shape, tuple(server.identity.get("eos", stop)))
 
 
 def reached(url: str, config: Train, *, field: str) -> Server:
     """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
     how, method = config.remote.towards(field, url, config.routes()[""]), checks.resolved(config)
-    server = reach(url, how, field=field)
-    needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
+    server = connect(url, how, field=field)
+    needs = lambda method: method.needs() if server.identity else method.needs_of_tokens()
     missing = needs(method) - server.provides
     if missing:
         enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
         wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
+        said = "final states and the head" if server.identity else "log-probs of the sampled tokens and of its top ones"
         said += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
-        if missing <= WHOLE | {"chosen", "teacher_top"}:
+        if missing <= OPD_SERVE_COLUMNS | {"chosen", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
             f"{', '.join(enough)}"
         )
     others = [model for model in config.routes().values() if model != url]
-    if not server.told and others:
+    if not server.identity and others:
         raise Refusal(
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "
             f"({', '.join(others)}) would have holes: serve it by `opd serve`, or leave out --route"
         )
-    if not server.told and config.loss_temperature != 1:
+    if not server.identity and config.loss_temperature != 1:
         raise Refusal(
             f"--loss-temperature {config.loss_temperature}: --{field} {url} gives log-probs at temperature 1 alone: "
             "leave it at 1, or serve the teacher by `opd serve`"
@@ -126,8 +126,8 @@ def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Seq
     masks = [[True] * len(r.ids) for r in rollouts]
     ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
 
-    def of(heard: Hidden | Given) -> Tensor:
-        if isinstance(heard, Given):
+    def of(heard: Hidden | TeacherLogps) -> Tensor:
+        if isinstance(heard, TeacherLogps):
             return heard.logp.cpu()
         there = ids.to(heard.states.device)
         return scores(heard, there, Vocabulary(len(heard.head.weight)), 0).logp[:, 0].float().cpu()

@@ -15,7 +15,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.core.types import Rollout
 from opd.data.prompt_stream import Prompts
-from opd.data.prompts import rewritten
+from opd.data.prompts import fill_template
 from opd.methods import METHODS
 from opd.teachers.ema import Average, average_rate
 from opd.teachers.local import LocalTeacher, WithoutAdapter
@@ -215,10 +215,10 @@ def test_peers_teach_each_other(folders, prompts, tmp_path):
 
 def test_a_context_is_written_into_the_last_turn():
     turns = ({"role": "system", "content": "s"}, {"role": "user", "content": "q"})
-    got = rewritten(Prompt(messages=turns), CONTEXT, context="the {prompt} way")
+    got = fill_template(Prompt(messages=turns), CONTEXT, context="the {prompt} way")
     assert got.messages[0] == turns[0]
     assert got.messages[1]["content"].startswith("q\n\nHere is a correct solution:\n\nthe {prompt} way\n\n")
-    assert rewritten(Prompt(text="q"), "{context}|{prompt}", context="c").text == "c|q"
+    assert fill_template(Prompt(text="q"), "{context}|{prompt}", context="c").text == "c|q"
 
 
 def test_the_reference_is_the_student_before_training(folders, prompts, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.core.types import Batch, Rollout
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.methods.questions import Continue, Grade, Question, Stages
 from opd.teachers.judges.annotate_stages import staged
 from opd.teachers.judges.panel import Panel
@@ -87,7 +87,7 @@ def graded(question: Grade, batch: Batch, rollouts: Sequence[Rollout], panel: Pa
         rows.setdefault(r.group, []).append(i)
     own = {key: rollouts[some[0]] for key, some in rows.items()}
     references = panel.references(own, question.references, question.temperature)
-    words = {key: tuple(filter(None, map(spoken, texts))) for key, texts in references.items()}
+    words = {key: tuple(filter(None, map(without_thinking, texts))) for key, texts in references.items()}
     groups = {
         key: Group(own[key].prompt, words[key], tuple(panel.whole(rollouts[i]) for i in some))
         for key, some in rows.items()

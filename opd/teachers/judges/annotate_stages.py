@@ -12,7 +12,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import Batch, Rollout, pad
 from opd.data.prompts import digest
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.methods.questions import Stages
 from opd.teachers.judges import stage_tags as stages
 from opd.teachers.judges.panel import Panel
@@ -49,7 +49,7 @@ def staged(
         key: Contrast(
             own[key].prompt,
             tuple(answers[i] for i in some),
-            tuple(Staged(own[key].prompt, tuple(stages.texts(spoken(x), tags))) for x in references[key]),
+            tuple(Staged(own[key].prompt, tuple(stages.texts(without_thinking(x), tags))) for x in references[key]),
             episode.rubrics.get(digest(own[key].prompt)) or given(own[key].prompt, question.column, last),
         )
         for key, some in rows.items()

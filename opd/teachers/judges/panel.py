@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.types import Rollout
 from opd.data import prompts
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.teachers.text.text_teacher import Gate, How, TextTeacher
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ class Panel:
 
     def part(self, rollout: Rollout, start: int, end: int) -> str:
         """Return the text of the response tokens [start, end)."""
-        return prompts.after(self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end])
+        return prompts.continuation_text(
+            self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end]
+        )
 
     def whole(self, rollout: Rollout) -> str:
         """Return the text of a response after its reasoning (`</think>`)."""
-        return spoken(self.part(rollout, 0, len(rollout.ids)))
+        return without_thinking(self.part(rollout, 0, len(rollout.ids)))

@@ -106,7 +106,7 @@ def reminded(asked: Sequence[Rendered], notes: Mapping[str, str], how: Reflect, 
     for rendered in asked:
         note = notes.get(digest(rendered.prompt))
         if note is not None:
-            ids = reader.reads(prompts.rewritten(rendered.prompt, how.remember, reflection=note))
+            ids = reader.student_ids(prompts.fill_template(rendered.prompt, how.remember, reflection=note))
             rendered = replace(rendered, ids=ids) if len(ids) <= reader.room else rendered
         out.append(rendered)
     return out
@@ -123,8 +123,8 @@ def attempts(rollouts: Sequence[Rollout], *, seed: int, step: int) -> list[Rollo
 
 def asked_of(attempt: Rollout, text: str, how: Reflect, reader: Prompts) -> Rendered | None:
     """Return the prompt for a reflection on `attempt`, whose text is `text`, or None if it is too long."""
-    prompt = prompts.rewritten(attempt.prompt, how.template, response=text)
-    ids = reader.reads(prompt)
+    prompt = prompts.fill_template(attempt.prompt, how.template, response=text)
+    ids = reader.student_ids(prompt)
     return Rendered(prompt, ids, ids, attempt.teacher) if len(ids) <= reader.room else None
 
 

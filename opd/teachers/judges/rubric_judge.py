@@ -16,7 +16,7 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, Field, ValidationError
 
 from opd.core.sampling import Prompt
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.teachers.judges.rubric_schema import Listed, Lists, schema
 from opd.teachers.text.text_teacher import Begun, Failed, How, TextTeacher
 
@@ -251,7 +251,7 @@ def read(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None,
 
     Text and code fences around the json object are ignored, and so are commas before a closing bracket.
     """
-    text = spoken(text)
+    text = without_thinking(text)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
         return None, "no json object"

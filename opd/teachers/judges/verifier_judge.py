@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from opd.core.sampling import Prompt
 from opd.core.types import RIGHT
-from opd.data.verifiers.extract import marked, number, said
+from opd.data.verifiers.extract import marked, number, stated
 from opd.teachers.judges.rubric_judge import Criterion, Group, Met, Rubric, question
 from opd.teachers.judges.rubrics import MOST, Buffer, Marks
 from opd.teachers.judges.rubrics import Criterion as OfStage
@@ -70,7 +70,7 @@ class VerifierJudge:
         question = prompt.text + " ".join(turn["content"] for turn in prompt.messages)
         rules: Mapping[str, Callable[[], bool]] = {
             RIGHT_ANSWER: lambda: self.verify(text, prompt) > RIGHT,
-            CLOSES: lambda: bool(marked(text) or said(text)) or number(text.rpartition("\n")[2]) is not None,
+            CLOSES: lambda: bool(marked(text) or stated(text)) or number(text.rpartition("\n")[2]) is not None,
             NUMBERS: lambda: set(re.findall(r"\d+", question)) <= set(re.findall(r"\d+", text)),
             ONCE: lambda: max(Counter(lines(text)).values(), default=0) < 3,
         }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.head.token_scores import Scores
+from opd.head.token_scores import TokenScores
 from opd.rollouts.engines.base import Sample
 from opd.teachers.serve.model import Asked
 from opd.teachers.serve.protocol import Drawing
@@ -54,7 +54,7 @@ def rollout(sample: Sample, *, index: int, version: str) -> Json:
     }
 
 
-def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
+def named(text: Tokenizer, asked: Asked, found: TokenScores) -> list[Json | None]:
     """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
 
     The first token has no prediction, so its entry is None.
@@ -74,7 +74,7 @@ def named(text: Tokenizer, asked: Asked, found: Scores) -> list[Json | None]:
     return out
 
 
-def drawn(text: Tokenizer, ids: Sequence[int], found: Scores) -> Json:
+def drawn(text: Tokenizer, ids: Sequence[int], found: TokenScores) -> Json:
     """Return OpenAI's log-probs of one response.  They are the model's, before temperature and truncation."""
     tokens = [text.decode([i]) for i in ids]
     tops: list[dict[str, float]] = [

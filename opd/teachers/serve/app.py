@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.data import prompts
-from opd.head.token_scores import Scores
+from opd.head.token_scores import TokenScores
 from opd.models.remote import opd_protocol as wire
 from opd.rollouts.engines.base import Sample
 from opd.teachers.serve import answers
@@ -85,7 +85,7 @@ class Routes:
         turns = tuple({"role": m.role, "content": m.text()} for m in asked.messages)
         text = str(turns[-1]["content"]) if asked.continue_final_message else ""
         turns = turns[:-1] if asked.continue_final_message else turns
-        row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), text, asked.chat_template_kwargs)
+        row = prompts.prefilled_ids(self.served.tokenizer, Prompt(messages=turns), text, asked.chat_template_kwargs)
         most = asked.max_completion_tokens or asked.max_tokens or self.served.context - len(row)
         self._check_row(row, max(1, most))
         schema = None if asked.response_format is None else asked.response_format.json_schema.json_schema
@@ -238,7 +238,7 @@ class Routes:
         read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in drawn)
         return answers.whole(kind, self.served.name, choices, read=read, written=written)
 
-    def _scores(self, asked: Sequence[Asked], top: int) -> list[Scores]:
+    def _scores(self, asked: Sequence[Asked], top: int) -> list[TokenScores]:
         own = [torch.tensor(a.ids)[list(a.at)][:, None] for a in asked]
         return self.served.scores(asked, own, top)
 

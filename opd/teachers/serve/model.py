@@ -18,7 +18,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.types import pad
 from opd.head.inputs import Hidden
-from opd.head.token_scores import Scores, scores
+from opd.head.token_scores import TokenScores, scores
 from opd.head.vocabulary import Vocabulary
 from opd.models.batching import Rows, micro_batches
 from opd.models.forward import final_states
@@ -95,7 +95,7 @@ class Served:
                 out |= zip(group, found.split([len(a.at) for a in some]), strict=True)
         return [out[i] for i in range(len(asked))]
 
-    def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[Scores]:
+    def scores(self, asked: Sequence[Asked], candidates: Sequence[Int[Tensor, "n k"]], top: int) -> list[TokenScores]:
         """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
         vocabulary = Vocabulary(self.rows)
         return [

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
-from opd.core.types import STUDENTS, Rollout
+from opd.core.types import STUDENT_COLUMNS, Rollout
 from opd.losses.hidden_states import Lens
 from opd.teachers.base import Teacher
 from opd.teachers.text.answer_cache import Answers, key
@@ -114,7 +114,7 @@ class Writer(Protocol):
 class TextTeacher(Teacher):
     """A teacher that answers with text only.  It suits methods that need no log-probs of the teacher."""
 
-    provides = STUDENTS | {"text"}
+    provides = STUDENT_COLUMNS | {"text"}
 
     def __init__(self, writer: Writer, answers: Answers, gate: Gate) -> None:
         self.writer, self.answers, self.gate = writer, answers, gate

@@ -157,13 +157,13 @@ class Local:
             written_tokens=sum(len(sample.ids) for sample in drawn),
         )
         ends = [
-            (prompts.after(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
+            (prompts.continuation_text(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
             for ids, sample in zip(rows, drawn, strict=True)
         ]
         yield [(i, worded(ends[k * how.n : (k + 1) * how.n], how)) for k, i in enumerate(places)]
 
     def _ids(self, begun: Begun) -> tuple[int, ...]:
-        return prompts.begun(self.tokenizer, begun.prompt, begun.text, self.arguments)
+        return prompts.prefilled_ids(self.tokenizer, begun.prompt, begun.text, self.arguments)
 
 
 @dataclass(frozen=True)
