@@ -108,7 +108,7 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
 
     session = ours.loop.session
     rendered = session.prompts.first(step.batch)
-    text = session.collector.tokenizer
+    tokenizer = session.collector.tokenizer
     prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in rendered]
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(models.locate(name, field=field).folder, dtype=torch.float32)
@@ -137,7 +137,7 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
             teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=text,
+            processing_class=tokenizer,
             callbacks=[turns],
         )
         trainer.train()

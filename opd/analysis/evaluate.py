@@ -124,14 +124,14 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     task = sets.load(config.set, data) if config.set else load(data)
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
-    text = models.tokenizer(source, field="model")
-    stop = models.stop_ids(source, text)
+    tokenizer = models.tokenizer(source, field="model")
+    stop = models.stop_ids(source, tokenizer)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
         model = models.load(source, field="model", dtype=dtype_of(config.precision), device=device)
     models.small_threads(model)
     arguments = prompts.parse_template_arguments(config.data.template_args)
-    ids = [prompts.render(text, p, chat_template_kwargs=arguments) for p in task.prompts]
+    ids = [prompts.render(tokenizer, p, chat_template_kwargs=arguments) for p in task.prompts]
     context = models.base(model).config.get_text_config().max_position_embeddings
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context:
@@ -139,10 +139,10 @@ def evaluate(config: Evaluate) -> EvaluationScores:
             f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
         )
-    engine = HFEngine(model, len(text), stop, config.decode_rows)
+    engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)
     prompt_rows = [i for i in ids for _ in range(config.samples)]
     samples = engine.generate(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))
-    responses = tuple(str(text.decode(list(s.ids), skip_special_tokens=True)) for s in samples)
+    responses = tuple(str(tokenizer.decode(list(s.ids), skip_special_tokens=True)) for s in samples)
     k, questions = config.samples, tuple(task.prompts)
     parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]
     outcomes = [tuple(task.verify(x, p) for x in responses[part]) for p, part in zip(questions, parts, strict=True)]

@@ -37,8 +37,7 @@ class Corpus:
 
 
 def rank(counts: Int[Tensor, " V"], score: Float[Tensor, " V"], *, top: int, min_count: int) -> tuple[int, ...]:
-    """Return up to `top` types with the highest scores among those with at least `min_count` occurrences, best "
-    "first."""
+    """Return up to `top` types with the highest scores and at least `min_count` occurrences, best first."""
     score = score.where(counts >= min_count, -torch.inf)
     best = score.argsort(descending=True, stable=True)[:top]
     return tuple(best[score[best] > -torch.inf].tolist())

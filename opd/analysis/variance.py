@@ -337,7 +337,7 @@ def _tangent(
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Return sum(above) / sum(below) over independent pairs, with Student's t interval of the linearised ratio.
+    """Return sum(numerators) / sum(denominators) of independent pairs, with Student's t interval by linearisation.
 
     Cochran, Sampling Techniques (1977), Eq. 6.13.
     """

@@ -99,7 +99,7 @@ def accuracy(model: str, problems: int) -> Estimate:
 def supervised(config: Train, folder: Path) -> Path:
     """Train on gold answers by cross-entropy, with the optimizer, batch size and steps of the run, in plain torch."""
     source = models.locate(config.student, field="student")
-    text = models.tokenizer(source, field="student")
+    tokenizer = models.tokenizer(source, field="student")
     model = models.load(source, field="student", dtype=torch.float32, device=torch.device("cpu"))
     task = load(Data(source=config.prompts, seed=config.seed))
     optimizer = torch.optim.AdamW(
@@ -107,8 +107,10 @@ def supervised(config: Train, folder: Path) -> Path:
     )
     for step in range(1, config.steps + 1):
         rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
-        prompt_ids = [prompts.render(text, p, chat_template_kwargs={}) for p in rows]
-        answer_ids = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in rows]
+        prompt_ids = [prompts.render(tokenizer, p, chat_template_kwargs={}) for p in rows]
+        answer_ids = [
+            [*tokenizer(p.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for p in rows
+        ]
         ids = [torch.tensor([*a, *g]) for a, g in zip(prompt_ids, answer_ids, strict=True)]
         labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(prompt_ids, answer_ids, strict=True)]
         pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
@@ -124,7 +126,7 @@ def supervised(config: Train, folder: Path) -> Path:
             group["lr"] = config.learning_rate(step, config.steps)
         optimizer.step()
     model.save_pretrained(str(folder))
-    text.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -126,9 +126,9 @@ def parse_flags(
         args: the words after the command's name.
         prog: the command's name in help and messages.
         description: opening text of the help.
-        example: a complete command line, shown where a required flag is missing.
-        others: flags of the command line that `what` does not have; suggested for misspelt ones.
-        strays: what to say of words that belong to no flag.
+        example: a complete command line, shown if a required flag is missing.
+        other_flags: further flags of the command line, which are also suggested for misspelt flags.
+        strays: messages about words that belong to no flag, by word.
     """
     if asks_for_help(args):
         return run_tyro(what, HELP[-1:], prog=prog, description=description)
@@ -268,14 +268,12 @@ def _too_few(flag: Flag, count: int, following: str, names: Mapping[str, Flag]) 
 
 
 def flags_of(what: Any) -> tuple[Flag, ...]:
-    """Return the flags that tyro derives from a dataclass or a function.  Raises OpaqueType for a type not known "
-    "here."""
+    """Return the flags that tyro derives from a dataclass or a function.  Raises OpaqueType for an unknown type."""
     return tuple(_declared_flags(what, has_instance=False))
 
 
 def _declared_flags(what: Any, *, has_instance: bool) -> Iterator[Flag]:
-    """Yield the flags of a dataclass with those of its nested ones; none is required if an instance is "
-    "`has_instance`."""
+    """Yield the flags of a dataclass and its nested dataclasses; none is required if `has_instance`."""
     try:
         hints = get_type_hints(what, include_extras=True)
     except (NameError, TypeError) as error:

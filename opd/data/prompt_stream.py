@@ -75,11 +75,11 @@ class Prompts:
 
     def teacher_ids(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
         """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
-        text = self.teacher_tokenizers[teacher]
+        tokenizer = self.teacher_tokenizers[teacher]
         if context:
             prompt = prompts.fill_template(prompt, self.config.context_template, context=context)
-        arguments = prompts.used_arguments(text, prompts.parse_template_arguments(self.config.data.template_args))
-        return prompts.render(text, prompt, chat_template_kwargs=arguments)
+        arguments = prompts.used_arguments(tokenizer, prompts.parse_template_arguments(self.config.data.template_args))
+        return prompts.render(tokenizer, prompt, chat_template_kwargs=arguments)
 
     def _context(self, row: int) -> str:
         prompt, name = self.task.prompts[row], self.config.told()

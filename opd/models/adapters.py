@@ -89,7 +89,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, to
         model.save_pretrained(str(folder), state_dict=weights)
 
 
-def save_base(model: PeftModel, weights: dict[str, torch.Tensor], text: Tokenizer, folder: Path) -> None:
+def save_base(model: PeftModel, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path) -> None:
     """Write the weights under an adapter, and the tokenizer, as a model folder that appears when it is complete.
 
     `weights` is the state dict of the complete model; under sharding, `model` holds only a part.
@@ -105,6 +105,6 @@ def save_base(model: PeftModel, weights: dict[str, torch.Tensor], text: Tokenize
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
     plain.save_pretrained(str(part), state_dict=under)
-    text.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     follow_umask(part)
     part.replace(folder)

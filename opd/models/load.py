@@ -158,13 +158,13 @@ def config(source: ModelSource, *, field: str) -> PretrainedConfig:
         raise Refusal(f"--{field} {source}: its config.json does not load: {_first_line(error)}") from error
 
 
-def stop_ids(source: ModelSource, text: Tokenizer) -> tuple[int, ...]:
-    """Return the stop ids of a model with tokenizer `text`, the only setting read from its generation config."""
+def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the stop ids of a model; nothing else of its generation config is used."""
     try:
         config = GenerationConfig.from_pretrained(source.base_source().folder, local_files_only=True)
     except OSError:
         config = GenerationConfig()
-    return prompts.stop_ids(config, text)
+    return prompts.stop_ids(config, tokenizer)
 
 
 def load(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -284,7 +284,7 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
 
 
 @torch.no_grad()
-def verify_finite(model: PreTrainedModel | PeftModel, text: Tokenizer, *, ids: int, field: str) -> None:
+def verify_finite(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, *, ids: int, field: str) -> None:
     """Refuse a token of the first `ids`, the common ones, without a finite logit: 0 * inf is nan in every KL."""
     probe_ids = torch.arange(1, 9, device=model.device)[None] % ids
     logits = base(model)(input_ids=probe_ids, use_cache=False).logits[0, :, :ids].float()
@@ -292,9 +292,10 @@ def verify_finite(model: PreTrainedModel | PeftModel, text: Tokenizer, *, ids: i
     if len(tokens):
         token, num_others = int(tokens[0]), len(tokens.unique()) - 1
         raise Refusal(
-            f"--{field}: the logit of token {token} ({str(text.decode([token]))!r}) is {float(logits[rows[0], token])}"
-            f"{f', and so are {num_others} more' if num_others else ''}: KLs over the vocabulary need finite logits; "
-            "where the model masks the token, write a large finite number instead, such as -1e4"
+            f"--{field}: the logit of token {token} ({str(tokenizer.decode([token]))!r}) is "
+            f"{float(logits[rows[0], token])}{f', and so are {num_others} more' if num_others else ''}: KLs over the "
+            "vocabulary need finite logits; where the model masks the token, write a large finite number instead, such "
+            "as -1e4"
         )
 
 
@@ -310,7 +311,7 @@ def _dequantised(file: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
-        text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
     except (OSError, ValueError, KeyError, struct.error) as error:
@@ -319,7 +320,7 @@ def _dequantised(file: Path) -> Path:
     cache.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
     model.save_pretrained(part)
-    text.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     try:
         part.replace(cache)
     except OSError:

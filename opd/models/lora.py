@@ -58,7 +58,7 @@ def _base_folder(config: Train) -> Path:
     return Path(config.out).resolve() / adapters.BASE_FOLDER
 
 
-def save_base(config: Train, student: torch.nn.Module, text: Tokenizer, accelerator: Accelerator) -> None:
+def save_base(config: Train, student: torch.nn.Module, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
     """Write the weights under the student's adapter into the run folder, if no other folder has them.
 
     Every process calls it, because sharded values are gathered; the main process writes.
@@ -70,4 +70,4 @@ def save_base(config: Train, student: torch.nn.Module, text: Tokenizer, accelera
     if accelerator.is_main_process:
         named = {name.removeprefix("model."): x for name, x in weights.items()}
         with disk(f"writing {_base_folder(config)}"):
-            adapters.save_base(model, named, text, _base_folder(config))
+            adapters.save_base(model, named, tokenizer, _base_folder(config))

@@ -22,14 +22,14 @@ def prune(config: Prune) -> Path:
     out = OutputFolder(path=config.out)
     out.check()
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
-    text = models.tokenizer(source, field="model")
+    tokenizer = models.tokenizer(source, field="model")
     stored = models.config(source, field="model").dtype
     assert not isinstance(stored, str), "transformers reads the name of a dtype as the dtype"
     model = models.load(source, field="model", dtype=stored or torch.float32, device=torch.device("cpu"))
     select(model, config.keep)
     with out.fill() as part:
         model.save_pretrained(part)
-        text.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         saved = models.ModelSource(str(part), trust_remote_code=config.trust_remote_code)
         again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
         if not torch.equal(_logits(model.float()), _logits(again)):

@@ -65,8 +65,8 @@ class Student(nn.Module):
         """Return the loss and the columns of the trained tokens.
 
         Args:
-            at: input ids and the mask of the N trained tokens.
-            heard: outputs of the frozen models.
+            rows: input ids and the mask of the N trained tokens.
+            frozen: outputs of the frozen models.
             method: the method whose terms are computed.
             targets: targets of each term, flat [N]; None measures the columns without a loss.
             vocabulary: common ids, temperature and stop class of the LM heads.

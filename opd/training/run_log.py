@@ -32,10 +32,6 @@ class Log:
     perf: tuple[Row, ...]
     prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
 
-    def saved(self) -> list[int]:
-        """Return the steps whose rollouts were saved."""
-        return list(saved(self.folder))
-
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
         with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:

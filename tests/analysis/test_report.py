@@ -30,7 +30,7 @@ from opd.head.vocabulary import Head, Vocabulary
 from opd.methods import METHODS
 from opd.models.load import EMBEDDED
 from opd.training import alarms as rules
-from opd.training.run_log import Log, RunGroup, group_runs, read
+from opd.training.run_log import Log, RunGroup, group_runs, read, saved
 from tests.tiny_models import tiny
 
 
@@ -108,7 +108,7 @@ def test_a_run_folder_says_what_the_pages_need(runs):
             assert row["eval_accuracy"] == pytest.approx(np.mean([r["outcome"] for r in kept]))
             total = sum(r["reverse_kl"] * r["length"] for r in kept) / sum(r["length"] for r in kept)
             assert row["eval_reverse_kl"] == pytest.approx(total, rel=1e-4)
-        assert log.saved() == [1, 5, 10, 12]
+        assert list(saved(log.folder)) == [1, 5, 10, 12]
         columns = load_file(folder / "rollouts/step-000012.safetensors")
         said = columns["alternatives_ids"] == columns["ids"][..., None]
         there = said.any(-1) & columns["mask"]

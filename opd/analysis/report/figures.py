@@ -9,7 +9,7 @@ import torch
 from opd.analysis.report.compare import differing_settings, group_differences, training_effects
 from opd.core.intervals import Paired
 from opd.training.alarms import alarms
-from opd.training.run_log import Log, RunGroup
+from opd.training.run_log import Log, RunGroup, saved
 
 CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
     "eval_accuracy": ("Held-out accuracy", "%", 100),
@@ -144,7 +144,7 @@ def comparisons(
 
 def positions(group: RunGroup) -> list[dict[str, object]]:
     """Return reverse KL by position in the response, at the first and the last saved step, over all seeds."""
-    steps = sorted(set.intersection(*(set(run.saved()) for run in group.runs)))
+    steps = sorted(set.intersection(*(set(saved(run.folder)) for run in group.runs)))
     out = []
     for step in dict.fromkeys(steps[:1] + steps[-1:]):
         columns_by_run = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]

@@ -32,23 +32,23 @@ def vocabulary(probe: Probe) -> Iterator[Finding]:
 
 def _models(probe: Probe) -> Iterator[tuple[str, Tokenizer]]:
     yield "student", probe.session.collector.tokenizer
-    for name, text in probe.session.prompts.teacher_tokenizers.items():
-        yield f"teacher {name}".rstrip(), text
+    for name, tokenizer in probe.session.prompts.teacher_tokenizers.items():
+        yield f"teacher {name}".rstrip(), tokenizer
 
 
 def turn_end(probe: Probe) -> Iterator[Finding]:
     """Check that the chat template closes an assistant turn with a token that stops generation."""
     stop = probe.session.collector.student.stop
     conversation = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": MARK}]
-    for label, text in _models(probe):
-        named = text.special_tokens_map
+    for label, tokenizer in _models(probe):
+        named = tokenizer.special_tokens_map
         special = ", ".join(f"{x} {named[f'{x}_token']!r}" for x in ("bos", "pad") if f"{x}_token" in named)
-        stop_texts = ", ".join(f"{str(text.decode([i]))!r} ({i})" for i in stop)
-        if not text.chat_template:
+        stop_texts = ", ".join(f"{str(tokenizer.decode([i]))!r} ({i})" for i in stop)
+        if not tokenizer.chat_template:
             yield ok("turn end", f"{label}: no chat template; a response stops at {stop_texts}; {special}")
             continue
         try:
-            tail = str(text.apply_chat_template(conversation, tokenize=False)).rpartition(MARK)[2]
+            tail = str(tokenizer.apply_chat_template(conversation, tokenize=False)).rpartition(MARK)[2]
         except Exception as error:  # a chat template is code of the model's author and may raise anything
             yield Finding(
                 check="turn end",
@@ -58,7 +58,7 @@ def turn_end(probe: Probe) -> Iterator[Finding]:
                 do="compare eos_token_id of its generation_config.json with its template by hand",
             )
             continue
-        ids = text(tail, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
         if set(ids) & set(stop):
             yield ok("turn end", f"{label}: its template ends an answer with {tail!r}, a stop token; {special}")
             continue
@@ -82,15 +82,15 @@ def first_token(probe: Probe) -> Iterator[Finding]:
     if probe.config.teacher_prompt == "own":
         name = f"teacher {first.teacher}".rstrip()
         sides.append((name, probe.session.prompts.teacher_tokenizers[first.teacher], first.teacher_ids))
-    for label, text, ids in sides:
-        if "bos_token" not in text.special_tokens_map or text("a")["input_ids"][0] != text.bos_token_id:
+    for label, tokenizer, ids in sides:
+        if "bos_token" not in tokenizer.special_tokens_map or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
             continue
-        if ids[0] != text.bos_token_id:
+        if ids[0] != tokenizer.bos_token_id:
             yield Finding(
                 check="bos",
                 level=Level.WARNING,
-                what=f"{label}: its texts begin with {text.bos_token!r}, and its prompts with "
-                f"{text.decode([ids[0]])!r}",
+                what=f"{label}: its texts begin with {tokenizer.bos_token!r}, and its prompts with "
+                f"{tokenizer.decode([ids[0]])!r}",
                 why="many models score the whole text badly without their first token",
                 do="write {{ bos_token }} at the head of its chat template",
             )
@@ -122,15 +122,15 @@ def templates(probe: Probe) -> Iterator[Finding]:
 
 def round_trip(probe: Probe) -> Iterator[Finding]:
     """Check that prompts and reference texts are unchanged after encoding and decoding."""
-    text, task = probe.session.collector.tokenizer, probe.session.prompts.task
+    tokenizer, task = probe.session.collector.tokenizer, probe.session.prompts.task
     rows = [task.prompts[i] for i in range(min(TEXTS, len(task.prompts)))]
     texts = [x for p in rows for x in (p.text, p.response, p.answer, *(t["content"] for t in p.messages)) if x]
-    changed = [x for x in texts if not decodes_to_itself(text, x)]
+    changed = [x for x in texts if not decodes_to_itself(tokenizer, x)]
     if not changed:
         yield ok("round trip", f"{len(texts)} texts of {len(rows)} prompts decode to themselves")
         return
     x = changed[0]
-    back = str(text.decode(text(x, add_special_tokens=False)["input_ids"]))
+    back = str(tokenizer.decode(tokenizer(x, add_special_tokens=False)["input_ids"]))
     position = next((i for i, (a, b) in enumerate(zip(x, back, strict=False)) if a != b), min(len(x), len(back)))
     yield Finding(
         check="round trip",
