@@ -199,29 +199,29 @@ def rescore(args: list[str]) -> int:
     from opd.cli.method_names import parse_methods
     from opd.methods import METHODS
 
-    methods = (
-        parse_methods(",".join(flags.method)) if flags.method else {name: make() for name, make in METHODS.items()}
-    )
+    names = flags.method
+    methods = parse_methods(",".join(names)) if names else {name: make() for name, make in METHODS.items()}
     results = rescore(flags.what, methods)
     if flags.json:
         print(dumps(asdict(results), indent=2))
-        return 0
+    else:
+        _show_rescored(results, with_tokens=bool(names))
+    return 0
+
+
+def _show_rescored(results: Any, *, with_tokens: bool) -> None:
+    """Print a row for each term of each method, and with `with_tokens` the tokens whose pulls differ most."""
     titles = ("mean A", "std A", "used", "eff.", "kept", "r", "rank r", "cosine", "opposed")
     table = Table(*(Column(head, no_wrap=True) for head in ("method", *titles)), box=None, pad_edge=False)
     for name, verdict in results.methods.items():
-        agreement = verdict.agreement
-        correlations = [] if agreement is None else [agreement.pearson, agreement.spearman, agreement.cosine]
-        cells = [
-            *("-" if x is None else f"{x:.2f}" for x in correlations),
-            "" if agreement is None else f"{agreement.opposed:.0%}",
-        ]
+        agreement, cells = verdict.agreement, [f"{verdict.kept}/{results.rollouts}"]
+        if agreement is not None:
+            correlations = (agreement.pearson, agreement.spearman, agreement.cosine)
+            cells += [*("-" if x is None else f"{x:.2f}" for x in correlations), f"{agreement.opposed:.0%}"]
         for i, term in enumerate(verdict.terms):
             size = ("" if x is None else f"{x:.2g}" for x in (term.advantage, term.advantage_std))
-            num_kept = f"{verdict.kept}/{results.rollouts}"
             shares = (f"{term.weighted:.0%}", f"{term.effective:.0%}")
-            table.add_row(
-                Text("" if i else name), *size, *shares, *(() if i else (num_kept, *(cells if agreement else ())))
-            )
+            table.add_row(Text("" if i else name), *size, *shares, *(() if i else cells))
     print(f"{results.run}, step {results.step}: {results.rollouts} rollouts, {results.tokens} trained tokens")
     Console().print(table, highlight=False)
     if results.beside:
@@ -234,10 +234,9 @@ def rescore(args: list[str]) -> int:
     for name, verdict in results.methods.items():
         for line in filter(None, (*verdict.lacks, verdict.note)):
             print(f"{name}: {line}")
-    for name, verdict in results.methods.items() if flags.method else ():
+    for name, verdict in results.methods.items() if with_tokens else ():
         if verdict.agreement and verdict.agreement.tokens:
             print(f"\npulls of {results.beside}, then of {name}, where they differ most (1: a side's root mean square)")
             for x in verdict.agreement.tokens:
                 text = f"{x.before}[{x.text}]{x.after}".replace("\n", "\\n")
                 print(f"  {x.own:+7.2f} {x.other:+7.2f}  rollout {x.rollout}, token {x.position}: {text}")
-    return 0
