@@ -78,7 +78,7 @@ class Case:
         ids = torch.randint(v, (n,), generator=g).to(shape.device)
         return cls(states.requires_grad_(), weight.requires_grad_(not shape.frozen), teacher, head, ids)
 
-    def some(self, n: int, dtype: torch.dtype) -> "Case":
+    def first_tokens(self, n: int, dtype: torch.dtype) -> "Case":
         """Return a copy with only the first `n` tokens, in another dtype."""
         move = lambda x, live: x.detach().to(dtype).clone().requires_grad_(live)
         return Case(
@@ -91,6 +91,6 @@ class Case:
 
     def take_gradients(self) -> list[Tensor]:
         """Return the gradients of states and head, and clear them."""
-        found = [x.grad for x in (self.states, self.weight) if x.grad is not None]
+        gradients = [x.grad for x in (self.states, self.weight) if x.grad is not None]
         self.states.grad = self.weight.grad = None
-        return found
+        return gradients

@@ -33,7 +33,7 @@ class All:
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchmarkPart:
     """One part of the benchmark; its module is imported when it is used, because it brings what it is compared with."""
 
     module: str
@@ -45,78 +45,80 @@ class Part:
         return vars(import_module(self.module))[self.kind]
 
 
-PARTS: dict[str, Part] = {
-    "head": Part("benchmarks.head", "Shape", "The head pass beside naive torch and the peers."),
-    "step": Part("benchmarks.step", "Step", "A training step, rollouts included, beside TRL's."),
-    "rollouts": Part("benchmarks.rollouts", "Ragged", "Ragged rollouts beside model.generate."),
-    "async": Part(
+PARTS: dict[str, BenchmarkPart] = {
+    "head": BenchmarkPart("benchmarks.head", "Shape", "The head pass beside naive torch and the peers."),
+    "step": BenchmarkPart("benchmarks.step", "Step", "A training step, rollouts included, beside TRL's."),
+    "rollouts": BenchmarkPart("benchmarks.rollouts", "Ragged", "Ragged rollouts beside model.generate."),
+    "async": BenchmarkPart(
         "benchmarks.overlap",
         "Overlap",
         "Rollouts in a worker process beside rollouts in turns: speed, and what is learnt.",
     ),
-    "packing": Part(
+    "packing": BenchmarkPart(
         "benchmarks.packing", "Packing", "Rows of like length beside packed ones, over a pool of rollouts."
     ),
-    "growth": Part("benchmarks.growth", "Growth", "Time and memory against N, V, k, batch, length."),
-    "all": Part("benchmarks.command", "All", "Every part; its tables, numbers and plot in a folder."),
+    "growth": BenchmarkPart("benchmarks.growth", "Growth", "Time and memory against N, V, k, batch, length."),
+    "all": BenchmarkPart("benchmarks.command", "All", "Every part; its tables, numbers and plot in a folder."),
 }
 
 
-def run_part(asked: object) -> None:
+def run_part(settings: object) -> None:
     """Run the part whose settings these are, and show its table."""
     from benchmarks import growth, head, overlap, packing, rollouts, step
 
-    match asked:
+    match settings:
         case head.Shape():
-            head.main(asked)
+            head.main(settings)
         case step.Step():
-            step.measured(asked).show()
+            step.measured(settings).show()
         case rollouts.Ragged():
-            rollouts.measured(asked).show()
+            rollouts.measured(settings).show()
         case overlap.Overlap():
-            for result in overlap.measured(asked):
+            for result in overlap.measured(settings):
                 result.show()
         case packing.Packing():
-            packing.measured(asked).show()
+            packing.measured(settings).show()
         case growth.Growth():
-            growth.measured(asked).show()
+            growth.measured(settings).show()
         case All():
-            everything(asked)
+            run_all(settings)
 
 
-def everything(asked: All) -> None:
+def run_all(settings: All) -> None:
     """Run the parts, show each table as it is there, write the folder."""
     from benchmarks import growth, head, rollouts, step
     from benchmarks.case import Shape
 
-    files = {name: OutputFile(path=asked.out / name, ours=has_mark(MARK), overwrite=asked.overwrite) for name in FILES}
+    files = {
+        name: OutputFile(path=settings.out / name, ours=has_mark(MARK), overwrite=settings.overwrite) for name in FILES
+    }
     for file in files.values():
         file.check()
-    some, rounds = ("floor", "ours", "naive"), asked.head_rounds
+    fast_arms, rounds = ("floor", "ours", "naive"), settings.head_rounds
     shapes = [
-        Shape(rounds=rounds, clock=asked.clock),
-        Shape(chunk=256, rounds=rounds, clock=asked.clock, memory=False, arms=some),
-        Shape(frozen=True, rounds=rounds, clock=asked.clock, memory=False, arms=some),
+        Shape(rounds=rounds, clock=settings.clock),
+        Shape(chunk=256, rounds=rounds, clock=settings.clock, memory=False, arms=fast_arms),
+        Shape(frozen=True, rounds=rounds, clock=settings.clock, memory=False, arms=fast_arms),
         # These measure peak memory, and show that it does not grow with N.
-        Shape(tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
-        Shape(chunk=256, tokens=4096, rounds=1, clock=asked.clock, error_tokens=0, arms=("ours", "naive")),
+        Shape(tokens=4096, rounds=1, clock=settings.clock, error_tokens=0, arms=("ours", "naive")),
+        Shape(chunk=256, tokens=4096, rounds=1, clock=settings.clock, error_tokens=0, arms=("ours", "naive")),
     ]
     parts: list[Callable[[], Result]] = [lambda shape=shape: head.measured(shape) for shape in shapes]  # type: ignore[misc]
     parts += [
-        lambda: step.measured(step.Step(rounds=asked.step_rounds, clock=asked.clock)),
-        lambda: rollouts.measured(rollouts.Ragged(rounds=asked.rollout_rounds, clock=asked.clock)),
-        lambda: growth.measured(growth.Growth(clock=asked.clock)),
+        lambda: step.measured(step.Step(rounds=settings.step_rounds, clock=settings.clock)),
+        lambda: rollouts.measured(rollouts.Ragged(rounds=settings.rollout_rounds, clock=settings.clock)),
+        lambda: growth.measured(growth.Growth(clock=settings.clock)),
     ]
-    found: list[Result] = []
+    results: list[Result] = []
     for part in parts:
-        found.append(part())
-        found[-1].show()
-        files["bench.md"].write("\n".join([f"<!-- {MARK} -->", *(result.markdown() for result in found)]))
-        numbers = {"generator": MARK, **{result.title: result.numbers for result in found}}
+        results.append(part())
+        results[-1].show()
+        files["bench.md"].write("\n".join([f"<!-- {MARK} -->", *(result.markdown() for result in results)]))
+        numbers = {"generator": MARK, **{result.title: result.numbers for result in results}}
         files["bench.json"].write(json.dumps(numbers, indent=1, default=str))
     with files["bench.png"].open() as picture:
-        plot(found[0], found[-1], picture)
-    print(asked.out)
+        plot(results[0], results[-1], picture)
+    print(settings.out)
 
 
 def plot(arms: Result, grown: Result, file: BinaryIO) -> None:
@@ -138,8 +140,8 @@ def plot(arms: Result, grown: Result, file: BinaryIO) -> None:
 
     def curve(axis: Any, names: Sequence[str], key: Callable[[dict], float], label: str) -> None:
         for name in names:
-            some = [p for p in points if p["curve"] == name]
-            axis.plot([p["x"] for p in some], [key(p) for p in some], "o-", label=name)
+            curve_points = [p for p in points if p["curve"] == name]
+            axis.plot([p["x"] for p in curve_points], [key(p) for p in curve_points], "o-", label=name)
         axis.set(xlabel=names[0].split(", ")[0], ylabel=label)
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.25)

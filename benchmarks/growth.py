@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.case import Case, Shape
-from benchmarks.head import fresh_peak
+from benchmarks.head import peak_in_new_process
 from benchmarks.peers import naive, ours
 from benchmarks.result import Result, Timed, in_turn, spread, versions
 from opd.core.types import Rollout
 from opd.head.head_pass import head_pass
-from opd.head.inputs import Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.terms import Target
 from opd.methods import METHODS
@@ -66,20 +66,20 @@ def measured(growth: Growth) -> Result:
         points["batch, update", batch] = update.of(batch, growth.length[1])
     for length in growth.length:
         points["length, update", length] = update.of(growth.batch[1], length)
-    rows_, found = [], []
+    rows_, measurements = [], []
     for (curve, x), (run, clear) in points.items():
-        seconds = in_turn({"": run}, rounds=growth.rounds, clock=growth.clock, after=clear)[""]
-        extra = fresh_peak(ARM[curve], shape(x, v)) if curve in ARM else None
+        seconds = in_turn({"": run}, rounds=growth.rounds, clock=growth.clock, clean_up=clear)[""]
+        extra = peak_in_new_process(ARM[curve], shape(x, v)) if curve in ARM else None
         rows_.append((curve, f"{x}", spread(seconds, 3), "" if extra is None else f"{extra / 2**20:.0f}"))
-        found.append({"curve": curve, "x": x, "seconds": seconds, "peak_bytes": extra})
-    known = versions("opd", "torch")
+        measurements.append({"curve": curve, "x": x, "seconds": seconds, "peak_bytes": extra})
+    packages = versions("opd", "torch")
     notes = (
         f"N={n} V={v} H={growth.width} chunk {growth.chunk} but for what grows; an update is that of embedded:student, "
         f"{growth.length[1]} tokens a response, {growth.batch[1]} responses, but for what grows",
         "peak memory is that of a fresh process, over what it held before",
-        f"medians [min, max] of {growth.rounds} rounds, {growth.clock} clock; {growth}; {known}",
+        f"medians [min, max] of {growth.rounds} rounds, {growth.clock} clock; {growth}; {packages}",
     )
-    numbers = {"growth": vars(growth), "versions": known, "points": found}
+    numbers = {"growth": vars(growth), "versions": packages, "points": measurements}
     return Result("growth", ("curve", "at", "seconds", "peak MB"), tuple(rows_), notes, numbers)
 
 
@@ -92,9 +92,9 @@ def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object],
     case = Case.of(Shape(tokens=n, vocabulary=v, student=growth.width, teacher=growth.width))
     method, vocabulary = METHODS["vopd-topk"](k=k), Vocabulary(v, chunk_bytes=growth.chunk * v * 6)
     student = Hidden(case.states, Head(case.weight))
-    heard = Heard(Hidden(case.teacher_states, Head(case.teacher_weight)))
+    frozen = FrozenOutputs(Hidden(case.teacher_states, Head(case.teacher_weight)))
     target = (Target(torch.ones(n), None, None),)
-    return (lambda: head_pass(method, student, heard, case.ids, target, vocabulary)[0].backward()), case.take_gradients
+    return (lambda: head_pass(method, student, frozen, case.ids, target, vocabulary)[0].backward()), case.take_gradients
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class _Update:
         Every second response has half the length.
         """
         g, cpu, method = torch.Generator().manual_seed(0), torch.device("cpu"), METHODS["vopd"]()
-        some = []
+        rollouts = []
         for i in range(batch):
             draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
             prompt, ids = draw(PROMPT), draw(length // (1 + i % 2))
             logp = (0.0,) * len(ids)
-            some.append(
+            rollouts.append(
                 Rollout(
                     prompt_ids=prompt,
                     teacher_prompt_ids=prompt,
@@ -135,16 +135,16 @@ class _Update:
                     stopped=True,
                 )
             )
-        groups = micro_batches({i: PROMPT + len(r.ids) for i, r in enumerate(some)}, 8192)
+        groups = micro_batches({i: PROMPT + len(r.ids) for i, r in enumerate(rollouts)}, 8192)
         vocabulary = Vocabulary(100)
 
         def run() -> None:
             for group in groups:
-                part = [some[i] for i in group]
+                part = [rollouts[i] for i in group]
                 masks = [[True] * len(r.ids) for r in part]
                 target = (Target(torch.ones(sum(map(len, masks))), None, None),)
-                at = rows(part, masks, teacher=False, device=cpu)
-                heard = Heard(self.teacher.hidden(part, masks))
-                self.student(at, heard, method, target, vocabulary)[0].backward()
+                batch_rows = rows(part, masks, teacher=False, device=cpu)
+                frozen = FrozenOutputs(self.teacher.hidden(part, masks))
+                self.student(batch_rows, frozen, method, target, vocabulary)[0].backward()
 
         return run, self.student.zero_grad

@@ -16,21 +16,21 @@ import torch
 import tyro
 
 from benchmarks.case import Case, Shape
-from benchmarks.peers import ALWAYS, ARMS, Floor, naive
+from benchmarks.peers import ALWAYS, ARMS, MatmulFloor, naive
 from benchmarks.result import Result, in_turn, peak, ratio, versions
-from opd.head.backend import sweeper
+from opd.head.backend import backend_name
 
 
 def main(shape: Shape) -> None:
     """Measure all arms, print the table, and write json if `shape.json` is set."""
     if shape.peak_of:
         torch.set_num_threads(shape.threads)
-        print(extra(shape))
+        print(extra_memory(shape))
         return
-    found = measured(shape)
-    found.show()
+    table = measured(shape)
+    table.show()
     if shape.json is not None:
-        shape.json.write_text(json.dumps(found.numbers, indent=1))
+        shape.json.write_text(json.dumps(table.numbers, indent=1))
 
 
 def measured(shape: Shape) -> Result:
@@ -45,12 +45,12 @@ def measured(shape: Shape) -> Result:
         rounds=shape.rounds,
         clock=shape.clock,
         gpu=shape.device == "cuda",
-        after=case.take_gradients,
+        clean_up=case.take_gradients,
     )
     rows: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in arms}
     for name in arms:
         if shape.memory and name != "floor":
-            rows[name]["peak_bytes"] = fresh_peak(name, shape)
+            rows[name]["peak_bytes"] = peak_in_new_process(name, shape)
         if shape.error_tokens and name != "floor":
             rows[name]["error"] = errors(name, case, shape)
     return result(rows, refused, shape)
@@ -59,10 +59,10 @@ def measured(shape: Shape) -> Result:
 def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
     """Return the arms that run here, tried on four tokens, and the reasons why the others do not."""
     fine, refused = [], {}
-    tiny = case.some(4, case.states.dtype)
+    tiny = case.first_tokens(4, case.states.dtype)
     for name in shape.arms or ARMS:
         try:
-            Floor()(tiny, shape) if name == "floor" else ARMS[name](tiny, shape)
+            MatmulFloor()(tiny, shape) if name == "floor" else ARMS[name](tiny, shape)
         except (ImportError, RuntimeError, TypeError) as error:
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
@@ -72,28 +72,28 @@ def runnable(case: Case, shape: Shape) -> tuple[list[str], dict[str, str]]:
 
 def errors(name: str, case: Case, shape: Shape) -> dict[str, float]:
     """Return the relative error of loss and gradients compared with float64 on the same inputs."""
-    exact = case.some(shape.error_tokens, torch.float64)
-    asked = replace(shape, objective=ALWAYS.get(name, shape.objective))
-    wanted = [naive(exact, asked), *exact.take_gradients()]
-    mine = case.some(shape.error_tokens, case.states.dtype)
-    found = [ARMS[name](mine, shape), *mine.take_gradients()]
+    exact = case.first_tokens(shape.error_tokens, torch.float64)
+    naive_shape = replace(shape, objective=ALWAYS.get(name, shape.objective))
+    expected = [naive(exact, naive_shape), *exact.take_gradients()]
+    float_case = case.first_tokens(shape.error_tokens, case.states.dtype)
+    outputs = [ARMS[name](float_case, shape), *float_case.take_gradients()]
     distance = lambda x, y: float((x.double() - y).norm() / y.norm())
-    return dict(zip(("loss", "states", "weight"), map(distance, found, wanted), strict=False))
+    return dict(zip(("loss", "states", "weight"), map(distance, outputs, expected), strict=False))
 
 
-def extra(shape: Shape) -> int:
+def extra_memory(shape: Shape) -> int:
     """Return the peak extra memory of an arm's forward and backward in this process, in bytes."""
     case = Case.of(shape)
     if shape.device == "cpu":
         return peak(lambda: ARMS[shape.peak_of](case, shape))
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     ARMS[shape.peak_of](case, shape)
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - allocated
 
 
-def fresh_peak(name: str, shape: Shape) -> int:
-    """Run `extra` in a new process and return its result, in bytes."""
+def peak_in_new_process(name: str, shape: Shape) -> int:
+    """Run `extra_memory` in a new process and return its result, in bytes."""
     same = ("tokens", "vocabulary", "student", "teacher", "chunk", "objective", "threads", "dtype", "device")
     flags = [flag for field in same for flag in (f"--{field}", str(getattr(shape, field)))]
     command = [sys.executable, "-m", "benchmarks.head", *flags, *(["--frozen"] if shape.frozen else [])]
@@ -106,7 +106,7 @@ def result(rows: dict, refused: dict[str, str], shape: Shape) -> Result:
     header = ("arm", "seconds", "of floor", "ours faster by", "peak MB", "of naive's", "error: loss, dh, dW")
     table = []
     for name, row in rows.items():
-        least = rows.get("naive", {}).get("peak_bytes")
+        naive_peak = rows.get("naive", {}).get("peak_bytes")
         ours = rows.get("ours")
         table.append(
             (
@@ -115,18 +115,20 @@ def result(rows: dict, refused: dict[str, str], shape: Shape) -> Result:
                 ratio(row["seconds"], rows["floor"]["seconds"]) if "floor" in rows else "",
                 ratio(row["seconds"], ours["seconds"]) if ours else "",
                 f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
-                f"1 / {least / row['peak_bytes']:.1f}" if least and "peak_bytes" in row else "",
+                f"1 / {naive_peak / row['peak_bytes']:.1f}" if naive_peak and "peak_bytes" in row else "",
                 " ".join(f"{x:.0e}" for x in row.get("error", {}).values()),
             )
         )
-    found = versions("opd", "torch", "trl", "liger-kernel", "triton")
+    packages = versions("opd", "torch", "trl", "liger-kernel", "triton")
     head = "frozen head" if shape.frozen else "trained head"
     about = f"{head}, {shape.objective}, N={shape.tokens} V={shape.vocabulary} H={shape.student}/{shape.teacher}"
     notes = [f"{name} cannot run here: {reason}" for name, reason in refused.items()]
     clock = "events of the GPU" if shape.device == "cuda" else f"{shape.clock} clock"
-    who = sweeper(torch.device(shape.device))
-    notes.append(f"medians [min, max] of {shape.rounds} alternating rounds, {clock}; {who} sweeps; {shape}; {found}")
-    numbers = {"shape": vars(shape) | {"json": str(shape.json)}, "versions": found, "rows": rows, "refused": refused}
+    backend = backend_name(torch.device(shape.device))
+    notes.append(
+        f"medians [min, max] of {shape.rounds} alternating rounds, {clock}; {backend} sweeps; {shape}; {packages}"
+    )
+    numbers = {"shape": vars(shape) | {"json": str(shape.json)}, "versions": packages, "rows": rows, "refused": refused}
     return Result(f"head pass, {about}, chunk {shape.chunk}", header, tuple(table), tuple(notes), numbers)
 
 

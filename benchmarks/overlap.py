@@ -61,21 +61,21 @@ class Arm:
     memory: Memory = field(default_factory=lambda: NOTHING)
 
     @classmethod
-    def of(cls, asked: Overlap, staleness: int, folder: Path) -> "Arm":
+    def of(cls, overlap: Overlap, staleness: int, folder: Path) -> "Arm":
         """Open a run with the loss of `async-opd`, which equals `opd` without a worker."""
-        config = asked.run(folder, "async-opd")
-        loop = opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness))
-        before = torch.get_num_threads()
+        config = overlap.run(folder, "async-opd")
+        loop = opened(replace(config, micro_batch_tokens=overlap.micro_batch_tokens, staleness=staleness))
+        threads = torch.get_num_threads()
         loop.writing.open(0, NOTHING, None, print)
         arm = cls(loop, torch.get_num_threads())
-        torch.set_num_threads(before)  # so that the next arm starts from the default
+        torch.set_num_threads(threads)  # so that the next arm starts from the default
         return arm
 
     def block(self, steps: int) -> None:
         """Run `steps` steps, and wait until the worker's queue is full again."""
         assert self.loop.writing.source is not None
         torch.set_num_threads(self.threads)
-        before = time.process_time()
+        start = time.process_time()
         self.loop.writing.source.numbers()
         written = 0.0
         for _ in range(steps):
@@ -83,7 +83,7 @@ class Arm:
             _, self.memory = self.loop.step(self.step, self.memory)
             written += self.last("worker_cpu_s")
         self.loop.writing.source.rest()
-        self.computed.append((time.process_time() - before) / steps)
+        self.computed.append((time.process_time() - start) / steps)
         self.written.append((written + self.loop.writing.source.numbers().get("worker_cpu_s", 0.0)) / steps)
 
     def last(self, name: str) -> float:
@@ -97,27 +97,27 @@ class Arm:
         return statistics.median([row.get(name, 0.0) for row in rows])
 
 
-def measured(asked: Overlap) -> Iterator[Result]:
+def measured(overlap: Overlap) -> Iterator[Result]:
     """Yield the tables that the settings enable."""
-    if asked.rounds:
-        yield speed(asked)
-    if asked.quality:
-        yield quality(asked)
+    if overlap.rounds:
+        yield speed(overlap)
+    if overlap.quality:
+        yield quality(overlap)
 
 
-def speed(asked: Overlap) -> Result:
+def speed(overlap: Overlap) -> Result:
     """Measure the seconds per step with the wall clock, because two processes compute at the same time."""
     with tempfile.TemporaryDirectory() as folder:
-        arms = {n: Arm.of(asked, n, Path(folder) / str(n)) for n in (0, *asked.staleness)}
+        arms = {n: Arm.of(overlap, n, Path(folder) / str(n)) for n in (0, *overlap.staleness)}
         try:
             for arm in arms.values():
                 assert arm.loop.writing.source is not None
                 arm.loop.writing.source.rest()
             blocks: dict[str, Callable[[], object]] = {
-                str(n): partial(arm.block, asked.block) for n, arm in arms.items()
+                str(n): partial(arm.block, overlap.block) for n, arm in arms.items()
             }
             load = os.getloadavg()[0]
-            seconds = in_turn(blocks, rounds=asked.rounds, clock="wall")
+            seconds = in_turn(blocks, rounds=overlap.rounds, clock="wall")
             load = (load + os.getloadavg()[0]) / 2
             turns = arms[0]
             writes, trains = turns.perf("rollout_s"), turns.perf("update_s")
@@ -126,66 +126,66 @@ def speed(asked: Overlap) -> Result:
         finally:
             for arm in arms.values():
                 arm.loop.writing.close()
-    each = {n: [s / asked.block for s in seconds[str(n)]] for n in arms}
+    step_seconds = {n: [s / overlap.block for s in seconds[str(n)]] for n in arms}
     busiest = {n: [max(x) for x in zip(arm.computed[1:], arm.written[1:], strict=True)] for n, arm in arms.items()}
-    rows = [("in turns", spread(each[0], 3), "", spread(busiest[0], 3), "", "", "")]
+    rows = [("in turns", spread(step_seconds[0], 3), "", spread(busiest[0], 3), "", "", "")]
     rows += [
         (
             f"{n} behind",
-            spread(each[n], 3),
-            ratio(each[0], each[n]),
+            spread(step_seconds[n], 3),
+            ratio(step_seconds[0], step_seconds[n]),
             spread(busiest[n], 3),
             ratio(busiest[0], busiest[n]),
             f"{waits[n]:.3f}",
             f"{costs[n]:.3f}",
         )
-        for n in asked.staleness
+        for n in overlap.staleness
     ]
     cores = len(os.sched_getaffinity(0))
-    known = versions("opd", "torch", "transformers")
+    packages = versions("opd", "torch", "transformers")
     notes = (
         f"in turns a step writes for {writes:.3f} s and trains for {trains:.3f} s; processor: seconds of the busier of "
         "the two processes, which is what a step would take were each core its own",
-        f"medians [min, max] of {asked.rounds} alternating blocks of {asked.block} steps, wall clock, {cores} cores, "
-        f"load {load:.1f}; {asked}; {known}",
+        f"medians [min, max] of {overlap.rounds} alternating blocks of {overlap.block} steps, wall clock, {cores} "
+        f"cores, load {load:.1f}; {overlap}; {packages}",
     )
     header = ("rollouts", "seconds a step", "faster by", "processor", "faster by", "waits", "snapshot")
     numbers = {
-        "seconds": each,
+        "seconds": step_seconds,
         "processor": busiest,
         "writes": writes,
         "trains": trains,
         "cores": cores,
         "load": load,
-        "versions": known,
+        "versions": packages,
     }
-    return Result(f"rollouts in another process, batch {asked.batch}", header, tuple(rows), notes, numbers)
+    return Result(f"rollouts in another process, batch {overlap.batch}", header, tuple(rows), notes, numbers)
 
 
-def quality(asked: Overlap) -> Result:
+def quality(overlap: Overlap) -> Result:
     """Compare accuracy and held-out KL of runs with different staleness after the same number of samples."""
-    arms = [(name, n) for n in (0, *asked.staleness) for name in asked.methods if n or name != "async-opd"]  # = opd
-    found: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
+    arms = [(name, n) for n in (0, *overlap.staleness) for name in overlap.methods if n or name != "async-opd"]  # = opd
+    last_rows: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(asked.seeds):
+        for seed in range(overlap.seeds):
             for name, n in arms:
-                base = Train(student=asked.student, teacher=asked.teacher, prompts=asked.prompts)
+                base = Train(student=overlap.student, teacher=overlap.teacher, prompts=overlap.prompts)
                 config = replace(
                     base,
                     **{
                         **settings("embedded", "opd"),
                         "method": METHODS[name](),
-                        "steps": asked.quality,
-                        "batch": asked.batch,
-                        "sampling": Sampling(max_new_tokens=asked.max_new_tokens),
-                        "eval_prompts": asked.prompts,
-                        "eval_every": asked.quality,
-                        "eval_limit": asked.held_out,
+                        "steps": overlap.quality,
+                        "batch": overlap.batch,
+                        "sampling": Sampling(max_new_tokens=overlap.max_new_tokens),
+                        "eval_prompts": overlap.prompts,
+                        "eval_every": overlap.quality,
+                        "eval_limit": overlap.held_out,
                         "staleness": n,
                         "exact_staleness": n > 0,
                         "seed": seed,
                         "out": Path(folder) / f"{name}-{n}-{seed}",
-                        "save_every": asked.quality,
+                        "save_every": overlap.quality,
                         "quiet": True,
                         "doctor": False,
                     },
@@ -193,14 +193,16 @@ def quality(asked: Overlap) -> Result:
                 lines = (train(config) / "metrics.jsonl").read_text().splitlines()
                 rows = [json.loads(line) for line in lines]
                 trained = [r for r in rows if "grad_norm" in r]
-                found[name, n].append(rows[-1] | {"drift": statistics.mean(r.get("drift", 0.0) for r in trained[-10:])})
+                last_rows[name, n].append(
+                    rows[-1] | {"drift": statistics.mean(r.get("drift", 0.0) for r in trained[-10:])}
+                )
     header = ("method, steps behind", "accuracy %", "held-out KL", "KL to who wrote (nats)")
     rows = []
-    for (name, n), runs in found.items():
+    for (name, n), runs in last_rows.items():
         mean = lambda key, runs=runs: statistics.mean(r[key] for r in runs)
         right = ", ".join(f"{100 * r['eval_accuracy']:.1f}" for r in runs)
         kl = ", ".join(f"{r['eval_reverse_kl']:.4f} +- {r['eval_reverse_kl_se']:.4f}" for r in runs)
         rows.append((f"{name}, {n}", right, kl, f"{mean('drift'):.4f}"))
-    notes = (f"{asked.quality} steps of {asked.batch} rollouts, seeds 0 to {asked.seeds - 1}; {asked}",)
-    numbers = {f"{name}, {n}": runs for (name, n), runs in found.items()}
+    notes = (f"{overlap.quality} steps of {overlap.batch} rollouts, seeds 0 to {overlap.seeds - 1}; {overlap}",)
+    numbers = {f"{name}, {n}": runs for (name, n), runs in last_rows.items()}
     return Result("what is learnt on as many samples", header, tuple(rows), notes, numbers)

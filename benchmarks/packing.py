@@ -25,7 +25,7 @@ from opd.models.load import base
 
 
 @dataclass(frozen=True)
-class Way:
+class Batching:
     """A way to batch a pool of sequences: the groups of sequences, and the function that runs a group."""
 
     run: Callable[[Any, Sequence[Tensor]], Tensor]  # returns the states of all tokens, sequence by sequence
@@ -35,8 +35,8 @@ class Way:
     def states(self, model: Any, texts: Sequence[Tensor]) -> Float[Tensor, "N H"]:
         """Return the states [N, H] of all sequences, in the order of the pool."""
         order = [i for group in self.groups for i in group]
-        found = torch.cat([self.run(model, [texts[i] for i in group]) for group in self.groups])
-        parts = dict(zip(order, found.split([len(texts[i]) for i in order]), strict=True))
+        states = torch.cat([self.run(model, [texts[i] for i in group]) for group in self.groups])
+        parts = dict(zip(order, states.split([len(texts[i]) for i in order]), strict=True))
         return torch.cat([parts[i] for i in range(len(texts))])
 
     def train(self, model: Any, texts: Sequence[Tensor]) -> None:
@@ -67,53 +67,57 @@ class Packing(Timed):
     """Alternating rounds, after a warm-up round."""
 
 
-def measured(asked: Packing) -> Result:
+def measured(settings: Packing) -> Result:
     """Measure the tokens per second of each way of batching, after a check that all ways give the same states."""
-    positive(asked, "threads", "pool", "max_new_tokens", "rows", "micro_batch_tokens", "rounds")
-    torch.set_num_threads(asked.threads)
+    positive(settings, "threads", "pool", "max_new_tokens", "rows", "micro_batch_tokens", "rounds")
+    torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
-        told = Trained(asked.student, "self", asked.prompts, asked.pool, asked.max_new_tokens)
-        loop = opened(told.run(Path(folder) / "run", "opd"))
+        run_settings = Trained(settings.student, "self", settings.prompts, settings.pool, settings.max_new_tokens)
+        loop = opened(run_settings.run(Path(folder) / "run", "opd"))
         session = loop.session
-        prompts, sampling = session.prompts.batch(1, asked.pool), loop.config.sampling
-        drawn = loop.writing.collect(prompts, OnPolicy(), sampling, 1, session.prompts.task)
+        prompts, sampling = session.prompts.batch(1, settings.pool), loop.config.sampling
+        rollouts = loop.writing.collect(prompts, OnPolicy(), sampling, 1, session.prompts.task)
         model = base(session.plain().model)
         device = model.device
-    texts = [torch.tensor((*r.prompt_ids, *r.ids), device=device) for r in drawn]
+    texts = [torch.tensor((*r.prompt_ids, *r.ids), device=device) for r in rollouts]
     widths = {i: len(text) for i, text in enumerate(texts)}
-    whole, room = sum(widths.values()), lambda groups: sum(max(widths[i] for i in g) * len(g) for g in groups)
-    plain = [list(widths)[i : i + asked.rows] for i in range(0, len(texts), asked.rows)]
-    alike = micro_batches(widths, asked.micro_batch_tokens)
-    first = f"padded, {asked.rows} rows each in their order"
-    ways = {
-        first: Way(_padded, plain, room(plain)),
-        "rows of like length": Way(_padded, alike, room(alike)),
-        **{f"packed to {n}, block mask": Way(_blocks, packed(widths, n), whole) for n in asked.lengths},
+    num_tokens = sum(widths.values())
+    padded_tokens = lambda groups: sum(max(widths[i] for i in g) * len(g) for g in groups)
+    ordered_groups = [list(widths)[i : i + settings.rows] for i in range(0, len(texts), settings.rows)]
+    sorted_groups = micro_batches(widths, settings.micro_batch_tokens)
+    first = f"padded, {settings.rows} rows each in their order"
+    batchings = {
+        first: Batching(_padded, ordered_groups, padded_tokens(ordered_groups)),
+        "rows of like length": Batching(_padded, sorted_groups, padded_tokens(sorted_groups)),
+        **{f"packed to {n}, block mask": Batching(_blocks, packed(widths, n), num_tokens) for n in settings.lengths},
     }
     with torch.no_grad():
-        alone = ways[first].states(model, texts)
-        for way in ways.values():
-            torch.testing.assert_close(way.states(model, texts), alone, rtol=1e-3, atol=1e-3)
-    arms: dict[str, Callable[[], object]] = {name: partial(way.train, model, texts) for name, way in ways.items()}
+        expected = batchings[first].states(model, texts)
+        for batching in batchings.values():
+            torch.testing.assert_close(batching.states(model, texts), expected, rtol=1e-3, atol=1e-3)
+    arms: dict[str, Callable[[], object]] = {
+        name: partial(batching.train, model, texts) for name, batching in batchings.items()
+    }
     clear = lambda: model.zero_grad(set_to_none=True)
-    seconds = in_turn(arms, rounds=asked.rounds, clock=asked.clock, gpu=device.type == "cuda", after=clear)
+    seconds = in_turn(arms, rounds=settings.rounds, clock=settings.clock, gpu=device.type == "cuda", clean_up=clear)
     rows = tuple(
         (
             name,
-            str(way.computed),
-            spread([whole / s for s in seconds[name]], 0),
+            str(batching.computed),
+            spread([num_tokens / s for s in seconds[name]], 0),
             "" if name == first else ratio(seconds[first], seconds[name]),
         )
-        for name, way in ways.items()
+        for name, batching in batchings.items()
     )
-    known = versions("opd", "torch", "transformers")
+    packages = versions("opd", "torch", "transformers")
     notes = (
         f"{len(texts)} rollouts of {min(widths.values())} to {max(widths.values())} tokens with their prompts; forward "
         "and backward of the layers without the head",
-        f"medians [min, max] of {asked.rounds} rounds, {asked.clock} clock, {device.type}; {asked}; {known}",
+        f"medians [min, max] of {settings.rounds} rounds, {settings.clock} clock, {device.type}; {settings}; "
+        f"{packages}",
     )
-    header = ("passes", f"tokens, of {whole}", "tokens a second", "beside padded")
-    return Result("packing", header, rows, notes, {"seconds": seconds, "tokens": whole, "versions": known})
+    header = ("passes", f"tokens, of {num_tokens}", "tokens a second", "beside padded")
+    return Result("packing", header, rows, notes, {"seconds": seconds, "tokens": num_tokens, "versions": packages})
 
 
 def packed(widths: dict[int, int], length: int) -> list[list[int]]:
@@ -122,29 +126,32 @@ def packed(widths: dict[int, int], length: int) -> list[list[int]]:
     A sequence longer than `length` gets a row for itself.
     """
     out: list[list[int]] = []
-    room: list[int] = []
+    space_by_row: list[int] = []
     for i in sorted(widths, key=lambda i: (-widths[i], i)):
-        at = next((k for k, left in enumerate(room) if widths[i] <= left), len(out))
-        if at == len(out):
+        row = next((k for k, space in enumerate(space_by_row) if widths[i] <= space), len(out))
+        if row == len(out):
             out.append([])
-            room.append(length)
-        out[at].append(i)
-        room[at] -= widths[i]
+            space_by_row.append(length)
+        out[row].append(i)
+        space_by_row[row] -= widths[i]
     return out
 
 
 def _padded(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N H"]:
     """Run padded rows; the padding is on the right, where causal attention never reads it."""
-    found = model.base_model(input_ids=pad(list(texts), 0), use_cache=False).last_hidden_state
-    return torch.cat([row[: len(text)] for row, text in zip(found, texts, strict=True)])
+    states = model.base_model(input_ids=pad(list(texts), 0), use_cache=False).last_hidden_state
+    return torch.cat([row[: len(text)] for row, text in zip(states, texts, strict=True)])
 
 
 def _blocks(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N H"]:
     """Run all sequences as a single packed row; each token attends to its sequence up to itself."""
     owner = torch.cat([torch.full_like(text, i) for i, text in enumerate(texts)])
     mask: Bool[Tensor, "N N"] = (owner[:, None] == owner[None]).tril()
-    at = torch.cat([torch.arange(len(text), device=text.device) for text in texts])
+    positions = torch.cat([torch.arange(len(text), device=text.device) for text in texts])
     out = model.base_model(
-        input_ids=torch.cat(list(texts))[None], position_ids=at[None], attention_mask=mask[None, None], use_cache=False
+        input_ids=torch.cat(list(texts))[None],
+        position_ids=positions[None],
+        attention_mask=mask[None, None],
+        use_cache=False,
     )
     return out.last_hidden_state[0]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.case import Case, Objective, Shape
 from opd.head.head_pass import head_pass
-from opd.head.inputs import Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.matmul import addmm, mm, wide
-from opd.head.sweep import FROZEN
+from opd.head.sweep import FROZEN_PARTS
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import Value
 from opd.losses.terms import Match, PolicyGradient, Target
@@ -24,12 +24,12 @@ Run = Callable[[Case, Shape], Tensor]  # forward and backward of a sum over toke
 def ours(case: Case, shape: Shape) -> Tensor:
     """Run `opd.head.head_pass.head_pass`."""
     vocabulary = Vocabulary(shape.vocabulary, rounded=shape.rounded)
-    each = vocabulary.tile(case.weight.dtype, case.weight.device).itemsize * (1 + 1 / FROZEN)
-    vocabulary = replace(vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * each))
-    one = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
+    token_bytes = vocabulary.tile(case.weight.dtype, case.weight.device).itemsize * (1 + 1 / FROZEN_PARTS)
+    vocabulary = replace(vocabulary, chunk_bytes=round(shape.chunk * shape.vocabulary * token_bytes))
+    target = Target(torch.ones(len(case.ids), device=case.ids.device), None, None)
     student = Hidden(case.states, Head(case.weight))
     teacher = Hidden(case.teacher_states, Head(case.teacher_weight))
-    loss, _ = head_pass(METHODS[shape.objective], student, Heard(teacher), case.ids, (one,), vocabulary)
+    loss, _ = head_pass(METHODS[shape.objective], student, FrozenOutputs(teacher), case.ids, (target,), vocabulary)
     loss.backward()
     return loss.detach()
 
@@ -105,8 +105,8 @@ def trl_composed(case: Case, shape: Shape) -> Tensor:
     )[0]
     student = logp(case.states, case.weight)
     with torch.no_grad():
-        both = (case.states, case.weight, None, case.teacher_states, case.teacher_weight, None, 1.0)
-        kl = ChunkedDivergenceFunction.apply(*both)[0]
+        models = (case.states, case.weight, None, case.teacher_states, case.teacher_weight, None, 1.0)
+        kl = ChunkedDivergenceFunction.apply(*models)[0]
         advantage = logp(case.teacher_states, case.teacher_weight) - student + kl
     loss = -(advantage * student).sum()
     loss.backward()
@@ -133,7 +133,7 @@ def liger_fused(case: Case, shape: Shape) -> Tensor:
     return loss.detach()
 
 
-class Floor:
+class MatmulFloor:
     """The matmuls only, in preallocated buffers: logits of both models, gradients of states and head.
 
     Its time is a lower bound for every arm.
@@ -161,7 +161,7 @@ class Floor:
 
 
 ARMS: dict[str, Run] = {
-    "floor": Floor(),
+    "floor": MatmulFloor(),
     "ours": ours,
     "ours-torch": ours_torch,
     "ours-autograd": ours_autograd,

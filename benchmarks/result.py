@@ -63,11 +63,11 @@ def in_turn(
     rounds: int,
     clock: Clock,
     gpu: bool = False,
-    after: Callable[[], object] = lambda: None,
+    clean_up: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Run the arms in turn and return the seconds of each arm by round, after a warm-up round.
 
-    `after` runs after each arm and is not timed.
+    `clean_up` runs after each arm and is not timed.
     """
     out = {name: list[float]() for name in arms}
     for turn in track(range(rounds + 1), "rounds", transient=True, console=Console(stderr=True)):
@@ -75,7 +75,7 @@ def in_turn(
             seconds = by_events(run) if gpu else by_clock(run, clock)
             if turn:
                 out[name].append(seconds)
-            after()
+            clean_up()
     return out
 
 
@@ -131,6 +131,6 @@ def status(name: str) -> int:
 def peak(run: Callable[[], object]) -> int:
     """Return the peak extra main memory of a call, in bytes.  Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
-    before = status("VmRSS")
+    resident = status("VmRSS")
     run()
-    return status("VmHWM") - before
+    return status("VmHWM") - resident

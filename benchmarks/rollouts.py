@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.result import Result, Timed, in_turn, spread, versions
 from opd.core.sampling import Sampling
-from opd.head.onednn import faster, quicken
+from opd.head.onednn import is_faster, use_onednn
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 
@@ -68,47 +68,50 @@ def model(ragged: Ragged) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
     )
-    made = LlamaForCausalLM(config).eval()
+    llama = LlamaForCausalLM(config).eval()
     biased = nn.Linear(ragged.width, ragged.vocabulary)
-    biased.weight.data = made.lm_head.weight.data
+    biased.weight.data = llama.lm_head.weight.data
     biased.bias.data.zero_()
     biased.bias.data[STOP] = math.log((ragged.vocabulary - 1) / (ragged.mean - 1))
-    made.lm_head = biased
-    return made
+    llama.lm_head = biased
+    return llama
 
 
 def measured(ragged: Ragged) -> Result:
     """Measure the tokens per second of all arms, and the distribution of lengths."""
     torch.set_num_threads(ragged.threads)
-    made, g = model(ragged), torch.Generator().manual_seed(0)
+    llama, g = model(ragged), torch.Generator().manual_seed(0)
     widths = torch.randint(16, 64, (ragged.requests,), generator=g).tolist()
     prompts = [torch.randint(3, ragged.vocabulary, (n,), generator=g).tolist() for n in widths]
-    quick = deepcopy(made)
-    quicken(quick)  # as `models.load` does
+    quick_model = deepcopy(llama)
+    use_onednn(quick_model)  # as `models.load` does
     lengths: dict[str, list[list[int]]] = {name: [] for name in LABELS}
 
     def ours(name: str, of: LlamaForCausalLM) -> None:
         engine = HFEngine(of, ragged.vocabulary, (STOP,), ragged.rows)
         sampling = Sampling(max_new_tokens=ragged.max_new_tokens)
-        found = engine.generate(
+        samples = engine.generate(
             GenerateRequest(prompts, sampling, seed=0, step=len(lengths[name]), index=range(len(prompts)))
         )
-        assert all(len(x.logp) == len(x.ids) for x in found)
-        lengths[name].append([len(x.ids) for x in found])
+        assert all(len(x.logp) == len(x.ids) for x in samples)
+        lengths[name].append([len(x.ids) for x in samples])
 
     def plain() -> None:
         torch.manual_seed(len(lengths["generate"]))
-        found: list[int] = []
+        samples: list[int] = []
         for start in range(0, len(prompts), ragged.rows):
-            found += _generate(made, prompts[start : start + ragged.rows], ragged.max_new_tokens)
-        lengths["generate"].append(found)
+            samples += _generate(llama, prompts[start : start + ragged.rows], ragged.max_new_tokens)
+        lengths["generate"].append(samples)
 
-    arms: dict[str, Callable[[], object]] = {"opd": partial(ours, "opd", quick)}
-    arms |= {"plain": partial(ours, "plain", made)} if faster() else {}
+    arms: dict[str, Callable[[], object]] = {"opd": partial(ours, "opd", quick_model)}
+    arms |= {"plain": partial(ours, "plain", llama)} if is_faster() else {}
     arms["generate"] = plain
     seconds = in_turn(arms, rounds=ragged.rounds, clock=ragged.clock)
-    speed = {name: [sum(n) / s for n, s in zip(lengths[name][1:], took, strict=True)] for name, took in seconds.items()}
-    rows, flat = [], {name: [x for n in some[1:] for x in n] for name, some in lengths.items() if some}
+    speed = {
+        name: [sum(n) / s for n, s in zip(lengths[name][1:], seconds_by_round, strict=True)]
+        for name, seconds_by_round in seconds.items()
+    }
+    rows, flat = [], {name: [x for n in by_round[1:] for x in n] for name, by_round in lengths.items() if by_round}
     for name in arms:
         ratios = [a / b for a, b in zip(speed["opd"], speed[name], strict=True)]
         about = f"{statistics.mean(flat[name]):.0f}, {max(flat[name])}"
@@ -119,15 +122,15 @@ def measured(ragged: Ragged) -> Result:
         for start in range(0, len(n), ragged.rows)
         if (part := n[start : start + ragged.rows])
     ]
-    known = versions("opd", "torch", "transformers")
+    packages = versions("opd", "torch", "transformers")
     notes = (
         f"lengths are geometric with mean {ragged.mean}, cut at {ragged.max_new_tokens}: of a padded batch's row-steps "
         f"{statistics.mean(shares):.0%} write a token",
-        f"medians [min, max] of {ragged.rounds} alternating rounds, {ragged.clock} clock; {ragged}; {known}",
+        f"medians [min, max] of {ragged.rounds} alternating rounds, {ragged.clock} clock; {ragged}; {packages}",
     )
     numbers = {
         "ragged": vars(ragged),
-        "versions": known,
+        "versions": packages,
         "seconds": seconds,
         "lengths": {name: lengths[name] for name in arms},
     }
@@ -135,15 +138,21 @@ def measured(ragged: Ragged) -> Result:
     return Result(f"ragged rollouts, {ragged.requests} requests", header, tuple(rows), notes, numbers)
 
 
-def _generate(made: Any, prompts: list[list[int]], most: int) -> list[int]:
+def _generate(llama: Any, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
     """Generate with transformers from left-padded prompts, and return the response lengths."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask: Tensor = torch.arange(width)[None] >= width - torch.tensor([len(p) for p in prompts])[:, None]
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most, eos_token_id=STOP, pad_token_id=0
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=STOP,
+        pad_token_id=0,
     )
     with torch.no_grad():
-        out = made.generate(ids, attention_mask=mask.long(), generation_config=config)
+        out = llama.generate(ids, attention_mask=mask.long(), generation_config=config)
     ends = out[:, width:] == STOP
     return torch.where(ends.any(1), ends.long().argmax(1) + 1, ends.shape[1]).tolist()

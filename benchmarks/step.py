@@ -60,8 +60,8 @@ class Turns(TrainerCallback):
 
     def __init__(self, ours: Ours, prompt_tokens: int) -> None:
         self.ours, self.prompt_tokens = ours, prompt_tokens
-        self.found: list[tuple[float, float, float, float]] = []  # seconds, tokens of TRL; then of opd
-        self.start, self.seen = 0.0, 0.0
+        self.measurements: list[tuple[float, float, float, float]] = []  # seconds, tokens of TRL; then of opd
+        self.start, self.tokens_seen = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; the trainer has its batch of prompts."""
@@ -70,8 +70,8 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock at the end of the trainer's step, and run a step of opd."""
         seconds = CLOCKS[self.ours.clock]() - self.start
-        read, self.seen = float(state.num_input_tokens_seen - self.seen), state.num_input_tokens_seen
-        self.found.append((seconds, read - self.prompt_tokens, *self.ours.step()))
+        read, self.tokens_seen = float(state.num_input_tokens_seen - self.tokens_seen), state.num_input_tokens_seen
+        self.measurements.append((seconds, read - self.prompt_tokens, *self.ours.step()))
 
 
 def measured(step: Step) -> Result:
@@ -80,25 +80,25 @@ def measured(step: Step) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         ours, reason = Ours.of(step, Path(folder) / "run"), ""
         try:
-            found = _beside(ours, step, folder)
+            measurements = _beside(ours, step, folder)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             reason = f"TRL cannot run here: {type(error).__name__}: {str(error).splitlines()[0]}"
-            found = [(0.0, 0.0, *ours.step()) for _ in range(step.rounds + 1)]
-    found, known = found[1:], versions("opd", "torch", "transformers", "trl")
-    theirs = [tokens / seconds for seconds, tokens, *_ in found if seconds]
-    mine = [tokens / seconds for *_, seconds, tokens in found]
-    rows = [("opd", spread(mine, 0), spread([x[3] / step.batch for x in found], 0), "")]
-    if theirs:
-        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-        rows.append(("TRL", spread(theirs, 0), spread([x[1] / step.batch for x in found], 0), spread(ratios)))
+            measurements = [(0.0, 0.0, *ours.step()) for _ in range(step.rounds + 1)]
+    measurements, packages = measurements[1:], versions("opd", "torch", "transformers", "trl")
+    trl_speed = [tokens / seconds for seconds, tokens, *_ in measurements if seconds]
+    opd_speed = [tokens / seconds for *_, seconds, tokens in measurements]
+    rows = [("opd", spread(opd_speed, 0), spread([x[3] / step.batch for x in measurements], 0), "")]
+    if trl_speed:
+        ratios = [a / b for a, b in zip(opd_speed, trl_speed, strict=True)]
+        rows.append(("TRL", spread(trl_speed, 0), spread([x[1] / step.batch for x in measurements], 0), spread(ratios)))
     notes = (
         *([reason] if reason else []),
-        f"medians [min, max] of {step.rounds} alternating steps, {step.clock} clock; {step}; {known}",
+        f"medians [min, max] of {step.rounds} alternating steps, {step.clock} clock; {step}; {packages}",
         "TRL: DistillationTrainer, beta 1, fp32, no gradient checkpointing, the batch at once; ours: opd-full",
     )
     header = ("trainer", "tokens/s", "tokens a response", "ours faster by")
     title = f"training step, {step.student} from {step.teacher}, {step.batch} responses of at most "
-    numbers = {"step": vars(step), "versions": known, "found": found, "refused": reason}
+    numbers = {"step": vars(step), "versions": packages, "found": measurements, "refused": reason}
     return Result(f"{title}{step.max_new_tokens} tokens", header, tuple(rows), notes, numbers)
 
 
@@ -107,14 +107,14 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
     from trl import DistillationConfig, DistillationTrainer
 
     session = ours.loop.session
-    asked = session.prompts.first(step.batch)
-    text = session.collector.tokenizer
-    prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in asked]
+    rendered = session.prompts.first(step.batch)
+    tokenizer = session.collector.tokenizer
+    prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in rendered]
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(models.locate(name, field=field).folder, dtype=torch.float32)
         for name, field in ((step.student, "student"), (step.teacher, "teacher"))
     )
-    turns = Turns(ours, sum(len(p.ids) for p in asked))
+    turns = Turns(ours, sum(len(p.ids) for p in rendered))
     config = DistillationConfig(
         output_dir=folder,
         per_device_train_batch_size=step.batch,
@@ -137,8 +137,8 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
             teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=text,
+            processing_class=tokenizer,
             callbacks=[turns],
         )
         trainer.train()
-    return turns.found
+    return turns.measurements

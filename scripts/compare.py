@@ -51,8 +51,8 @@ def main(config: Compare) -> None:
 
 def _train(config: Compare, name: str, seed: int, folder: Path, url: str) -> None:
     method = METHODS[name]()
-    there = f"openai:teacher@{url}/v1" if method.asks else url
-    teacher = [] if method.teacher else ["--teacher", there if url else "embedded:teacher"]
+    address = f"openai:teacher@{url}/v1" if method.asks else url
+    teacher = [] if method.teacher else ["--teacher", address if url else "embedded:teacher"]
     size = f"--steps {config.steps} --batch {config.batch} --eval-every {config.steps} --eval-limit {config.problems}"
     rocks = []
     if name == "rock-freeze":

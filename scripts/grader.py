@@ -84,23 +84,23 @@ class Grader(Scripted):
         """Answer a request; the question is in its first turn."""
         return self.answer(request["messages"][0]["content"], self.known)
 
-    def answer(self, text: str, known: Mapping[str, Prompt]) -> str | None:
-        """Return the answer to a question to the judge; `known` maps question texts to prompts."""
+    def answer(self, text: str, prompts: Mapping[str, Prompt]) -> str | None:
+        """Return the answer to a question to the judge; `prompts` maps question texts to prompts."""
         (question,) = re.findall(r"<question>\n(.*?)\n</question>", text, re.S)
         tagged = lambda name: tuple(re.findall(rf'<{name} number="\d+">\n(.*?)\n</{name}>', text, re.S))
-        group = AnswerGroup(known[question], tagged("reference"), tagged("answer"))
+        group = AnswerGroup(prompts[question], tagged("reference"), tagged("answer"))
         kind = "grade" if "<rubric>" in text else "rubric"
         if kind == "rubric":
             (rubric,) = self.judge.rubrics([group], 4, 12, 0)
-            said = rubric.model_dump_json()
+            reply = rubric.model_dump_json()
         else:
             (listed,) = re.findall(r"<rubric>\n(.*?)\n</rubric>", text, re.S)
-            found = re.findall(r"^\d+\. \((\d)\) (.*)$", listed, re.M)
-            rubric = Rubric.model_validate({"criteria": [{"criterion": c, "points": int(p)} for p, c in found]})
+            criteria = re.findall(r"^\d+\. \((\d)\) (.*)$", listed, re.M)
+            rubric = Rubric.model_validate({"criteria": [{"criterion": c, "points": int(p)} for p, c in criteria]})
             (met,) = self.judge.grades([group], [rubric], 0)
-            said = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
+            reply = json.dumps({"answers": [{"index": i, "met": x} for i, x in enumerate(met, 1)]})
         n, self.turns[kind] = self.turns[kind], self.turns[kind] + 1
-        return self.spoils(kind, n, said)
+        return self.spoils(kind, n, reply)
 
 
 SPOILT: tuple[Callable[[str], str], ...] = (
@@ -122,10 +122,10 @@ class Babbler(Grader):
 
     def says(self, request: Request) -> str | None:
         """Return the grader's answer, or a damaged one."""
-        said, turns = super().says(request), request["messages"]
+        reply, turns = super().says(request), request["messages"]
         draw = zlib.crc32(turns[0]["content"].encode())
         lost = draw % 10 == 0
         if not lost and (len(turns) > 1 or draw % 3):
-            return said
+            return reply
         self.babbled["never right" if lost else "malformed json"] += 1
-        return None if lost and draw % 3 == 0 else SPOILT[draw % len(SPOILT)](said or "")
+        return None if lost and draw % 3 == 0 else SPOILT[draw % len(SPOILT)](reply or "")

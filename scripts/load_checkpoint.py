@@ -41,12 +41,12 @@ def check(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("Mia has 4 coins.", return_tensors="pt", return_token_type_ids=False)
     response = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-    own = {name.replace(".default.", ".") for name in model.state_dict()}
+    expected = {name.replace(".default.", ".") for name in model.state_dict()}
     names: list[str] = []
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             names += tensors.keys()
-    unknown = sorted(set(names) - own)
+    unknown = sorted(set(names) - expected)
     if unknown or not names:
         raise SystemExit(f"{folder}: the weight files hold {unknown or 'no tensor'}, which the model does not have")
     if len(names) != len(set(names)):

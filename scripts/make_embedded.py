@@ -175,8 +175,8 @@ def train(net: LlamaForCausalLM, tok: PreTrainedTokenizerFast, phase: Phase, *, 
     source, begun = batches(phase, tok, seed=seed), time.time()
     optimizer = torch.optim.AdamW(net.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(1, phase.steps + 1):
-        left = (phase.steps - step + 1) / (phase.decay * phase.steps) if phase.decay else 1.0
-        optimizer.param_groups[0]["lr"] = phase.lr * min(1.0, step / phase.warmup, left)
+        decay = (phase.steps - step + 1) / (phase.decay * phase.steps) if phase.decay else 1.0
+        optimizer.param_groups[0]["lr"] = phase.lr * min(1.0, step / phase.warmup, decay)
         tokens, labels = next(source)
         loss = net(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()

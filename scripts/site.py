@@ -36,4 +36,4 @@ def moved(link: re.Match[str]) -> str:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Convert formulas to MathML, and links that leave docs/ to plain text."""
     markdown = LINK.sub(lambda link: link[2] if link[3].startswith("../") else link[0], markdown)
-    return FORMULA.sub(lambda found: convert(found[1].strip(), display="block"), markdown)
+    return FORMULA.sub(lambda formula: convert(formula[1].strip(), display="block"), markdown)

@@ -47,8 +47,8 @@ DEAD = 0.02  # seconds between two checks of the trainer
 def serving(model: Path | str, *flags: str, port: int = 0, **env: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """Start an `opd serve` process, yield its address and the process, and end it afterwards."""
     args = [sys.executable, "-m", "opd", "serve", str(model), "--port", str(port), *flags]
-    whole = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=whole)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stdout.readline()
         assert line.startswith("serving "), process.stderr.read()
@@ -166,8 +166,8 @@ class Plan:
     @classmethod
     def of(cls, steps: int, every: int, *, worker: bool = True) -> "Plan":
         """Create a plan with kills of server, worker and trainer that are spread over the run."""
-        at = lambda *shares: [max(1, round(share * steps)) for share in shares]
-        return cls(at(0.1, 0.45, 0.8), at(0.2, 0.55, 0.9) if worker else [], at(0.3, 0.66), every)
+        steps_at = lambda *shares: [max(1, round(share * steps)) for share in shares]
+        return cls(steps_at(0.1, 0.45, 0.8), steps_at(0.2, 0.55, 0.9) if worker else [], steps_at(0.3, 0.66), every)
 
     def fault(self, path: str, n: int) -> str | None:
         """Return the fault of the n-th request to a path, or None, and count it."""
@@ -266,9 +266,9 @@ def account(a: Path, b: Path, steps: int, batch: int) -> Iterator[str]:
             if sorted(json.loads(row)["index"] for row in rows) != list(range(batch)):
                 yield f"{run.name}: step {s} did not train on samples 0 to {batch - 1}, each once"
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (a, b)]
-    for one, other in zip(*lines, strict=True):
-        if one != other:
-            x, y = json.loads(one), json.loads(other)
+    for first, second in zip(*lines, strict=True):
+        if first != second:
+            x, y = json.loads(first), json.loads(second)
             names = [name for name in x if x[name] != y.get(name)]
             yield f"step {x['step']}: {names[0]} is {x[names[0]]} in {a.name} and {y.get(names[0])} in {b.name}"
     for s in range(1, steps + 1):
@@ -284,11 +284,11 @@ def judgements(run: Path, steps: int) -> Iterator[str]:
     """
     logged = [json.loads(line)["unjudged"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     for s in range(1, steps + 1):
-        found = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")
-        judged, group, mask, paid = (found[name] for name in ("judged", "group", "mask", "advantage.0"))
+        columns = load_file(run / "rollouts" / f"step-{s:06d}.safetensors")
+        judged, group, mask, paid = (columns[name] for name in ("judged", "group", "mask", "advantage.0"))
         if (paid[~judged] != 0).any():
             yield f"{run.name}: step {s} trained on a rollout that was not judged"
-        verdict, trained = found["verdict"].double(), judged & mask.any(1)
+        verdict, trained = columns["verdict"].double(), judged & mask.any(1)
         for g in group.unique():
             rows = trained & (group == g)
             wanted = (verdict - verdict[rows].mean())[rows][:, None] * mask[rows]
@@ -324,10 +324,12 @@ def soak(args: argparse.Namespace) -> list[str]:
     seconds = train(args, hurt, plan)
     quiet = train(args, calm, Plan())
     wire = [json.loads(line) for line in (hurt / "perf.jsonl").read_text().splitlines()]
-    found = list(account(hurt, calm, args.steps, args.batch))
-    found += [line for run in (hurt, calm) if texts for line in judgements(run, args.steps)]
+    differences = list(account(hurt, calm, args.steps, args.batch))
+    differences += [line for run in (hurt, calm) if texts for line in judgements(run, args.steps)]
     missed = [name for name in ("server", "worker", "trainer") if getattr(plan, name)]
-    found += [f"the run was over before the {name} was killed at step {getattr(plan, name)[0]}" for name in missed]
+    differences += [
+        f"the run was over before the {name} was killed at step {getattr(plan, name)[0]}" for name in missed
+    ]
     print(
         json.dumps(
             {
@@ -338,11 +340,11 @@ def soak(args: argparse.Namespace) -> list[str]:
                 "faults": dict(sorted(plan.happened.items())),
                 **({} if texts else {"retries": int(sum(row["teacher_retries"] for row in wire))}),
                 "seconds": {"with faults": round(seconds, 1), "without": round(quiet, 1)},
-                "differences": len(found),
+                "differences": len(differences),
             }
         )
     )
-    return found
+    return differences
 
 
 def settings(args: list[str]) -> argparse.Namespace:

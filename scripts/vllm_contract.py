@@ -99,16 +99,16 @@ def members(body: list[ast.stmt]) -> dict[str, ast.stmt]:
 
 def own_fields(node: ast.ClassDef) -> list[str]:
     """Return the public annotated names in the body of a class."""
-    found = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
-    return [name for name in found if not name.startswith("_")]
+    names = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
 
 
-def all_fields(known: dict[str, ast.stmt], node: ast.ClassDef) -> list[str]:
-    """Return the fields of a class, including those of base classes in `known`."""
+def all_fields(classes: dict[str, ast.stmt], node: ast.ClassDef) -> list[str]:
+    """Return the fields of a class, including those of base classes in `classes`."""
     out: list[str] = []
     for base in node.bases:
-        if isinstance(base, ast.Name) and isinstance(found := known.get(base.id), ast.ClassDef):
-            out += all_fields(known, found)
+        if isinstance(base, ast.Name) and isinstance(parent := classes.get(base.id), ast.ClassDef):
+            out += all_fields(classes, parent)
     return list(dict.fromkeys(out + own_fields(node)))
 
 
@@ -166,15 +166,15 @@ def contract(root: Path) -> dict[str, dict[str, list[str]]]:
             *owner, last = name.split(".")
             if owner:
                 scope = members(scope[owner[0]].body)  # type: ignore[attr-defined]
-            found = scope[last]
-            assert isinstance(found, Def)
-            callables[name] = parameters(found)
+            definition = scope[last]
+            assert isinstance(definition, Def)
+            callables[name] = parameters(definition)
     for file, names in CLASSES.items():
-        known = base | members(trees[file].body)
+        known_classes = base | members(trees[file].body)
         for name in names:
-            found = known[name]
-            assert isinstance(found, ast.ClassDef)
-            classes[name] = all_fields(known, found)
+            definition = known_classes[name]
+            assert isinstance(definition, ast.ClassDef)
+            classes[name] = all_fields(known_classes, definition)
     for file in ROUTERS:
         served |= routes(trees[file])
     offered = {module: exported(root, module) for module in imported()}
@@ -184,15 +184,15 @@ def contract(root: Path) -> dict[str, dict[str, list[str]]]:
 
 def installed() -> Path | None:
     """Return the folder of the installed package, or None."""
-    found = importlib.util.find_spec("vllm")
-    return None if found is None or not found.submodule_search_locations else Path(found.submodule_search_locations[0])
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
 
 
 def named(root: Path) -> str:
     """Return name and version of a package folder, from the .dist-info folder next to it or the installed package."""
-    kept = sorted(root.parent.glob("vllm*-[0-9]*.dist-info"))
-    if kept:
-        name, number = kept[0].name.removesuffix(".dist-info").rsplit("-", 1)
+    folders = sorted(root.parent.glob("vllm*-[0-9]*.dist-info"))
+    if folders:
+        name, number = folders[0].name.removesuffix(".dist-info").rsplit("-", 1)
         return f"{name.replace('_', '-')} {number}"
     try:
         return f"vllm {version('vllm')}"

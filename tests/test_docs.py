@@ -14,7 +14,7 @@ import pytest
 import opd
 from benchmarks.command import PARTS
 from opd import cli
-from opd.cli.parse import parsed
+from opd.cli.parse import parse_flags
 from opd.config.commands import Context, Rock, Serve, Size, Variance
 from opd.config.data import Data
 from opd.config.engine import Speaker
@@ -155,7 +155,7 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         case "python":
             if words[:2] == ["-m", "benchmarks"]:
-                parsed(PARTS[words[2]].settings(), words[3:], prog="python -m benchmarks", description="")
+                parse_flags(PARTS[words[2]].settings(), words[3:], prog="python -m benchmarks", description="")
             else:
                 assert (ROOT / words[0]).is_file(), line
         case "vllm":

@@ -1,1 +1,1 @@
-"""Everything that reads models and runs after or beside training: evaluation, exact gradients, reports."""
+"""Evaluation of models, exact gradients, rescoring of saved rollouts, and reports of runs."""

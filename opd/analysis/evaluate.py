@@ -17,7 +17,7 @@ from opd.data.prompts import digest
 from opd.data.tasks import benchmarks as sets
 from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
-from opd.data.verifiers.extract import marked, plain, said, spoken
+from opd.data.verifiers.extract import marked, plain, stated, without_thinking
 from opd.models import load as models
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
@@ -35,32 +35,31 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority(said: Sequence[str], outcomes: Sequence[float], same: Callable[[int, int], bool]) -> float:
+def majority(answers: Sequence[str], outcomes: Sequence[float], same: Callable[[int, int], bool]) -> float:
     """Return maj@k: the outcome of the most frequent answer, or the mean outcome of several answers in a tie.
 
-    `said` are the answers of the samples.  `same(i, j)` returns True if samples i and j give the same answer.  An empty
-    answer has no vote.
+    `same(i, j)` returns True if samples i and j give the same answer.  An empty answer has no vote.
     """
     classes: list[list[int]] = []
-    for j, answer in enumerate(said):
-        mine = next((c for c in classes if said[c[0]] == answer or same(c[0], j)), None) if answer else []
-        if mine is None:
+    for j, answer in enumerate(answers):
+        answer_class = next((c for c in classes if answers[c[0]] == answer or same(c[0], j)), None) if answer else []
+        if answer_class is None:
             classes.append([j])
         else:
-            mine.append(j)
-    most = max(map(len, classes), default=0)
-    leading = [outcomes[c[0]] for c in classes if len(c) == most]
+            answer_class.append(j)
+    largest = max(map(len, classes), default=0)
+    leading = [outcomes[c[0]] for c in classes if len(c) == largest]
     return sum(leading) / len(leading) if leading else 0.0
 
 
-def final(response: str) -> str:
+def final_answer(response: str) -> str:
     """Return the answer of a response as text: the marked answer, else the stated answer, else the last line."""
-    text = spoken(response)
-    return plain(marked(text) or said(text) or text.rpartition("\n")[2])
+    text = without_thinking(response)
+    return plain(marked(text) or stated(text) or text.rpartition("\n")[2])
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvaluationScores:
     """Outcomes, lengths and texts of k samples for each prompt."""
 
     outcomes: tuple[tuple[float, ...], ...]  # [prompts][k]
@@ -112,12 +111,12 @@ def _powers(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
 
 
-def evaluate(config: Evaluate) -> Scores:
+def evaluate(config: Evaluate) -> EvaluationScores:
     """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix."""
     at_least(config, samples=0, decode_rows=1)
     config.sampling.check()
-    own = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
-    config = replace(config, samples=config.samples or own)
+    default_samples = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
+    config = replace(config, samples=config.samples or default_samples)
     if config.samples > 1 and config.sampling.temperature == 0:
         raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
     with loading(config.model, quiet=False):
@@ -126,14 +125,14 @@ def evaluate(config: Evaluate) -> Scores:
     task = sets.load(config.set, data) if config.set else load(data)
     if not task.scored:
         raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
-    text = models.tokenizer(source, field="model")
-    stop = models.stop_ids(source, text)
+    tokenizer = models.tokenizer(source, field="model")
+    stop = models.stop_ids(source, tokenizer)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
         model = models.load(source, field="model", dtype=dtype_of(config.precision), device=device)
     models.small_threads(model)
-    arguments = prompts.template_arguments(config.data.template_args)
-    ids = [prompts.render(text, p, chat_template_kwargs=arguments) for p in task.prompts]
+    arguments = prompts.parse_template_arguments(config.data.template_args)
+    ids = [prompts.render(tokenizer, p, chat_template_kwargs=arguments) for p in task.prompts]
     context = models.base(model).config.get_text_config().max_position_embeddings
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context:
@@ -141,19 +140,21 @@ def evaluate(config: Evaluate) -> Scores:
             f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
         )
-    engine = HFEngine(model, len(text), stop, config.decode_rows)
-    asked = [i for i in ids for _ in range(config.samples)]
-    request = GenerateRequest(asked, config.sampling, seed=config.seed, step=0, index=range(len(asked)))
-    drawn = engine.generate(request)
-    responses = tuple(str(text.decode(list(s.ids), skip_special_tokens=True)) for s in drawn)
+    engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)
+    prompt_rows = [i for i in ids for _ in range(config.samples)]
+    request = GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))
+    samples = engine.generate(request)
+    responses = tuple(str(tokenizer.decode(list(s.ids), skip_special_tokens=True)) for s in samples)
     k, questions = config.samples, tuple(task.prompts)
     parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]
-    outcomes = [tuple(task.verify(x, p) for x in responses[at]) for p, at in zip(questions, parts, strict=True)]
-    return Scores(
+    outcomes = [tuple(task.verify(x, p) for x in responses[part]) for p, part in zip(questions, parts, strict=True)]
+    return EvaluationScores(
         tuple(outcomes),
-        tuple(len(s.ids) for s in drawn),
-        tuple(s.stopped for s in drawn),
-        tuple(elected(task, p, responses[at], o) for p, at, o in zip(questions, parts, outcomes, strict=True)),
+        tuple(len(s.ids) for s in samples),
+        tuple(s.stopped for s in samples),
+        tuple(
+            majority_score(task, p, responses[part], o) for p, part, o in zip(questions, parts, outcomes, strict=True)
+        ),
         questions,
         responses,
     )
@@ -165,8 +166,8 @@ def output(config: Evaluate) -> OutputFile:
     return OutputFile(path=Path(config.out), ours=_is_saved, overwrite=config.overwrite, inputs=inputs)
 
 
-def save(file: OutputFile, scores: Mapping[str, Scores]) -> None:
-    """Write what became of each problem under each model, a line each."""
+def save(file: OutputFile, scores: Mapping[str, EvaluationScores]) -> None:
+    """Write a json line for each problem and model."""
     rows = [{"model": name, **row} for name, score in scores.items() for row in score.problems()]
     file.write("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -178,9 +179,9 @@ def _is_saved(path: Path) -> bool:
     return isinstance(first, dict) and {"model", "prompt", "outcomes", "responses"} <= first.keys()
 
 
-def elected(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:
+def majority_score(task: Task, prompt: Prompt, responses: Sequence[str], outcomes: Sequence[float]) -> float:
     """Return maj@k of a prompt; two answers are the same if their texts are equal or the task's verifier accepts it."""
-    answers = [final(response) for response in responses]
+    answers = [final_answer(response) for response in responses]
 
     def same(i: int, j: int) -> bool:
         return task.by_answer and task.verify(responses[j], replace(prompt, answer=answers[i])) >= 1

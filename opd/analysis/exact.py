@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.core.errors import Refusal
 from opd.core.rng import uniform
-from opd.core.types import ALONE, COLUMNS, DATA, STUDENT, Batch
+from opd.core.types import COLUMNS, DATA, STUDENT, UNPROMPTED_COLUMNS, Batch
 from opd.losses.baselines import mean
 from opd.losses.divergences import kl
 from opd.losses.estimators import Several
@@ -25,57 +25,42 @@ from opd.methods.method import Method
 
 
 @torch.no_grad()
-def measure(method: Method, at: Positions, **given: Tensor) -> Batch:
+def measure(method: Method, positions: Positions, **overrides: Tensor) -> Batch:
     """Return a batch with every column that can be computed at the positions [B, T], including each term's score.
 
-    `given` are columns that replace the defaults.  By default all tokens are trained, each row is a separate group, and
-    the student generated every row.
+    `overrides` are columns that replace the defaults.  By default all tokens are trained, each row is a separate group,
+    and the student generated every row.
     """
-    student, teacher, rows = at.sampled(at.student_logp), at.sampled(at.teacher_logp), len(at.ids)
+    student, teacher = positions.sampled(positions.student_logp), positions.sampled(positions.teacher_logp)
+    rows = len(positions.ids)
     columns: dict[str, Any] = {
-        "mask": torch.ones_like(at.ids, dtype=torch.bool),
+        "mask": torch.ones_like(positions.ids, dtype=torch.bool),
         "group": torch.arange(rows),
         "source": torch.full((rows,), STUDENT),
         "stopped": torch.zeros(rows, dtype=torch.bool),
         "outcome": torch.zeros(rows, dtype=student.dtype),
         "sampler_logp": student,
         "prefix": torch.zeros(rows, dtype=torch.long),
-        "coin": torch.from_numpy(uniform(0, 0, np.arange(rows)[:, None], np.arange(at.ids.shape[1]), 1)),
+        "coin": torch.from_numpy(uniform(0, 0, np.arange(rows)[:, None], np.arange(positions.ids.shape[1]), 1)),
     }
     return Batch(
-        ids=at.ids,
+        ids=positions.ids,
         student_logp=student,
-        student_entropy=-mean(at.student_logp.exp(), at.student_logp),
+        student_entropy=-mean(positions.student_logp.exp(), positions.student_logp),
         teacher_logp=teacher,
-        teacher_entropy=-mean(at.teacher_logp.exp(), at.teacher_logp),
-        reverse_kl=kl(at.student_logp, at.teacher_logp),
-        scores=tuple(term.score(at) for term in method.terms),
-        **columns | given,
+        teacher_entropy=-mean(positions.teacher_logp.exp(), positions.teacher_logp),
+        reverse_kl=kl(positions.student_logp, positions.teacher_logp),
+        scores=tuple(term.score(positions) for term in method.terms),
+        **columns | overrides,
     )
 
 
-def moments(
+def gradient_moments(
     probability: Float[Tensor, "*N Y"], gradients: Float[Tensor, "*N Y D"]
 ) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N"]]:
     """Return the mean and the total variance (trace of the covariance) of `gradients` over the outcomes Y."""
     first = (probability[..., None] * gradients).sum(-2)
     return first, (probability * (gradients - first[..., None, :]).square().sum(-1)).sum(-1)
-
-
-def token_gradients(
-    method: Method, student: Float[Tensor, "N V"], *frozen: Float[Tensor, "N V"]
-) -> Float[Tensor, "N V V"]:
-    """Return the gradients [N, V, V] in the student's logits at N contexts: row y is the gradient if y is sampled.
-
-    `frozen` are the teacher's logits and, if the method reads them, the reference's.
-    """
-    contexts, vocab = student.shape
-    logits = student.detach().double().repeat_interleave(vocab, 0)[:, None].requires_grad_()
-    ids = torch.arange(vocab).repeat(contexts)[:, None]
-    fixed = [x.double().log_softmax(-1).repeat_interleave(vocab, 0)[:, None] for x in frozen]
-    at = Positions(ids, logits.log_softmax(-1), *fixed)
-    loss = method.loss(at, method.prepare(measure(method, at))).sum()
-    return len(ids) * torch.autograd.grad(loss, logits)[0].view(contexts, vocab, vocab)
 
 
 @dataclass(frozen=True)
@@ -115,10 +100,10 @@ def to_logits(slope: Float[Tensor, "*N V"], p: Float[Tensor, "*N V"]) -> Float[T
     return slope - p * slope.sum(-1, keepdim=True)
 
 
-def alone(method: Method) -> str:
+def dependence_reason(method: Method) -> str:
     """Return the reason why a token's loss depends on more than its position, or "" if it does not."""
-    if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
-        return f"{', '.join(strange)} is not a function of next-token distributions"
+    if unsupported := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
+        return f"{', '.join(unsupported)} is not a function of next-token distributions"
     leaves = [*method.filters, *(x for t in method.terms for x in t.weights)]
     leaves += [x for t in method.terms if isinstance(t, PolicyGradient) for x in t.transforms]
     if leaves:
@@ -128,39 +113,39 @@ def alone(method: Method) -> str:
     return ""
 
 
-def slopes(method: Method, at: Positions) -> Slopes:
+def slopes(method: Method, positions: Positions) -> Slopes:
     """Return the gradient of each position's token loss (weight 1) for every sampled token at once.
 
-    `at.ids` are ignored.  Raises Refusal if `alone(method)` gives a reason against it.
+    The ids of `positions` are ignored.  Raises Refusal if `dependence_reason(method)` gives a reason against it.
     """
-    if why := alone(method):
-        raise Refusal(f"{why}, and one position alone has none")
-    logp = at.student_logp.detach()
+    if reason := dependence_reason(method):
+        raise Refusal(f"{reason}, and one position alone has none")
+    logp = positions.student_logp.detach()
     p, nothing = logp.exp(), torch.zeros_like(logp)
-    live = logp.clone().requires_grad_()
+    student_logp = logp.clone().requires_grad_()
     always, drawn = nothing, nothing
     for term in method.terms:
         if isinstance(term, Match):
             with torch.enable_grad():
-                loss = term.loss(replace(at, student_logp=live), Target(logp[..., 0], None, None)).sum()
-            always = always + term.coef * torch.autograd.grad(loss, live)[0]
+                loss = term.loss(replace(positions, student_logp=student_logp), Target(logp[..., 0], None, None)).sum()
+            always = always + term.coef * torch.autograd.grad(loss, student_logp)[0]
             continue
         assert isinstance(term, PolicyGradient)
-        other, exact = at.of(term.against), term.estimator.exact(logp)
-        f = term.reward(logp, other)
+        target_logp, exact = positions.of(term.against), term.estimator.exact(logp)
+        f = term.reward(logp, target_logp)
         if term.baseline is not None:
-            f = f - term.baseline(term.reward, logp, other, exact)[..., None]
+            f = f - term.baseline(term.reward, logp, target_logp, exact)[..., None]
         f = f.where(p > 0, 0)
-        with torch.enable_grad():
-            loss = term.sampled_loss(live, f, Target(f, None, logp)).sum()  # each token in turn is the sampled token
-        slope = term.coef * torch.autograd.grad(loss, live)[0].where(p > 0, 0)
+        with torch.enable_grad():  # each token in turn is the sampled token
+            loss = term.sampled_loss(student_logp, f, Target(f, None, logp)).sum()
+        slope = term.coef * torch.autograd.grad(loss, student_logp)[0].where(p > 0, 0)
         if exact is not None:
             always, slope = always - term.coef * (p * f).where(exact, 0), slope.where(~exact, 0)
         drawn = drawn + slope
     return Slopes(always, drawn)
 
 
-def speakers(method: Method) -> Mapping[int, float]:
+def source_shares(method: Method) -> Mapping[int, float]:
     """Return the probability with which each source (student, teacher) generates a rollout of the method.
 
     The mapping is empty if some rollouts come from the data.
@@ -222,24 +207,24 @@ class World:
 
     def positions(self, ids: Int[Tensor, "B T"]) -> Positions:
         """Return the next-token distributions along the sequences; the student's carry gradients."""
-        at = self.prefixes(ids)
+        prefix_rows = self.prefixes(ids)
         tables = [self.student, self.teacher.detach()] + ([] if self.reference is None else [self.reference.detach()])
-        return Positions(ids, *(x.double()[at].log_softmax(-1) for x in tables))
+        return Positions(ids, *(x.double()[prefix_rows].log_softmax(-1) for x in tables))
 
-    def measure(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Batch:
-        """Return the batch of the sequences with all columns; `given` are columns that replace the defaults."""
+    def measure(self, method: Method, ids: Int[Tensor, "B T"], **overrides: Tensor) -> Batch:
+        """Return the batch of the sequences with all columns; `overrides` are columns that replace the defaults."""
         mask = self.trained(ids)
         columns = {"mask": mask, "stopped": (mask & (ids == self.stop)).any(1)}
-        return measure(method, self.positions(ids), **columns | given)
+        return measure(method, self.positions(ids), **columns | overrides)
 
     def probability(self, ids: Int[Tensor, "B T"], speaker: int = STUDENT) -> Float[Tensor, " B"]:
         """Return the probability [B] of each sequence under the model that generates it (`speaker`)."""
-        at = self.positions(ids)
-        return at.sampled(at.student_logp if speaker == STUDENT else at.teacher_logp).sum(1).exp()
+        positions = self.positions(ids)
+        return positions.sampled(positions.student_logp if speaker == STUDENT else positions.teacher_logp).sum(1).exp()
 
-    def gradient(self, method: Method, ids: Int[Tensor, "B T"], **given: Tensor) -> Float[Tensor, "S V"]:
+    def gradient(self, method: Method, ids: Int[Tensor, "B T"], **overrides: Tensor) -> Float[Tensor, "S V"]:
         """Return the gradient of the loss of one optimizer step on these sequences."""
-        loss = method.loss(self.positions(ids), method.prepare(self.measure(method, ids, **given)))
+        loss = method.loss(self.positions(ids), method.prepare(self.measure(method, ids, **overrides)))
         return torch.autograd.grad(loss.sum(), self.student)[0]
 
     def moments(self, method: Method) -> tuple[Float[Tensor, "S V"], Float[Tensor, ""]]:
@@ -247,19 +232,21 @@ class World:
 
         The gradient is multiplied by T, so it is per sequence, not per token.
         """
-        ids, chances, each = self.sequences(), [], []
-        for speaker, share in speakers(method).items():
-            chances.append(share * self.probability(ids, speaker).detach())
+        ids, probabilities, gradients = self.sequences(), [], []
+        for speaker, share in source_shares(method).items():
+            probabilities.append(share * self.probability(ids, speaker).detach())
             source = torch.tensor([speaker])
-            each += [self.steps * self.gradient(method, row, source=source).flatten() for row in ids.split(1)]
-        first, variance = moments(torch.cat(chances), torch.stack(each))
+            gradients += [self.steps * self.gradient(method, row, source=source).flatten() for row in ids.split(1)]
+        first, variance = gradient_moments(torch.cat(probabilities), torch.stack(gradients))
         return first.view_as(self.student), variance
 
-    def outside(self, method: Method) -> str:
+    def unsupported_reason(self, method: Method) -> str:
         """Return the reason why the method has no valid row in this world, or "" if it has."""
-        if strange := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
-            return f"{', '.join(strange)} is not a function of next-token distributions, and a table has nothing else"
-        if not speakers(method):
+        if unsupported := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
+            return (
+                f"{', '.join(unsupported)} is not a function of next-token distributions, and a table has nothing else"
+            )
+        if not source_shares(method):
             return f"{method.rollouts!r}: the data writes a share of the rollouts, and the world has no data"
         if absent := method.models() - {"teacher_logp", "reference_logp"}:
             return f"is against {', '.join(sorted(absent))}, which the world has not"
@@ -269,9 +256,11 @@ class World:
             "outcome": "reads outcome, and the world has no verifier",
             "coin": "flips a coin, which is not enumerated; its expectation may be a method of its own (tropd --soft)",
         }
-        reasons |= dict.fromkeys(ALONE, "reads what is said of a response without its prompt, and the world has none")
+        reasons |= dict.fromkeys(
+            UNPROMPTED_COLUMNS, "reads what is said of a response without its prompt, and the world has none"
+        )
         missing = {c: f"reads {c}, which the world does not measure" for c in sorted(COLUMNS - measured)}
-        return next((why for c, why in (missing | reasons).items() if c in method.reads()), "")
+        return next((reason for c, reason in (missing | reasons).items() if c in method.reads()), "")
 
     def note(self, method: Method) -> str:
         """Return what is assumed about a method whose rollouts change over a run, or "" if nothing is."""
@@ -282,14 +271,14 @@ class World:
     def sequence_kl(self) -> Float[Tensor, ""]:
         """Return KL(student || teacher) of whole sequences in nats, differentiable in the student's table."""
         ids = self.sequences()
-        at, mask = self.positions(ids), self.trained(ids)
-        ratio = (at.sampled(at.student_logp) - at.sampled(at.teacher_logp)).where(mask, 0).sum(1)
-        return (self.probability(ids) * ratio).sum()
+        positions, mask = self.positions(ids), self.trained(ids)
+        ratio = positions.sampled(positions.student_logp) - positions.sampled(positions.teacher_logp)
+        return (self.probability(ids) * ratio.where(mask, 0).sum(1)).sum()
 
     def row(self, method: Method) -> Row:
         """Compare a method's gradient with that of the sequence KL: direction, bias and noise."""
-        first, variance = self.moments(method)
-        (true,) = torch.autograd.grad(self.sequence_kl(), self.student)
-        cosine = torch.nn.functional.cosine_similarity(first.flatten(), true.flatten(), dim=0)
-        bias, noise = (first - true).norm() / true.norm(), variance / first.square().sum()
+        mean_gradient, variance = self.moments(method)
+        (kl_gradient,) = torch.autograd.grad(self.sequence_kl(), self.student)
+        cosine = torch.nn.functional.cosine_similarity(mean_gradient.flatten(), kl_gradient.flatten(), dim=0)
+        bias, noise = (mean_gradient - kl_gradient).norm() / kl_gradient.norm(), variance / mean_gradient.square().sum()
         return Row(cosine.item(), bias.item(), noise.item())

@@ -26,17 +26,17 @@ from opd.losses.target_distribution import Teacher
 from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
-from opd.training.metrics import weighting
+from opd.training.metrics import weight_metrics
 from opd.training.run_log import lines, saved_at
 
 NAMES = constructors()
-OWN, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
+OWN_METHOD, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
 BEFORE, AFTER = 12, 4  # tokens of context shown before and after a token
 EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards with mean -KL + constant -> the constant
 
 
 @dataclass(frozen=True)
-class Spread:
+class TermSpread:
     """Weights and advantages of a term over the trained tokens."""
 
     weighted: float  # share of the tokens with a weight other than 0
@@ -59,7 +59,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class PullAgreement:
     """Comparison of the pulls w A (weight times advantage, on log p of each trained token) of two methods."""
 
     pearson: float | None  # None if all pulls of a method are equal
@@ -74,8 +74,8 @@ class Verdict:
     """Results of a method on the rollouts."""
 
     kept: int  # number of rollouts with a weighted token
-    terms: tuple[Spread, ...]
-    agreement: Agreement | None
+    terms: tuple[TermSpread, ...]
+    agreement: PullAgreement | None
     lacks: tuple[str, ...]  # reasons why a value above is missing
     note: str = ""  # difference between the method's rollouts and these, if any
 
@@ -98,37 +98,39 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
         raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
     step, path = saved_at(config.run, config.step, "config.json")
     rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
-    written = str(json.loads((config.run / "config.json").read_text())["method"])
+    method_text = str(json.loads((config.run / "config.json").read_text())["method"])
     batch, terms = batch_of(columns), own_targets(columns)
-    known = read(written)
+    run_method = parse_method(method_text)
     pulls: dict[str, Float[Tensor, " n"]] = {}
-    if (own := pull(terms, batch.mask)) is not None:
-        pulls[OWN] = own
+    if (own_pull := pull(terms, batch.mask)) is not None:
+        pulls[OWN_METHOD] = own_pull
     silent = any(t.advantage is None for t in terms)
-    found: dict[str, tuple[tuple[Target, ...], tuple[str, ...]]] = {OWN: (terms, (NO_ADVANTAGE,) * silent)}
+    targets_by_method: dict[str, tuple[tuple[Target, ...], tuple[str, ...]]] = {
+        OWN_METHOD: (terms, (NO_ADVANTAGE,) * silent)
+    }
     for name, other in methods.items():
-        found[name] = asked(other, batch, known, terms)
-        if not found[name][1] and (mine := pull(found[name][0], batch.mask)) is not None:
-            pulls[name] = mine
+        targets_by_method[name] = targets_of(other, batch, run_method, terms)
+        if not targets_by_method[name][1] and (method_pull := pull(targets_by_method[name][0], batch.mask)) is not None:
+            pulls[name] = method_pull
     beside = next(iter(pulls), "")
     texts = json.loads(path.with_suffix(".tokens.json").read_text())
-    spell = lambda ids: "".join(texts.get(str(i), "") for i in ids)
-    out = {}
-    for name, (targets, lacks) in found.items():
+    text_of = lambda ids: "".join(texts.get(str(i), "") for i in ids)
+    verdicts = {}
+    for name, (targets, lacks) in targets_by_method.items():
         agreement = None
         if name in pulls and name != beside:
-            places = apart(pulls[beside], pulls[name], config.tokens)
-            agreement = compared(pulls[beside], pulls[name], [_token(batch, rows, spell, *p) for p in places])
-        kept = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
-        note = written_by(methods[name]) if name in methods else ""
-        out[name] = Verdict(int(kept.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
-    return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, out)
+            differing = most_different(pulls[beside], pulls[name], config.tokens)
+            agreement = compare_pulls(pulls[beside], pulls[name], [_token(batch, rows, text_of, *p) for p in differing])
+        is_weighted = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
+        note = rollout_note(methods[name]) if name in methods else ""
+        verdicts[name] = Verdict(int(is_weighted.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
+    return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, verdicts)
 
 
 def batch_of(columns: Mapping[str, Tensor]) -> Batch:
     """Return the saved batch; columns that were not measured are None."""
-    found: dict[str, Any] = {f.name: columns[f.name] for f in fields(Batch) if f.name in columns}
-    return Batch(**found)
+    values: dict[str, Any] = {f.name: columns[f.name] for f in fields(Batch) if f.name in columns}
+    return Batch(**values)
 
 
 def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
@@ -137,8 +139,8 @@ def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
     return tuple(Target(columns[f"weight.{i}"], columns.get(f"advantage.{i}"), None) for i in range(terms))
 
 
-def asked(
-    other: Method, batch: Batch, known: Method | None, own: Sequence[Target]
+def targets_of(
+    other: Method, batch: Batch, run_method: Method | None, own_terms: Sequence[Target]
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """Return the targets of a method, and the reasons why something is missing.
 
@@ -149,7 +151,7 @@ def asked(
         return (), (f"it reads {', '.join(absent)}, which this run did not measure",)
     scores, lacks = [], []
     for term in other.terms:
-        score = scored(term, batch, known, own)
+        score = term_scores(term, batch, run_method, own_terms)
         scores.append(score if isinstance(score, Tensor) else None)
         if isinstance(score, str):
             lacks.append(score)
@@ -158,7 +160,9 @@ def asked(
     return other.prepare(replace(batch, scores=tuple(scores))), tuple(lacks)
 
 
-def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]) -> Float[Tensor, "B T"] | str:
+def term_scores(
+    term: Term, batch: Batch, run_method: Method | None, own_terms: Sequence[Target]
+) -> Float[Tensor, "B T"] | str:
     """Return the exact reward minus baseline of each token, or the reason why the saved columns do not suffice."""
     match term:
         case MatchHidden():
@@ -166,12 +170,12 @@ def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]
         case Match():
             return f"differentiates {term.divergence!r}: {NO_ADVANTAGE}"
     assert isinstance(term, PolicyGradient)
-    for mine, target in zip(known.terms if known else (), own, strict=False):
+    for own_term, target in zip(run_method.terms if run_method else (), own_terms, strict=False):
         if (
-            isinstance(mine, PolicyGradient)
-            and not mine.transforms
+            isinstance(own_term, PolicyGradient)
+            and not own_term.transforms
             and target.advantage is not None
-            and same(mine, term)
+            and same_scores(own_term, term)
         ):
             return target.advantage
     p, q = batch.student_logp, batch.teacher_logp
@@ -193,7 +197,7 @@ def scored(term: Term, batch: Batch, known: Method | None, own: Sequence[Target]
     return f"{term.baseline!r} of {term.reward!r} needs both models' vocabulary at each token"
 
 
-def same(a: PolicyGradient, b: PolicyGradient) -> bool:
+def same_scores(a: PolicyGradient, b: PolicyGradient) -> bool:
     """Return True if two terms give tokens the same scores."""
     return all(getattr(a, name) == getattr(b, name) for name in ("reward", "baseline", "estimator", "against"))
 
@@ -206,56 +210,58 @@ def pull(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> Float[Tensor, 
     return torch.stack(parts).sum(0).double()
 
 
-def spreads(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> tuple[Spread, ...]:
+def spreads(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> tuple[TermSpread, ...]:
     """Return the statistics of each term's weights and advantages over the trained tokens."""
     out = []
     for target in targets:
-        shares, at = weighting([target], mask), mask & (target.weight != 0)
-        a = target.advantage[at].double() if target.advantage is not None and at.any() else None
+        shares, is_weighted = weight_metrics([target], mask), mask & (target.weight != 0)
+        a = target.advantage[is_weighted].double() if target.advantage is not None and is_weighted.any() else None
         mean, std = (None, None) if a is None else (float(a.mean()), float(a.std(correction=0)))
-        out.append(Spread(shares["weighted"], shares["effective"], mean, std))
+        out.append(TermSpread(shares["weighted"], shares["effective"], mean, std))
     return tuple(out)
 
 
-def compared(own: Float[Tensor, " n"], other: Float[Tensor, " n"], tokens: Sequence[Token]) -> Agreement:
+def compare_pulls(first: Float[Tensor, " n"], second: Float[Tensor, " n"], tokens: Sequence[Token]) -> PullAgreement:
     """Return correlation, cosine and opposed signs of the pulls of two methods."""
-    both = (own != 0) & (other != 0)
-    opposed = float((own.sign() != other.sign())[both].double().mean()) if both.any() else 0.0
-    centred = lambda x: x - x.mean()
+    both_pull = (first != 0) & (second != 0)
+    opposed = float((first.sign() != second.sign())[both_pull].double().mean()) if both_pull.any() else 0.0
+    centre = lambda x: x - x.mean()
     cosine = lambda a, b: float((a @ b) / (a.norm() * b.norm())) if a.any() and b.any() else None
-    pearson, spearman = (cosine(centred(a), centred(b)) for a, b in ((own, other), (ranks(own), ranks(other))))
-    return Agreement(pearson, spearman, cosine(own, other), opposed, tuple(tokens))
+    pearson, spearman = (cosine(centre(a), centre(b)) for a, b in ((first, second), (ranks(first), ranks(second))))
+    return PullAgreement(pearson, spearman, cosine(first, second), opposed, tuple(tokens))
 
 
 def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return the rank of each value; equal values share their mean rank."""
-    _, at, count = x.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[at].double()
+    _, value_index, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[value_index].double()
 
 
-def apart(own: Float[Tensor, " n"], other: Float[Tensor, " n"], most: int) -> list[tuple[int, float, float]]:
+def most_different(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], limit: int
+) -> list[tuple[int, float, float]]:
     """Return (n, own, other) for the trained tokens whose pulls differ most, pulls scaled to root mean square 1.
 
     The n-th trained token is meant, in row-major order of the mask.
     """
-    a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (own, other))
-    size, at = (a - b).abs().topk(min(most, len(a)))
-    return [(int(i), float(a[i]), float(b[i])) for s, i in zip(size, at, strict=True) if s > 1e-6]
+    a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (first, second))
+    gaps, indices = (a - b).abs().topk(min(limit, len(a)))
+    return [(int(i), float(a[i]), float(b[i])) for s, i in zip(gaps, indices, strict=True) if s > 1e-6]
 
 
-def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, own: float, other: float) -> Token:
+def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, first: float, second: float) -> Token:
     row, t = batch.mask.nonzero()[nth].tolist()
     ids = batch.ids[row, : rows[row]["tokens"]].tolist()
-    before, after = ids[max(0, t - BEFORE) : t], ids[t + 1 : t + 1 + AFTER]
-    return Token(rows[row]["index"], t, spell(before), spell(ids[t : t + 1]), spell(after), own, other)
+    context, continuation = ids[max(0, t - BEFORE) : t], ids[t + 1 : t + 1 + AFTER]
+    return Token(rows[row]["index"], t, spell(context), spell(ids[t : t + 1]), spell(continuation), first, second)
 
 
-def written_by(other: Method) -> str:
+def rollout_note(other: Method) -> str:
     """Return a note if the method would have used other rollouts than those of the student, else ""."""
     return "" if other.rollouts.on_policy else f"its rollouts are {other.rollouts!r}; these are the run's"
 
 
-def read(text: str) -> Method | None:
+def parse_method(text: str) -> Method | None:
     """Parse the repr of a method; None if it has parts that are not defined in `opd`."""
 
     def value(node: ast.expr) -> object:
@@ -271,7 +277,7 @@ def read(text: str) -> Method | None:
                 return ast.literal_eval(node)
 
     try:
-        made = value(ast.parse(text, mode="eval").body)
+        method = value(ast.parse(text, mode="eval").body)
     except (ValueError, TypeError, SyntaxError):
         return None
-    return made if isinstance(made, Method) else None
+    return method if isinstance(method, Method) else None

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from opd.analysis.token_occurrences import Corpus, above, consistency, matched, rank, stability
+from opd.analysis.token_occurrences import Corpus, consistency, control_types, is_above_quantile, rank, stability
 from opd.config.commands import Rock
 from opd.config.precision import dtype_of
 from opd.core.errors import Refusal
@@ -34,7 +34,7 @@ from opd.training.progress import loading
 from opd.training.run_folder import Run
 from opd.training.trainer import Loop
 
-SHOWN = 20  # types printed on the terminal
+NUM_SHOWN = 20  # types printed on the terminal
 
 
 def rock(config: Rock) -> Path:
@@ -46,36 +46,36 @@ def rock(config: Rock) -> Path:
     with loading(config.student, config.teacher, quiet=config.quiet):
         session = open_session(config.run(), Method(), None)
     loop = Loop(config.run(), Method(), session, Run(config.out))
-    rollouts, corpus = _look(config, loop)
+    rollouts, corpus = _measure_corpus(config, loop)
     counts, sums = corpus.tally()
     ratio = _ratios(config, loop, rollouts, corpus) if config.consistency.context_filter else None
     score = sums if ratio is None else sums * ratio
-    rocks = rank(counts, score, top=config.top, least=config.min_count)
+    rocks = rank(counts, score, top=config.top, min_count=config.min_count)
 
     def table(ids: Sequence[int]) -> dict[str, Any]:
-        at, whole = list(ids), (float(sums.sum()), int(counts.sum()))
+        type_ids, totals = list(ids), (float(sums.sum()), int(counts.sum()))
         types = [
             {"id": i, "token": str(session.collector.tokenizer.decode([i])), "count": int(counts[i])}
             | {"mean_kl": float(sums[i] / counts[i]), "score": float(score[i])}
             | ({} if ratio is None else {"consistency": float(ratio[i])})
-            for i in at
+            for i in type_ids
         ]
-        shares = {"kl": float(sums[at].sum()) / whole[0], "tokens": int(counts[at].sum()) / whole[1]}
-        return {"ids": at, "occurrences": int(counts[at].sum()), "coverage": shares, "types": types}
+        shares = {"kl": float(sums[type_ids].sum()) / totals[0], "tokens": int(counts[type_ids].sum()) / totals[1]}
+        return {"ids": type_ids, "occurrences": int(counts[type_ids].sum()), "coverage": shares, "types": types}
 
     settings = {name: str(getattr(config, name)) for name in ("student", "teacher", "prompts", "sampling", "seed")}
-    about = {"rollouts": len(rollouts), "tokens": len(corpus.ids), "types": int((counts > 0).sum()), **settings}
-    steady = stability(corpus, top=config.top, least=config.min_count, seed=config.seed)
-    found = {**table(rocks), "stability": {str(share): value for share, value in steady.items()}, "corpus": about}
-    control = {**table(matched(counts, rocks)), "corpus": about}
+    info = {"rollouts": len(rollouts), "tokens": len(corpus.ids), "types": int((counts > 0).sum()), **settings}
+    jaccard = stability(corpus, top=config.top, min_count=config.min_count, seed=config.seed)
+    listed = {**table(rocks), "stability": {str(share): value for share, value in jaccard.items()}, "corpus": info}
+    control = {**table(control_types(counts, rocks)), "corpus": info}
     if session.accelerator.is_main_process:
-        for file, content in zip(config.files(), (found, control), strict=True):
+        for file, content in zip(config.files(), (listed, control), strict=True):
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        _show(found, control)
+        _show(listed, control)
     return config.out
 
 
-def _look(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
+def _measure_corpus(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
     """Generate the rollouts and measure the KL at every position.  Raises Refusal if a KL is not finite."""
     prompts = loop.session.prompts
     if config.sampling.temperature == 0 and config.rollouts > len(prompts.task.prompts):
@@ -88,10 +88,10 @@ def _look(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
     quiet = config.quiet or not sys.stderr.isatty()
     steps = range(1, -(-config.rollouts // config.decode_rows) + 1)
     for step in track(steps, "rollouts", console=Console(stderr=True), transient=True, disable=quiet):
-        asked = prompts.batch(step, config.decode_rows)[: config.rollouts - len(rollouts)]
-        some, batch = loop.look(asked, config.sampling, step, prompts.task)
+        prompt_batch = prompts.batch(step, config.decode_rows)[: config.rollouts - len(rollouts)]
+        new_rollouts, batch = loop.look(prompt_batch, config.sampling, step, prompts.task)
         assert batch.reverse_kl is not None
-        rollouts += some
+        rollouts += new_rollouts
         kl.append(batch.reverse_kl[batch.mask].double())
     row = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(r.ids) for r in rollouts]))
     corpus = Corpus(torch.tensor([i for r in rollouts for i in r.ids]), torch.cat(kl), row)
@@ -108,23 +108,23 @@ def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpu
 
     Runs a second pass over the rollouts for the contexts, and with --before a third pass with the earlier student.
     """
-    how, session = config.consistency, loop.session
-    persists = above(corpus.kl, how.high)
-    if how.before:
-        source = models.locate(how.before, field="before", trust_remote_code=config.trust_remote_code)
+    filter_settings, session = config.consistency, loop.session
+    persists = is_above_quantile(corpus.kl, filter_settings.high)
+    if filter_settings.before:
+        source = models.locate(filter_settings.before, field="before", trust_remote_code=config.trust_remote_code)
         dtype = dtype_of(config.precision)
         earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
-        other = Loop(loop.config, loop.method, replace(session, student=Student(earlier)), loop.run)
-        batch = other.measure(rollouts, 0)
+        earlier_loop = Loop(loop.config, loop.method, replace(session, student=Student(earlier)), loop.run)
+        batch = earlier_loop.measure(rollouts, 0)
         assert batch.reverse_kl is not None
-        persists &= above(batch.reverse_kl[batch.mask].double(), how.high)
+        persists &= is_above_quantile(batch.reverse_kl[batch.mask].double(), filter_settings.high)
     batch = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=0)
     return consistency(
         corpus.ids[persists],
         _contexts(config, loop, rollouts, batch, persists),
         corpus.ids.bincount(),
-        similar=how.similar,
-        share=how.recurs,
+        similar=filter_settings.similar,
+        share=filter_settings.recurs,
     )
 
 
@@ -139,47 +139,48 @@ def _contexts(
     session, width = loop.session, config.consistency.width
     parts = chosen.split([len(r.ids) for r in rollouts])
     sizes = {i: len(r.prompt_ids) + len(r.ids) for i, r in enumerate(rollouts)}
-    found: dict[int, Tensor] = {}
-    for at in micro_batches(sizes, config.micro_batch_tokens):
-        some = [rollouts[i] for i in at]
-        trained = masks(batch[torch.tensor(at)], some)
+    contexts: dict[int, Tensor] = {}
+    for micro in micro_batches(sizes, config.micro_batch_tokens):
+        rolls = [rollouts[i] for i in micro]
+        trained = masks(batch[torch.tensor(micro)], rolls)
         with session.accelerator.autocast():
             model = session.plain().model
-            states = final_states(model, rows(some, trained, teacher=False, device=session.accelerator.device))
-        for i, own in zip(at, states.double().split([len(r.ids) for r in some]), strict=True):
-            sums = torch.nn.functional.pad(own.cumsum(0), (0, 0, 1, 0))
-            place = torch.arange(len(own))
-            low, high = (place - width).clamp(min=0), (place + width + 1).clamp(max=len(own))
-            found[i] = ((sums[high] - sums[low]) / (high - low)[:, None].to(own))[parts[i]].float().cpu()
-    return torch.cat([found[i] for i in range(len(rollouts))])
+            states = final_states(model, rows(rolls, trained, teacher=False, device=session.accelerator.device))
+        for i, final in zip(micro, states.double().split([len(r.ids) for r in rolls]), strict=True):
+            sums = torch.nn.functional.pad(final.cumsum(0), (0, 0, 1, 0))
+            position = torch.arange(len(final))
+            low, high = (position - width).clamp(min=0), (position + width + 1).clamp(max=len(final))
+            contexts[i] = ((sums[high] - sums[low]) / (high - low)[:, None].to(final))[parts[i]].float().cpu()
+    return torch.cat([contexts[i] for i in range(len(rollouts))])
 
 
-def _show(found: dict[str, Any], control: dict[str, Any]) -> None:
+def _show(listed: dict[str, Any], control: dict[str, Any]) -> None:
     """Print the top of the list, its coverage of KL and tokens, its stability, and its control."""
-    corpus, total = found["corpus"], sum(x["count"] * x["mean_kl"] for x in found["types"]) / found["coverage"]["kl"]
+    corpus, types = listed["corpus"], listed["types"]
+    total = sum(x["count"] * x["mean_kl"] for x in types) / listed["coverage"]["kl"]
     table = Table("", "token", "id", "count", "mean KL", "of all KL", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
-    for place, x in enumerate(found["types"][:SHOWN], 1):
+    for place, x in enumerate(listed["types"][:NUM_SHOWN], 1):
         share = x["count"] * x["mean_kl"] / total
         table.add_row(
             str(place), repr(x["token"]), str(x["id"]), str(x["count"]), f"{x['mean_kl']:.4f}", f"{share:.1%}"
         )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table, markup=False)
-    if len(found["types"]) > SHOWN:
-        console.print(f"... and {len(found['types']) - SHOWN} more")
-    shares = found["coverage"]
+    if len(listed["types"]) > NUM_SHOWN:
+        console.print(f"... and {len(listed['types']) - NUM_SHOWN} more")
+    shares = listed["coverage"]
     console.print(
-        f"{len(found['ids'])} of {corpus['types']} types in {corpus['rollouts']} rollouts cover {shares['kl']:.1%} of "
-        f"the KL and {shares['tokens']:.1%} of {corpus['tokens']} tokens"
+        f"{len(listed['ids'])} of {corpus['types']} types in {corpus['rollouts']} rollouts cover "
+        f"{shares['kl']:.1%} of the KL and {shares['tokens']:.1%} of {corpus['tokens']} tokens"
     )
-    steady = "  ".join(f"{float(share):.0%}: {value:.2f}" for share, value in found["stability"].items())
-    plain = ", without the context filter" if any("consistency" in x for x in found["types"]) else ""
-    console.print(f"same list from a share of the rollouts (Jaccard{plain})  {steady}")
+    jaccards = "  ".join(f"{float(share):.0%}: {value:.2f}" for share, value in listed["stability"].items())
+    plain = ", without the context filter" if any("consistency" in x for x in listed["types"]) else ""
+    console.print(f"same list from a share of the rollouts (Jaccard{plain})  {jaccards}")
     console.print(
         f"control: {len(control['ids'])} other types, {control['occurrences']} occurrences against "
-        f"{found['occurrences']}, {control['coverage']['kl']:.1%} of the KL"
+        f"{listed['occurrences']}, {control['coverage']['kl']:.1%} of the KL"
     )
-    if control["occurrences"] < 0.98 * found["occurrences"]:
+    if control["occurrences"] < 0.98 * listed["occurrences"]:
         console.print("warning: the other tokens do not occur as often as the list; lower --top for an equal control")

@@ -36,48 +36,48 @@ class Corpus:
         return self.ids.bincount(), self.ids.bincount(self.kl)
 
 
-def rank(counts: Int[Tensor, " V"], score: Float[Tensor, " V"], *, top: int, least: int) -> tuple[int, ...]:
-    """Return up to `top` types with the highest scores among those with at least `least` occurrences, best first."""
-    score = score.where(counts >= least, -torch.inf)
+def rank(counts: Int[Tensor, " V"], score: Float[Tensor, " V"], *, top: int, min_count: int) -> tuple[int, ...]:
+    """Return up to `top` types with the highest scores and at least `min_count` occurrences, best first."""
+    score = score.where(counts >= min_count, -torch.inf)
     best = score.argsort(descending=True, stable=True)[:top]
     return tuple(best[score[best] > -torch.inf].tolist())
 
 
-def stability(corpus: Corpus, *, top: int, least: int, seed: int, draws: int = 10) -> dict[float, float]:
+def stability(corpus: Corpus, *, top: int, min_count: int, seed: int, draws: int = 10) -> dict[float, float]:
     """Return the Jaccard index of the list from a random share of the rollouts with the full list, by share.
 
     Each value is the mean over `draws` random subsets.  A subset is part of the whole corpus, so disjoint halves would
     agree less.
     """
-    ranked = lambda part: set(rank(*part.tally(), top=top, least=least))
-    whole, rollouts = ranked(corpus), corpus.rollout.unique()
+    ranked = lambda part: set(rank(*part.tally(), top=top, min_count=min_count))
+    full_list, rollouts = ranked(corpus), corpus.rollout.unique()
     generator, out = torch.Generator().manual_seed(seed), {}
     for share in SHARES:
         size = max(1, round(share * len(rollouts)))
         parts = [ranked(corpus.part(rollouts[torch.randperm(len(rollouts), generator=generator)[:size]]))
                  for _ in range(draws)]  # fmt: skip
-        out[share] = sum(len(p & whole) / max(1, len(p | whole)) for p in parts) / draws
+        out[share] = sum(len(p & full_list) / max(1, len(p | full_list)) for p in parts) / draws
     return out
 
 
-def matched(counts: Int[Tensor, " V"], types: Sequence[int]) -> tuple[int, ...]:
+def control_types(counts: Int[Tensor, " V"], types: Sequence[int]) -> tuple[int, ...]:
     """Return other types with as many occurrences in total as `types`, and with similar frequencies if possible.
 
     For each of `types`, from the most frequent down, take the unused type nearest in log frequency that fits into the
     remaining number of occurrences.  Then fill up with the most frequent types that fit.  The total never exceeds that
     of `types`; it is smaller if the rest of the corpus is too small.
     """
-    at = list(types)
-    left, free = int(counts[at].sum()), counts.clone()
-    free[at] = 0
-    wanted, out = counts[at].sort(descending=True).values.double().log(), list[int]()
-    while bool((fits := (free > 0) & (free <= left)).any()):
-        size = free.double().log()
-        distance = (size - wanted[len(out)]).abs() if len(out) < len(wanted) else -size
+    type_ids = list(types)
+    budget, unused_counts = int(counts[type_ids].sum()), counts.clone()
+    unused_counts[type_ids] = 0
+    log_counts, out = counts[type_ids].sort(descending=True).values.double().log(), list[int]()
+    while bool((fits := (unused_counts > 0) & (unused_counts <= budget)).any()):
+        size = unused_counts.double().log()
+        distance = (size - log_counts[len(out)]).abs() if len(out) < len(log_counts) else -size
         best = int(distance.where(fits, torch.inf).argmin())
         out.append(best)
-        left -= int(free[best])
-        free[best] = 0
+        budget -= int(unused_counts[best])
+        unused_counts[best] = 0
     return tuple(out)
 
 
@@ -95,15 +95,15 @@ def consistency(
     occurrences of its type have a context with cosine `similar` or more.  A single occurrence does not recur.
     """
     unit = torch.nn.functional.normalize(contexts, dim=-1)
-    kept = torch.zeros_like(counts)
+    persistent = torch.zeros_like(counts)
     for token in ids.unique().tolist():
         same = unit[ids == token]
         if len(same) > 1:
-            near = torch.cat([((part @ same.T) >= similar).sum(1) for part in same.split(BLOCK)]) - 1  # minus itself
-            kept[token] = (near >= share * (len(same) - 1)).sum()
-    return kept.double() / counts.clamp(min=1)
+            num_similar = torch.cat([((part @ same.T) >= similar).sum(1) for part in same.split(BLOCK)])
+            persistent[token] = (num_similar - 1 >= share * (len(same) - 1)).sum()  # not counting itself
+    return persistent.double() / counts.clamp(min=1)
 
 
-def above(kl: Float[Tensor, " N"], quantile: float) -> Bool[Tensor, " N"]:
+def is_above_quantile(kl: Float[Tensor, " N"], quantile: float) -> Bool[Tensor, " N"]:
     """Return a mask of the occurrences at or above a quantile (in [0, 1)) of the KL."""
     return kl >= kl.sort().values[min(len(kl) - 1, int(quantile * len(kl)))]  # torch.quantile is limited to 2^24 values

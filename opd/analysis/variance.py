@@ -32,7 +32,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from opd.analysis.exact import alone, slopes
+from opd.analysis.exact import dependence_reason, slopes
 from opd.config.commands import Variance
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -56,7 +56,7 @@ ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by les
 
 
 @dataclass(frozen=True)
-class Spread:
+class MethodVariance:
     """Results of a method over all contexts.  Variances are those of the gradient of a token's loss."""
 
     variance: Estimate  # total variance in the parameters, mean over contexts
@@ -71,7 +71,7 @@ class Spread:
 class Variances:
     """Results of all methods, and the size of the sample that they come from."""
 
-    methods: Mapping[str, Spread]
+    methods: Mapping[str, MethodVariance]
     rollouts: int
     contexts: int
     parameters: int  # number of selected weights (scalars)
@@ -86,8 +86,8 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     """
     config.check()
     for name, method in methods.items():
-        if why := alone(method):
-            raise Refusal(f"--methods {name}: {why}, so its noise is not that of one token; leave it out")
+        if reason := dependence_reason(method):
+            raise Refusal(f"--methods {name}: {reason}, so its noise is not that of one token; leave it out")
         if method.models() - {"teacher_logp"}:
             raise Refusal(f"--methods {name}: compares with a third model, and here are two; leave it out")
     methods = {name: METHODS[name]() for name in ("opd", "opd-full")} | dict(methods)
@@ -95,44 +95,48 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     student = session.plain()
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad and re.search(config.parameters, n)}
     if not trained:
-        some = ", ".join(list(dict(student.named_parameters()))[:3])
-        raise Refusal(f"--parameters {config.parameters}: no trained parameter has such a name; there are {some}, ...")
+        examples = ", ".join(list(dict(student.named_parameters()))[:3])
+        raise Refusal(
+            f"--parameters {config.parameters}: no trained parameter has such a name; there are {examples}, ..."
+        )
     prompts = session.prompts.batch(1, config.rollouts)
     request = RolloutRequest(prompts=prompts, policy=OnPolicy(), sampling=config.sampling, seed=config.seed, step=1)
-    drawn = session.collector.collect(request, lambda text, prompt: 0.0)
-    means, found, nats = Means(), [], 0.0
-    for rollout in track(drawn, "rollouts", console=Console(stderr=True), transient=True):
-        at = rows([rollout], [[True] * len(rollout.ids)], teacher=False, device=student.model.device)
-        heard = session.teachers[rollout.teacher].hidden([rollout], [[True] * len(rollout.ids)])
-        if not isinstance(heard, Hidden):
+    rollouts = session.collector.collect(request, lambda text, prompt: 0.0)
+    means, all_sums, total_kl = Means(), [], 0.0
+    for rollout in track(rollouts, "rollouts", console=Console(stderr=True), transient=True):
+        response_rows = rows([rollout], [[True] * len(rollout.ids)], teacher=False, device=student.model.device)
+        teacher_hidden = session.teachers[rollout.teacher].hidden([rollout], [[True] * len(rollout.ids)])
+        if not isinstance(teacher_hidden, Hidden):
             raise Refusal(
                 f"--teacher {config.teacher}: gives log-probs of some tokens, and the exact sum needs them all"
             )
-        along = directions(trained, config, rollout.index)
-        sums, divergence = look(student, at, heard, session.vocabulary, trained, along, methods, means)
-        found.append(sums)
-        nats += divergence
-    lengths = [float(len(rollout.ids)) for rollout in drawn]
+        signs = directions(trained, config, rollout.index)
+        sums, divergence = measure_rollout(
+            student, response_rows, teacher_hidden, session.vocabulary, trained, signs, methods, means
+        )
+        all_sums.append(sums)
+        total_kl += divergence
+    lengths = [float(len(rollout.ids)) for rollout in rollouts]
     count = sum(lengths)
-    column = lambda name, what: [getattr(sums[name], what) for sums in found]
+    column = lambda name, what: [getattr(sums[name], what) for sums in all_sums]
     out = {}
     for name in methods:
         norm2, cosine = means.compare(name)
-        each = ratio(column(name, "variance"), lengths)
-        out[name] = Spread(
-            variance=each,
+        variance_estimate = ratio(column(name, "variance"), lengths)
+        out[name] = MethodVariance(
+            variance=variance_estimate,
             ratio=ratio(column(name, "variance"), column("opd", "variance")),
             logits=ratio(column(name, "logits"), column("opd", "logits")),
             raised=sum(column(name, "raised")) / count,
-            noise=each.value * count**2 / norm2 if norm2 else math.nan,
+            noise=variance_estimate.value * count**2 / norm2 if norm2 else math.nan,
             cosine=cosine,
         )
     return Variances(
         out,
-        rollouts=len(drawn),
+        rollouts=len(rollouts),
         contexts=int(count),
         parameters=sum(p.numel() for p in trained.values()),
-        reverse_kl=nats / count,
+        reverse_kl=total_kl / count,
         largest=max(column("opd", "variance")) / max(sum(column("opd", "variance")), torch.finfo().tiny),
     )
 
@@ -155,7 +159,7 @@ def _run(config: Variance) -> Train:
 
 
 @dataclass
-class Sums:
+class RolloutSums:
     """Sums over the contexts of a rollout, for a method."""
 
     variance: float = 0.0  # total variance in the parameters, an unbiased estimate
@@ -168,22 +172,22 @@ class Means:
     """Mean gradients summed over contexts: that of `opd-full`, and each method's difference to it beyond rounding."""
 
     full: dict[str, Tensor] = field(default_factory=dict)
-    more: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, method: str, gradients: Mapping[str, Tensor | None]) -> None:
         """Add the gradients of some contexts, keyed by parameter name."""
-        whole = self.full if method == "opd-full" else self.more.setdefault(method, {})
+        summed = self.full if method == "opd-full" else self.differences.setdefault(method, {})
         for name, x in gradients.items():
             if x is not None:
-                whole[name] = whole[name].add_(x) if name in whole else x.clone()
+                summed[name] = summed[name].add_(x) if name in summed else x.clone()
 
     def compare(self, method: str) -> tuple[float, float]:
         """Return the squared norm of a method's mean gradient, and its cosine with that of `opd-full`."""
         dot = lambda a, b: sum(float((a[n] * b[n]).sum(dtype=torch.float64)) for n in a.keys() & b.keys())
-        more = self.more.get(method, {})
-        full2, cross = dot(self.full, self.full), dot(self.full, more)
-        own2 = full2 + 2 * cross + dot(more, more)
-        return own2, (full2 + cross) / math.sqrt(full2 * own2) if full2 * own2 > 0 else math.nan
+        difference = self.differences.get(method, {})
+        full2, cross = dot(self.full, self.full), dot(self.full, difference)
+        norm2 = full2 + 2 * cross + dot(difference, difference)
+        return norm2, (full2 + cross) / math.sqrt(full2 * norm2) if full2 * norm2 > 0 else math.nan
 
 
 def directions(trained: Mapping[str, Tensor], config: Variance, rollout: int) -> Iterator[dict[str, Tensor]]:
@@ -195,72 +199,78 @@ def directions(trained: Mapping[str, Tensor], config: Variance, rollout: int) ->
         yield {n: torch.empty_like(p).bernoulli_(0.5, generator=noise).mul_(2).sub_(1) for n, p in trained.items()}
 
 
-def look(
+def measure_rollout(
     student: Student,
-    at: Rows,
+    response_rows: Rows,
     teacher: Hidden,
     vocabulary: Vocabulary,
     trained: Mapping[str, Tensor],
-    along: Iterable[Mapping[str, Tensor]],
+    sign_directions: Iterable[Mapping[str, Tensor]],
     methods: Mapping[str, Method],
     means: Means,
-) -> tuple[dict[str, Sums], float]:
+) -> tuple[dict[str, RolloutSums], float]:
     """Measure the contexts of a rollout: return each method's sums and the summed reverse KL (nats); add to `means`.
 
-    `along` are directions d with E[d d'] = I.  The keys of `trained` are the parameter names of `student`.
+    `sign_directions` are directions d with E[d d'] = I.  The keys of `trained` are the parameter names of `student`.
     `methods` contains `opd` and `opd-full`.
     """
-    own, ids = head(student.model), vocabulary.canonical(at.ids[at.trained])
-    place = {part: n for part in ("weight", "bias") for n, p in trained.items() if p is getattr(own, part)}
-    pushed = []
-    for direction in along:
-        inside = {part: direction[n] for part, n in place.items()}
-        pushed.append((push(student, at, trained, direction), inside))
-    states = final_states(student.model, at)
-    out, nats = {name: Sums() for name in methods}, 0.0
-    back: dict[str, Tensor] = {}  # method -> gradient of its mean loss in the states
+    lm_head, ids = head(student.model), vocabulary.canonical(response_rows.ids[response_rows.trained])
+    head_parameters = {
+        part: n for part in ("weight", "bias") for n, p in trained.items() if p is getattr(lm_head, part)
+    }
+    derivatives = []
+    for direction in sign_directions:
+        inside = {part: direction[n] for part, n in head_parameters.items()}
+        derivatives.append((forward_derivative(student, response_rows, trained, direction), inside))
+    states = final_states(student.model, response_rows)
+    out, summed_kl = {name: RolloutSums() for name in methods}, 0.0
+    gradients_by_method: dict[str, Tensor] = {}  # method -> gradient of its mean loss in the states
     for part in blocks(len(ids), vocabulary.chunk(len(ids), 16 * vocabulary.size * states.itemsize)):
         leaf = states.detach()[part].requires_grad_()
-        live = _logp(vocabulary, own, {"states": leaf})
-        logp = live.detach()
+        student_logp = _logp(vocabulary, lm_head, {"states": leaf})
+        logp = student_logp.detach()
         p = logp.exp()
         with torch.no_grad():
             q = _logp(vocabulary, teacher.head, {"states": teacher.states[part]})
-        here = Positions(ids[part], logp, q)
-        nats += float(kl(logp, q).sum())
-        tangents = [_tangent(vocabulary, own, leaf.detach(), states_[part], inside) for states_, inside in pushed]
-        full = slopes(METHODS["opd-full"](), here).mean(p)
-        plain = slopes(METHODS["opd"](), here).double().variance(p.double())
+        positions = Positions(ids[part], logp, q)
+        summed_kl += float(kl(logp, q).sum())
+        tangents = [
+            _tangent(vocabulary, lm_head, leaf.detach(), states_[part], inside) for states_, inside in derivatives
+        ]
+        full = slopes(METHODS["opd-full"](), positions).mean(p)
+        opd_variance = slopes(METHODS["opd"](), positions).double().variance(p.double())
         for name, method in methods.items():
-            s = slopes(method, here)
+            s = slopes(method, positions)
             logits = s.double().variance(p.double())
             out[name].variance += sum(float(s.spread(p, x).sum()) for x in tangents) / len(tangents)
             out[name].logits += float(logits.sum())
-            out[name].raised += float((logits > (1 + ROUNDING) * plain).sum())
+            out[name].raised += float((logits > (1 + ROUNDING) * opd_variance).sum())
             mean = s.mean(p) if name == "opd-full" else s.mean(p) - full
             if name != "opd-full" and mean.norm() <= ROUNDING * full.norm():
                 continue
-            inputs = [leaf, *(getattr(own, which) for which in place)]
-            sent, *rest = torch.autograd.grad(live, inputs, mean, retain_graph=True)
-            means.add(name, dict(zip(place.values(), rest, strict=True)))
-            back.setdefault(name, torch.zeros_like(states))[part] = sent
-    for name, sent in back.items():
-        gradients = torch.autograd.grad(states, list(trained.values()), sent, retain_graph=True, allow_unused=True)
+            inputs = [leaf, *(getattr(lm_head, which) for which in head_parameters)]
+            state_gradient, *head_gradients = torch.autograd.grad(student_logp, inputs, mean, retain_graph=True)
+            means.add(name, dict(zip(head_parameters.values(), head_gradients, strict=True)))
+            gradients_by_method.setdefault(name, torch.zeros_like(states))[part] = state_gradient
+    for name, state_gradient in gradients_by_method.items():
+        gradients = torch.autograd.grad(
+            states, list(trained.values()), state_gradient, retain_graph=True, allow_unused=True
+        )
         means.add(name, dict(zip(trained, gradients, strict=True)))
-    return out, nats
+    return out, summed_kl
 
 
 @torch.no_grad()
-def push(
-    student: Student, at: Rows, trained: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+def forward_derivative(
+    student: Student, response_rows: Rows, trained: Mapping[str, Tensor], direction: Mapping[str, Tensor]
 ) -> Float[Tensor, "N H"]:
     """Return the derivative [N, H] of the final hidden states along a direction of the parameters (forward mode).
 
     Raises Refusal if the model has an operation without forward-mode derivative.
     """
-    states = lambda values: functional_call(_States(student.model), values, (at,))
+    states = lambda values: functional_call(_States(student.model), values, (response_rows,))
     try:
-        with sdpa_kernel(SDPBackend.MATH), _padding_still(student.model):  # fused attention has no forward mode
+        with sdpa_kernel(SDPBackend.MATH), _padding_frozen(student.model):  # fused attention has no forward mode
             return jvp(states, ({n: p.detach() for n, p in trained.items()},), (dict(direction),))[1]
     except NotImplementedError as error:
         raise Refusal(
@@ -270,7 +280,7 @@ def push(
 
 
 @contextlib.contextmanager
-def _padding_still(model: nn.Module) -> Iterator[None]:
+def _padding_frozen(model: nn.Module) -> Iterator[None]:
     """Exclude the padding token's embedding from the derivative while the context is active.
 
     `padding_idx` freezes this embedding in reverse mode only, so forward mode needs a hook.  The token occurs in
@@ -297,38 +307,42 @@ class _States(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, at: Rows) -> Float[Tensor, "N H"]:
-        return final_states(self.model, at)
+    def forward(self, response_rows: Rows) -> Float[Tensor, "N H"]:
+        return final_states(self.model, response_rows)
 
 
-def _logp(vocabulary: Vocabulary, own: Head, values: Mapping[str, Tensor]) -> Float[Tensor, "n V"]:
+def _logp(vocabulary: Vocabulary, lm_head: Head, values: Mapping[str, Tensor]) -> Float[Tensor, "n V"]:
     """Return log-probs [n, V], differentiable in `values`: the states and possibly the head's weight and bias."""
-    raw = values["states"] @ values.get("weight", own.weight)[: vocabulary.size].T
-    bias = values.get("bias", own.bias)
-    return vocabulary.logp(raw if bias is None else raw + bias[: vocabulary.size], replace(own, bias=None))
+    raw = values["states"] @ values.get("weight", lm_head.weight)[: vocabulary.size].T
+    bias = values.get("bias", lm_head.bias)
+    return vocabulary.logp(raw if bias is None else raw + bias[: vocabulary.size], replace(lm_head, bias=None))
 
 
 @torch.no_grad()
 def _tangent(
-    vocabulary: Vocabulary, own: Head, states: Float[Tensor, "n H"], moved: Float[Tensor, "n H"], inside: dict
+    vocabulary: Vocabulary,
+    lm_head: Head,
+    states: Float[Tensor, "n H"],
+    state_direction: Float[Tensor, "n H"],
+    inside: dict,
 ) -> Float[Tensor, "n V"]:
     """Return the derivative of the log-probs [n, V] when states and trained head parameters move along a direction."""
-    values = {"states": states} | {which: getattr(own, which).detach() for which in inside}
-    return jvp(lambda x: _logp(vocabulary, own, x), (values,), ({"states": moved} | inside,))[1]
+    values = {"states": states} | {part: getattr(lm_head, part).detach() for part in inside}
+    return jvp(lambda x: _logp(vocabulary, lm_head, x), (values,), ({"states": state_direction} | inside,))[1]
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """Return sum(above) / sum(below) over independent pairs, with Student's t interval of the linearised ratio.
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Return sum(numerators) / sum(denominators) of independent pairs, with Student's t interval by linearisation.
 
     Cochran, Sampling Techniques (1977), Eq. 6.13.
     """
-    a, b = torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64)
+    a, b = torch.tensor(numerators, dtype=torch.float64), torch.tensor(denominators, dtype=torch.float64)
     if not b.sum() > 0:
         return Estimate(math.nan, math.nan, math.nan)
     n, value = len(a), float(a.sum() / b.sum())
     error = math.sqrt(n / (n - 1) * float((a - value * b).square().sum())) / float(b.sum())
-    half = quantile((1 + CONFIDENCE) / 2, n - 1) * error
-    return Estimate(value, max(0.0, value - half), value + half)
+    half_width = quantile((1 + CONFIDENCE) / 2, n - 1) * error
+    return Estimate(value, max(0.0, value - half_width), value + half_width)
 
 
 def quantile(p: float, freedom: int) -> float:

@@ -45,7 +45,7 @@ COMMANDS = {  # command -> its module and function; imported when used, because 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when done, 2 when the user has something to mend (one line says what)."""
+    """Run a command.  Returns 0 on success, and 2 after printing a line about an error that the user can fix."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
         match args:
@@ -55,20 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["--version"]:
                 print(f"opd {version('opd')}")
                 return 0
-            case ["help", *rest]:
-                return main([*rest, "--help"])
-            case [name, *rest] if name in COMMANDS:
+            case ["help", *words]:
+                return main([*words, "--help"])
+            case [name, *words] if name in COMMANDS:
                 _check_processes(name)
                 module, function = COMMANDS[name]
                 command: Callable[[list[str]], int] = vars(import_module(module))[function]
                 try:
-                    return command(rest)
+                    return command(words)
                 finally:
-                    sys.stdout.flush()  # here, where a reader that is gone can still be told from a fault
+                    sys.stdout.flush()  # here a closed pipe is still distinguishable from other errors
             case [name, *_]:
-                from opd.cli.parse import near
+                from opd.cli.parse import suggestion
 
-                raise Refusal(f"{name}: unknown command{near(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+                raise Refusal(f"{name}: unknown command{suggestion(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
@@ -76,17 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("opd: stopped; what was saved is whole", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if not _unread():
+        if not _stdout_is_closed():
             raise
-        return 1  # as rich says, which prints the tables
+        return 1  # like rich, which prints the tables
     return 0
 
 
 def _check_processes(command: str) -> None:
-    """Refuse a launcher's processes for a command that does not share its work among them: each would do all of it."""
+    """Refuse several processes of a launcher for a command that does not share its work among them."""
     if command == "train" or "LOCAL_RANK" not in os.environ:
         return
-    from opd.training.launch import num_processes  # imports torch, which only a launcher's processes have to wait for
+    from opd.training.launch import num_processes  # imports torch, which takes seconds
 
     if num_processes() > 1:
         raise Refusal(
@@ -95,10 +95,10 @@ def _check_processes(command: str) -> None:
         )
 
 
-def _unread() -> bool:
-    """Whether who reads stdout is gone, as in `opd methods | head`; then nothing more is written to it."""
+def _stdout_is_closed() -> bool:
+    """Return True if the reader of stdout has closed it, as in `opd methods | head`; then redirect stdout to null."""
     try:
-        print(flush=True)  # a flush alone says nothing where the write that failed has emptied the buffer
+        print(flush=True)  # a flush alone would not fail, because the failed write has emptied the buffer
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -1,4 +1,4 @@
-"""The main job on the embedded pair, with a result to look at: a table, a curve, and an honest control.
+"""A demonstration on the embedded models: distillation, evaluation, a curve, and a supervised control.
 
 The control trains the same student for as many steps, on as many sequences, by cross-entropy on the gold answers.
 """
@@ -37,7 +37,7 @@ HELD_OUT = 128  # problems of the evaluations within a run
 
 
 def demo(config: Demo) -> Path:
-    """Train, evaluate, compare; returns the picture's path."""
+    """Train, evaluate and compare; return the path of the picture."""
     if config.method not in METHODS:
         raise Refusal(f"--method {config.method}: unknown; there are {', '.join(METHODS)}")
     OutputFolder(path=config.out).check()
@@ -73,7 +73,7 @@ def demo(config: Demo) -> Path:
 
 
 def settings_of(config: Demo, seed: int) -> Train:
-    """The run of one seed."""
+    """Return the settings of the run with this seed."""
     run = Train(
         student=config.student,
         teacher="embedded:teacher",
@@ -89,7 +89,7 @@ def settings_of(config: Demo, seed: int) -> Train:
 
 
 def accuracy(model: str, problems: int) -> Estimate:
-    """Greedy, on held-out problems."""
+    """Return the accuracy of greedy answers to held-out problems."""
     data = Data(split="test", limit=problems)
     sampling = Sampling(temperature=0.0, max_new_tokens=256)
     scores = evaluate(Evaluate(model=model, prompts=PROMPTS, data=data, sampling=sampling, decode_rows=128))
@@ -97,9 +97,9 @@ def accuracy(model: str, problems: int) -> Estimate:
 
 
 def supervised(config: Train, folder: Path) -> Path:
-    """Cross-entropy on gold answers with the run's own optimizer, batch and steps; plain torch on purpose."""
+    """Train on gold answers by cross-entropy, with the optimizer, batch size and steps of the run, in plain torch."""
     source = models.locate(config.student, field="student")
-    text = models.tokenizer(source, field="student")
+    tokenizer = models.tokenizer(source, field="student")
     model = models.load(source, field="student", dtype=torch.float32, device=torch.device("cpu"))
     task = load(Data(source=config.prompts, seed=config.seed))
     optimizer = torch.optim.AdamW(
@@ -107,14 +107,18 @@ def supervised(config: Train, folder: Path) -> Path:
     )
     for step in range(1, config.steps + 1):
         rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
-        asked = [prompts.render(text, p, chat_template_kwargs={}) for p in rows]
-        gold = [[*text(p.response, add_special_tokens=False)["input_ids"], text.eos_token_id] for p in rows]
-        ids = [torch.tensor([*a, *g]) for a, g in zip(asked, gold, strict=True)]
-        labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(asked, gold, strict=True)]
+        prompt_ids = [prompts.render(tokenizer, p, chat_template_kwargs={}) for p in rows]
+        answer_ids = [
+            [*tokenizer(p.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for p in rows
+        ]
+        ids = [torch.tensor([*a, *g]) for a, g in zip(prompt_ids, answer_ids, strict=True)]
+        labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(prompt_ids, answer_ids, strict=True)]
         pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-        whole, wanted = pad(ids, 0), pad(labels, -100)
-        logits = model(input_ids=whole, attention_mask=(pad([torch.ones_like(x) for x in ids], 0))).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
+        padded_ids, padded_labels = pad(ids, 0), pad(labels, -100)
+        logits = model(input_ids=padded_ids, attention_mask=(pad([torch.ones_like(x) for x in ids], 0))).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), padded_labels[:, 1:].flatten(), ignore_index=-100
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -122,27 +126,29 @@ def supervised(config: Train, folder: Path) -> Path:
             group["lr"] = config.learning_rate(step, config.steps)
         optimizer.step()
     model.save_pretrained(str(folder))
-    text.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 def draw(runs: list[Path], picture: Path, method: str) -> None:
-    """Held-out accuracy and reverse KL over the steps, a line a seed."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    """Draw held-out accuracy and reverse KL over the steps, with a line per seed."""
+    figure, (top, kl_axis) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for seed, run in enumerate(runs):
-        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        seen = [r for r in logged if "eval_accuracy" in r]
-        steps = [r["step"] for r in seen]
-        (line,) = left.plot(steps, [100 * r["eval_accuracy"] for r in seen], marker="o", ms=3, label=f"seed {seed}")
-        low, high = ([100 * r[k] for r in seen] for k in ("eval_low", "eval_high"))
-        left.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        trained = [r for r in logged if "reverse_kl" in r]
-        right.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)
-    left.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 100), title=f"{method}: accuracy, 95 % band")
-    right.set(xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher")
-    for axis in (left, right):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [r for r in rows if "eval_accuracy" in r]
+        steps = [r["step"] for r in evaluations]
+        (line,) = top.plot(
+            steps, [100 * r["eval_accuracy"] for r in evaluations], marker="o", ms=3, label=f"seed {seed}"
+        )
+        low, high = ([100 * r[k] for r in evaluations] for k in ("eval_low", "eval_high"))
+        top.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        trained = [r for r in rows if "reverse_kl" in r]
+        kl_axis.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)
+    top.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 100), title=f"{method}: accuracy, 95 % band")
+    kl_axis.set(xlabel="step", ylabel="nats per token", ylim=(0, None), title="reverse KL to the teacher")
+    for axis in (top, kl_axis):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    left.legend(frameon=False, loc="lower right")
+    top.legend(frameon=False, loc="lower right")
     figure.savefig(picture, dpi=150)
     plt.close(figure)

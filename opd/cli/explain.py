@@ -1,4 +1,4 @@
-"""`opd methods NAME`: one method explained; `opd methods --json`: all of them."""
+"""Explanation of a method (`opd methods NAME`), or of all methods as json (`opd methods --json`)."""
 
 import inspect
 import re
@@ -18,7 +18,7 @@ from opd.methods import METHODS
 
 
 def explain_methods(names: list[str], *, json: bool) -> int:
-    """Print what there is to know of some methods: as json, or of one as a page."""
+    """Print the explanation of one method as text, or of some methods as json."""
     rows = [_explained(name) for name in names]
     if json:
         print(dumps(rows[0] if len(names) == 1 else rows, indent=2))
@@ -32,12 +32,12 @@ def explain_methods(names: list[str], *, json: bool) -> int:
 
 
 def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """What a person reads of one method: (head, lines)."""
-    name, told = row["name"], helps(inspect.getdoc(factory_of(row["name"])) or "")
+    """Yield the sections of a method's explanation as (title, lines)."""
+    name, flag_helps = row["name"], argument_helps(inspect.getdoc(factory_of(row["name"])) or "")
     yield name, [row["what"], *filter(None, [row["source"]])]
-    if told:
+    if flag_helps:
         default = lambda flag: row["defaults"][flag] if row["defaults"][flag] not in ("", ()) else "none"
-        flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in told.items()]
+        flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in flag_helps.items()]
         yield "flags, with their defaults", flags
     for preset in ("paper", "embedded"):
         if spelled(preset, name):
@@ -51,15 +51,15 @@ def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "more", [f"the loss and its parts: docs/methods.md#{name}"]
 
 
-def helps(text: str) -> dict[str, str]:
-    """The Args of a docstring, by name."""
-    found: dict[str, str] = {}
+def argument_helps(text: str) -> dict[str, str]:
+    """Return the explanations of the arguments in a docstring, by name."""
+    help_by_name: dict[str, str] = {}
     for line in text.partition("Args:\n")[2].splitlines():
         if new := re.match(r"    (\w+): (.*)", line):
-            name, found[new[1]] = new[1], new[2]
+            name, help_by_name[new[1]] = new[1], new[2]
         elif line.strip():
-            found[name] += " " + line.strip()
-    return found
+            help_by_name[name] += " " + line.strip()
+    return help_by_name
 
 
 def _explained(name: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Methods as the command line names them: `NAME`, `module:factory`, `NAME:weight`, `NAME:flag=value`."""
+"""Parsing of methods on the command line: `NAME`, `module:factory`, `NAME:weight`, `NAME:flag=value`."""
 
 import importlib
 import inspect
@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from opd.cli.methods import check_name
-from opd.cli.parse import parsed
+from opd.cli.parse import parse_flags
 from opd.core.errors import Refusal
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.methods.rollout_policies.on_policy import OnPolicy
 
-SECOND = {name: f"a run has one METHOD; add its terms by --also {name}:WEIGHT" for name in METHODS}
+SECOND_METHOD = {name: f"a run has one METHOD; add its terms by --also {name}:WEIGHT" for name in METHODS}
 
 
 def method_of(name: str, flags: list[str], run_flags: Iterable[str] = ()) -> Method:
-    """Return the method of that name with its flags; `run_flags` are suggested, too, for misspelt ones."""
+    """Return the method of this name with its flags; `run_flags` are also suggested for misspelt flags."""
     factory = factory_of(name)
-    documented = (inspect.getdoc(factory) or "").split("\n\nArgs:")[0]
+    text = (inspect.getdoc(factory) or "").split("\n\nArgs:")[0]
+    prog = f"opd train {name}"
     try:
-        method = parsed(
-            factory, flags, prog=f"opd train {name}", description=documented, others=run_flags, strays=SECOND
-        )
+        method = parse_flags(factory, flags, prog=prog, description=text, other_flags=run_flags, strays=SECOND_METHOD)
     except Refusal:
         raise
     except ValueError as error:
@@ -39,7 +38,7 @@ def factory_of(name: str) -> Callable[..., Method]:
         return METHODS[name]
     check_name(name)
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, "")  # a factory in the folder one works in
+    sys.path.insert(0, "")  # finds a factory in the working folder
     try:
         factory = vars(importlib.import_module(module))[attribute]
     except ImportError as error:
@@ -51,41 +50,41 @@ def factory_of(name: str) -> Callable[..., Method]:
     return factory
 
 
-def plus(method: Method, other: str) -> Method:
-    """The method with the terms of another, at a weight."""
-    name, colon, weight = other.rpartition(":")
+def add_terms(method: Method, text: str) -> Method:
+    """Return the method with the terms of another method, which `text` names with its weight."""
+    name, colon, weight = text.rpartition(":")
     try:
         coef = float(weight)
     except ValueError:
-        raise Refusal(f"--also {other}: write NAME:weight, such as gkd-forward:0.1") from None
+        raise Refusal(f"--also {text}: write NAME:weight, such as gkd-forward:0.1") from None
     if not colon or not coef > 0:
-        raise Refusal(f"--also {other}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
+        raise Refusal(f"--also {text}: write NAME:weight with a weight above 0, such as gkd-forward:0.1")
     name, *flags = name.split() or [""]
-    more = method_of(name, flags)
-    if more.rollouts not in (method.rollouts, OnPolicy()):
-        raise Refusal(f"--also {other}: its rollouts are {more.rollouts}, the method's {method.rollouts}")
-    if more.asks is not None:
+    added = method_of(name, flags)
+    if added.rollouts not in (method.rollouts, OnPolicy()):
+        raise Refusal(f"--also {text}: its rollouts are {added.rollouts}, the method's {method.rollouts}")
+    if added.asks is not None:
         raise Refusal(
-            f"--also {other}: it asks a teacher for texts ({more.asks}), as a run does or not: name it METHOD"
+            f"--also {text}: it asks a teacher for texts ({added.asks}), as a run does or not: name it METHOD"
         )
-    if more.filters:
-        raise Refusal(f"--also {other}: it leaves out rollouts ({more.filters}), which would be the whole method's")
+    if added.filters:
+        raise Refusal(f"--also {text}: it leaves out rollouts ({added.filters}), which would be the whole method's")
     try:
-        return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in more.terms)))
+        return replace(method, terms=(*method.terms, *(replace(t, coef=t.coef * coef) for t in added.terms)))
     except ValueError as error:
-        raise Refusal(f"--also {other}: {error}") from error
+        raise Refusal(f"--also {text}: {error}") from error
 
 
-def several(text: str) -> dict[str, Method]:
-    """Methods as --methods lists them: NAME, or NAME:flag=value:flag, separated by commas."""
+def parse_methods(text: str) -> dict[str, Method]:
+    """Return the methods that --methods lists: NAME, or NAME:flag=value:flag, separated by commas."""
     out: dict[str, Method] = {}
     for word in filter(None, (w.strip() for w in text.split(","))):
         if word in out:
             raise Refusal(f"--methods {word}: named twice")
-        first, *rest = word.split(":")
-        if rest and first not in METHODS and "=" not in rest[0]:  # module:factory
-            first, rest = f"{first}:{rest[0]}", rest[1:]
-        pairs = (part.partition("=") for part in rest)
+        first, *flags = word.split(":")
+        if flags and first not in METHODS and "=" not in flags[0]:  # module:factory
+            first, flags = f"{first}:{flags[0]}", flags[1:]
+        pairs = (part.partition("=") for part in flags)
         out[word] = method_of(
             first, [x for key, is_, value in pairs for x in ((f"--{key}", value) if is_ else (f"--{key}",))]
         )

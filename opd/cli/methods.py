@@ -1,6 +1,6 @@
-"""`opd methods`: all methods, or one explained.
+"""`opd methods`, which lists all methods or explains one.
 
-The list comes from the source files, without importing them: what is imported of torch takes longer than all the rest.
+The list is read from the source files without importing them, because importing torch would take most of the time.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from opd.cli.parse import near, parsed, spelled_flag, unknown_flag
+from opd.cli.parse import flag_name, parse_flags, suggestion, unknown_flag
 from opd.core.errors import Refusal
 
 
@@ -26,8 +26,8 @@ class _MethodsFlags:
 
 
 def methods(args: list[str]) -> int:
-    """Print all methods, or one explained."""
-    flags = parsed(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
+    """Print all methods, or the explanation of one."""
+    flags = parse_flags(_MethodsFlags, args, prog="opd methods", description="List the methods, or explain one.")
     docstrings = {name: inspect.cleandoc(ast.get_docstring(factory) or "") for name, factory in listing().items()}
     if flags.name:
         check_name(flags.name)
@@ -79,23 +79,23 @@ def listing() -> dict[str, ast.FunctionDef]:
 def check_name(name: str) -> None:
     """Refuse a METHOD that is not in the list and not written as module:factory."""
     if name not in listing() and ":" not in name:
-        raise Refusal(f"{name}: unknown method{near(name, listing())}; `opd methods` lists them")
+        raise Refusal(f"{name}: unknown method{suggestion(name, listing())}; `opd methods` lists them")
 
 
 def flag_names(name: str) -> list[str]:
     """Return the flags of a method of the list, from its source."""
     arguments = listing()[name].args
-    return [spelled_flag(argument.arg) for argument in (*arguments.args, *arguments.kwonlyargs)]
+    return [flag_name(argument.arg) for argument in (*arguments.args, *arguments.kwonlyargs)]
 
 
 def check_flags(name: str, words: Iterable[str], run_flags: Iterable[str]) -> None:
-    """Refuse a flag that a method of the list does not have; `run_flags` are suggested, too, for misspelt ones."""
+    """Refuse a flag that a listed method does not have; `run_flags` are also suggested for misspelt flags."""
     if name not in listing():  # module:factory
         return
     flags = flag_names(name)
-    known = {"--help", *flags, *(flag.replace("--", "--no-", 1) for flag in flags)}
+    accepted = {"--help", *flags, *(flag.replace("--", "--no-", 1) for flag in flags)}
     for word in words:
-        if word[:2] == "--" and word[2:3].isalpha() and spelled_flag(word[2:].partition("=")[0]) not in known:
+        if word[:2] == "--" and word[2:3].isalpha() and flag_name(word[2:].partition("=")[0]) not in accepted:
             raise unknown_flag(word, [*flags, *run_flags], prog=f"opd train {name}")
 
 

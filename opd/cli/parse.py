@@ -1,8 +1,8 @@
-"""Reading the command line: `parsed(Settings, words, ...) -> Settings`, and each mistake as one line.
+"""Reading the command line: `parse_flags(Settings, words, ...) -> Settings`, and each mistake as one line.
 
-tyro prints the help and converts the values.  Which words are flags, which values belong to them and what is missing is
-decided here, from the fields of the dataclass or the parameters of the function, because tyro reports mistakes only as
-drawn boxes.
+tyro prints the help and converts the values.  This module decides which words are flags, which values belong to them
+and which are missing, from the fields of the dataclass or the parameters of the function, because tyro reports mistakes
+only as boxes of several lines.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from opd.core.errors import Refusal
 
 HELP = ("-h", "--help")
 BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})  # words that other tools take after a flag
-CLOSE = 0.7  # difflib's ratio from which a name is likely a misspelling of another
-TRL_FLAGS: Mapping[str, tuple[str, ...]] = {  # a flag of TRL or transformers -> ours, the first that the command has
+CLOSE = 0.7  # lowest ratio of difflib at which a name counts as a misspelling of another
+TRL_FLAGS: Mapping[str, tuple[str, ...]] = {  # flag of TRL or transformers -> flags of opd; the command has one of them
     "model-name-or-path": ("--student", "--model"),
     "student-model-name-or-path": ("--student",),
     "teacher-model-name-or-path": ("--teacher",),
@@ -66,7 +66,7 @@ class Flag:
     """A flag or a positional argument, as its field or parameter declares it."""
 
     name: str  # "--max-new-tokens"; of a positional argument "RUN"
-    kind: Any  # type of one value, or its constructor for tyro; None where only tyro can check it
+    kind: Any  # type of a value, or its constructor for tyro; None if only tyro can check it
     count: int | None  # values that follow; None: any number
     required: bool
     positional: bool = False
@@ -76,7 +76,7 @@ class Flag:
         if get_origin(self.kind) is Literal:
             choices = [str(choice) for choice in get_args(self.kind)]
             if value not in choices:
-                raise Refusal(f"{self.name} {value}: must be one of {', '.join(choices)}{near(value, choices)}")
+                raise Refusal(f"{self.name} {value}: must be one of {', '.join(choices)}{suggestion(value, choices)}")
         elif isinstance(self.kind, PrimitiveConstructorSpec):
             self.kind.instance_from_str([value])
         elif self.kind in (int, float):
@@ -89,16 +89,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a command line, sorted by what they belong to."""
+    """The words of a command line, split into those of the command's flags and the remaining words."""
 
-    flags: tuple[Flag, ...]  # those of the command
-    given: frozenset[str]  # names of the flags and positional arguments among the words
-    known: tuple[str, ...]  # the words of these, for tyro
-    rest: tuple[str, ...]  # words that belong to none of them, in order
+    flags: tuple[Flag, ...]  # all flags of the command
+    present: frozenset[str]  # names of the flags and positional arguments among the words
+    own_words: tuple[str, ...]  # words of these flags and their values, for tyro
+    remaining: tuple[str, ...]  # all other words, in order
 
     def missing(self) -> list[str]:
-        """Return the names of the required flags and positional arguments that are not given."""
-        return [flag.name for flag in self.flags if flag.required and flag.name not in self.given]
+        """Return the names of the required flags and positional arguments that are missing."""
+        return [flag.name for flag in self.flags if flag.required and flag.name not in self.present]
 
     def names(self) -> list[str]:
         """Return the names of all flags."""
@@ -106,42 +106,42 @@ class Words:
 
 
 class OpaqueType(Exception):
-    """A declared type of which only tyro knows how many words it takes."""
+    """A declared type for which only tyro knows the number of words."""
 
 
-def parsed(
+def parse_flags(
     what: Any,
     args: Sequence[str],
     *,
     prog: str,
     description: str,
     example: str = "",
-    others: Iterable[str] = (),
+    other_flags: Iterable[str] = (),
     strays: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
-    """Return the dataclass, or the function's result, that the words describe; refuse every word that is left over.
+    """Return the dataclass, or the function's result, that the words describe; refuse all other words.
 
     Args:
         what: a dataclass, or a function with annotated parameters.
-        args: the words behind the command's name.
+        args: the words after the command's name.
         prog: the command's name in help and messages.
         description: opening text of the help.
-        example: a complete command line, shown where a required flag is missing.
-        others: flags of the command line that `what` does not have; suggested for misspelt ones.
-        strays: what to say of words that belong to no flag.
+        example: a complete command line, shown if a required flag is missing.
+        other_flags: further flags of the command line, which are also suggested for misspelt flags.
+        strays: messages about words that belong to no flag, by word.
     """
     if asks_for_help(args):
-        return built(what, HELP[-1:], prog=prog, description=description)
+        return run_tyro(what, HELP[-1:], prog=prog, description=description)
     try:
-        words = scanned(what, args)
+        words = scan_words(what, args)
     except OpaqueType:
-        return built(what, args, prog=prog, description=description)
-    for word in sorted(words.rest, key=lambda word: not word.startswith("-")):  # a misspelt flag before its value
+        return run_tyro(what, args, prog=prog, description=description)
+    for word in sorted(words.remaining, key=lambda word: not word.startswith("-")):  # a misspelt flag before its value
         if word.startswith("-"):
-            raise unknown_flag(word, [*words.names(), *others], prog=prog)
+            raise unknown_flag(word, [*words.names(), *other_flags], prog=prog)
         raise Refusal(f"{word}: {strays.get(word, 'belongs to no flag')}; `{prog} --help` lists the flags")
     refuse_missing(words.missing(), example)
-    return built(what, words.known, prog=prog, description=description)
+    return run_tyro(what, words.own_words, prog=prog, description=description)
 
 
 def asks_for_help(args: Sequence[str]) -> bool:
@@ -149,16 +149,16 @@ def asks_for_help(args: Sequence[str]) -> bool:
     return not {*HELP}.isdisjoint(args)
 
 
-def built(what: Any, args: Sequence[str], **options: Any) -> Any:
-    """Return what tyro makes of words that were scanned before; its boxes become one line where it refuses them."""
-    drawn = io.StringIO()
+def run_tyro(what: Any, args: Sequence[str], **options: Any) -> Any:
+    """Return the value that tyro builds from scanned words; convert an error box of tyro to one line."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(drawn):
+        with contextlib.redirect_stderr(output):
             return tyro.cli(what, args=args, config=(tyro.conf.OmitArgPrefixes,), **options)
     except SystemExit as stop:
         if not stop.code:
-            raise  # help was asked for, and printed
-        text = " ".join(re.sub(r"[─-╿]+", " ", drawn.getvalue()).split())
+            raise  # tyro printed the help
+        text = " ".join(re.sub(r"[─-╿]+", " ", output.getvalue()).split())
         raise Refusal(f"{options['prog']}: {text}") from None
 
 
@@ -170,40 +170,40 @@ def refuse_missing(names: Sequence[str], example: str) -> None:
 
 
 def unknown_flag(word: str, names: Sequence[str], *, prog: str) -> Refusal:
-    """Return the refusal of a flag that a command does not have, with the flag that was probably meant."""
+    """Return the refusal of an unknown flag, with the flag that was probably meant."""
     flag = word.partition("=")[0]
     bare = flag.lstrip("-").replace("_", "-").lower()
     translated = [ours for ours in TRL_FLAGS.get(bare, ()) if ours.split()[0] in names]
-    similar = near(bare, ["help", *(name.removeprefix("--") for name in names)], "--")
+    similar = suggestion(bare, ["help", *(name.removeprefix("--") for name in names)], "--")
     meant = f" (opd calls it {translated[0]})" if translated else similar
     return Refusal(f"{flag}: unknown flag{meant}; `{prog} --help` lists the flags")
 
 
-def near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return the known name that was probably meant, as the end of a message; nothing if none is similar."""
-    close = difflib.get_close_matches(name.lower(), known, 1, CLOSE)
+def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message with the candidate that was probably meant; "" if none is similar."""
+    close = difflib.get_close_matches(name.lower(), candidates, 1, CLOSE)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
-def scanned(what: Any, args: Sequence[str]) -> Words:
-    """Sort the words of a command line; refuse values that are missing, superfluous or of another type."""
+def scan_words(what: Any, args: Sequence[str]) -> Words:
+    """Split the words of a command line; refuse values that are missing, superfluous or of another type."""
     flags = flags_of(what)
     names = {f.name: f for f in flags if not f.positional} | {_negated(f.name): f for f in flags if f.count == 0}
-    given: list[str] = []
-    known: list[str] = []
-    rest: list[str] = []
+    present: list[str] = []
+    own_words: list[str] = []
+    remaining: list[str] = []
     queue = deque(args)
     while queue:
         word = queue.popleft()
-        name, equals, value = _split(word)
+        name, equals, value = _split_flag(word)
         if name not in names:
-            rest.append(word)
+            remaining.append(word)
             continue
         flag = names[name]
         if flag.count == 0:
             _refuse_value(flag, value if equals else queue[0] if queue and queue[0].lower() in BOOLEANS else None)
-            given.append(flag.name)
-            known.append(name)
+            present.append(flag.name)
+            own_words.append(name)
             continue
         values = [value] if equals else []
         while queue and (flag.count is None or len(values) < flag.count) and not _is_flag(queue[0], names):
@@ -211,27 +211,27 @@ def scanned(what: Any, args: Sequence[str]) -> Words:
         if len(values) < (flag.count or 0):
             raise _too_few(flag, len(values), queue[0] if queue else "", names)
         if values == [""] and flag.required:
-            continue  # as if it were not there: often a shell variable that is not set
+            continue  # counts as missing: often a shell variable that is not set
         for value in values:
             flag.check(value)
-        given.append(flag.name)
-        known += [f"{name}={values[0]}", *values[1:]] if equals else [name, *values]
+        present.append(flag.name)
+        own_words += [f"{name}={values[0]}", *values[1:]] if equals else [name, *values]
     for flag in flags:
         if flag.positional:
-            places = [i for i, word in enumerate(rest) if not word.startswith("-")][: flag.count]
-            known = [*(rest[i] for i in places), *known]
-            rest = [word for i, word in enumerate(rest) if i not in places]
-            given += [flag.name] if places else []
-    return Words(flags, frozenset(given), tuple(known), tuple(rest))
+            places = [i for i, word in enumerate(remaining) if not word.startswith("-")][: flag.count]
+            own_words = [*(remaining[i] for i in places), *own_words]
+            remaining = [word for i, word in enumerate(remaining) if i not in places]
+            present += [flag.name] if places else []
+    return Words(flags, frozenset(present), tuple(own_words), tuple(remaining))
 
 
-def _split(word: str) -> tuple[str, str, str]:
+def _split_flag(word: str) -> tuple[str, str, str]:
     """Split "--max_new_tokens=3" into the flag's name with dashes, "=" and the value."""
     name, equals, value = word.partition("=")
-    return (spelled_flag(name[2:]) if name.startswith("--") else name), equals, value
+    return (flag_name(name[2:]) if name.startswith("--") else name), equals, value
 
 
-def spelled_flag(name: str) -> str:
+def flag_name(name: str) -> str:
     """Return the flag of a field or parameter: --max-new-tokens of max_new_tokens."""
     return f"--{name.replace('_', '-')}"
 
@@ -242,7 +242,7 @@ def _negated(name: str) -> str:
 
 def _is_flag(word: str, names: Mapping[str, Flag]) -> bool:
     """Return whether a word is a flag or looks like one; numbers such as -1, -.5 and -inf do not."""
-    if _split(word)[0] in names:
+    if _split_flag(word)[0] in names:
         return True
     try:
         float(word)
@@ -260,7 +260,7 @@ def _refuse_value(flag: Flag, value: str | None) -> None:
 def _too_few(flag: Flag, count: int, following: str, names: Mapping[str, Flag]) -> Refusal:
     """Return the refusal of a flag with fewer values than it takes."""
     dashed = f"; write {flag.name}={following} if that is its value" if following.startswith("-") else ""
-    if _split(following)[0] in names:
+    if _split_flag(following)[0] in names:
         dashed = ""
     if flag.count == 1:
         return Refusal(f"{flag.name}: its value is missing{dashed}")
@@ -268,12 +268,12 @@ def _too_few(flag: Flag, count: int, following: str, names: Mapping[str, Flag]) 
 
 
 def flags_of(what: Any) -> tuple[Flag, ...]:
-    """Return the flags that tyro makes of a dataclass or a function; raises OpaqueType where that is not known here."""
-    return tuple(_declared(what, given=False))
+    """Return the flags that tyro derives from a dataclass or a function.  Raises OpaqueType for an unknown type."""
+    return tuple(_declared_flags(what, has_instance=False))
 
 
-def _declared(what: Any, *, given: bool) -> Iterator[Flag]:
-    """Yield the flags of a dataclass with those of its nested ones; none is required if an instance is `given`."""
+def _declared_flags(what: Any, *, has_instance: bool) -> Iterator[Flag]:
+    """Yield the flags of a dataclass and its nested dataclasses; none is required if `has_instance`."""
     try:
         hints = get_type_hints(what, include_extras=True)
     except (NameError, TypeError) as error:
@@ -291,17 +291,17 @@ def _declared(what: Any, *, given: bool) -> Iterator[Flag]:
         if tyro.conf.Suppress in marks or tyro.conf.Fixed in marks:
             continue
         if is_dataclass(base):
-            yield from _declared(base, given=given or has_default)
+            yield from _declared_flags(base, has_instance=has_instance or has_default)
             continue
-        kind, count = _shape(base, marks, has_default)
-        required = not (given or has_default)
+        kind, count = _value_type(base, marks, has_default)
+        required = not (has_instance or has_default)
         if tyro.conf.Positional in marks:
             yield Flag(name.upper().removesuffix("S" if count is None else ""), kind, count, required, positional=True)
         else:
-            yield Flag(spelled_flag(name), kind, count, required)
+            yield Flag(flag_name(name), kind, count, required)
 
 
-def _shape(base: Any, marks: Sequence[Any], has_default: bool) -> tuple[Any, int | None]:
+def _value_type(base: Any, marks: Sequence[Any], has_default: bool) -> tuple[Any, int | None]:
     """Return the type of one value, and how many values follow the flag (None: any number)."""
     for mark in marks:
         if isinstance(mark, PrimitiveConstructorSpec):
@@ -313,7 +313,7 @@ def _shape(base: Any, marks: Sequence[Any], has_default: bool) -> tuple[Any, int
         return base, 1
     if get_origin(base) in (Union, UnionType) and len(kinds) == 2 and NoneType in kinds:
         (kind,) = (k for k in kinds if k is not NoneType)
-        return None, _shape(kind, (), has_default=False)[1]
+        return None, _value_type(kind, (), has_default=False)[1]
     if get_origin(base) is tuple and tyro.conf.UseAppendAction in marks:
         return kinds[0], 1
     if get_origin(base) is tuple and len({*kinds} - {...}) == 1 and kinds[0] in (int, float, str, Path):

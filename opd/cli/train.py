@@ -1,4 +1,4 @@
-"""`opd train` and `opd doctor`: a run from its flags."""
+"""`opd train` and `opd doctor`, which run and examine the training that the flags describe."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from opd.cli.methods import check_flags, check_name, listing
-from opd.cli.parse import asks_for_help, built, refuse_missing, scanned, unknown_flag
+from opd.cli.parse import asks_for_help, refuse_missing, run_tyro, scan_words, unknown_flag
 from opd.config.train import Train
 from opd.core.errors import Refusal
 
@@ -27,7 +27,7 @@ class TrainFlags:
     also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME:weight of another method whose terms are added, "NAME FLAGS:weight" with flags of it; repeat for more."""
     json: bool = False
-    """Print each line of metrics.jsonl as it is written, for machines; what is for people goes to stderr."""
+    """Print each line of metrics.jsonl as it is written, for machines; messages for people go to stderr."""
     run: Train
 
 
@@ -40,15 +40,15 @@ class DoctorFlags(TrainFlags):
 
 
 def train(args: list[str]) -> int:
-    """Run it; prints the run folder."""
+    """Train, and print the run folder."""
     flags = _run(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
-    from opd.training.train import train  # after parsing: help and mistakes answer at once
+    from opd.training.train import train  # imported after parsing: help and mistakes are reported at once
 
-    asked = {"preset": flags.preset, "set": sorted({a.partition("=")[0] for a in args if a.startswith("--")})}
+    chosen_flags = {"preset": flags.preset, "set": sorted({a.partition("=")[0] for a in args if a.startswith("--")})}
     if flags.json:
-        train(flags.run, lambda row: print(json.dumps(row), flush=True), asked)
+        train(flags.run, lambda row: print(json.dumps(row), flush=True), chosen_flags)
     else:
-        folder = train(flags.run, asked=asked)
+        folder = train(flags.run, asked=chosen_flags)
         print(folder)
         if not flags.run.quiet and not int(os.environ.get("RANK", 0)):
             name = shlex.quote(str(folder))
@@ -57,60 +57,62 @@ def train(args: list[str]) -> int:
 
 
 def doctor(args: list[str]) -> int:
-    """Examine it; nothing is written."""
-    about = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
-    flags = _run(args, DoctorFlags, "opd doctor", about)
+    """Examine the settings of a run; nothing is written."""
+    purpose = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
+    flags = _run(args, DoctorFlags, "opd doctor", purpose)
     from opd.training.doctor.command import doctor
     from opd.training.doctor.findings import errors, show
 
-    found = doctor(flags.run)
+    findings = doctor(flags.run)
     if flags.json:
-        print(json.dumps([asdict(f) for f in found], indent=2))
+        print(json.dumps([asdict(f) for f in findings], indent=2))
     else:
-        show(found, Console())
-    return 2 if errors(found) else 0
+        show(findings, Console())
+    return 2 if errors(findings) else 0
 
 
-def _run(args: list[str], kind: type[TrainFlags], prog: str, about: str) -> Any:
+def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> Any:
     """Return the flags of a run and its METHOD, read as `kind`; a misspelt name is refused before torch is imported."""
-    listed = listing()
-    asked = next((a for a in args if a in listed), None)
-    if asked and asks_for_help(args[args.index(asked) :]):
+    method_names = listing()
+    named_method = next((a for a in args if a in method_names), None)
+    if named_method and asks_for_help(args[args.index(named_method) :]):
         from opd.cli.method_names import method_of
 
-        method_of(asked, ["--help"])
+        method_of(named_method, ["--help"])
     description = (
-        f"{about}\n{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\n"
-        f"METHOD is {', '.join(listed)}, or module:factory for your own. "
-        "`opd methods` explains them, `opd train METHOD --help` lists a method's flags."
+        f"{purpose}\n{prog} --student S --teacher T --prompts P [run flags] METHOD [method flags]\n\nMETHOD is "
+        f"{', '.join(method_names)}, or module:factory for your own. `opd methods` explains them, `opd train METHOD "
+        "--help` lists a method's flags."
     )
     if asks_for_help(args):
-        return built(kind, ["--help"], prog=prog, description=description)
-    words = scanned(kind, args)
-    name, *rest = words.rest or ("",)
+        return run_tyro(kind, ["--help"], prog=prog, description=description)
+    words = scan_words(kind, args)
+    name, *method_words = words.remaining or ("",)
     if name.startswith("-"):
         raise unknown_flag(name, words.names(), prog=prog)
-    if name not in listed and (later := next((word for word in rest if word in listed), None)):
+    if name not in method_names and (later := next((word for word in method_words if word in method_names), None)):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
     absent = words.missing()
-    absent += ["--teacher"] if name in listed and "--teacher" not in words.given and not _teaches_itself(name) else []
+    absent += (
+        ["--teacher"] if name in method_names and "--teacher" not in words.present and not _teaches_itself(name) else []
+    )
     absent += [] if name else ["METHOD (`opd methods` lists them)"]
     refuse_missing(absent, EXAMPLE.format(prog))
     check_name(name)
-    check_flags(name, rest, words.names())
-    from opd.cli.method_names import factory_of, method_of, plus
+    check_flags(name, method_words, words.names())
+    from opd.cli.method_names import add_terms, factory_of, method_of
     from opd.config.presets import arguments, settings
 
     factory_of(name)  # a module that cannot be imported is refused before the flags of the run
-    flags = built(kind, words.known, prog=prog, description=description)
-    method = method_of(name, [*arguments(flags.preset, name), *rest], words.names())
+    flags = run_tyro(kind, words.own_words, prog=prog, description=description)
+    method = method_of(name, [*arguments(flags.preset, name), *method_words], words.names())
     for other in flags.also:
-        method = plus(method, other)
+        method = add_terms(method, other)
     if flags.preset != "none":
-        # A second reading: what the user set wins.  It appends to what may be repeated, so there that starts empty.
+        # Parse again over the preset, so that the user's flags win.  Repeated flags are appended: start them empty.
         run = replace(flags.run, **settings(flags.preset, name), route=(), trackers=())
         default = replace(flags, run=run, also=())
-        flags = built(kind, words.known, prog=prog, description=description, default=default)
+        flags = run_tyro(kind, words.own_words, prog=prog, description=description, default=default)
     return replace(flags, run=replace(flags.run, method=method))
 
 

@@ -1,4 +1,4 @@
-"""Files on disk: outputs that replace nothing of the user's, and what a disk refuses, as one line."""
+"""Files on disk: outputs that never replace a user's file, and disk errors as messages of one line."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from opd.core.errors import Refusal
 
 RESUME = "mend that, then run the same command with --resume"
 AGAIN = "mend that, then run the same command again"
-HEAD = 4096  # bytes at the start of a file in which its mark stands
+HEAD = 4096  # bytes at the start of a file that are searched for its mark
 
 
 @contextlib.contextmanager
 def disk(doing: str, remedy: str = RESUME) -> Iterator[None]:
-    """Turn what a disk refuses, such as a full one or a folder without write permission, into one clear line."""
+    """Convert a disk error, such as a full disk or a missing write permission, into a Refusal of one line."""
     try:
         yield
     except Refusal:
@@ -38,7 +38,7 @@ def umask() -> int:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give every file below a folder the mode that the umask asks for: safetensors makes files of mode 0600."""
+    """Give every file below a folder the mode of the umask, because safetensors creates files of mode 0600."""
     mode = 0o666 & ~umask()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -47,24 +47,24 @@ def follow_umask(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFile:
-    """A file that the user named, and that a command writes whole or not at all.
+    """A file that the user named, and that a command writes completely or not at all.
 
     >>> out = OutputFile(path=Path("report.html"), ours=has_mark("opd report"))
     >>> out.check()  # before the work
     >>> out.write(text)
 
     An existing file is replaced if it is empty, if `ours` recognises it as an earlier output of the same command, or if
-    the user gave --overwrite.  What the command reads is never replaced.
+    the user gave --overwrite.  An input of the command is never replaced.
     """
 
     path: Path
     ours: Callable[[Path], bool]  # whether a file is an output of this command; may raise ValueError for no
     flag: str = "--out"
     overwrite: bool = False
-    inputs: tuple[str | Path, ...] = ()  # files and folders that the command reads; names of other things are ignored
+    inputs: tuple[str | Path, ...] = ()  # files and folders that the command reads; other names are ignored
 
     def check(self) -> None:
-        """Refuse a file that must not be replaced, and a place where no file can be created."""
+        """Refuse a file that must not be replaced, and a folder in which no file can be created."""
         path = self.path.expanduser()
         with disk(f"{self.flag} {self.path}", "name another file"):
             if path.is_dir():
@@ -82,8 +82,8 @@ class OutputFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open a temporary file in the same folder; it takes the place of the named one once it is written whole."""
-        self.check()  # again, because hours may have passed
+        """Open a temporary file in the same folder, which replaces the named file when it is complete."""
+        self.check()  # again: hours may have passed
         path = self.path.expanduser()
         with disk(f"{self.flag} {self.path}", AGAIN):
             if _is_device(path):
@@ -103,7 +103,7 @@ class OutputFile:
                 raise
 
     def _check_replacement(self, path: Path) -> None:
-        """Refuse to replace an input, or a file of the user's without --overwrite."""
+        """Refuse to replace an input, or, without --overwrite, a file of another origin."""
         target = _target(path)
         for source in (Path(name).expanduser() for name in self.inputs):
             if source.is_file() and source.samefile(target):
@@ -126,13 +126,13 @@ class OutputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFolder:
-    """A new folder that the user named, and that a command fills; it replaces nothing."""
+    """A new folder that the user named and a command fills; it never replaces a folder."""
 
     path: Path
     flag: str = "--out"
 
     def check(self) -> None:
-        """Refuse a path that holds anything, and a place where no folder can be created."""
+        """Refuse a path that is not an empty or missing folder, and a parent in which no folder can be created."""
         path = self.path.expanduser()
         with disk(f"{self.flag} {self.path}", "name another folder"):
             if os.path.lexists(path) and not path.is_dir():
@@ -145,7 +145,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def fill(self) -> Iterator[Path]:
-        """Make a temporary folder beside the named one; it takes that name once it is filled."""
+        """Create a temporary folder beside the named one, which gets that name when it is filled."""
         self.check()
         with disk(f"{self.flag} {self.path}", AGAIN):
             target = _target(self.path.expanduser())
@@ -154,24 +154,24 @@ class OutputFolder:
                 prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent
             ) as holder:
                 part = Path(holder) / "part"
-                part.mkdir()  # with the mode that the umask asks for; the holder has 0700
+                part.mkdir()  # with the mode of the umask; the holder has 0700
                 yield part
                 follow_umask(part)
                 part.replace(target)
 
 
 def _target(path: Path) -> Path:
-    """Return what is written: where a path is a symbolic link, the file behind it, so that the link stays."""
+    """Return the path that is written: the target of a symbolic link, so that the link is kept."""
     return Path(os.path.realpath(path))
 
 
 def _is_device(path: Path) -> bool:
-    """Return whether a path is a pipe, a terminal or /dev/null: something to write to, with nothing to replace."""
+    """Return whether a path is a pipe, a terminal or /dev/null, which is written in place."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _check_place(path: Path, flag: str) -> None:
-    """Refuse a place where no file can be created, by creating one in the nearest folder that exists."""
+    """Refuse a path at which no file can be created; a temporary file in the nearest existing folder tests that."""
     parent = next(p for p in _target(path).parents if os.path.lexists(p))
     with disk(f"{flag} {path}: no file can be created in {parent}", "name another place"):
         tempfile.TemporaryFile(dir=parent).close()

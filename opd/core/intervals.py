@@ -21,9 +21,6 @@ class Estimate:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
 
 def interval(values: Sequence[float]) -> Estimate:
     """Return the mean of per-prompt shares with Wilson's interval at the effective number of prompts.
@@ -38,10 +35,12 @@ def interval(values: Sequence[float]) -> Estimate:
     # Shares inside (0, 1) vary less than 0/1 outcomes of the same mean, which counts as more prompts.
     n = max(n, m * (1 - m) / spread * n) if spread > 0 else n
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    centre, half = m + z * z / (2 * n), z * math.sqrt(m * (1 - m) / n + z * z / (4 * n * n))
+    centre, half_width = m + z * z / (2 * n), z * math.sqrt(m * (1 - m) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return Estimate(
-        m, max(0.0, (centre - half) / scale) if m > 0 else 0.0, min(1.0, (centre + half) / scale) if m < 1 else 1.0
+        m,
+        max(0.0, (centre - half_width) / scale) if m > 0 else 0.0,
+        min(1.0, (centre + half_width) / scale) if m < 1 else 1.0,
     )
 
 
@@ -52,8 +51,8 @@ def bootstrapped(values: Sequence[float]) -> Estimate:
     docs/LOG.md.
     """
     x, tail = np.array(values, dtype=np.float64), (1 - CONFIDENCE) / 2
-    drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x)
-    return Estimate(float(x.mean()), *map(float, np.quantile(drawn @ x, (tail, 1 - tail))))
+    resamples = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x)
+    return Estimate(float(x.mean()), *map(float, np.quantile(resamples @ x, (tail, 1 - tail))))
 
 
 INTERVALS: dict[str, Callable[[Sequence[float]], Estimate]] = {"wilson": interval, "bootstrap": bootstrapped}
@@ -81,9 +80,9 @@ def paired(a: Float[np.ndarray, "R N"], b: Float[np.ndarray, "S N"], names: tupl
     """
     n = a.shape[1]
     noise = np.random.default_rng(0)
-    drawn = noise.multinomial(n, np.full(n, 1 / n), DRAWS) / n
+    resamples = noise.multinomial(n, np.full(n, 1 / n), DRAWS) / n
     weights = [noise.multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS) / len(x) for x in (a, b)]
-    means = [((drawn @ x.T) * w).sum(1) for x, w in zip((a, b), weights, strict=True)]
+    means = [((resamples @ x.T) * w).sum(1) for x, w in zip((a, b), weights, strict=True)]
     low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
-    each = a.mean(0) - b.mean(0)
-    return Paired(*names, n, float(each.mean()), float(low), float(high), int((each > 0).sum()), int((each < 0).sum()))
+    gaps = a.mean(0) - b.mean(0)
+    return Paired(*names, n, float(gaps.mean()), float(low), float(high), int((gaps > 0).sum()), int((gaps < 0).sum()))

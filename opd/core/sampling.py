@@ -1,4 +1,4 @@
-"""What the student is asked, and how its responses are sampled: `Prompt` and `Sampling`.
+"""The types `Prompt`, which the student responds to, and `Sampling`, the settings of its responses.
 
 This module does not import torch, so that the command line can read flags and refuse mistakes at once.
 """

@@ -1,4 +1,4 @@
-"""Files of tensors: every safetensors file that a run writes is written here."""
+"""Writing of safetensors files."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from opd.core.disk import umask
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file, which appears under its name only once it is complete.
 
-    The file gets the mode that the umask asks for; safetensors itself would make it readable by its owner only.
+    The file gets the mode of the umask; safetensors alone would make it readable by its owner only.
     """
     part = path.with_name(f"{path.name}.part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)

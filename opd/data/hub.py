@@ -31,7 +31,7 @@ NESTED = ["*/*.json", "*/*.txt", "*/*.model"]
 
 
 class Missing(Exception):
-    """A model or data set that cannot be had; the text says why and what to do."""
+    """A model or data set that is not available; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Repository:
 
 def parse(name: str) -> Repository | None:
     """Read owner/name or owner/name@revision; None where the name cannot be a hub id."""
-    repo_id, at, revision = name.partition("@")
-    if repo_id.count("/") != 1 or bool(at) != bool(revision) or repo_id.lower().endswith(WEIGHTS):
+    repo_id, separator, revision = name.partition("@")
+    if repo_id.count("/") != 1 or bool(separator) != bool(revision) or repo_id.lower().endswith(WEIGHTS):
         return None
     try:
         validate_repo_id(repo_id)
@@ -58,7 +58,7 @@ def parse(name: str) -> Repository | None:
 
 
 class _NoBar(tqdm):
-    """A progress bar that stays invisible: the small files take no time worth one."""
+    """A progress bar that is never displayed, because the small files take no time."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **{**options, "disable": True})
@@ -78,7 +78,7 @@ def snapshot(repository: Repository) -> tuple[Path, str]:
         )
     except Exception as error:  # networks and proxies fail with many unrelated types
         # Another program may have cached the files that it needs, and not all that the repository has.
-        cached = _cached(repository) if isinstance(error, LocalEntryNotFoundError) else None
+        cached = _cached_folder(repository) if isinstance(error, LocalEntryNotFoundError) else None
         if cached is None:
             raise Missing(reason(error, repository)) from error
         folder = cached
@@ -90,22 +90,22 @@ def snapshot(repository: Repository) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _cached(repository: Repository) -> Path | None:
+def _cached_folder(repository: Repository) -> Path | None:
     """Return the cached folder of a repository, complete or not."""
     for name in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(repository.id, name, revision=repository.revision or None)
-        if isinstance(found, str):
-            return Path(found).parent
+        file = try_to_load_from_cache(repository.id, name, revision=repository.revision or None)
+        if isinstance(file, str):
+            return Path(file).parent
     return None
 
 
 def fetch(repository: Repository, files: Sequence[str]) -> None:
     """Download some files of a repository into its snapshot folder; raises Missing."""
     try:
-        there = HfApi().list_repo_files(repository.id, revision=repository.revision)
-        absent = sorted(set(files) - set(there))
+        available = HfApi().list_repo_files(repository.id, revision=repository.revision)
+        absent = sorted(set(files) - set(available))
         if absent:
-            raise Missing(no_safetensors(absent[0], there))
+            raise Missing(no_safetensors(absent[0], available))
         snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(files))
     except Missing:
         raise
@@ -113,11 +113,11 @@ def fetch(repository: Repository, files: Sequence[str]) -> None:
         raise Missing(f"its weights are not here: {reason(error, repository)}") from error
 
 
-def no_safetensors(wanted: str, there: Sequence[str]) -> str:
-    """Say which file of weights is missing, and whether a pickle stands in its place."""
-    pickles = sorted(name for name in there if name.removesuffix(".index.json").endswith(PICKLES))
+def no_safetensors(missing_file: str, available: Sequence[str]) -> str:
+    """Return which file of weights is missing, and whether the repository has a pickle instead."""
+    pickles = sorted(name for name in available if name.removesuffix(".index.json").endswith(PICKLES))
     if not pickles:
-        return f"there is no {wanted} in it: no weights to load"
+        return f"there is no {missing_file} in it: no weights to load"
     return (
         f"its weights are a pickle ({pickles[0]}), which can run any code, and opd loads safetensors only: save it "
         "again as safetensors (save_pretrained), or name the revision of a conversion, such as owner/name@refs/pr/1"
@@ -125,29 +125,31 @@ def no_safetensors(wanted: str, there: Sequence[str]) -> str:
 
 
 def reason(error: BaseException, repository: Repository, *, dataset: bool = False) -> str:
-    """Say in words why the hub and its cache do not give a repository; libraries wrap the cause several times."""
+    """Return why neither the hub nor its cache has a repository; libraries wrap the cause several times."""
     causes = list(_chain(error))
 
-    def found(*types: type[BaseException]) -> bool:
+    def was_raised(*types: type[BaseException]) -> bool:
         return any(isinstance(cause, types) for cause in causes)
 
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{repository.id}"
     cache = "the cache" if dataset else f"the cache ({constants.HF_HUB_CACHE})"
     command = f"hf download {repository.id}" + (f" --revision {repository.revision}" if repository.revision else "")
     otherwise = "name a local file" if dataset else f"run `{command}` where there is a network"
-    if found(GatedRepoError):
+    if was_raised(GatedRepoError):
         return (
             f"{repository.id} is gated on the hub and needs a token: accept its terms at {page}, then run "
             "`hf auth login` or export HF_TOKEN"
         )
-    if found(RepositoryNotFoundError):
+    if was_raised(RepositoryNotFoundError):
         return (
             f"the hub has no {repository.id}: correct the name, or, if it is private, run `hf auth login` or export "
             "HF_TOKEN"
         )
-    if found(RevisionNotFoundError):
+    if was_raised(RevisionNotFoundError):
         return f"the hub has {repository.id}, but no revision {repository.revision!r} of it: see {page}/tree/main"
-    if found(OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and found(LocalEntryNotFoundError, ConnectionError)):
+    if was_raised(OfflineModeIsEnabled) or (
+        constants.HF_HUB_OFFLINE and was_raised(LocalEntryNotFoundError, ConnectionError)
+    ):
         return (
             f"{repository} is not in {cache}, and HF_HUB_OFFLINE forbids downloading it: unset the variable, or "
             f"{otherwise}"
@@ -155,7 +157,7 @@ def reason(error: BaseException, repository: Repository, *, dataset: bool = Fals
     http = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     if http is not None:
         return f"the hub does not give {repository}: {one_line(http)}"
-    if found(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_network, causes)):
+    if was_raised(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_network, causes)):
         last = causes[-1]
         return (
             f"{repository} is not in {cache}, and the hub cannot be reached "
@@ -165,14 +167,14 @@ def reason(error: BaseException, repository: Repository, *, dataset: bool = Fals
 
 
 def no_path(path: Path, kind: str = "folder") -> str:
-    """Begin a message about a hub id that is not found: it may have been meant as a path."""
+    """Return the beginning of a message about a missing hub id, which may have been meant as a path."""
     from opd.data.tasks.files import nearest  # datasets takes a second
 
     return f"there is no such {kind} here{nearest(path) if path.parent.is_dir() else ''}, and "
 
 
 def _of_network(error: BaseException) -> bool:
-    """Return whether a library for HTTP raised an error: the hub's own changes from version to version."""
+    """Return whether an HTTP library raised an error; which library the hub uses depends on its version."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 

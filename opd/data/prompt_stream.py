@@ -12,8 +12,8 @@ from opd.core.sampling import Prompt
 from opd.core.types import RIGHT, Rollout
 from opd.data import prompts
 from opd.data.prompts import Rendered
-from opd.data.tasks.task import Made, Task
-from opd.data.verifiers.extract import spoken
+from opd.data.tasks.task import LazyPrompts, Task
+from opd.data.verifiers.extract import without_thinking
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Prompts:
     def check(self, count: int = 256) -> None:
         """Refuse prompts that are too long, before the run starts; checks the `count` longest rows."""
         rows = range(len(self.task.prompts))
-        if isinstance(self.task.prompts, Made):  # generated on access, with similar lengths: check the first rows
-            rows = rows[:count]
+        if isinstance(self.task.prompts, LazyPrompts):
+            rows = rows[:count]  # their lengths are similar: check the first rows
         written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
         for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
             self.render(row)
@@ -54,11 +54,11 @@ class Prompts:
     def render(self, row: int) -> Rendered:
         """Return a prompt with its token ids for student and teacher.  Raises Refusal if it is too long."""
         prompt, config = self.task.prompts[row], self.config
-        ids = self.reads(prompt)
-        asked = str(prompt.columns.get(config.route_column, ""))
-        teacher = asked if asked in self.teacher_tokenizers else ""
+        ids = self.student_ids(prompt)
+        route = str(prompt.columns.get(config.route_column, ""))
+        teacher = route if route in self.teacher_tokenizers else ""
         context = "" if config.told() in ("", "peer") else self._context(row)
-        teacher_ids = self.heard(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
+        teacher_ids = self.teacher_ids(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
         longest = max(len(ids), len(teacher_ids))
         if longest > self.room:
             raise Refusal(
@@ -68,27 +68,27 @@ class Prompts:
             )
         return Rendered(prompt, ids, teacher_ids, teacher)
 
-    def reads(self, prompt: Prompt) -> tuple[int, ...]:
+    def student_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the prompt's token ids for the student."""
-        arguments = prompts.template_arguments(self.config.data.template_args)
+        arguments = prompts.parse_template_arguments(self.config.data.template_args)
         return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
 
-    def heard(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
+    def teacher_ids(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
         """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
-        text = self.teacher_tokenizers[teacher]
+        tokenizer = self.teacher_tokenizers[teacher]
         if context:
-            prompt = prompts.rewritten(prompt, self.config.context_template, context=context)
-        arguments = prompts.known(text, prompts.template_arguments(self.config.data.template_args))
-        return prompts.render(text, prompt, chat_template_kwargs=arguments)
+            prompt = prompts.fill_template(prompt, self.config.context_template, context=context)
+        arguments = prompts.used_arguments(tokenizer, prompts.parse_template_arguments(self.config.data.template_args))
+        return prompts.render(tokenizer, prompt, chat_template_kwargs=arguments)
 
     def _context(self, row: int) -> str:
         prompt, name = self.task.prompts[row], self.config.told()
-        known = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
-        text = str(known.get(name) or "")
+        values_by_name = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
+        text = str(values_by_name.get(name) or "")
         if not text and not self.optional:
-            there = ", ".join(sorted(k for k, v in known.items() if v))
+            available = ", ".join(sorted(k for k, v in values_by_name.items() if v))
             raise Refusal(
-                f"--context {name}: row {row} of {self.task.name} has nothing there; it has {there or 'no columns'}"
+                f"--context {name}: row {row} of {self.task.name} has nothing there; it has {available or 'no columns'}"
             )
         return text
 
@@ -98,16 +98,16 @@ class Prompts:
         It is the next correct response of the group, never the rollout's own response, and without its thinking.  If
         no such response fits, the rollout is masked and does not train.
         """
-        right: dict[int, list[int]] = {}
+        correct_by_group: dict[int, list[int]] = {}
         for i, r in enumerate(rollouts):
             if r.outcome > RIGHT:
-                right.setdefault(r.group, []).append(i)
+                correct_by_group.setdefault(r.group, []).append(i)
         out = []
         for i, r in enumerate(rollouts):
-            others = [j for j in right.get(r.group, []) if j != i]
-            peer = next((j for j in others if j > i), others[0] if others else None)
-            said = "" if peer is None else spoken(texts[peer])
-            ids = self.heard(r.prompt, r.teacher, said) if said else ()
+            peers = [j for j in correct_by_group.get(r.group, []) if j != i]
+            peer = next((j for j in peers if j > i), peers[0] if peers else None)
+            context = "" if peer is None else without_thinking(texts[peer])
+            ids = self.teacher_ids(r.prompt, r.teacher, context) if context else ()
             if ids and len(ids) <= self.room:
                 out.append(replace(r, teacher_prompt_ids=ids))
             else:

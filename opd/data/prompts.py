@@ -51,32 +51,32 @@ def render(
     if prompt.messages:
         turns = _turns(prompt.messages)
         if tokenizer.chat_template:
-            return _ids(tokenizer, _templated(tokenizer, turns, chat_template_kwargs), special=False)
+            return _token_ids(tokenizer, _template_text(tokenizer, turns, chat_template_kwargs), add_special=False)
         text = "\n\n".join(turn["content"] for turn in turns)
     else:
         text = prompt.text
     if chat_template_kwargs:
         reason = f"{model_name(tokenizer)} has no template" if prompt.messages else "a plain-text row uses none"
         raise Refusal(f"chat_template_kwargs: {short(dict(chat_template_kwargs))} has no effect: {reason}; drop it")
-    return _ids(tokenizer, text, special=True)
+    return _token_ids(tokenizer, text, add_special=True)
 
 
-def rewritten(prompt: Prompt, template: str, **parts: str) -> Prompt:
+def fill_template(prompt: Prompt, template: str, **parts: str) -> Prompt:
     """Return the prompt with its last turn inserted into a template as {prompt}, beside other parts by name."""
 
     def fill(question: str) -> str:
-        known = {"prompt": question, **parts}
-        names = "|".join(map(re.escape, known))
+        values_by_name = {"prompt": question, **parts}
+        names = "|".join(map(re.escape, values_by_name))
         # Replace all parts in a single pass, because a part may itself contain text such as {context}.
-        return re.sub(rf"\{{({names})\}}", lambda found: known[found[1]], template)
+        return re.sub(rf"\{{({names})\}}", lambda match: values_by_name[match[1]], template)
 
     if not prompt.messages:
         return replace(prompt, text=fill(prompt.text))
-    *before, last = prompt.messages
-    return replace(prompt, messages=(*before, {**last, "content": fill(last["content"])}))
+    *earlier_turns, last = prompt.messages
+    return replace(prompt, messages=(*earlier_turns, {**last, "content": fill(last["content"])}))
 
 
-def begun(
+def prefilled_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """Return a prompt's token ids followed by the beginning of its response, for a model to continue."""
@@ -84,15 +84,15 @@ def begun(
     return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
 
 
-def after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text that `ids` add to the ids `before` them.
+def continuation_text(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text that `ids` add to the ids `context_ids` them.
 
     Decoding `ids` without their context would lose a leading space with many tokenizers.
     """
-    read = lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))
-    near = list(before)[-8:]
-    whole, start = read([*near, *ids]), read(near)
-    return whole[len(start) :] if whole.startswith(start) else read(ids)
+    decode = lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    last_context_ids = list(context_ids)[-8:]
+    text, context = decode([*last_context_ids, *ids]), decode(last_context_ids)
+    return text[len(context) :] if text.startswith(context) else decode(ids)
 
 
 def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -103,7 +103,7 @@ def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def template_arguments(text: str) -> Mapping[str, Any]:
+def parse_template_arguments(text: str) -> Mapping[str, Any]:
     """Parse the JSON object of --template-args.  Raises Refusal if the text is not a JSON object."""
     try:
         arguments = json.loads(text or "{}")
@@ -114,13 +114,13 @@ def template_arguments(text: str) -> Mapping[str, Any]:
     return arguments
 
 
-def known(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def used_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the arguments that the model's chat template reads."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return {name: value for name, value in arguments.items() if _reads(template, name)}
+    return {name: value for name, value in arguments.items() if _is_used(template, name)}
 
 
-def _reads(template: str, name: str) -> bool:
+def _is_used(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
@@ -137,7 +137,7 @@ def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
     return [dict(turn) for turn in messages]
 
 
-def _templated(
+def _template_text(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
 ) -> str:
     """Apply the chat template to the conversation and return the text, up to where the response begins."""
@@ -153,7 +153,7 @@ def _templated(
             f"{' '.join(str(error).split())}: change the turns (a template without system turns wants that text in the "
             "user's), or set another chat_template"
         ) from error
-    unread = [name for name in chat_template_kwargs if not _reads(template, name)]
+    unread = [name for name in chat_template_kwargs if not _is_used(template, name)]
     if unread:
         raise Refusal(
             f"chat_template_kwargs: {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
@@ -162,13 +162,13 @@ def _templated(
     return str(text)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
-    """Tokenize a text; with `special`, the tokenizer adds its leading special tokens."""
-    ids, bare = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (special, False))
-    if not bare:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special: bool) -> tuple[int, ...]:
+    """Tokenize a text; with `add_special`, the tokenizer adds its leading special tokens."""
+    ids, text_ids = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (add_special, False))
+    if not text_ids:
         raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
     named = tokenizer.special_tokens_map
-    if "eos_token" in named and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]:
+    if "eos_token" in named and ids[-1 - len(text_ids) :] == [*text_ids, tokenizer.eos_token_id]:
         ids = ids[:-1]  # remove the EOS that the tokenizer appended: a prompt must not end the text
     while "bos_token" in named and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]  # remove the second BOS: the text and the tokenizer each added a BOS

@@ -1,6 +1,6 @@
 """Comparison of the tokenizers of student and teacher: token ids, LM head rows, stop tokens and chat templates.
 
-`agreement` compares two tokenizers, and `require` refuses a pair whose ids differ.  No weights are needed.
+`compare_tokenizers` compares two tokenizers, and `require` refuses a pair whose ids differ.  No weights are needed.
 """
 
 import difflib
@@ -38,7 +38,7 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class TokenizerAgreement:
     """The result of comparing two tokenizers.
 
     `vocabulary` is valid for training only if no difference has the severity REFUSE; `require` checks that.
@@ -59,15 +59,21 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Side:
-    """The properties of a model that `agreement` compares."""
+class _Model:
+    """The properties of a model that `compare_tokenizers` compares."""
 
-    who: str
+    role: str
     tokenizer: PreTrainedTokenizerBase
     rows: int
     eos: tuple[int, ...]
     ids: Mapping[str, int]  # token to id, including added tokens
     names: Mapping[int, str]
+
+    @classmethod
+    def of(cls, role: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[int, ...]) -> "_Model":
+        """Read the properties of a model's tokenizer."""
+        ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+        return cls(role=role, tokenizer=tokenizer, rows=rows, eos=eos, ids=ids, names={i: t for t, i in ids.items()})
 
     def show(self, ids: Iterable[int]) -> str:
         """Return ids as readable text: each token with its id."""
@@ -79,11 +85,11 @@ class _Side:
         return {token for field, token in self.tokenizer.special_tokens_map.items() if field in _ADVICE}
 
 
-_ASK = {"role": "user", "content": "What is 2 + 3?"}
+_QUESTION = {"role": "user", "content": "What is 2 + 3?"}
 _CONVERSATIONS: Mapping[str, tuple[Mapping[str, str], ...]] = {
-    "one question": (_ASK,),
-    "a system turn": ({"role": "system", "content": "Be brief."}, _ASK),
-    "three turns": (_ASK, {"role": "assistant", "content": "5"}, _ASK),
+    "one question": (_QUESTION,),
+    "a system turn": ({"role": "system", "content": "Be brief."}, _QUESTION),
+    "three turns": (_QUESTION, {"role": "assistant", "content": "5"}, _QUESTION),
 }
 # Texts that tokenizers with the same vocabulary may split differently: digits, spaces, accents (composed or not), CJK,
 # contractions.
@@ -103,7 +109,7 @@ _ADVICE = {
 }
 
 
-def agreement(
+def compare_tokenizers(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     *,
@@ -111,7 +117,7 @@ def agreement(
     teacher_rows: int,
     student_eos: tuple[int, ...],
     teacher_eos: tuple[int, ...],
-) -> Agreement:
+) -> TokenizerAgreement:
     """Compare token maps, LM head rows, stop ids, special tokens and chat templates; never raises Refusal.
 
     Both vocabularies are cut after the last shared token, not at the smaller LM head.  A padding row beyond that token
@@ -126,69 +132,67 @@ def agreement(
         student_eos: stop ids of the student.
         teacher_eos: stop ids of the teacher.
     """
-    s, t = _side("student", student, student_rows, student_eos), _side("teacher", teacher, teacher_rows, teacher_eos)
+    s = _Model.of("student", student, student_rows, student_eos)
+    t = _Model.of("teacher", teacher, teacher_rows, teacher_eos)
     top = max((*s.names, *t.names)) + 1
     shared = next((i for i in range(top) if s.names.get(i) != t.names.get(i)), top)
     vocabulary = min(shared, student_rows, teacher_rows)
-    own = sorted(i for i in set(student_eos) if i in s.names and i < vocabulary)
-    theirs = sorted(i for i in set(teacher_eos) - set(own) if i in t.names and i < vocabulary)
-    stop = (*own, *theirs)
-    found = [*_map(s, t, shared), *_rows(s, t, vocabulary), *_stops(s, t, stop), *_specials(s, t)]
-    return Agreement(vocabulary=vocabulary, stop=stop, differences=(*found, *_segmentation(s, t), *_templates(s, t)))
+    student_stop = sorted(i for i in set(student_eos) if i in s.names and i < vocabulary)
+    teacher_stop = sorted(i for i in set(teacher_eos) - set(student_stop) if i in t.names and i < vocabulary)
+    stop = (*student_stop, *teacher_stop)
+    differences = [*_compare_token_maps(s, t, shared), *_compare_head_rows(s, t, vocabulary)]
+    differences += [*_compare_stop_ids(s, t, stop), *_compare_special_tokens(s, t)]
+    differences += [*_compare_segmentation(s, t), *_compare_templates(s, t)]
+    return TokenizerAgreement(vocabulary=vocabulary, stop=stop, differences=tuple(differences))
 
 
-def require(agreed: Agreement) -> Agreement:
+def require(agreement: TokenizerAgreement) -> TokenizerAgreement:
     """Return the agreement unchanged.  Raises Refusal, with the first such difference, if any has severity REFUSE."""
-    if not agreed.refusals:
-        return agreed
-    first, *others = agreed.refusals
-    more = f" (and {len(others)} more: {', '.join(d.field for d in others)})" if others else ""
-    raise Refusal(f"{first.field}: {first.text}{more}")
+    if not agreement.refusals:
+        return agreement
+    first, *further = agreement.refusals
+    suffix = f" (and {len(further)} more: {', '.join(d.field for d in further)})" if further else ""
+    raise Refusal(f"{first.field}: {first.text}{suffix}")
 
 
 def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
     """Return a readable diff of how two models render the same conversations, "" if equal; no template arguments."""
     out: list[str] = []
     for title, turns in _CONVERSATIONS.items():
-        (a, ids), (b, other) = _read(student, turns), _read(teacher, turns)
-        if ids == other:
+        (a, student_ids), (b, teacher_ids) = _rendered(student, turns), _rendered(teacher, turns)
+        if student_ids == teacher_ids:
             continue
-        left, right = a.replace("\n", "⏎\n").split("\n"), b.replace("\n", "⏎\n").split("\n")
+        student_lines, teacher_lines = (text.replace("\n", "⏎\n").split("\n") for text in (a, b))
         if a == b:  # the same text, but tokenized differently
-            left = [f"{token} ({i})" for token, i in zip(student.convert_ids_to_tokens(list(ids)), ids, strict=True)]
-            right = [
-                f"{token} ({i})" for token, i in zip(teacher.convert_ids_to_tokens(list(other)), other, strict=True)
-            ]
-        out += difflib.unified_diff(left, right, f"student, {title}", f"teacher, {title}", lineterm="")
+            student_lines, teacher_lines = (
+                [f"{token} ({i})" for token, i in zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True)]
+                for tokenizer, ids in ((student, student_ids), (teacher, teacher_ids))
+            )
+        out += difflib.unified_diff(student_lines, teacher_lines, f"student, {title}", f"teacher, {title}", lineterm="")
     return "\n".join(out)
 
 
-def spelled(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
     """Return the text of each token inside a response, with its spaces; the token's name for a partial character."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # context: a first token may lose its space
-    start = str(tokenizer.decode(before))
-    whole = {i: str(tokenizer.decode([*before, i], clean_up_tokenization_spaces=False)) for i in sorted(set(ids))}
-    cut = {i: text.removeprefix(start) for i, text in whole.items()}
-    broken = [i for i, text in cut.items() if not text or "\ufffd" in text]
-    return cut | dict(zip(broken, map(str, tokenizer.convert_ids_to_tokens(broken)), strict=True))
+    context = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # without it a token may lose its space
+    prefix = str(tokenizer.decode(context))
+    decoded = {i: str(tokenizer.decode([*context, i], clean_up_tokenization_spaces=False)) for i in sorted(set(ids))}
+    texts = {i: text.removeprefix(prefix) for i, text in decoded.items()}
+    partial = [i for i, text in texts.items() if not text or "\ufffd" in text]
+    return texts | dict(zip(partial, map(str, tokenizer.convert_ids_to_tokens(partial)), strict=True))
 
 
-def _side(who: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[int, ...]) -> _Side:
-    ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
-    return _Side(who=who, tokenizer=tokenizer, rows=rows, eos=eos, ids=ids, names={i: t for t, i in ids.items()})
-
-
-def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
+def _compare_token_maps(s: _Model, t: _Model, shared: int) -> Iterator[Difference]:
     """Report tokens whose id differs or that only one model has, because their log-probs would be of another token."""
     moved = sorted((x for x in s.ids.keys() & t.ids.keys() if s.ids[x] != t.ids[x]), key=s.ids.__getitem__)
-    mine = sorted(s.ids.keys() - t.ids.keys(), key=s.ids.__getitem__)
-    theirs = sorted(t.ids.keys() - s.ids.keys(), key=t.ids.__getitem__)
-    if not (moved or mine or theirs):
+    student_only = sorted(s.ids.keys() - t.ids.keys(), key=s.ids.__getitem__)
+    teacher_only = sorted(t.ids.keys() - s.ids.keys(), key=t.ids.__getitem__)
+    if not (moved or student_only or teacher_only):
         return
-    shown = [f"{x!r} is {s.ids[x]} to the student, {t.ids[x]} to the teacher" for x in moved[:3]]
-    shown += [f"{x!r} ({s.ids[x]}) only the student has" for x in mine[:3]]
-    shown += [f"{x!r} ({t.ids[x]}) only the teacher has" for x in theirs[:3]]
-    nested = not moved and not (mine and theirs)
+    examples = [f"{x!r} is {s.ids[x]} to the student, {t.ids[x]} to the teacher" for x in moved[:3]]
+    examples += [f"{x!r} ({s.ids[x]}) only the student has" for x in student_only[:3]]
+    examples += [f"{x!r} ({t.ids[x]}) only the teacher has" for x in teacher_only[:3]]
+    nested = not moved and not (student_only and teacher_only)
     copy = (
         f"; ids below {shared} agree, so if the extra tokens may be lost, replace the tokenizer files of the model "
         "that has more by the other's"
@@ -198,34 +202,35 @@ def _map(s: _Side, t: _Side, shared: int) -> Iterator[Difference]:
         student=f"{len(s.ids)} tokens",
         teacher=f"{len(t.ids)} tokens",
         severity=Severity.REFUSE,
-        text=f"{len(moved)} tokens have another id, {len(mine)} only the student has, {len(theirs)} only the teacher: "
-        f"{'; '.join(shown)}. An id would be scored as another token: take a teacher with the student's tokenizer, or "
-        f"a method whose teacher only writes (omniopd, ropd){copy if nested else ''}",
+        text=f"{len(moved)} tokens have another id, {len(student_only)} only the student has, {len(teacher_only)} "
+        f"only the teacher: {'; '.join(examples)}. An id would be scored as another token: take a teacher with the "
+        f"student's tokenizer, or a method whose teacher only writes (omniopd, ropd){copy if nested else ''}",
     )
 
 
-def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
+def _compare_head_rows(s: _Model, t: _Model, vocabulary: int) -> Iterator[Difference]:
     """Compare LM head rows with tokens: padding rows are cut, and a token without a row cannot be used."""
 
-    def found(field: str, severity: Severity, text: str) -> Difference:
+    def difference(field: str, severity: Severity, text: str) -> Difference:
         return Difference(field=field, student=f"{s.rows}", teacher=f"{t.rows}", severity=severity, text=text)
 
     for side in (s, t):
-        lost = sorted(i for i in side.names if i >= side.rows)
-        if not lost:
+        rowless = sorted(i for i in side.names if i >= side.rows)
+        if not rowless:
             continue
         added, template = side.tokenizer.get_added_vocab(), str(side.tokenizer.chat_template or "")
         # A text-only Gemma 3 has '<image_soft_token>' just past its last row; it works unless a prompt has that token.
-        used = [x for x in map(side.names.__getitem__, lost) if x not in added or x in side.named or x in template]
-        yield found(
+        tokens = [side.names[i] for i in rowless]
+        needed_tokens = [x for x in tokens if x not in added or x in side.named or x in template]
+        yield difference(
             "rows",
-            Severity.REFUSE if used else Severity.WARNING,
-            f"the {side.who}'s head has {side.rows} rows, and {len(lost)} of its tokens none: "
-            f"{side.show(lost[:3])}; they are never drawn, and a prompt that holds one fails: use the tokenizer these "
-            f"weights came with, or resize_token_embeddings({lost[-1] + 1}) and train the new rows",
+            Severity.REFUSE if needed_tokens else Severity.WARNING,
+            f"the {side.role}'s head has {side.rows} rows, and {len(rowless)} of its tokens none: "
+            f"{side.show(rowless[:3])}; they are never drawn, and a prompt that holds one fails: use the tokenizer "
+            f"these weights came with, or resize_token_embeddings({rowless[-1] + 1}) and train the new rows",
         )
     if s.ids == t.ids and vocabulary < max(s.rows, t.rows):
-        yield found(
+        yield difference(
             "rows",
             Severity.NOTE,
             f"{s.rows} rows (student) and {t.rows} (teacher) for one vocabulary: both heads and the sampler are cut to "
@@ -233,7 +238,7 @@ def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
         )
     holes = [i for i in range(vocabulary) if i not in s.names]
     if holes:
-        yield found(
+        yield difference(
             "holes",
             Severity.NOTE,
             f"{len(holes)} ids below {vocabulary} have a row but no token (first {holes[0]}): they decode to nothing; "
@@ -241,20 +246,20 @@ def _rows(s: _Side, t: _Side, vocabulary: int) -> Iterator[Difference]:
         )
 
 
-def _stops(s: _Side, t: _Side, stop: tuple[int, ...]) -> Iterator[Difference]:
+def _compare_stop_ids(s: _Model, t: _Model, stop: tuple[int, ...]) -> Iterator[Difference]:
     """Compare stop ids: a teacher that stops at another token gives the student's stop token almost no probability."""
 
-    def found(severity: Severity, text: str) -> Difference:
+    def difference(severity: Severity, text: str) -> Difference:
         return Difference(field="eos", student=s.show(s.eos), teacher=t.show(t.eos), severity=severity, text=text)
 
     if not stop:
-        yield found(
+        yield difference(
             Severity.REFUSE,
-            f"no stop id of the student ({s.show(s.eos)}) or teacher ({t.show(t.eos)}) is a token of both, so no "
-            "response would end: correct eos_token_id in generation_config.json",
+            f"no stop id of the student ({s.show(s.eos)}) or teacher ({t.show(t.eos)}) is a token of both, "
+            "so no response would end: correct eos_token_id in generation_config.json",
         )
     elif set(s.eos) != set(t.eos):
-        yield found(
+        yield difference(
             Severity.WARNING,
             f"the student stops at {s.show(s.eos)}, the teacher at {t.show(t.eos)}; rollouts stop at any of them. "
             "Scored apart, the teacher calls the student's ending impossible and responses grow without end: keep the "
@@ -263,97 +268,101 @@ def _stops(s: _Side, t: _Side, stop: tuple[int, ...]) -> Iterator[Difference]:
     for side in (s, t):
         absent = [i for i in side.eos if stop and i not in stop]
         if absent:
-            yield found(
+            yield difference(
                 Severity.WARNING,
-                f"{side.show(absent)} in the {side.who}'s generation config cannot be used (no token, or no row in "
-                "both heads) and is dropped from the stop set: correct its eos_token_id",
+                f"{side.show(absent)} in the {side.role}'s generation config cannot be used (no token, or no row "
+                "in both heads) and is dropped from the stop set: correct its eos_token_id",
             )
         last = side.ids.get(side.tokenizer.special_tokens_map.get("eos_token", ""))
         if last is not None and last not in side.eos:
-            yield found(
+            yield difference(
                 Severity.WARNING,
-                f"the {side.who}'s tokenizer ends with {side.show((last,))} but its generation config stops at "
+                f"the {side.role}'s tokenizer ends with {side.show((last,))} but its generation config stops at "
                 f"{side.show(side.eos)}: responses may run to the length limit: add {last} to its eos_token_id",
             )
 
 
-def _specials(s: _Side, t: _Side) -> Iterator[Difference]:
+def _compare_special_tokens(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare the named special tokens (BOS, EOS, padding, unknown) and the set of all other special tokens."""
     a, b = s.tokenizer.special_tokens_map, t.tokenizer.special_tokens_map
     for field, advice in _ADVICE.items():
-        mine, theirs = (x.get(field, "none") for x in (a, b))
-        if mine != theirs:
+        student_token, teacher_token = (x.get(field, "none") for x in (a, b))
+        if student_token != teacher_token:
             severity = Severity.WARNING if field == "bos_token" else Severity.NOTE
-            text = f"{mine!r} (student) and {theirs!r} (teacher): {advice}"
-            yield Difference(field=field, student=mine, teacher=theirs, severity=severity, text=text)
-    left, right = ({*x.tokenizer.all_special_tokens} - s.named - t.named for x in (s, t))
-    if left != right:
+            text = f"{student_token!r} (student) and {teacher_token!r} (teacher): {advice}"
+            yield Difference(field=field, student=student_token, teacher=teacher_token, severity=severity, text=text)
+    student_tokens, teacher_tokens = ({*x.tokenizer.all_special_tokens} - s.named - t.named for x in (s, t))
+    if student_tokens != teacher_tokens:
         yield Difference(
             field="special tokens",
-            student=", ".join(sorted(left)),
-            teacher=", ".join(sorted(right)),
+            student=", ".join(sorted(student_tokens)),
+            teacher=", ".join(sorted(teacher_tokens)),
             severity=Severity.NOTE,
-            text=f"special to one model only: {', '.join(map(repr, sorted(left ^ right)))}; verifiers read the "
-            "student's decoding, which drops the student's special tokens: nothing to do unless an answer uses one",
+            text=f"special to one model only: {', '.join(map(repr, sorted(student_tokens ^ teacher_tokens)))}; "
+            "verifiers read the student's decoding, which drops the student's special tokens: nothing to do unless an "
+            "answer uses one",
         )
 
 
-def _segmentation(s: _Side, t: _Side) -> Iterator[Difference]:
+def _compare_segmentation(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare how equal vocabularies split text: merges, normaliser and digit rules may still differ."""
     if s.ids != t.ids:
         return
     for sample in _SAMPLES:
-        mine, theirs = (x.tokenizer(sample, add_special_tokens=False)["input_ids"] for x in (s, t))
-        if mine == theirs:
+        student_ids, teacher_ids = (x.tokenizer(sample, add_special_tokens=False)["input_ids"] for x in (s, t))
+        if student_ids == teacher_ids:
             continue
-        mine, theirs = (" ".join(repr(s.names[i]) for i in ids) for ids in (mine, theirs))
+        student_split, teacher_split = (" ".join(repr(s.names[i]) for i in ids) for ids in (student_ids, teacher_ids))
         yield Difference(
             field="segmentation",
-            student=mine,
-            teacher=theirs,
+            student=student_split,
+            teacher=teacher_split,
             severity=Severity.WARNING,
-            text=f"the same tokens, but {sample!r} is {mine} to the student and {theirs} to the teacher: the teacher "
-            "scores spellings it never saw and pulls the student away from its own: take a teacher whose "
-            "tokenizer.json is the student's",
+            text=f"the same tokens, but {sample!r} is {student_split} to the student and {teacher_split} to the "
+            "teacher: the teacher scores spellings it never saw and pulls the student away from its own: take a "
+            "teacher whose tokenizer.json is the student's",
         )
         return
 
 
-def _templates(s: _Side, t: _Side) -> Iterator[Difference]:
+def _compare_templates(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare chat templates by the text they render, because their sources may differ without effect."""
-    mine, theirs = s.tokenizer.chat_template, t.tokenizer.chat_template
-    values = {"student": "template" if mine else "none", "teacher": "template" if theirs else "none"}
+    student_template, teacher_template = s.tokenizer.chat_template, t.tokenizer.chat_template
+    student, teacher = ("template" if template else "none" for template in (student_template, teacher_template))
 
-    def found(severity: Severity, text: str) -> Difference:
-        return Difference(field="chat template", severity=severity, text=text, **values)
+    def difference(severity: Severity, text: str) -> Difference:
+        return Difference(field="chat template", student=student, teacher=teacher, severity=severity, text=text)
 
     plain = "reads the plain text of the messages, joined by blank lines"
-    if not mine and not theirs:
-        yield found(Severity.NOTE, f"neither model has one: each {plain}; nothing to do for base models")
-    elif not mine or not theirs:
-        yield found(
+    if not student_template and not teacher_template:
+        yield difference(Severity.NOTE, f"neither model has one: each {plain}; nothing to do for base models")
+    elif not student_template or not teacher_template:
+        yield difference(
             Severity.WARNING,
-            f"the {'student' if not mine else 'teacher'} has none and {plain}; the other reads its template. The "
-            "teacher then scores in another context than the student wrote in: give the one without a template the "
-            "other's (chat_template in tokenizer_config.json), or use --teacher-prompt same",
+            f"the {'student' if not student_template else 'teacher'} has none and {plain}; the other reads its "
+            "template. The teacher then scores in another context than the student wrote in: give the one without a "
+            "template the other's (chat_template in tokenizer_config.json), or use --teacher-prompt same",
         )
-    elif mine != theirs:
+    elif student_template != teacher_template:
         for title, turns in _CONVERSATIONS.items():
-            (a, ids), (b, other) = _read(s.tokenizer, turns), _read(t.tokenizer, turns)
-            if a == b or not (ids or other):
+            (a, student_ids), (b, teacher_ids) = _rendered(s.tokenizer, turns), _rendered(t.tokenizer, turns)
+            if a == b or not (student_ids or teacher_ids):
                 continue
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            yield found(
+            position = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            yield difference(
                 Severity.WARNING,
-                f"{title}: the student reads ...{short(a[at:])}, the teacher ...{short(b[at:])}: each model is asked "
-                "in its own words unless --teacher-prompt same; opd.data.tokenizers.template_difference shows all; "
-                "set system prompts or template arguments so that both are asked for the same thing",
+                f"{title}: the student reads ...{short(a[position:])}, the teacher ...{short(b[position:])}: each "
+                "model is asked in its own words unless --teacher-prompt same; "
+                "opd.data.tokenizers.template_difference shows all; set system prompts or template arguments so that "
+                "both are asked for the same thing",
             )
             return
-        yield found(Severity.NOTE, "written differently, but they read the probed conversations alike; nothing to do")
+        yield difference(
+            Severity.NOTE, "written differently, but they read the probed conversations alike; nothing to do"
+        )
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
     """Return a rendered conversation as text and ids; if the template refuses it, the reason and no ids."""
     try:
         ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={})

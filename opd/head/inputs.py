@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.head.outputs import Columns
+from opd.head.outputs import HeadColumns
 from opd.head.vocabulary import Head
 from opd.losses.hidden_states import Lens
 
-LEAST = 1e-7  # smallest mass outside the scored tokens; a smaller value is rounding error of their sum
-TOLD = frozenset({"student_logp", "student_entropy", "teacher_logp"})  # columns available if the teacher is `Given`
+MIN_MASS = 1e-7  # smallest mass outside the scored tokens; a smaller value is rounding error of their sum
+# columns available if the teacher is `TeacherLogps`
+COLUMNS_WITHOUT_HEAD = frozenset({"student_logp", "student_entropy", "teacher_logp"})
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Hidden:
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Hidden":
         """Return the hidden states at the marked tokens."""
-        at = tokens.to(self.states.device)
-        return replace(self, states=self.states[at], views=tuple(x[at] for x in self.views))
+        marked = tokens.to(self.states.device)
+        return replace(self, states=self.states[marked], views=tuple(x[marked] for x in self.views))
 
 
 @dataclass(frozen=True)
-class Given:
+class TeacherLogps:
     """Log-probs of the sampled tokens from a teacher without an LM head, such as a server.
 
     They are normalised over the teacher's vocabulary and stop class.  `ids` names further tokens whose log-probs are
@@ -41,11 +42,11 @@ class Given:
     others: Float[Tensor, "N k"] | None = None  # log q of `ids`, nats
     top: int = 0  # number of the teacher's most probable tokens among `ids`
 
-    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Given":
+    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "TeacherLogps":
         """Return the log-probs at the marked tokens."""
-        at = tokens.to(self.logp.device)
-        ids, others = (None if x is None else x[at] for x in (self.ids, self.others))
-        return replace(self, logp=self.logp[at], ids=ids, others=others)
+        marked = tokens.to(self.logp.device)
+        ids, token_logps = (None if x is None else x[marked] for x in (self.ids, self.others))
+        return replace(self, logp=self.logp[marked], ids=ids, others=token_logps)
 
     def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
         """Return log q [N, V] of some rows.  Without `others` all unknown entries are nan, and no leaf may read them.
@@ -54,37 +55,37 @@ class Given:
         teacher's top k.  The bucket of the remaining tokens then has its true mass, up to 1e-7 (rounding of a sum near
         1), unless the k-th probability times the number of unknown tokens is smaller.
         """
-        own, mine = ids[:, None], self.logp[rows, None].to(like)
+        y, logp_y = ids[:, None], self.logp[rows, None].to(like)
         if self.ids is None or self.others is None:
-            return torch.full_like(like, torch.nan).scatter(-1, own, mine)
-        ids, logp = torch.cat((self.ids[rows], own), -1), torch.cat((self.others[rows].to(like), mine), -1)
-        known = torch.zeros_like(like, dtype=torch.bool).scatter(-1, ids, True)
+            return torch.full_like(like, torch.nan).scatter(-1, y, logp_y)
+        ids, logp = torch.cat((self.ids[rows], y), -1), torch.cat((self.others[rows].to(like), logp_y), -1)
+        is_known = torch.zeros_like(like, dtype=torch.bool).scatter(-1, ids, True)
         q = torch.zeros_like(like).scatter(-1, ids, logp)
-        mass = q.double().exp().where(known, 0).sum(-1, keepdim=True)
-        rest = (1 - mass).clamp(min=LEAST).log() - (~known).double().sum(-1, keepdim=True).clamp(min=1).log()
+        mass = q.double().exp().where(is_known, 0).sum(-1, keepdim=True)
+        fill = (1 - mass).clamp(min=MIN_MASS).log() - (~is_known).double().sum(-1, keepdim=True).clamp(min=1).log()
         if self.top:
-            rest = rest.minimum(q.where(known, -torch.inf).topk(self.top, -1).values[:, -1:].double())
-        return q.where(known, rest.to(q))
+            fill = fill.minimum(q.where(is_known, -torch.inf).topk(self.top, -1).values[:, -1:].double())
+        return q.where(is_known, fill.to(q))
 
 
 @dataclass(frozen=True)
-class Heard:
+class FrozenOutputs:
     """The outputs of the frozen models for the trained tokens."""
 
-    teacher: Hidden | Given | None  # None: a text-only teacher, which scores nothing
+    teacher: Hidden | TeacherLogps | None  # None: a text-only teacher, which scores nothing
     reference: Hidden | None = None  # set if a term compares with it
     lens: Lens | None = None  # maps the student's layers to views comparable with the teacher's
 
-    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Heard":
+    def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "FrozenOutputs":
         """Return the outputs at the marked tokens."""
         teacher = None if self.teacher is None else self.teacher[tokens]
-        return Heard(teacher, None if self.reference is None else self.reference[tokens], self.lens)
+        return FrozenOutputs(teacher, None if self.reference is None else self.reference[tokens], self.lens)
 
     def nbytes(self) -> int:
         """Return the size of the hidden states and views, in bytes."""
-        kept = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
-        return sum(x.nbytes for side in kept for x in (side.states, *side.views))
+        hidden_outputs = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
+        return sum(x.nbytes for hidden in hidden_outputs for x in (hidden.states, *hidden.views))
 
-    def said(self, columns: "Columns") -> "Columns":
+    def scored(self, columns: HeadColumns) -> HeadColumns:
         """Return the columns, without `teacher_logp` if no teacher scored the tokens."""
         return columns if self.teacher is not None else replace(columns, teacher_logp=None)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.head.onednn import pays, product
+from opd.head.onednn import is_worthwhile, product
 
 # Rows and columns per oneDNN product.  oneDNN cannot write to a given tensor, so each block's result is copied.
 BLOCK = 1024
@@ -26,7 +26,7 @@ def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j
 
     If `out` is wider than a, the product is unrounded on CUDA and rounded once to a's dtype elsewhere.
     """
-    if out.dtype == a.dtype and pays(a, b.T):
+    if out.dtype == a.dtype and is_worthwhile(a, b.T):
         for rows, x in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             for part, columns in zip(rows.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
                 part.copy_(product(x, columns.T))
@@ -43,7 +43,7 @@ def addmm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "
 
     Rounding the product of every chunk would bias their sum.
     """
-    if out.dtype == a.dtype and pays(a, b.T):
+    if out.dtype == a.dtype and is_worthwhile(a, b.T):
         for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             part.add_(product(rows, b.T))
         return out

@@ -13,24 +13,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-LEAST = 1 << 21  # multiplications; for smaller products the call costs more than it saves
+MIN_MULTIPLICATIONS = 1 << 21  # multiplications; for smaller products the call costs more than it saves
 
 
 @cache
-def faster() -> bool:
+def is_faster() -> bool:
     """Return True if the processor is from AMD and torch has oneDNN and MKL."""
     cpu = Path("/proc/cpuinfo")
     amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
     return amd and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
-def pays(a: Float[Tensor, "*n k"], b: Float[Tensor, "m k"]) -> bool:
+def is_worthwhile(a: Float[Tensor, "*n k"], b: Float[Tensor, "m k"]) -> bool:
     """Return True if oneDNN should compute a b^T: a large fp32 product on a CPU where it is faster."""
     return (
-        a.numel() * len(b) >= LEAST
+        a.numel() * len(b) >= MIN_MULTIPLICATIONS
         and a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
-        and faster()
+        and is_faster()
     )
 
 
@@ -51,14 +51,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (x, weight), (gradient,) = ctx.saved_tensors, gradients
         flat = gradient.reshape(-1, len(weight))
-        needs, own, other, bias = ctx.needs_input_grad, None, None, None
-        if needs[0]:
-            own = product(flat, weight.T).view(x.shape)
-        if needs[1]:
-            other = product(flat.T, x.reshape(-1, weight.shape[1]).T)
-        if needs[2]:
-            bias = flat.sum(0)
-        return own, other, bias
+        needs_gradient, d_x, d_weight, d_bias = ctx.needs_input_grad, None, None, None
+        if needs_gradient[0]:
+            d_x = product(flat, weight.T).view(x.shape)
+        if needs_gradient[1]:
+            d_weight = product(flat.T, x.reshape(-1, weight.shape[1]).T)
+        if needs_gradient[2]:
+            d_bias = flat.sum(0)
+        return d_x, d_weight, d_bias
 
 
 class Linear(nn.Linear):
@@ -68,16 +68,16 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         # not a sharded parameter, not under a tracer
         plain = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
-        if not (plain and pays(input, weight)) or torch.is_autocast_enabled("cpu"):
+        if not (plain and is_worthwhile(input, weight)) or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
         if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
             return _Product.apply(input, weight, bias)
         return product(input, weight, bias)
 
 
-def quicken(model: nn.Module) -> None:
+def use_onednn(model: nn.Module) -> None:
     """Convert the plain linear layers of a model to `Linear`, in place, if oneDNN is faster."""
-    if faster():
+    if is_faster():
         for layer in model.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = Linear

@@ -1,4 +1,4 @@
-"""What the head pass returns: columns of the trained tokens, and the likeliest tokens of both models."""
+"""Results of the head pass: columns of the trained tokens, and the most probable tokens of both models."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from opd.methods.method import Method
 
 
 @dataclass(frozen=True)
-class Columns:
+class HeadColumns:
     """Per-token results of a head pass, flat and detached; None for columns that were not computed."""
 
     student_logp: Float[Tensor, " N"] | None = None
@@ -25,7 +25,7 @@ class Columns:
     scores: tuple[Float[Tensor, " N"] | None, ...] = ()  # reward - baseline at the sampled token, per term
 
     @classmethod
-    def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "Columns":
+    def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "HeadColumns":
         """Return uninitialised columns for n tokens.
 
         They share one allocation, because small tensors that outlive a chunk would keep freed memory below them from
@@ -35,10 +35,10 @@ class Columns:
         names = sorted(names)
         return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
 
-    def fill(self, rows: slice, part: "Columns") -> None:
+    def fill(self, rows: slice, part: "HeadColumns") -> None:
         """Copy the numbers of `part` into the given rows."""
-        for (_, whole), (_, x) in zip(self.named(), part.named(), strict=True):
-            whole[rows] = x
+        for (_, column), (_, values) in zip(self.named(), part.named(), strict=True):
+            column[rows] = values
 
     def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
         """Yield (name, column) for each column that is present; scores are named scores.0, scores.1, ..."""
@@ -47,11 +47,11 @@ class Columns:
                 yield f.name, getattr(self, f.name)
         yield from ((f"scores.{i}", s) for i, s in enumerate(self.scores) if s is not None)
 
-    def cpu(self) -> "Columns":
+    def cpu(self) -> "HeadColumns":
         """Return the columns in main memory."""
-        whole = {name: x.cpu() for name, x in self.named()}
-        scores = tuple(whole.pop(f"scores.{i}", None) for i in range(len(self.scores)))
-        return Columns(**whole, scores=scores)
+        columns_by_name = {name: x.cpu() for name, x in self.named()}
+        scores = tuple(columns_by_name.pop(f"scores.{i}", None) for i in range(len(self.scores)))
+        return HeadColumns(**columns_by_name, scores=scores)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Per-token sums over the vocabulary that closed-form losses and their gradients are made of."""
+"""Per-token sums over the vocabulary, from which closed-form losses and their gradients are computed."""
 
 from dataclasses import dataclass, fields
 
@@ -17,28 +17,28 @@ class Sums:
     fv: Float[Tensor, " n"]
     u: Float[Tensor, " n"]
     v: Float[Tensor, " n"]
-    d: Float[Tensor, " n"]  # the divergence that `ThroughSome` leaves
+    d: Float[Tensor, " n"]  # the divergence that `ThroughSupport` computes
 
     @classmethod
     def empty(cls, n: int, like: Tensor) -> "Sums":
-        """To be filled."""
+        """Return uninitialised sums of n tokens."""
         return cls(*like.new_empty(len(fields(cls)), n))
 
-    def __getitem__(self, at: slice) -> "Sums":
-        """Those of some tokens, in the same memory."""
-        return Sums(*(getattr(self, f.name)[at] for f in fields(self)))
+    def __getitem__(self, tokens: slice) -> "Sums":
+        """Return a view of the sums of some tokens."""
+        return Sums(*(getattr(self, f.name)[tokens] for f in fields(self)))
 
     def split(self, size: int) -> list["Sums"]:
-        """Those of `size` tokens each, in the same memory."""
-        return [self[at] for at in (slice(i, i + size) for i in range(0, len(self.e), size))]
+        """Return views of the sums, of `size` tokens each."""
+        return [self[tokens] for tokens in (slice(i, i + size) for i in range(0, len(self.e), size))]
 
     def student(self) -> dict[str, Float[Tensor, " n"]]:
-        """The columns of the student alone, by name."""
+        """Return the columns of the student only, by name."""
         log_e = self.e.log()
         return {"student_logp": self.u - log_e, "student_entropy": log_e - self.eu / self.e}
 
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
-        """The measured columns, by name."""
+        """Return the measured columns, by name."""
         log_f = self.f.log()
         return self.student() | {
             "teacher_logp": self.v - log_f,

@@ -9,282 +9,303 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.core.types import MEASURED
-from opd.head.backend import fuses
-from opd.head.closed_forms import Form, ThroughSome, closed_form, score, scored, scored_by_sums
-from opd.head.inputs import TOLD, Given, Heard, Hidden
+from opd.head.backend import uses_triton
+from opd.head.closed_forms import Form, ThroughSupport, closed_form, score, scored, scored_by_sums
+from opd.head.inputs import COLUMNS_WITHOUT_HEAD, FrozenOutputs, Hidden, TeacherLogps
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels.torch_sweep import sweep_, sweep_student_
 from opd.head.matmul import matmul_dtype, mm, wide
-from opd.head.outputs import Columns
+from opd.head.outputs import HeadColumns
 from opd.head.sums import Sums
 from opd.head.vocabulary import Vocabulary
 from opd.losses.divergences import kl
 from opd.losses.terms import Positions, Target, Term
 from opd.methods.method import Method
 
-CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU: its passes find it in the L2 cache
-FROZEN = 2  # the logits of frozen models are there for one in so many tokens of a chunk: their product is but one
-GRAPH = 1 << 21  # the same under autograd, whose nodes cost more than the misses
-DEVICE = 1 << 28  # the same on an accelerator
-_ROOM: dict[tuple[str, torch.dtype, int], Tensor] = {}  # of `_kept`; nothing in it outlives a pass
+CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU, so that its passes stay in the L2 cache
+GRAPH_CACHE = 1 << 21  # bytes of a block under autograd, whose nodes cost more than the cache misses
+DEVICE = 1 << 28  # bytes of a block on an accelerator
+FROZEN_PARTS = 2  # frozen models' logits are computed for 1/FROZEN_PARTS of a chunk at a time: one product reads them
+_BUFFERS: dict[tuple[str, torch.dtype, int], Tensor] = {}  # of `_reused_buffer`; no pass keeps a reference
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover n."""
+    """Return slices of at most `size` that cover n."""
     return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
 
 
-def shifted(part: slice, by: int) -> slice:
-    """The same slice, counted from elsewhere."""
-    return slice(part.start + by, part.stop + by)
+def shifted(part: slice, offset: int) -> slice:
+    """Return the slice moved by an offset."""
+    return slice(part.start + offset, part.stop + offset)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """W h of one model, a chunk at a time in one buffer."""
+class ModelLogits:
+    """The products W h of a model, a chunk at a time in a buffer."""
 
     hidden: Hidden
     weight: Float[Tensor, "V H"]  # of the common ids, in the dtype of the products
     logits: Float[Tensor, "n V"]
 
     @classmethod
-    def of(cls, hidden: Hidden, low: torch.dtype, vocabulary: Vocabulary) -> "_Side":
-        """The head in `low`."""
+    def from_hidden(cls, hidden: Hidden, low: torch.dtype, vocabulary: Vocabulary) -> "ModelLogits":
+        """Return the model with its head in the dtype `low` and an empty buffer."""
         weight = hidden.head.weight.detach()[: vocabulary.size].to(low)
         return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=vocabulary.tile(low, weight.device)))
 
-    def room(self, n: int, name: str) -> "_Side":
-        """The same with a buffer for n tokens."""
-        return replace(self, logits=_kept(name, n, self.logits))
+    def with_buffer(self, n: int, name: str) -> "ModelLogits":
+        """Return a copy with a buffer for n tokens."""
+        return replace(self, logits=_reused_buffer(name, n, self.logits))
 
     def fill(self, rows: slice) -> Float[Tensor, "n V"]:
-        """W h of some tokens."""
+        """Compute W h of some tokens in the buffer."""
         states = self.hidden.states.detach()[rows].to(self.weight.dtype)
         return mm(states, self.weight.T, self.logits[: len(states)])
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """The buffers of one pass, and the two ways to sweep a chunk; both leave d loss / d (W h) in `gradient`."""
+class Sweep:
+    """The buffers of a head pass, and the two ways to process a chunk; both write d loss / d (W h) to `gradient`."""
 
     method: Method
     vocabulary: Vocabulary
     ids: Int[Tensor, " N"]  # canonical
-    student: _Side
-    teacher: _Side | None  # None where its log q(y) is given
-    given: Given | None  # what is known of it where there is no teacher to sweep
-    reference: _Side | None
-    gradient: Float[Tensor, "n V"]  # in the student's own rows but where torch sweeps and their dtypes differ
-    scratch: Float[Tensor, "3 r V"]  # of a block where torch sweeps
-    columns: Columns  # of all tokens, filled chunk by chunk
-    fused: bool  # whether Triton sweeps
-    linear: bool  # whether `closed` knows the way from W h to the logits
+    student: ModelLogits
+    teacher: ModelLogits | None  # None for a teacher without an LM head
+    teacher_logps: TeacherLogps | None  # log-probs of a teacher without an LM head
+    reference: ModelLogits | None
+    gradient: Float[Tensor, "n V"]  # shares the student's rows, except in torch with differing dtypes
+    scratch: Float[Tensor, "3 r V"]  # buffers of a block in torch
+    columns: HeadColumns  # of all tokens, filled chunk by chunk
+    fused: bool  # True: the Triton kernels run
+    linear: bool  # True: `closed_forms` can compute the logits from W h
 
     @classmethod
-    def of(cls, method: Method, student: Hidden, heard: Heard, ids: Tensor, vocabulary: Vocabulary) -> "_Sweep":
-        """Buffers for chunks as long as the budget allows."""
+    def of(cls, method: Method, student: Hidden, frozen: FrozenOutputs, ids: Tensor, vocabulary: Vocabulary) -> "Sweep":
+        """Allocate buffers for chunks as long as the budget allows."""
         low = matmul_dtype(student.states)
-        own = _Side.of(student, low, vocabulary)
-        other, third = (
-            _Side.of(x, x.states.dtype, vocabulary) if isinstance(x, Hidden) else None
-            for x in (heard.teacher, heard.reference)
+        student_logits = ModelLogits.from_hidden(student, low, vocabulary)
+        teacher_logits, reference_logits = (
+            ModelLogits.from_hidden(x, x.states.dtype, vocabulary) if isinstance(x, Hidden) else None
+            for x in (frozen.teacher, frozen.reference)
         )
-        frozen = [side for side in (other, third) if side is not None]
-        token_bytes = own.logits.itemsize + sum(side.logits.itemsize for side in frozen) / FROZEN
+        frozen_bytes = sum(x.logits.itemsize for x in (teacher_logits, reference_logits) if x is not None)
+        token_bytes = student_logits.logits.itemsize + frozen_bytes / FROZEN_PARTS
         n = vocabulary.chunk(len(ids), round(vocabulary.size * token_bytes))
-        own, part = own.room(n, "student"), -(-n // FROZEN)
-        other, third = other and other.room(part, "teacher"), third and third.room(part, "reference")
-        logits = own.logits
-        swept = not isinstance(closed_form(method), ThroughSome) and not any(map(_looks, method.terms))
-        fused = swept and fuses(logits.device) and wide(low) == torch.float32
-        gradient = logits
-        if logits.dtype != low:
-            inside = fused and low.itemsize < logits.itemsize
-            gradient = logits.view(low)[:, : vocabulary.size] if inside else logits.new_empty(logits.shape, dtype=low)
-        r = min(n, _rows(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
-        scratch = logits.new_empty(3, 0 if fused else r, vocabulary.size, dtype=wide(low))
-        # fp16 has no number for a gradient times the sum of e.
-        curved = student.head.softcap or (other is not None and other.hidden.head.softcap)
-        given = heard.teacher if isinstance(heard.teacher, Given) else None
-        if heard.teacher is None:
-            given = Given(scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
-        columns = Columns.empty(method, len(ids), scratch, MEASURED if given is None else TOLD)
-        linear = (fused or (low != torch.float16 and not curved)) and (given is None or given.ids is None)
-        return cls(method, vocabulary, ids, own, other, given, third, gradient, scratch, columns, fused, linear)
+        student_logits, frozen_rows = student_logits.with_buffer(n, "student"), -(-n // FROZEN_PARTS)
+        teacher_logits = teacher_logits and teacher_logits.with_buffer(frozen_rows, "teacher")
+        reference_logits = reference_logits and reference_logits.with_buffer(frozen_rows, "reference")
+        logits = student_logits.logits
+        needs_vocabulary = isinstance(closed_form(method), ThroughSupport) or any(map(_needs_vocabulary, method.terms))
+        fused = not needs_vocabulary and uses_triton(logits.device) and wide(low) == torch.float32
+        if logits.dtype == low:
+            gradient = logits
+        elif fused and low.itemsize < logits.itemsize:
+            gradient = logits.view(low)[:, : vocabulary.size]
+        else:
+            gradient = logits.new_empty(logits.shape, dtype=low)
+        block_rows = min(n, rows_per_block(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
+        scratch = logits.new_empty(3, 0 if fused else block_rows, vocabulary.size, dtype=wide(low))
+        # fp16 cannot represent a gradient times the sum of e.
+        has_softcap = student.head.softcap or (teacher_logits is not None and teacher_logits.hidden.head.softcap)
+        teacher_logps = frozen.teacher if isinstance(frozen.teacher, TeacherLogps) else None
+        if frozen.teacher is None:
+            teacher_logps = TeacherLogps(scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
+        names = MEASURED if teacher_logps is None else COLUMNS_WITHOUT_HEAD
+        without_ids = teacher_logps is None or teacher_logps.ids is None
+        return cls(
+            method=method,
+            vocabulary=vocabulary,
+            ids=ids,
+            student=student_logits,
+            teacher=teacher_logits,
+            teacher_logps=teacher_logps,
+            reference=reference_logits,
+            gradient=gradient,
+            scratch=scratch,
+            columns=HeadColumns.empty(method, len(ids), scratch, names),
+            fused=fused,
+            linear=(fused or (low != torch.float16 and not has_softcap)) and without_ids,
+        )
 
     def chunks(self) -> Iterator[slice]:
-        """The tokens of each chunk."""
+        """Return the tokens of each chunk."""
         return blocks(len(self.ids), len(self.gradient))
 
-    def parts(self, rows: slice) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
-        """The tokens of a chunk, counted from its first, with the logits of teacher and reference, where there are."""
-        room = [len(side.logits) for side in (self.teacher, self.reference) if side is not None]
-        for part in blocks(rows.stop - rows.start, min(room, default=rows.stop - rows.start)):
-            at = shifted(part, rows.start)
-            t, third = (None if side is None else side.fill(at) for side in (self.teacher, self.reference))
-            yield part, t, third
+    def frozen_parts(self, rows: slice) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
+        """Yield parts of a chunk as (tokens counted from its first, teacher logits, reference logits)."""
+        frozen_rows = [len(side.logits) for side in (self.teacher, self.reference) if side is not None]
+        for part in blocks(rows.stop - rows.start, min(frozen_rows, default=rows.stop - rows.start)):
+            tokens = shifted(part, rows.start)
+            teacher, reference = (
+                None if side is None else side.fill(tokens) for side in (self.teacher, self.reference)
+            )
+            yield part, teacher, reference
 
-    def closed(self, rows: slice, form: Form | None) -> tuple[Columns, Sums, Float[Tensor, " n"]]:
-        """By sums: the columns, and the factor that the gradient left by the form still lacks."""
+    def closed_forms(self, rows: slice, form: Form | None) -> tuple[HeadColumns, Sums, Float[Tensor, " n"]]:
+        """Compute a chunk by sums.  Returns the columns, the sums, and the factor that `gradient` still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
-        looked: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if _looks(x)}
-        plain = not looked and (form is None or not form.shifted)
-        for part, t, third in self.parts(rows):
-            own = sums[part]
+        looked_up: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if _needs_vocabulary(x)}
+        plain = not looked_up and (form is None or not form.shifted)
+        for part, t, reference in self.frozen_parts(rows):
+            part_sums = sums[part]
             if self.fused:
-                self._fused(z[part], t, ids[part], self.gradient[part], own, form)
+                self._fused(z[part], t, ids[part], self.gradient[part], part_sums, form)
             elif t is not None and plain and native.runs(z[part], t):
-                self._native(z[part], t, ids[part], own, form)
+                self._native(z[part], t, ids[part], part_sums, form)
             else:
-                self._blockwise(z[part], t, third, ids[part], self.gradient[part], own, looked, form)
-        if self.given is None:
-            seen = sums.columns()
+                self._blockwise(z[part], t, reference, ids[part], self.gradient[part], part_sums, looked_up, form)
+        if self.teacher_logps is None:
+            values = sums.columns()
         else:
-            seen = sums.student() | {"teacher_logp": self.given.logp[rows].to(self.scratch)}
+            values = sums.student() | {"teacher_logp": self.teacher_logps.logp[rows].to(self.scratch)}
         scores = tuple(
-            (torch.cat(looked[i]) if i in looked else score(x, seen)) if scored(x) else None
+            (torch.cat(looked_up[i]) if i in looked_up else score(x, values)) if scored(x) else None
             for i, x in enumerate(self.method.terms)
         )
-        columns = Columns(**seen, scores=scores)
+        columns = HeadColumns(**values, scores=scores)
         self.columns.fill(rows, columns)
-        whole = torch.ones_like(sums.e) if self.fused else sums.e
-        return columns, sums, self.student.hidden.head.scale / v.temperature / whole
+        unscaled = torch.ones_like(sums.e) if self.fused else sums.e
+        return columns, sums, self.student.hidden.head.scale / v.temperature / unscaled
 
     def _fused(self, z: Tensor, t: Tensor | None, ids: Tensor, gradient: Tensor, sums: Sums, form: Form | None) -> None:
-        """Some rows at once, in Triton."""
-        from opd.head.kernels import triton_sweep as fused  # where there is Triton
+        """Sweep some rows in Triton."""
+        from opd.head.kernels import triton_sweep as fused  # Triton may not be installed
 
         heads = self.student.hidden.head, None if self.teacher is None else self.teacher.hidden.head
         fused.sweep_(z, t, ids, sums, heads=heads, vocabulary=self.vocabulary, form=form, gradient=gradient)
 
     def _native(self, z: Tensor, t: Tensor, ids: Tensor, sums: Sums, form: Form | None) -> None:
-        """A chunk at once, in C."""
+        """Sweep a chunk in C."""
         assert self.teacher is not None
-        shares = self.vocabulary.logits_(z, self.student.hidden.head)
+        stop_shares = self.vocabulary.logits_(z, self.student.hidden.head)
         self.vocabulary.logits_(t, self.teacher.hidden.head)
         native.sweep_(z, t, ids, sums)
         if form is not None:
-            form.gradient_(z, z, t, ids, sums)  # it looks at e alone
-            self.vocabulary.spread_(z, shares)
+            form.gradient_(z, z, t, ids, sums)  # the form reads only e
+            self.vocabulary.spread_(z, stop_shares)
 
     def _blockwise(
         self,
         z: Tensor,
         t: Tensor | None,
-        third: Tensor | None,
+        reference_logits: Tensor | None,
         ids: Tensor,
         gradient: Tensor,
         sums: Sums,
-        looked: dict[int, list[Tensor]],
+        scores_by_term: dict[int, list[Tensor]],
         form: Form | None,
     ) -> None:
-        """A chunk in blocks of rows that stay in the cache, in torch."""
+        """Sweep a chunk in torch, in blocks of rows that stay in the cache."""
         v, r = self.vocabulary, self.scratch.shape[1]
-        cut = lambda x: [None] * len(z.split(r)) if x is None else x.split(r)
-        split = (sums.split(r), z.split(r), cut(t), cut(third), ids.split(r), gradient.split(r))
-        for part, student, teacher, reference, drawn, slope in zip(*split, strict=True):
-            room = self.scratch[:, : len(drawn)]
-            student = _widened(student, room[2])
+        split = lambda x: [None] * len(z.split(r)) if x is None else x.split(r)
+        inputs = map(split, (sums, z, t, reference_logits, ids, gradient))
+        for part, student, teacher, reference, sampled_ids, slope in zip(*inputs, strict=True):
+            scratch = self.scratch[:, : len(sampled_ids)]
+            student = _widened(student, scratch[2])
             shares = v.logits_(student, self.student.hidden.head)
             if self.teacher is None:
-                shifted = (sweep_student_(student, drawn, part, room[0]), room[1])
+                shifted = (sweep_student_(student, sampled_ids, part, scratch[0]), scratch[1])
             else:
-                teacher = _widened(teacher, room[1])
+                teacher = _widened(teacher, scratch[1])
                 v.logits_(teacher, self.teacher.hidden.head)
-                shifted = sweep_(student, teacher, drawn, part, room[:2])
+                shifted = sweep_(student, teacher, sampled_ids, part, scratch[:2])
             if form is not None:
-                form.gradient_(student, *shifted, drawn, part)
+                form.gradient_(student, *shifted, sampled_ids, part)
                 v.spread_(student, shares)
                 if slope.data_ptr() != student.data_ptr():
                     slope.copy_(student)
-            if looked:
+            if scores_by_term:
                 logp = [x.sub_(mass.log()[:, None]) for x, mass in zip(shifted, (part.e, part.f), strict=True)]
-                at = Positions(drawn, logp[0], logp[1], self._third(reference))
-                for i, found in looked.items():
-                    value = self.method.terms[i].score(at)
+                positions = Positions(sampled_ids, logp[0], logp[1], self._reference_logp(reference))
+                for i, term_scores in scores_by_term.items():
+                    value = self.method.terms[i].score(positions)
                     assert value is not None
-                    found.append(value)
+                    term_scores.append(value)
 
     def differentiate(self, rows: slice, targets: tuple[Target, ...]) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
-        """Choose between the two ways; the summed loss, and what each row of `gradient` is still to be scaled by."""
+        """Return the summed loss of a chunk, and the factor that each row of `gradient` still lacks."""
         form = closed_form(self.method) if self.linear else None
-        if form is None or (isinstance(form, ThroughSome) and self.teacher is None):
+        if form is None or (isinstance(form, ThroughSupport) and self.teacher is None):
             loss = self.autograd(rows, targets)
             return loss, loss.new_ones(rows.stop - rows.start, 1)
-        columns, sums, lacking = self.closed(rows, form)
+        columns, sums, factor = self.closed_forms(rows, form)
         with torch.enable_grad():
-            seen = (dict(columns.named()) | {"d": sums.d})[form.column].detach().requires_grad_()
-            loss = form.loss(self.method.terms, seen, columns.scores, targets).sum()
-        (slope,) = torch.autograd.grad(loss, seen)
-        return loss.detach(), (form.sign * slope * lacking)[:, None]
+            loss_input = (dict(columns.named()) | {"d": sums.d})[form.column].detach().requires_grad_()
+            loss = form.loss(self.method.terms, loss_input, columns.scores, targets).sum()
+        (slope,) = torch.autograd.grad(loss, loss_input)
+        return loss.detach(), (form.sign * slope * factor)[:, None]
 
-    def _third(self, raw: Float[Tensor, "r V"] | None) -> Float[Tensor, "r V"] | None:
-        """The reference's log-probs of a block, where there is one."""
+    def _reference_logp(self, raw: Float[Tensor, "r V"] | None) -> Float[Tensor, "r V"] | None:
+        """Return the reference's log-probs of a block, or None without a reference."""
         if raw is None or self.reference is None:
             return None
         return self.vocabulary.logp(raw.to(self.scratch.dtype), self.reference.hidden.head)
 
     def autograd(self, rows: slice, targets: tuple[Target, ...] | None) -> Float[Tensor, ""]:
-        """By the definitions: the summed loss; without targets the columns alone."""
+        """Compute a chunk by autograd and return the summed loss; without targets, only the columns are computed."""
         z, v, loss = self.student.fill(rows), self.vocabulary, self.scratch.new_zeros(())
-        for part, t, third in self.parts(rows):
-            for block in blocks(part.stop - part.start, _rows(GRAPH, self.scratch)):
-                here, at = shifted(block, part.start), shifted(block, part.start + rows.start)  # of the chunk, of all
-                raw = z[here].to(self.scratch.dtype).requires_grad_(targets is not None)
-                if self.given is not None:
-                    q = self.given.over(self.ids[at], raw.detach(), at)
+        for part, t, reference_logits in self.frozen_parts(rows):
+            for block in blocks(part.stop - part.start, rows_per_block(GRAPH_CACHE, self.scratch)):
+                chunk_rows = shifted(block, part.start)
+                tokens = shifted(chunk_rows, rows.start)
+                raw = z[chunk_rows].to(self.scratch.dtype).requires_grad_(targets is not None)
+                if self.teacher_logps is not None:
+                    q = self.teacher_logps.over(self.ids[tokens], raw.detach(), tokens)
                 else:
                     assert t is not None and self.teacher is not None
                     q = v.logp(t[block].to(self.scratch.dtype), self.teacher.hidden.head)
                 with torch.set_grad_enabled(targets is not None):
-                    reference = None if third is None else self._third(third[block])
-                    seen = Positions(self.ids[at], v.logp(raw, self.student.hidden.head), q, reference)
+                    reference = None if reference_logits is None else self._reference_logp(reference_logits[block])
+                    positions = Positions(self.ids[tokens], v.logp(raw, self.student.hidden.head), q, reference)
                     if targets is not None:
-                        value = self.method.loss(seen, tuple(target[here] for target in targets)).sum()
-                        self.gradient[here] = torch.autograd.grad(value, raw)[0]
+                        value = self.method.loss(positions, tuple(target[chunk_rows] for target in targets)).sum()
+                        self.gradient[chunk_rows] = torch.autograd.grad(value, raw)[0]
                         loss += value.detach()
-                self.columns.fill(at, _columns(self.method, seen, whole=self.given is None))
+                self.columns.fill(tokens, _columns(self.method, positions, with_teacher=self.teacher_logps is None))
         return loss
 
 
-def _kept(name: str, n: int, like: Float[Tensor, "0 V"]) -> Float[Tensor, "n V"]:
-    """Room for logits, the same in every pass on a CPU: fresh pages cost more there than the sweep that fills them."""
+def _reused_buffer(name: str, rows: int, like: Float[Tensor, "0 V"]) -> Float[Tensor, "n V"]:
+    """Return a buffer for logits.  On a CPU all passes share it: new pages cost more than the sweep that fills them."""
     if like.device.type != "cpu":
-        return like.new_empty(n, like.shape[1])  # the allocator keeps it
-    key, size = (name, like.dtype, threading.get_ident()), n * like.shape[1]
-    if key not in _ROOM or len(_ROOM[key]) < size:
-        _ROOM.pop(key, None)  # before its successor is there
-        _ROOM[key] = like.new_empty(size)
-    return _ROOM[key][:size].view(n, like.shape[1])
+        return like.new_empty(rows, like.shape[1])  # the allocator keeps it
+    key, size = (name, like.dtype, threading.get_ident()), rows * like.shape[1]
+    if key not in _BUFFERS or len(_BUFFERS[key]) < size:
+        _BUFFERS.pop(key, None)  # freed before the larger buffer is allocated
+        _BUFFERS[key] = like.new_empty(size)
+    return _BUFFERS[key][:size].view(rows, like.shape[1])
 
 
-def _rows(budget: int, like: Float[Tensor, "*r V"]) -> int:
-    """Rows of a block."""
+def rows_per_block(budget: int, like: Float[Tensor, "*r V"]) -> int:
+    """Return the number of rows in a block."""
     return max(1, (budget if like.device.type == "cpu" else DEVICE) // (like.shape[-1] * like.itemsize))
 
 
-def _looks(term: Term) -> bool:
-    """Whether the score of a term needs another look at the vocabulary."""
+def _needs_vocabulary(term: Term) -> bool:
+    """Return True if the score of a term needs the log-probs of all tokens."""
     return scored(term) and not scored_by_sums(term)
 
 
-def _widened(x: Float[Tensor, "r V"], room: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
-    """x itself where it has the dtype of the scratch, else its copy there."""
-    return x if x.dtype == room.dtype else room.copy_(x)
+def _widened(x: Float[Tensor, "r V"], scratch: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
+    """Return x if it has the dtype of the scratch, else its copy in the scratch."""
+    return x if x.dtype == scratch.dtype else scratch.copy_(x)
 
 
-def _columns(method: Method, at: Positions, *, whole: bool) -> Columns:
-    p, q = at.student_logp.detach(), at.teacher_logp
-    at = replace(at, student_logp=p)
-    if not whole:
-        own = at.sampled(p), -(p.exp() * p).sum(-1)
-        return Columns(*own, at.sampled(q), scores=tuple(term.score(at) for term in method.terms))
-    return Columns(
-        student_logp=at.sampled(p),
+def _columns(method: Method, positions: Positions, *, with_teacher: bool) -> HeadColumns:
+    p, q = positions.student_logp.detach(), positions.teacher_logp
+    positions = replace(positions, student_logp=p)
+    if not with_teacher:
+        student_columns = positions.sampled(p), -(p.exp() * p).sum(-1)
+        return HeadColumns(
+            *student_columns, positions.sampled(q), scores=tuple(term.score(positions) for term in method.terms)
+        )
+    return HeadColumns(
+        student_logp=positions.sampled(p),
         student_entropy=-(p.exp() * p).sum(-1),
-        teacher_logp=at.sampled(q),
+        teacher_logp=positions.sampled(q),
         teacher_entropy=-(q.exp() * q).sum(-1),
         reverse_kl=kl(p, q),
-        scores=tuple(term.score(at) for term in method.terms),
+        scores=tuple(term.score(positions) for term in method.terms),
     )

@@ -1,4 +1,4 @@
-"""LM heads and the shared vocabulary: W h becomes comparable logits of two models, differentiably or in place."""
+"""LM heads and the shared vocabulary: comparable logits of two models from W h, differentiably or in place."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.head.backend import fuses
+from opd.head.backend import uses_triton
 from opd.head.matmul import wide
 
-GONE = -1e30  # logit of an id that is merged into another: its probability is 0, and the logit is finite
+MERGED_LOGIT = -1e30  # logit of an id that is merged into another: its probability is 0, and the logit is finite
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Vocabulary:
 
         Chunks are as even as possible and fit `chunk_bytes`.
         """
-        most = max(1, self.chunk_bytes // token_bytes)
-        return -(-tokens // max(1, -(-tokens // most)))
+        max_tokens = max(1, self.chunk_bytes // token_bytes)
+        return -(-tokens // max(1, -(-tokens // max_tokens)))
 
     def tile(self, low: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype in which to keep a chunk of W h whose factors have dtype `low`.
@@ -47,7 +47,7 @@ class Vocabulary:
         """
         if self.rounded:
             return torch.bfloat16 if low == torch.float32 else low
-        return wide(low) if device.type == "cuda" or fuses(device) else low
+        return wide(low) if device.type == "cuda" or uses_triton(device) else low
 
     def canonical(self, ids: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """Return ids in which every member of the stop class is replaced by the class's id."""
@@ -80,8 +80,8 @@ class Vocabulary:
         z = self.logits(raw, head)
         if len(self.stop) > 1:
             members = torch.tensor(self.stop, device=z.device)
-            whole = z[:, members].logsumexp(-1, keepdim=True)
-            z = z.index_fill(-1, members[1:], GONE).index_copy(-1, members[:1], whole)
+            class_logit = z[:, members].logsumexp(-1, keepdim=True)
+            z = z.index_fill(-1, members[1:], MERGED_LOGIT).index_copy(-1, members[:1], class_logit)
         return z.log_softmax(-1)
 
     def logits_(self, raw: Float[Tensor, "N V"], head: Head) -> Float[Tensor, "N M"] | None:
@@ -98,7 +98,7 @@ class Vocabulary:
             return None
         members = torch.tensor(self.stop, device=raw.device)
         inside = raw[:, members]
-        raw.index_fill_(-1, members[1:], GONE).index_copy_(-1, members[:1], inside.logsumexp(-1, keepdim=True))
+        raw.index_fill_(-1, members[1:], MERGED_LOGIT).index_copy_(-1, members[:1], inside.logsumexp(-1, keepdim=True))
         return inside.softmax(-1)
 
     def spread_(self, gradient: Float[Tensor, "N V"], shares: Float[Tensor, "N M"] | None) -> None:

@@ -41,11 +41,11 @@ def group_centred(
 
     If `eps` is given, divide by the deviation of the marked rows plus `eps`.
     """
-    _, at = group.unique(return_inverse=True)
-    add = lambda y: y.new_zeros(len(at)).scatter_add(0, at, y.where(among, 0))[at]
-    count = add(torch.ones_like(x)).clamp(min=1)
-    centred = (x - add(x) / count).where(among, 0)
-    return centred if eps is None else centred / ((add(centred.square()) / count).sqrt() + eps)
+    _, group_index = group.unique(return_inverse=True)
+    group_sum = lambda y: y.new_zeros(len(group_index)).scatter_add(0, group_index, y.where(among, 0))[group_index]
+    count = group_sum(torch.ones_like(x)).clamp(min=1)
+    centred = (x - group_sum(x) / count).where(among, 0)
+    return centred if eps is None else centred / ((group_sum(centred.square()) / count).sqrt() + eps)
 
 
 def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:

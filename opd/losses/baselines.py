@@ -78,20 +78,20 @@ class Optimal:
         p = student_logp.exp()
         f = reward(student_logp, teacher_logp).where(p > 0, 0)
         # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the other tokens instead.
-        largest, at = p.max(-1, keepdim=True)
-        others = p.scatter(-1, at, 0)
-        rest, rest2 = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
-        norm2 = (1 - p).square() + (rest2 + largest.square() - p.square()).clamp(min=0)
-        norm2 = norm2.scatter(-1, at, rest.square() + rest2)
+        largest, largest_id = p.max(-1, keepdim=True)
+        other_p = p.scatter(-1, largest_id, 0)
+        other_mass, other_squares = other_p.sum(-1, keepdim=True), other_p.square().sum(-1, keepdim=True)
+        norm2 = (1 - p).square() + (other_squares + largest.square() - p.square()).clamp(min=0)
+        norm2 = norm2.scatter(-1, largest_id, other_mass.square() + other_squares)
         if exact is None:
-            above, below = (p * norm2 * f).sum(-1), (p * norm2).sum(-1)
+            numerator, denominator = (p * norm2 * f).sum(-1), (p * norm2).sum(-1)
         else:
             tail = p.where(~exact, 0)
             score = lambda x: tail * x - p * (tail * x).sum(-1, keepdim=True)
-            one, valued = score(torch.ones_like(f)), score(f)
-            above = (tail * norm2 * f).sum(-1) - (valued * one).sum(-1)
-            below = (tail * norm2).sum(-1) - one.square().sum(-1)
-        return torch.where(below > torch.finfo(p.dtype).tiny, above / below, mean(p, f))
+            unit_score, reward_score = score(torch.ones_like(f)), score(f)
+            numerator = (tail * norm2 * f).sum(-1) - (reward_score * unit_score).sum(-1)
+            denominator = (tail * norm2).sum(-1) - unit_score.square().sum(-1)
+        return torch.where(denominator > torch.finfo(p.dtype).tiny, numerator / denominator, mean(p, f))
 
 
 Baseline = Callable[[Reward, Tensor, Tensor, Tensor | None], Tensor]

@@ -20,9 +20,9 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 def kl(p: Float[Tensor, "*N V"], q: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
     """Return KL(p || q) from log-probs.  Tokens of probability 0 contribute 0."""
-    some = p > -math.inf  # mask the inputs, not the products: 0 * inf is nan, also in the gradient
-    p, q = p.where(some, 0), q.where(some, 0)
-    return (p.exp() * (p - q)).where(some, 0).sum(-1)
+    is_possible = p > -math.inf  # mask the inputs, not the products: 0 * inf is nan, also in the gradient
+    p, q = p.where(is_possible, 0), q.where(is_possible, 0)
+    return (p.exp() * (p - q)).where(is_possible, 0).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class JSD:
             )
 
     def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-        some = (student_logp > -math.inf) | (teacher_logp > -math.inf)  # the gradient of logaddexp(-inf, -inf) is nan
-        s, t = student_logp.where(some, 0), teacher_logp.where(some, 0)
+        # the gradient of logaddexp(-inf, -inf) is nan
+        is_possible = (student_logp > -math.inf) | (teacher_logp > -math.inf)
+        s, t = student_logp.where(is_possible, 0), teacher_logp.where(is_possible, 0)
         m = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
         return self.beta * kl(teacher_logp, m) + (1 - self.beta) * kl(student_logp, m)
 
@@ -84,9 +85,9 @@ def outside(logp: Float[Tensor, "*N V"], ids: Int[Tensor, "*N k"]) -> Float[Tens
 
     The mass is summed, not computed as 1 minus the support's mass, which would cancel.
     """
-    rest = logp.scatter(-1, ids, -math.inf)
-    some = (rest > -math.inf).any(-1)
-    return rest.where(some[..., None], 0).logsumexp(-1).where(some, -math.inf)
+    remaining_logp = logp.scatter(-1, ids, -math.inf)
+    has_mass = (remaining_logp > -math.inf).any(-1)
+    return remaining_logp.where(has_mass[..., None], 0).logsumexp(-1).where(has_mass, -math.inf)
 
 
 def _bucketed(ids: Int[Tensor, "*N k"], *logp: Float[Tensor, "*N V"]) -> tuple[Float[Tensor, "*N j"], ...]:
@@ -185,23 +186,3 @@ class GeneralisedKL:
 
 Bucketed = BucketKL | BucketForwardKL | BucketJSD  # these include the mass outside their support
 OnSupport = Bucketed | RenormalisedKL | GeneralisedKL
-
-
-@dataclass(frozen=True)
-class DensityPower:
-    """alpha / (1 + alpha) times d_alpha: the divergence that `Power` descends in expectation.  Basu et al. 1998.
-
-    d = sum q^(1+a) - (1 + 1/a) p q^a + p^(1+a) / a, p the student.  At a = 1, after scaling, it is half the squared
-    distance.
-    """
-
-    alpha: float = 5.0
-
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
-        a = self.alpha
-        d = (
-            ((1 + a) * teacher_logp).exp()
-            - (1 + 1 / a) * (student_logp + a * teacher_logp).exp()
-            + ((1 + a) * student_logp).exp() / a
-        )
-        return a / (1 + a) * d.sum(-1)

@@ -128,14 +128,14 @@ def fit(
     matrix = torch.zeros(bridge.rank, student.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     optimizer = torch.optim.AdamW([matrix], lr=bridge.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    best, kept = -1.0, matrix.detach().clone()
+    best, best_matrix = -1.0, matrix.detach().clone()
     with torch.enable_grad():
         for _ in range(bridge.epochs):
-            for at in torch.randperm(rows, generator=generator).to(x.device).split(64):
+            for row_batch in torch.randperm(rows, generator=generator).to(x.device).split(64):
                 optimizer.zero_grad()
-                (x[at] @ matrix.T - y[at]).square().mean().backward()
+                (x[row_batch] @ matrix.T - y[row_batch]).square().mean().backward()
                 optimizer.step()
             held_out = cosine_similarity(x[rows:] @ matrix.detach().T, y[rows:], dim=-1, eps=TINY).mean().item()
             if held_out > best:
-                best, kept = held_out, matrix.detach().clone()
-    return Projection(kept, kept.new_zeros(student.shape[1])), principal, best
+                best, best_matrix = held_out, matrix.detach().clone()
+    return Projection(best_matrix, best_matrix.new_zeros(student.shape[1])), principal, best

@@ -52,5 +52,5 @@ class LastTokens:
             raise ValueError(f"last={self.last}: a number of tokens, 1 or more")
 
     def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        kept = mask & (mask.flip(1).cumsum(1).flip(1) <= self.last)
-        return kept * (mask.sum() / kept.sum().clamp(min=1))
+        is_last = mask & (mask.flip(1).cumsum(1).flip(1) <= self.last)
+        return is_last * (mask.sum() / is_last.sum().clamp(min=1))

@@ -176,22 +176,6 @@ class JSDPlus:
         return (1 - self.beta) * _log_mixture(teacher_logp - student_logp, self.beta)
 
 
-@dataclass(frozen=True)
-class Plus:
-    """u f'(u) - f(u) for any f, given as a function of log u: its slope minus its value.  OPD+, arXiv:2606.01039.
-
-    The named rewards above are its closed forms.  This general form loses precision by cancellation if f grows faster
-    than its reward.
-    """
-
-    f: Callable[[Tensor], Tensor]
-
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-        ratio = teacher_logp - student_logp
-        at = torch.func.jvp(self.f, (ratio,), (torch.ones_like(ratio),))  # value and slope
-        return at[1] - at[0]
-
-
 def _log_mixture(ratio: Float[Tensor, "*A"], share: float) -> Float[Tensor, "*A"]:
     """Return log(share e^ratio + 1 - share)."""
     return torch.logaddexp(ratio + math.log(share), torch.full_like(ratio, math.log1p(-share)))

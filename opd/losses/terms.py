@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.core.types import ASKED, GIVEN, Column, reads
+from opd.core.types import ANSWER_COLUMNS, ROLLOUT_COLUMNS, Column, reads
 from opd.losses.advantages import Discount, DiscountExpected, MeanFuture
 from opd.losses.baselines import Baseline, TopKValue
 from opd.losses.divergences import Divergence, OnSupport, ReverseKL, Support
@@ -57,9 +57,9 @@ class Target:
         """Return the target with `f` applied to each of its columns."""
         return Target(*(None if x is None else f(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
-    def __getitem__(self, at: slice | Tensor) -> "Target":
+    def __getitem__(self, index: slice | Tensor) -> "Target":
         """Return the target restricted to some rows or tokens."""
-        return self.each(lambda x: x[at])
+        return self.each(lambda x: x[index])
 
     def to(self, device: torch.device) -> "Target":
         """Return the target on a device."""
@@ -91,18 +91,21 @@ class PolicyGradient:
                 f"{self.estimator} scores many tokens of a position; the transforms {self.transforms} and the "
                 f"surrogate {self.surrogate} act on the sampled token alone: use Sampled(), or neither"
             )
-        if drawn and (own := [w for w in self.weights if reads(w) & SAMPLED]):
-            raise ValueError(f"{own} would weigh all the tokens that {self.estimator} looks at by the response's own")
+        if drawn and (sampled_weights := [w for w in self.weights if reads(w) & SAMPLED]):
+            raise ValueError(
+                f"{sampled_weights} would weigh all the tokens that {self.estimator} looks at by the response's own"
+            )
         if self.baseline is not None and any(isinstance(x, Discount | MeanFuture) for x in self.transforms):
             raise ValueError(
                 f"{self.baseline} under Discount or MeanFuture: the baselines of later tokens depend on this one, "
                 "which biases its gradient: use DiscountExpected, or no baseline"
             )
-        own = [w for w in self.weights if reads(w) & SAMPLED and not isinstance(w, TruncatedImportance)]
-        if self.baseline is not None and own:
+        sampled_weights = [w for w in self.weights if reads(w) & SAMPLED and not isinstance(w, TruncatedImportance)]
+        if self.baseline is not None and sampled_weights:
             raise ValueError(
-                f"{self.baseline} beside {own}: a weight that looks at the sampled token is part of its reward, and "
-                "the baseline of another reward biases the gradient: use no baseline, or put the weight in the reward"
+                f"{self.baseline} beside {sampled_weights}: a weight that looks at the sampled token is part of its "
+                "reward, and the baseline of another reward biases the gradient: use no baseline, or put the weight in "
+                "the reward"
             )
         if self.reward != LogRatio() and any(isinstance(x, DiscountExpected) for x in self.transforms):
             raise ValueError(
@@ -115,7 +118,7 @@ class PolicyGradient:
 
     def local(self) -> bool:
         """Return True if the head pass can score this term without a measuring pass."""
-        return not self.transforms and reads(self.surrogate) <= GIVEN
+        return not self.transforms and reads(self.surrogate) <= ROLLOUT_COLUMNS
 
     def corrected(self) -> bool:
         """Return True if the loss stays valid on tokens that the current student did not generate.
@@ -124,15 +127,15 @@ class PolicyGradient:
         reward from a judge or from a teacher's texts is not a likelihood.
         """
         read = frozenset().union(*map(reads, self.column_leaves()))
-        likelihood = not (self.needs() or self.transforms or read & ASKED)
+        likelihood = not (self.needs() or self.transforms or read & ANSWER_COLUMNS)
         return "sampler_logp" in read or self.estimator == Full() or likelihood
 
     def needs(self) -> frozenset[str]:
         """Return what a teacher must provide: log q of the sampled token, its whole distribution, or nothing."""
         if (self.reward, self.baseline, self.estimator) == (One(), None, Sampled()):
             return frozenset()
-        one = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
-        return frozenset({"teacher_logp" if one else "vocabulary"})
+        sampled_only = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
+        return frozenset({"teacher_logp" if sampled_only else "vocabulary"})
 
     def drawn(self) -> bool:
         """Return True if log q of the sampled tokens is sufficient."""
@@ -140,22 +143,22 @@ class PolicyGradient:
 
     def support(self) -> Support | None:
         """Return the top-k support whose log q is sufficient beside the sampled token's, or None."""
-        some = [x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)]
-        known = isinstance(self.baseline, TopKValue | None) and isinstance(self.estimator, Sampled | Stratified)
-        return Support(max(some), "student") if some and known and self.against == Teacher() and max(some) else None
+        k = max((x.k for x in (self.baseline, self.estimator) if isinstance(x, TopKValue | Stratified)), default=0)
+        has_support = isinstance(self.baseline, TopKValue | None) and isinstance(self.estimator, Sampled | Stratified)
+        return Support(k, "student") if k and has_support and self.against == Teacher() else None
 
     @torch.no_grad()
-    def score(self, at: Positions) -> Float[Tensor, "*N"] | None:
+    def score(self, positions: Positions) -> Float[Tensor, "*N"] | None:
         """Return reward minus baseline at the sampled token, [*N]; None if the estimator uses more than that token."""
-        return self._scored(at, at.ids[..., None])[..., 0] if self.estimator == Sampled() else None
+        return self._scored(positions, positions.ids[..., None])[..., 0] if self.estimator == Sampled() else None
 
     @torch.no_grad()
-    def _scored(self, at: Positions, ids: Int[Tensor, "*N m"]) -> Float[Tensor, "*N m"]:
-        other = at.of(self.against)
-        value = self.reward(at.student_logp.gather(-1, ids), other.gather(-1, ids))
+    def _scored(self, positions: Positions, ids: Int[Tensor, "*N m"]) -> Float[Tensor, "*N m"]:
+        target_logp = positions.of(self.against)
+        value = self.reward(positions.student_logp.gather(-1, ids), target_logp.gather(-1, ids))
         if self.baseline is None:
             return value
-        return value - self.baseline(self.reward, at.student_logp, other, None)[..., None]
+        return value - self.baseline(self.reward, positions.student_logp, target_logp, None)[..., None]
 
     def sampled_loss(
         self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
@@ -168,29 +171,30 @@ class PolicyGradient:
         old = {} if target.old is None else dict.fromkeys(reads(self.surrogate), target.old)
         return self.surrogate(new, advantage, **old)
 
-    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Return the unweighted loss [*N] of each token."""
         if isinstance(self.estimator, Sampled):
-            score = self.score(at) if target.advantage is None else None
-            return self.sampled_loss(at.sampled(at.student_logp), score, target)
+            score = self.score(positions) if target.advantage is None else None
+            return self.sampled_loss(positions.sampled(positions.student_logp), score, target)
         if isinstance(self.estimator, Several):
-            return self._several_loss(at, target)
+            return self._several_loss(positions, target)
         with torch.no_grad():
-            p, exact, other = at.student_logp.exp(), self.estimator.exact(at.student_logp), at.of(self.against)
-            f = self.reward(at.student_logp, other)
+            logp, target_logp = positions.student_logp, positions.of(self.against)
+            p, exact = logp.exp(), self.estimator.exact(logp)
+            f = self.reward(logp, target_logp)
             if self.baseline is not None:
-                f = f - self.baseline(self.reward, at.student_logp, other, exact)[..., None]
-            coefficient, beside = torch.where(exact & (p > 0), p * f, 0), at.sampled(f.where(~exact, 0))
-        summed = -(coefficient * at.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
-        return summed + self.sampled_loss(at.sampled(at.student_logp), beside, target)
+                f = f - self.baseline(self.reward, logp, target_logp, exact)[..., None]
+            coefficient, tail_score = torch.where(exact & (p > 0), p * f, 0), positions.sampled(f.where(~exact, 0))
+        exact_loss = -(coefficient * positions.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
+        return exact_loss + self.sampled_loss(positions.sampled(positions.student_logp), tail_score, target)
 
-    def _several_loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def _several_loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Return the mean of the surrogate over all tokens sampled at each position, [*N]."""
         assert target.others is not None, "nobody drew more tokens than the response's"
-        ids, old = torch.cat((at.ids[..., None], target.others), -1), {}
+        ids, old = torch.cat((positions.ids[..., None], target.others), -1), {}
         if target.old is not None and target.others_old is not None:
             old = dict.fromkeys(reads(self.surrogate), torch.cat((target.old[..., None], target.others_old), -1))
-        return self.surrogate(at.student_logp.gather(-1, ids), self._scored(at, ids), **old).mean(-1)
+        return self.surrogate(positions.student_logp.gather(-1, ids), self._scored(positions, ids), **old).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -224,13 +228,13 @@ class Match:
             return self.divergence.support if self.against == Teacher() else None
         return None
 
-    def score(self, at: Positions) -> None:
+    def score(self, positions: Positions) -> None:
         """Return None: this term has no reward."""
         return None
 
-    def loss(self, at: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
         """Return the unweighted loss [*N] of each token."""
-        return self.divergence(at.student_logp, at.of(self.against))
+        return self.divergence(positions.student_logp, positions.of(self.against))
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ class MatchHidden:
         """Return None: this term needs no log q."""
         return None
 
-    def score(self, at: Positions) -> None:
+    def score(self, positions: Positions) -> None:
         """Return None: this term has no reward."""
         return None
 

@@ -32,11 +32,11 @@ class TruncatedImportance:
 
 def highest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], fraction: float) -> Bool[Tensor, "B T"]:
     """Return the mask [B, T] of the `fraction` of trained tokens with the highest x: at least one, ties included."""
-    some = x[mask]
-    if not len(some):
+    trained_x = x[mask]
+    if not len(trained_x):
         return mask
-    count = max(1, round(fraction * len(some)))
-    return mask & (x >= some.kthvalue(len(some) + 1 - count).values)
+    count = max(1, round(fraction * len(trained_x)))
+    return mask & (x >= trained_x.kthvalue(len(trained_x) + 1 - count).values)
 
 
 def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
@@ -131,9 +131,9 @@ class PrefixAgreement:
         self, student_logp: Float[Tensor, "B T"], teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T"]:
         gap = (teacher_logp - student_logp).where(mask, 0).abs()
-        before = gap.cumsum(1) - gap
-        whole = gap.sum(1, keepdim=True)
-        return 1 + self.gamma * (1 - before / whole.clamp(min=torch.finfo(gap.dtype).tiny))
+        earlier_gap = gap.cumsum(1) - gap
+        total_gap = gap.sum(1, keepdim=True)
+        return 1 + self.gamma * (1 - earlier_gap / total_gap.clamp(min=torch.finfo(gap.dtype).tiny))
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ def group_softmax(
     score: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Return the softmax over the marked rows of each group, times their number (mean 1); 0 on the other rows."""
-    _, at = group.unique(return_inverse=True)
+    _, group_index = group.unique(return_inverse=True)
     score = score.where(among, -torch.inf)
-    largest = score.new_full((len(at),), -torch.inf).scatter_reduce(0, at, score, "amax")
-    weight = (score - largest[at]).where(among, -torch.inf).exp()
-    add = partial(score.new_zeros(len(at)).scatter_add, 0, at)
-    return weight * (add(among.to(score.dtype)) / add(weight).clamp(min=1))[at]
+    largest = score.new_full((len(group_index),), -torch.inf).scatter_reduce(0, group_index, score, "amax")
+    weight = (score - largest[group_index]).where(among, -torch.inf).exp()
+    group_sum = partial(score.new_zeros(len(group_index)).scatter_add, 0, group_index)
+    return weight * (group_sum(among.to(score.dtype)) / group_sum(weight).clamp(min=1))[group_index]
 
 
 def _listed(ids: Int[Tensor, "B T"], listed: tuple[int, ...]) -> Bool[Tensor, "B T"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.core.types import ASKED, GIVEN, MEASURED, Batch, Column, call, reads
+from opd.core.types import ANSWER_COLUMNS, MEASURED, ROLLOUT_COLUMNS, Batch, Column, call, reads
 from opd.losses.estimators import Sampled, Several
 from opd.losses.reductions import TokenMean
 from opd.losses.rewards import One
@@ -67,7 +67,7 @@ class Method:
     def _check_asked(self) -> None:
         """Raise ValueError if a column is never filled, or if the rollouts do not fit `asks`."""
         told = frozenset() if self.asks is None else self.asks.columns
-        if missing := self.reads() & ASKED - told:
+        if missing := self.reads() & ANSWER_COLUMNS - told:
             raise ValueError(
                 f"reads {', '.join(sorted(missing))}, which asks={self.asks} does not fill: Continue(...) fills chunk "
                 "and agreement, Grade(...) verdict and judged, Stages(...) stage, stage_scores and judged"
@@ -132,7 +132,7 @@ class Method:
         """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
         if self.rollouts.reads_measured():
             return False
-        return self.reads() <= GIVEN and all(term.local() for term in self.terms)
+        return self.reads() <= ROLLOUT_COLUMNS and all(term.local() for term in self.terms)
 
     def advised(self) -> "Method | None":
         """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.

@@ -1,4 +1,4 @@
-"""Adapters of peft: `apply` one to its base, `merge` it into the weights, save it so that it loads from anywhere."""
+"""Adapters of peft: apply to a base, merge into its weights, and save so that they load from any working directory."""
 
 import shutil
 import warnings
@@ -17,12 +17,12 @@ from opd.core.disk import follow_umask
 from opd.core.errors import one_line
 from opd.data.hub import Missing, Repository
 
-SETTINGS = "adapter_config.json"
-BASE = "base"  # folder of a run that holds the weights under its adapter, where no other folder holds them
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_FOLDER = "base"  # folder of a run with the weights under its adapter, if no other folder has them
 
 
 def apply(folder: Path, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
-    """Put the adapter of a folder over its base; raises Missing where it does not fit, and what peft raises."""
+    """Load the adapter of a folder onto its base.  Raises Missing if it does not fit, and any error of peft."""
     rows = len(cast(Embedding, base.get_input_embeddings()).weight)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
@@ -32,8 +32,8 @@ def apply(folder: Path, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
             f"the adapter has {saved[0][0]} rows of embeddings and its base {rows}; save the merged model by peft's "
             "merge_and_unload, and name that"
         )
-    # peft only warns about layers that the adapter lacks, and leaves them as they are in the base.  It draws random
-    # numbers before it reads the saved ones: the fork keeps the state of the generator for a new adapter of the run.
+    # peft only warns about layers that the adapter lacks, and keeps the base's.  It draws random numbers before reading
+    # the saved weights: the fork preserves the state of the generator for a new adapter of the run.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
@@ -81,21 +81,21 @@ def base_name(model: PeftModel) -> str:
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights as a model folder, those of an adapter as an adapter folder."""
+    """Write weights as a model folder, or as an adapter folder if the model is an adapter."""
     if isinstance(model, PeftModel):
-        # The default compares the vocabulary with the base's, on the hub even; opd never resizes it.
+        # The default compares the vocabulary with the base's, even on the hub; opd never resizes it.
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
         model.save_pretrained(str(folder), state_dict=weights)
 
 
-def save_base(model: PeftModel, weights: dict[str, torch.Tensor], text: Tokenizer, folder: Path) -> None:
-    """Write the weights under an adapter, and the tokenizer, as a model folder that appears once it is whole.
+def save_base(model: PeftModel, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the weights under an adapter, and the tokenizer, as a model folder that appears when it is complete.
 
-    `weights` is the state dict of the whole model: where processes share it out, `model` holds a part.
+    `weights` is the state dict of the complete model; under sharding, `model` holds only a part.
     """
     plain = cast(PreTrainedModel, model.get_base_model())
-    prefix = str(model.base_model.prefix)  # of the names of the adapter's tensors: lora_
+    prefix = str(model.base_model.prefix)  # "lora_": names of the adapter's tensors start with it
     under = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in weights.items()
@@ -105,6 +105,6 @@ def save_base(model: PeftModel, weights: dict[str, torch.Tensor], text: Tokenize
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
     plain.save_pretrained(str(part), state_dict=under)
-    text.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     follow_umask(part)
     part.replace(folder)

@@ -44,18 +44,18 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
     """
     order = sorted(widths, key=lambda i: (-widths[i], i))
     # For the first `end` rows: the least cost, and the start of the last micro-batch at that cost.
-    least, start = [0] * (len(order) + 1), [0] * (len(order) + 1)
+    lowest_cost, last_start = [0] * (len(order) + 1), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         first = end - 1
-        least[end], start[end] = least[first] + widths[order[first]], first
+        lowest_cost[end], last_start[end] = lowest_cost[first] + widths[order[first]], first
         while first and (end - first + 1) * widths[order[first - 1]] <= budget:
             first -= 1
-            cost = least[first] + (end - first) * widths[order[first]]
-            if cost < least[end]:
-                least[end], start[end] = cost, first
-        least[end] += budget // 64
+            cost = lowest_cost[first] + (end - first) * widths[order[first]]
+            if cost < lowest_cost[end]:
+                lowest_cost[end], last_start[end] = cost, first
+        lowest_cost[end] += budget // 64
     out, end = [], len(order)
     while end:
-        out.append(order[start[end] : end])
-        end = start[end]
+        out.append(order[last_start[end] : end])
+        end = last_start[end]
     return out[::-1]

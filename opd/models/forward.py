@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.core.types import Rollout
-from opd.head.inputs import Given, Hidden
+from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
 from opd.losses.hidden_states import Lens
@@ -27,24 +27,24 @@ def compiled(model: PreTrainedModel | PeftModel) -> Body:
 
 
 def states(
-    model: PreTrainedModel | PeftModel, at: Rows, lens: Lens | None = None, body: Body | None = None
+    model: PreTrainedModel | PeftModel, rows: Rows, lens: Lens | None = None, body: Body | None = None
 ) -> tuple[Float[Tensor, "N H"], tuple[Float[Tensor, "N D"], ...]]:
     """Return the final hidden states that predict the trained tokens, row by row, and a lens's views of other layers.
 
     Padding is on the right, where causal attention never looks.  No attention mask is needed, so attention uses its
     fastest kernel.  `body` replaces the backbone, for example by its compiled version.
     """
-    out = (body or base(model).base_model)(input_ids=at.ids, use_cache=False, output_hidden_states=lens is not None)
-    final = predictors(out.last_hidden_state, at.trained)
+    out = (body or base(model).base_model)(input_ids=rows.ids, use_cache=False, output_hidden_states=lens is not None)
+    final = predictors(out.last_hidden_state, rows.trained)
     if lens is None:
         return final, ()
     with torch.autocast(final.device.type, enabled=False):
-        return final, lens([predictors(out.hidden_states[layer], at.trained) for layer in lens.layers])
+        return final, lens([predictors(out.hidden_states[layer], rows.trained) for layer in lens.layers])
 
 
-def final_states(model: PreTrainedModel | PeftModel, at: Rows) -> Float[Tensor, "N H"]:
+def final_states(model: PreTrainedModel | PeftModel, rows: Rows) -> Float[Tensor, "N H"]:
     """Return the final hidden states that predict the trained tokens, row by row, [N, H]."""
-    return states(model, at)[0]
+    return states(model, rows)[0]
 
 
 def unprompted(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[list[bool]]]:
@@ -53,13 +53,13 @@ def unprompted(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[list[bo
     return plain, [[i > 0 for i in range(len(r.ids))] for r in rollouts]
 
 
-def cross_entropies(hidden: Hidden | Given, rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> list[float]:
+def cross_entropies(hidden: Hidden | TeacherLogps, rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> list[float]:
     """Return -mean log p(y_t | y_<t) of each response without its prompt, in nats per token.  arXiv:2308.12032.
 
     The mean starts at the second token; a response with a single token gets 0.  `hidden` is computed from the rows and
     masks that `unprompted` returns.
     """
-    if isinstance(hidden, Given):
+    if isinstance(hidden, TeacherLogps):
         logp = hidden.logp
     else:
         ids = torch.tensor([x for r in rollouts for x in r.ids[1:]], dtype=torch.long, device=hidden.states.device)
@@ -69,9 +69,9 @@ def cross_entropies(hidden: Hidden | Given, rollouts: Sequence[Rollout], vocabul
 
 
 def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
-    """The hidden states that predicted the marked tokens: one position to their left.  The only shift there is.
+    """Return the hidden states that predicted the marked tokens: one position to their left, the only shift in opd.
 
-    A mask in main memory is looked up there: the device of the states is not waited for.
+    A mask in main memory is searched there, without synchronising with the device of the states.
     """
     row, column = trained[:, 1:].nonzero(as_tuple=True)
     return hidden[row.to(hidden.device), column.to(hidden.device)]

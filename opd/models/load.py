@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local folder, a GGUF file, a run folder, or `embedded:NAME`; and their heads."""
+"""Loading of models by name (hub id, local folder, GGUF file, run folder, `embedded:NAME`), and of their heads."""
 
 import contextlib
 import hashlib
@@ -30,63 +30,63 @@ from transformers.utils.logging import disable_progress_bar
 from opd.core.errors import Refusal
 from opd.data import hub, prompts
 from opd.data.hub import Missing
-from opd.head.onednn import Linear, quicken
+from opd.head.onednn import Linear, use_onednn
 from opd.head.vocabulary import Head
 from opd.models import adapters
-from opd.models.adapters import BASE, SETTINGS
+from opd.models.adapters import ADAPTER_CONFIG, BASE_FOLDER
 
 disable_progress_bar()  # loading bars drown the lines that matter
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model's local folder, which may be the cache of a hub id; for an adapter also the model under it."""
+class ModelSource:
+    """A model's local folder, which may be the cache of a hub id; for an adapter also its base model."""
 
     folder: str
     trust_remote_code: bool = False
-    repository: hub.Repository | None = None  # the hub id that the folder is a snapshot of, at its commit
-    base: "Source | None" = None  # the model that an adapter adapts
-    name: str = field(default="", compare=False)  # how the user called it, for messages
+    repository: hub.Repository | None = None  # the hub id and commit of which the folder is a snapshot
+    base: "ModelSource | None" = None  # the model that an adapter adapts
+    name: str = field(default="", compare=False)  # the user's name for it, for messages
 
     def options(self) -> dict[str, bool]:
         """Return the arguments of every from_pretrained; only the code of a hub model may be in another repository."""
         code_elsewhere = self.repository is not None and self.trust_remote_code
         return {"local_files_only": not code_elsewhere, "trust_remote_code": self.trust_remote_code}
 
-    def whole(self) -> "Source":
-        """Return the model itself, or the one at the bottom of an adapter: where configuration and layers are."""
-        return self if self.base is None else self.base.whole()
+    def base_source(self) -> "ModelSource":
+        """Return the model itself, or the base of its adapters, which has the configuration and the layers."""
+        return self if self.base is None else self.base.base_source()
 
     def __str__(self) -> str:
         return self.name or self.folder
 
 
-def locate(name: str, *, field: str, trust_remote_code: bool = False) -> Source:
+def locate(name: str, *, field: str, trust_remote_code: bool = False) -> ModelSource:
     """Find the files of a model; `field` is the flag that named it, for the error."""
     try:
-        return _located(name, trust_remote_code)
+        return _find_source(name, trust_remote_code)
     except Missing as error:
         raise Refusal(f"--{field} {name}: {error}") from error
 
 
-def _located(name: str, trust_remote_code: bool) -> Source:
-    """Find the files of a model, and of the model under it where it is an adapter; raises Missing."""
+def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
+    """Find the files of a model, and those of its base if it is an adapter.  Raises Missing."""
     if name.startswith("embedded:"):
         folder = EMBEDDED / name.removeprefix("embedded:")
         if not (folder / "config.json").is_file():
-            known = ", ".join(f"embedded:{p.parent.name}" for p in sorted(EMBEDDED.glob("*/config.json")))
-            raise Missing(f"no such embedded model; there are {known}")
-        return Source(str(folder), name=name)
+            available = ", ".join(f"embedded:{p.parent.name}" for p in sorted(EMBEDDED.glob("*/config.json")))
+            raise Missing(f"no such embedded model; there are {available}")
+        return ModelSource(str(folder), name=name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Source(str(_dequantised(path)), name=name)
+        return ModelSource(str(_dequantised(path)), name=name)
     if path.is_file():
         raise Missing("is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             path = newest_checkpoint(path) or path
-        return _in_folder(Source(str(path.resolve()), trust_remote_code, name=name))
+        return _check_folder(ModelSource(str(path.resolve()), trust_remote_code, name=name))
     repository = hub.parse(name)
     if repository is None:
         from opd.data.tasks.files import nearest  # datasets takes a second
@@ -96,13 +96,13 @@ def _located(name: str, trust_remote_code: bool) -> Source:
         folder, commit = hub.snapshot(repository)
     except Missing as error:
         raise Missing(f"{hub.no_path(path)}{error}") from error
-    return _in_folder(Source(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
+    return _check_folder(ModelSource(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
 
 
-def _in_folder(source: Source) -> Source:
-    """Look at what a folder holds: a model, or an adapter, whose base is found; raises Missing."""
+def _check_folder(source: ModelSource) -> ModelSource:
+    """Return the source of a model or adapter folder, with the adapter's base.  Raises Missing for any other folder."""
     folder = Path(source.folder)
-    if (folder / SETTINGS).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return replace(source, base=_base_of(folder, source.trust_remote_code))
     if (folder / "method.txt").is_file():
         raise Missing("this run has no checkpoint yet; name one that has, or the folder of a saved model")
@@ -111,37 +111,37 @@ def _in_folder(source: Source) -> Source:
     return source
 
 
-def _base_of(folder: Path, trust_remote_code: bool) -> Source:
+def _base_of(folder: Path, trust_remote_code: bool) -> ModelSource:
     """Find the model that an adapter was trained on; raises Missing."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
         name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (OSError, ValueError, AttributeError) as error:
-        raise Missing(f"its {SETTINGS} cannot be read: {_first_line(error)}") from error
+        raise Missing(f"its {ADAPTER_CONFIG} cannot be read: {_first_line(error)}") from error
     if not name:
-        raise Missing(f"its {SETTINGS} names no base model: write base_model_name_or_path into it")
-    beside = folder.parent.parent / BASE  # the run folder may have been moved since
-    if Path(name).name == BASE and not Path(name).exists() and (beside / "config.json").is_file():
+        raise Missing(f"its {ADAPTER_CONFIG} names no base model: write base_model_name_or_path into it")
+    beside = folder.parent.parent / BASE_FOLDER  # the run folder may have been moved after the run
+    if Path(name).name == BASE_FOLDER and not Path(name).exists() and (beside / "config.json").is_file():
         name = str(beside)
     try:
-        return _located(f"{name}@{revision}" if revision and not Path(name).exists() else name, trust_remote_code)
+        return _find_source(f"{name}@{revision}" if revision and not Path(name).exists() else name, trust_remote_code)
     except Missing as error:
         raise Missing(
             f"the base model of this adapter, {name}, is missing: {error}; restore it, or correct "
-            f"base_model_name_or_path in {folder / SETTINGS}"
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         ) from error
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The last complete checkpoint of a run folder."""
-    found = sorted((run / "checkpoints").glob("step-[0-9]*"))
-    return found[-1] if found else None
+    """Return the last complete checkpoint of a run folder, or None."""
+    checkpoints = sorted((run / "checkpoints").glob("step-[0-9]*"))
+    return checkpoints[-1] if checkpoints else None
 
 
-def tokenizer(source: Source, *, field: str) -> Tokenizer:
+def tokenizer(source: ModelSource, *, field: str) -> Tokenizer:
     """Load the model's tokenizer; that of an adapter without one is its base's."""
-    own = any((Path(source.folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    if source.base is not None and not own:
+    has_tokenizer = any((Path(source.folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if source.base is not None and not has_tokenizer:
         return tokenizer(source.base, field=field)
     try:
         return AutoTokenizer.from_pretrained(source.folder, **source.options())
@@ -149,61 +149,61 @@ def tokenizer(source: Source, *, field: str) -> Tokenizer:
         raise Refusal(f"--{field} {source}: its tokenizer does not load: {_first_line(error)}") from error
 
 
-def config(source: Source, *, field: str) -> PretrainedConfig:
+def config(source: ModelSource, *, field: str) -> PretrainedConfig:
     """Load the model's configuration; that of an adapter is its base's."""
-    whole = source.whole()
+    base_model = source.base_source()
     try:
-        return AutoConfig.from_pretrained(whole.folder, **whole.options())
+        return AutoConfig.from_pretrained(base_model.folder, **base_model.options())
     except (OSError, ValueError) as error:
         raise Refusal(f"--{field} {source}: its config.json does not load: {_first_line(error)}") from error
 
 
-def stop_ids(source: Source, text: Tokenizer) -> tuple[int, ...]:
-    """The ids at which the model stops, `text` its tokenizer; nothing else of its generation config is inherited."""
+def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the stop ids of a model; nothing else of its generation config is used."""
     try:
-        config = GenerationConfig.from_pretrained(source.whole().folder, local_files_only=True)
+        config = GenerationConfig.from_pretrained(source.base_source().folder, local_files_only=True)
     except OSError:
         config = GenerationConfig()
-    return prompts.stop_ids(config, text)
+    return prompts.stop_ids(config, tokenizer)
 
 
-def load(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the weights, an adapter merged into those of its base, in eval mode (dropout is off in every pass)."""
+def load(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the weights in eval mode (no pass uses dropout); an adapter is merged into its base."""
     try:
-        model = _weights(source, dtype)
+        model = _load_model(source, dtype)
     except (Missing, OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
-    quicken(model)
+    use_onednn(model)
     return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]  # transformers' stub of `to`
 
 
-def load_adapter(source: Source, *, field: str, dtype: torch.dtype, device: torch.device) -> PeftModel:
-    """Load a base and the adapter of a checkpoint above it, to train the adapter further."""
+def load_adapter(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PeftModel:
+    """Load a base with the adapter of a checkpoint, to train the adapter further."""
     try:
-        model = _adapted(source, dtype, trainable=True)
+        model = _load_adapter_model(source, dtype, trainable=True)
     except (Missing, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
-    quicken(model)
+    use_onednn(model)
     return model.to(device).eval()
 
 
-def _weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a whole model; raises Missing, and what transformers and peft raise."""
+def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model, its adapter merged.  Raises Missing, and any error of transformers and peft."""
     if source.base is not None:
-        return adapters.merge(_adapted(source, dtype, trainable=False))
+        return adapters.merge(_load_adapter_model(source, dtype, trainable=False))
     _require_safetensors(source)
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, **source.options())
 
 
-def _adapted(source: Source, dtype: torch.dtype, *, trainable: bool) -> PeftModel:
-    """Load an adapter over its base; raises Missing, and what transformers and peft raise."""
+def _load_adapter_model(source: ModelSource, dtype: torch.dtype, *, trainable: bool) -> PeftModel:
+    """Load a base with its adapter, not merged.  Raises Missing, and any error of transformers and peft."""
     assert source.base is not None
     _require_safetensors(source)
-    return adapters.apply(Path(source.folder), _weights(source.base, dtype), trainable=trainable)
+    return adapters.apply(Path(source.folder), _load_model(source.base, dtype), trainable=trainable)
 
 
-def _require_safetensors(source: Source) -> None:
-    """Have all files of a model's weights in its folder; raises Missing where they are not safetensors."""
+def _require_safetensors(source: ModelSource) -> None:
+    """Fetch the missing weight files of a model.  Raises Missing if its weights are not safetensors."""
     folder = Path(source.folder)
     stem = "model" if source.base is None else "adapter_model"
     index = folder / f"{stem}.safetensors.index.json"
@@ -211,21 +211,21 @@ def _require_safetensors(source: Source) -> None:
     if index.is_file():
         files = set(json.loads(index.read_text())["weight_map"].values())
     absent = sorted(name for name in files if not (folder / name).is_file())
-    there = [path.name for path in folder.iterdir()]
-    pickled = any(name.endswith(hub.PICKLES) for name in there)
+    file_names = [path.name for path in folder.iterdir()]
+    pickled = any(name.endswith(hub.PICKLES) for name in file_names)
     if absent and source.repository is not None and not pickled:
         hub.fetch(source.repository, absent)
     elif absent:
-        raise Missing(hub.no_safetensors(absent[0], there))
+        raise Missing(hub.no_safetensors(absent[0], file_names))
 
 
 def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model, adapters inside its layers."""
+    """Return the transformers model, with adapters inside its layers."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def head(model: PreTrainedModel | PeftModel) -> Head:
-    """The output head as a value; shares storage with the model."""
+    """Return the output head as a value that shares storage with the model."""
     plain = base(model)
     linear = plain.get_output_embeddings()
     if type(linear) not in (torch.nn.Linear, Linear):
@@ -240,10 +240,10 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
 
 
 def device(name: str, *, field: str) -> torch.device:
-    """A device of this machine by name."""
+    """Return a device of this machine by name.  Raises Refusal if there is none."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built for
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a backend that it lacks
         raise Refusal(
             f"--{field} {name}: this machine has no such device; use cpu, or cuda:0 ... where GPUs are visible"
         ) from error
@@ -251,7 +251,7 @@ def device(name: str, *, field: str) -> torch.device:
 
 
 def small_threads(*loaded: PreTrainedModel | PeftModel) -> None:
-    """One CPU thread where all models are small: there, more threads cost more than they compute."""
+    """Use one CPU thread if all models are small, because more threads would be slower."""
     size = max(model.num_parameters() for model in loaded)
     if size < 5_000_000 and all(m.device.type == "cpu" for m in loaded) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -260,23 +260,23 @@ def small_threads(*loaded: PreTrainedModel | PeftModel) -> None:
 @torch.no_grad()
 def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     """Refuse an architecture whose logits our head does not reproduce: a wrong head trains silently wrong."""
-    plain, ours = base(model), head(model)
-    ids = torch.arange(1, 9, device=plain.device)[None] % len(ours.weight)
+    plain, model_head = base(model), head(model)
+    ids = torch.arange(1, 9, device=plain.device)[None] % len(model_head.weight)
     hidden = plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    before = plain.base_model(input_ids=ids[:, :5], use_cache=False).last_hidden_state
-    raw = torch.nn.functional.linear(hidden, ours.weight, ours.bias).float() * ours.scale
-    if ours.softcap:
-        raw = torch.tanh(raw / ours.softcap) * ours.softcap
-    wanted = plain(input_ids=ids, use_cache=False).logits.float()
-    compared = raw.isfinite() & wanted.isfinite()  # `verify_finite` looks at the others
-    gap, size = (raw - wanted)[compared].abs(), wanted[compared].abs()
+    shorter_hidden = plain.base_model(input_ids=ids[:, :5], use_cache=False).last_hidden_state
+    raw = torch.nn.functional.linear(hidden, model_head.weight, model_head.bias).float() * model_head.scale
+    if model_head.softcap:
+        raw = torch.tanh(raw / model_head.softcap) * model_head.softcap
+    expected = plain(input_ids=ids, use_cache=False).logits.float()
+    compared = raw.isfinite() & expected.isfinite()  # `verify_finite` checks the others
+    gap, size = (raw - expected)[compared].abs(), expected[compared].abs()
     tolerance = 1e-3 if plain.dtype == torch.float32 else 5e-2
     if len(gap) and gap.max() > tolerance * size.max().clamp(min=1):
         raise Refusal(
             f"--{field}: {type(plain).__name__} computes its logits in a way opd does not know "
             f"(they differ by {gap.max():.3g}); please report the architecture"
         )
-    if (hidden[:, :5] - before).abs().max() > tolerance * before.abs().max():
+    if (hidden[:, :5] - shorter_hidden).abs().max() > tolerance * shorter_hidden.abs().max():
         raise Refusal(
             f"--{field}: {type(plain).__name__} looks at tokens to the right of the one it predicts, padding included; "
             "opd needs a causal model"
@@ -284,42 +284,43 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
 
 
 @torch.no_grad()
-def verify_finite(model: PreTrainedModel | PeftModel, text: Tokenizer, *, ids: int, field: str) -> None:
+def verify_finite(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, *, ids: int, field: str) -> None:
     """Refuse a token of the first `ids`, the common ones, without a finite logit: 0 * inf is nan in every KL."""
-    some = torch.arange(1, 9, device=model.device)[None] % ids
-    logits = base(model)(input_ids=some, use_cache=False).logits[0, :, :ids].float()
+    probe_ids = torch.arange(1, 9, device=model.device)[None] % ids
+    logits = base(model)(input_ids=probe_ids, use_cache=False).logits[0, :, :ids].float()
     rows, tokens = (~logits.isfinite()).nonzero(as_tuple=True)
     if len(tokens):
-        token, others = int(tokens[0]), len(tokens.unique()) - 1
+        token, num_others = int(tokens[0]), len(tokens.unique()) - 1
         raise Refusal(
-            f"--{field}: the logit of token {token} ({str(text.decode([token]))!r}) is {float(logits[rows[0], token])}"
-            f"{f', and so are {others} more' if others else ''}: KLs over the vocabulary need finite logits; where the "
-            "model masks the token, write a large finite number instead, such as -1e4"
+            f"--{field}: the logit of token {token} ({str(tokenizer.decode([token]))!r}) is "
+            f"{float(logits[rows[0], token])}{f', and so are {num_others} more' if num_others else ''}: KLs over the "
+            "vocabulary need finite logits; where the model masks the token, write a large finite number instead, such "
+            "as -1e4"
         )
 
 
 def _dequantised(file: Path) -> Path:
-    """A GGUF file as a safetensors folder, converted once and cached under the file's own fingerprint."""
+    """Convert a GGUF file to a safetensors folder, cached under the file's fingerprint."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd" / f"{file.stem}-{key}"
     if (cache / "config.json").is_file():
         return cache
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, where `progress.loading` says enough
+        with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar: `progress.loading` shows one
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
-        text = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise Refusal(f"{file}: not a GGUF file that transformers can read: {_first_line(error)}") from error
-    # Every process of a run may come here at once: each writes its own folder, and the first to finish names it.
+    # Several processes may convert at once: each writes a separate folder, and the first to finish renames it.
     cache.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
     model.save_pretrained(part)
-    text.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     try:
         part.replace(cache)
     except OSError:

@@ -1,4 +1,4 @@
-"""The trained model: its weights, under a LoRA adapter where the run has one."""
+"""Loading of the student for training, with a LoRA adapter if --lora-rank is set."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ from opd.models import load as models
 
 
 def trainable(
-    config: Train, source: models.Source, checkpoint: Path | None, device: torch.device
+    config: Train, source: models.ModelSource, checkpoint: Path | None, device: torch.device
 ) -> PreTrainedModel | PeftModel:
-    """Load the student: its own weights or a checkpoint's, under an adapter where --lora-rank asks for one.
+    """Load the student, from its weights or a checkpoint, with an adapter if --lora-rank is set.
 
-    A student that is an adapter itself is merged first.  A new adapter's base is then in no folder yet: `save_base`
-    writes it into the run folder.
+    A student that is an adapter itself is merged first.  Then no folder has the base of the new adapter, and
+    `save_base` writes it into the run folder.
     """
     frozen_base = config.lora_rank > 0 and config.precision == "bf16"
-    dtype = torch.bfloat16 if frozen_base else torch.float32  # what is trained stays fp32: peft keeps adapters so
+    dtype = torch.bfloat16 if frozen_base else torch.float32  # trained weights are fp32: peft keeps adapters in fp32
     start, base = source, source
     if checkpoint is not None:
         start = models.locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
@@ -35,7 +35,7 @@ def trainable(
         model = models.load(start, field="student", dtype=dtype, device=device)
     if config.lora_rank and checkpoint is None:
         if source.base is not None:
-            base = models.Source(str(_base_folder(config)))
+            base = models.ModelSource(str(_base_folder(config)))
         targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
         adapter = LoraConfig(
             r=config.lora_rank,
@@ -54,12 +54,12 @@ def trainable(
 
 
 def _base_folder(config: Train) -> Path:
-    """Return where a run keeps the merged weights under its adapter."""
-    return Path(config.out).resolve() / adapters.BASE
+    """Return the folder of the merged weights under a run's adapter."""
+    return Path(config.out).resolve() / adapters.BASE_FOLDER
 
 
-def save_base(config: Train, student: torch.nn.Module, text: Tokenizer, accelerator: Accelerator) -> None:
-    """Write the weights under the student's adapter into the run folder, where no other folder holds them.
+def save_base(config: Train, student: torch.nn.Module, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
+    """Write the weights under the student's adapter into the run folder, if no other folder has them.
 
     Every process calls it, because sharded values are gathered; the main process writes.
     """
@@ -70,4 +70,4 @@ def save_base(config: Train, student: torch.nn.Module, text: Tokenizer, accelera
     if accelerator.is_main_process:
         named = {name.removeprefix("model."): x for name, x in weights.items()}
         with disk(f"writing {_base_folder(config)}"):
-            adapters.save_base(model, named, text, _base_folder(config))
+            adapters.save_base(model, named, tokenizer, _base_folder(config))

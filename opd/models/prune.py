@@ -15,22 +15,22 @@ from opd.models import load as models
 
 @torch.no_grad()
 def prune(config: Prune) -> Path:
-    """Save the model with only those layers, renumbered from 0, with its tokenizer and generation config.
+    """Save the model with only the layers of --keep, renumbered from 0, with its tokenizer and generation config.
 
-    Embeddings, final norm and head stay as they are; the weights keep their type.  ShortGPT, arXiv:2403.03853.
+    Embeddings, final norm and head are unchanged; the weights keep their dtype.  ShortGPT, arXiv:2403.03853.
     """
     out = OutputFolder(path=config.out)
     out.check()
     source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
-    text = models.tokenizer(source, field="model")
+    tokenizer = models.tokenizer(source, field="model")
     stored = models.config(source, field="model").dtype
     assert not isinstance(stored, str), "transformers reads the name of a dtype as the dtype"
     model = models.load(source, field="model", dtype=stored or torch.float32, device=torch.device("cpu"))
     select(model, config.keep)
     with out.fill() as part:
         model.save_pretrained(part)
-        text.save_pretrained(part)
-        saved = models.Source(str(part), trust_remote_code=config.trust_remote_code)
+        tokenizer.save_pretrained(part)
+        saved = models.ModelSource(str(part), trust_remote_code=config.trust_remote_code)
         again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
         if not torch.equal(_logits(model.float()), _logits(again)):
             raise Refusal(
@@ -41,12 +41,12 @@ def prune(config: Prune) -> Path:
 
 
 def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:
-    """Take all other layers out of the model, in place; generate only from a saved and loaded copy.
+    """Remove all other layers from the model, in place; generate only from a saved and loaded copy.
 
-    Each layer still knows its old number, which is its place in a KV cache: loading counts anew.
+    Each layer keeps its old number, which is its index in a KV cache, until the model is loaded again.
     """
     config = model.config.get_text_config()
-    name, count = container(model), config.num_hidden_layers
+    name, count = layer_list_name(model), config.num_hidden_layers
     if not keep:
         raise Refusal(f"--keep: no layers; name some of 0-{count - 1}")
     outside = [i for i in keep if not 0 <= i < count]
@@ -63,13 +63,11 @@ def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:
     config.num_hidden_layers = len(keep)
 
 
-def container(model: PreTrainedModel) -> str:
-    """The name of the module list that holds the decoder layers: the only outermost one with as many entries."""
+def layer_list_name(model: PreTrainedModel) -> str:
+    """Return the name of the module list with the decoder layers: the only outermost list of that length."""
     count = model.config.get_text_config().num_hidden_layers
-    of_that_length = [
-        name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
-    ]
-    outermost = [name for name in of_that_length if not any(name.startswith(f"{other}.") for other in of_that_length)]
+    same_length = [name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    outermost = [name for name in same_length if not any(name.startswith(f"{other}.") for other in same_length)]
     if len(outermost) != 1:
         raise Refusal(
             f"{type(model).__name__}: which of its modules holds the {count} decoder layers is not clear "

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.head.head_pass import head_pass, measure
-from opd.head.inputs import Heard, Hidden
-from opd.head.outputs import Alternatives, Columns
+from opd.head.inputs import FrozenOutputs, Hidden
+from opd.head.outputs import Alternatives, HeadColumns
 from opd.head.token_scores import alternatives
 from opd.head.vocabulary import Vocabulary
 from opd.losses.terms import Target
@@ -54,55 +54,55 @@ class Student(nn.Module):
 
     def forward(
         self,
-        at: Rows,
-        heard: Heard,
+        rows: Rows,
+        frozen: FrozenOutputs,
         method: Method,
         targets: tuple[Target, ...] | None,
         vocabulary: Vocabulary,
         *,
         likeliest: int = 0,
-    ) -> tuple[Float[Tensor, ""], Columns | Alternatives]:
+    ) -> tuple[Float[Tensor, ""], HeadColumns | Alternatives]:
         """Return the loss and the columns of the trained tokens.
 
         Args:
-            at: input ids and the mask of the N trained tokens.
-            heard: outputs of the frozen models.
+            rows: input ids and the mask of the N trained tokens.
+            frozen: outputs of the frozen models.
             method: the method whose terms are computed.
             targets: targets of each term, flat [N]; None measures the columns without a loss.
             vocabulary: common ids, temperature and stop class of the LM heads.
             likeliest: if above 0, return only each model's top-k tokens with k = `likeliest`, as `Alternatives`.
         """
         with self.recomputing():
-            final, views = states(self.model, at, heard.lens, self.body)
-        student, ids = Hidden(final, head(self.model), views), at.ids[at.trained]
+            final, views = states(self.model, rows, frozen.lens, self.body)
+        student, ids = Hidden(final, head(self.model), views), rows.ids[rows.trained]
         if likeliest:
-            return final.new_zeros(()), alternatives(student, heard.teacher, likeliest, vocabulary)
+            return final.new_zeros(()), alternatives(student, frozen.teacher, likeliest, vocabulary)
         if targets is None:
-            loss, columns = final.new_zeros(()), measure(method, student, heard, ids, vocabulary)
+            loss, columns = final.new_zeros(()), measure(method, student, frozen, ids, vocabulary)
         elif method.headless():
-            loss, columns = final.new_zeros(()), Columns(scores=(None,) * len(method.terms))
+            loss, columns = final.new_zeros(()), HeadColumns(scores=(None,) * len(method.terms))
         else:
-            loss, columns = head_pass(method, student, heard, ids, targets, vocabulary)
-        return _matched(method, student, heard, targets, loss, columns)
+            loss, columns = head_pass(method, student, frozen, ids, targets, vocabulary)
+        return _add_hidden_loss(method, student, frozen, targets, loss, columns)
 
 
-def _matched(
+def _add_hidden_loss(
     method: Method,
     student: Hidden,
-    heard: Heard,
+    frozen: FrozenOutputs,
     targets: tuple[Target, ...] | None,
     loss: Float[Tensor, ""],
-    columns: Columns,
-) -> tuple[Float[Tensor, ""], Columns]:
+    columns: HeadColumns,
+) -> tuple[Float[Tensor, ""], HeadColumns]:
     """Add the hidden-state term's loss and columns, if the method has such a term."""
     term = method.hidden()
     if term is None:
         return loss, columns
-    assert isinstance(heard.teacher, Hidden), "a teacher that is Given shows no layer"
-    each = term.loss(student.views, heard.teacher.views)
+    assert isinstance(frozen.teacher, Hidden), "a teacher that is Given shows no layer"
+    distances = term.loss(student.views, frozen.teacher.views)
     if targets is not None:
-        loss = loss + (targets[method.terms.index(term)].weight * each).sum()
+        loss = loss + (targets[method.terms.index(term)].weight * distances).sum()
     with torch.no_grad():
-        cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(student.views, heard.teacher.views, strict=True)]
+        cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(student.views, frozen.teacher.views, strict=True)]
         cosine = torch.stack(cosines).mean(0)
-    return loss, replace(columns, hidden_distance=each.detach(), hidden_cosine=cosine)
+    return loss, replace(columns, hidden_distance=distances.detach(), hidden_cosine=cosine)

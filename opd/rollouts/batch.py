@@ -9,8 +9,8 @@ import torch
 
 from opd.core.rng import uniform
 from opd.core.sampling import StopToken, Truncated
-from opd.core.types import ALONE, Batch, Rollout, pad
-from opd.head.outputs import Columns
+from opd.core.types import UNPROMPTED_COLUMNS, Batch, Rollout, pad
+from opd.head.outputs import HeadColumns
 
 
 def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Truncated, seed: int, step: int) -> Batch:
@@ -24,7 +24,7 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
             mask = torch.cat((mask[:-1], torch.tensor([False])))
         rows.append(mask)
     notes = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
-    columns: dict[str, Any] = {name: torch.stack(notes.pop(name)) for name in ALONE & notes.keys()}
+    columns: dict[str, Any] = {name: torch.stack(notes.pop(name)) for name in UNPROMPTED_COLUMNS & notes.keys()}
     extra = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
     if extra and len(extra) == len(rollouts):
         columns["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in extra], 0)
@@ -50,7 +50,7 @@ def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
     return [row[: len(r.ids)].tolist() for row, r in zip(batch.mask, rollouts, strict=True)]
 
 
-def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], Columns]]) -> Batch:
+def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], HeadColumns]]) -> Batch:
     """Scatter flat per-token columns, measured for some rows at a time, into the batch as [B, T] columns.
 
     Rows that are in no part keep their previous values.

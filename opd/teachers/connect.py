@@ -13,12 +13,12 @@ from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.types import Rollout
-from opd.head.inputs import Given, Hidden
+from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
 from opd.methods import METHODS
 from opd.models import load as models
-from opd.models.remote.vllm_protocol import WHOLE, Server, reach
+from opd.models.remote.vllm_protocol import OPD_SERVE_COLUMNS, Server, connect
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
@@ -34,7 +34,7 @@ class Known:
     stop: tuple[int, ...]
 
 
-def known(source: models.Source, *, field: str) -> Known:
+def known(source: models.ModelSource, *, field: str) -> Known:
     """Return tokenizer, config and stop ids of a model with local files."""
     text = models.tokenizer(source, field=field)
     shape = models.config(source, field=field).get_text_config()
@@ -48,14 +48,14 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
     """
     expected, stop = student.text, student.stop
     name = config.remote.teacher_tokenizer
-    if name and not server.told:
+    if name and not server.identity:
         source = models.locate(name, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code)
         expected = models.tokenizer(source, field="teacher-tokenizer")
         stop = models.stop_ids(source, expected)
     text = server.tokenizer(expected, student.shape.vocab_size)
-    rows = server.told.get("rows", student.shape.vocab_size)
+    rows = server.identity.get("rows", student.shape.vocab_size)
     shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
-    return Known(text, shape, tuple(server.told.get("eos", stop)))
+    return Known(text, shape, tuple(server.identity.get("eos", stop)))
 
 
 def reached(url: str, config: Train, *, field: str) -> Server:
@@ -64,28 +64,30 @@ def reached(url: str, config: Train, *, field: str) -> Server:
     Raises Refusal if it does not provide what the method needs; the message names methods that it is enough for.
     """
     method = checks.resolved(config)
-    server = reach(url, config.remote.towards(field, url, config.routes()[""]), field=field)
-    needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
+    server = connect(url, config.remote.towards(field, url, config.routes()[""]), field=field)
+    needs = lambda method: method.needs() if server.identity else method.needs_of_tokens()
     missing = needs(method) - server.provides
     if missing:
         enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
         wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        provided = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
+        provided = (
+            "final states and the head" if server.identity else "log-probs of the sampled tokens and of its top ones"
+        )
         provided += ", of any named token, too" if server.chosen else ""
         way = "load the model here"
-        if missing <= WHOLE | {"chosen", "teacher_top"}:
+        if missing <= OPD_SERVE_COLUMNS | {"chosen", "teacher_top"}:
             way = "serve it by `opd serve`, or load it here"
         raise Refusal(
             f"--{field} {url}: this server gives {provided}, and the method needs {wanted}: {way}, or use one of "
             f"{', '.join(enough)}"
         )
     other_teachers = [model for model in config.routes().values() if model != url]
-    if not server.told and other_teachers:
+    if not server.identity and other_teachers:
         raise Refusal(
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "
             f"({', '.join(other_teachers)}) would have holes: serve it by `opd serve`, or leave out --route"
         )
-    if not server.told and config.loss_temperature != 1:
+    if not server.identity and config.loss_temperature != 1:
         raise Refusal(
             f"--loss-temperature {config.loss_temperature}: --{field} {url} gives log-probs at temperature 1 alone: "
             "leave it at 1, or serve the teacher by `opd serve`"
@@ -132,8 +134,8 @@ def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Seq
     masks = [[True] * len(r.ids) for r in rollouts]
     ids = torch.tensor([i for r in rollouts for i in r.ids])[:, None]
 
-    def logp(output: Hidden | Given) -> Tensor:
-        if isinstance(output, Given):
+    def logp(output: Hidden | TeacherLogps) -> Tensor:
+        if isinstance(output, TeacherLogps):
             return output.logp.cpu()
         candidates = ids.to(output.states.device)
         return scores(output, candidates, Vocabulary(len(output.head.weight)), 0).logp[:, 0].float().cpu()

@@ -20,17 +20,26 @@ from torch import Tensor
 
 from opd.core.errors import Refusal
 from opd.core.types import Rollout
-from opd.head.inputs import Given, Hidden
+from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.vocabulary import Head
 from opd.losses.hidden_states import Lens
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.client import Malformed, Traffic, read_json
-from opd.models.remote.vllm_protocol import CHUNK, TOKENS, WHOLE, Server, choosing, logprobs, matrix, scoring
+from opd.models.remote.vllm_protocol import (
+    OPD_SERVE_COLUMNS,
+    OTHER_SERVER_COLUMNS,
+    TOKENS_PER_REQUEST,
+    Server,
+    chosen_logprobs_reader,
+    chosen_logprobs_request,
+    restored_logprobs,
+    scoring_request,
+)
 from opd.teachers.base import BaseTeacher
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-K = TypeVar("K", Hidden, Given)
+K = TypeVar("K", Hidden, TeacherLogps)
 R = TypeVar("R")
 NONE: Mapping[str, int] = MappingProxyType({})
 
@@ -49,7 +58,7 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         self.server, self.client, self.to = server, server.client, to
-        self.pool = ThreadPoolExecutor(server.client.how.teacher_concurrency, "teacher")
+        self.pool = ThreadPoolExecutor(server.client.settings.teacher_concurrency, "teacher")
         self.ahead_pool = ThreadPoolExecutor(1, "teacher-ahead")
         self.pending: tuple[object, Future] | None = None
         self.reported = Traffic()
@@ -85,8 +94,8 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
     def changed(self) -> Refusal:
         """Return the Refusal for a server whose weights have changed."""
         return Refusal(
-            f"{self.client.who}: other weights answer there now ({self.server.model}) than when the run started: serve "
-            "those again, or start a new run"
+            f"{self.client.label}: other weights answer there now ({self.server.model}) than when the run started: "
+            "serve those again, or start a new run"
         )
 
     def close(self) -> None:
@@ -132,18 +141,18 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
     distributions.
     """
 
-    provides = WHOLE
+    provides = OPD_SERVE_COLUMNS
 
     def __init__(self, server: Server, *, to: torch.device) -> None:
         super().__init__(server, to=to)
-        identity = server.told
+        identity = server.identity
         self.dtype, self.width = DTYPES[identity["dtype"]], identity["width"]
         tensors = self.client.get("/opd/head", self._tensors("weight", (identity["rows"], self.width)))
         weight, bias = tensors["weight"].to(to), tensors.get("bias")
         self.head = Head(weight, None if bias is None else bias.to(to), identity["scale"], identity["softcap"])
 
     def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
-        states = self._each(_rows(rollouts, masks), CHUNK, self._states)
+        states = self._each(_rows(rollouts, masks), TOKENS_PER_REQUEST, self._states)
         empty = torch.empty(0, self.width, dtype=self.dtype)
         return Hidden(torch.cat([empty, *states]).to(self.to), self.head)
 
@@ -158,7 +167,7 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
             fingerprint = response.headers.get(wire.FINGERPRINT)
             if fingerprint is None:
                 raise Malformed("it does not say whose weights")
-            if fingerprint != self.server.told["fingerprint"]:
+            if fingerprint != self.server.identity["fingerprint"]:
                 raise self.changed()
             try:
                 tensors = wire.unpack(response.content)
@@ -171,7 +180,7 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
         return read
 
 
-class LogpTeacher(_ServerTeacher[Given]):
+class LogpTeacher(_ServerTeacher[TeacherLogps]):
     """A teacher behind any server of vLLM's protocol, which sends log q of single tokens.
 
     These are the sampled tokens and, where a method needs them, others: the server's `tops["teacher"]` most probable
@@ -180,7 +189,7 @@ class LogpTeacher(_ServerTeacher[Given]):
     server's softmax is over all rows of its head, padded ones included.
     """
 
-    provides: frozenset[str] = TOKENS
+    provides: frozenset[str] = OTHER_SERVER_COLUMNS
 
     def __init__(
         self, server: Server, *, to: torch.device, stop: tuple[int, ...], size: int, tops: Mapping[str, int]
@@ -192,12 +201,13 @@ class LogpTeacher(_ServerTeacher[Given]):
         self.likeliest, self.drawn = tops["student"] + TIES if "student" in tops else 0, tops.get("drawn", 0)
         if sum(map(bool, (self.top, self.likeliest, self.drawn))) > 1:
             raise Refusal(
-                f"{self.client.who}: the method looks at two of the student's most probable tokens, the teacher's and "
-                "those drawn, and a server that tells of single tokens is asked for one kind: serve it by `opd serve`"
+                f"{self.client.label}: the method looks at two of the student's most probable tokens, the teacher's "
+                "and those drawn, and a server that tells of single tokens is asked for one kind: serve it by `opd "
+                "serve`"
             )
         if self.stop and (self.top or not server.chosen):
             raise Refusal(
-                f"{self.client.who}: it cannot say the probability of a chosen token, which merging the stop "
+                f"{self.client.label}: it cannot say the probability of a chosen token, which merging the stop "
                 f"tokens {', '.join(map(str, stop))} needs: use --stop-token mask, or train"
             )
         # This request shows before the first step whether the server's --max-logprobs is large enough.
@@ -212,16 +222,16 @@ class LogpTeacher(_ServerTeacher[Given]):
         masks: Sequence[Sequence[bool]],
         lens: Lens | None = None,
         ids: Int[Tensor, "N k"] | None = None,
-    ) -> Given:
+    ) -> TeacherLogps:
         """Return log q of the trained tokens, and of the N rows of `ids` at them."""
         return super().hidden(rollouts, masks, lens) if ids is None else self._ask(rollouts, masks, ids)
 
     def _ask(
         self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], ids: Int[Tensor, "N k"] | None = None
-    ) -> Given:
+    ) -> TeacherLogps:
         rows = _rows(rollouts, masks)
         if self.top or not self.server.chosen:
-            answers = self._each(rows, CHUNK, self._prompted)
+            answers = self._each(rows, TOKENS_PER_REQUEST, self._prompted)
         else:
             sizes = [len(row.positions) for row in rows]
             named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
@@ -232,11 +242,11 @@ class LogpTeacher(_ServerTeacher[Given]):
             (answer.ids, answer.others) for answer in answers if answer.ids is not None and answer.others is not None
         ]
         if not pairs:
-            return Given(logp)
+            return TeacherLogps(logp)
         ids, ids_logp = (torch.cat(list(x)).to(self.to) for x in zip(*pairs, strict=True))
-        return Given(logp, ids, ids_logp, min(self.top, self.size))
+        return TeacherLogps(logp, ids, ids_logp, min(self.top, self.size))
 
-    def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[Given]:
+    def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[TeacherLogps]:
         """Score named ids with vLLM's fixed-token scoring, one sequence per request.
 
         The probability of the stop class is the sum over its members, which are requested one by one.
@@ -249,8 +259,8 @@ class LogpTeacher(_ServerTeacher[Given]):
         for t in range(start, len(row.ids)):
             candidates = [row.ids[t], *self.stop, *named_at.get(t, ())]
             requested.append(candidates + [-1] * (1 + s + k - len(candidates)))
-        body = choosing(self.server.model, row.ids, start, requested)
-        table = self.client.post("/inference/v1/generate", body, read_json(matrix(requested)))
+        body = chosen_logprobs_request(self.server.model, row.ids, start, requested)
+        table = self.client.post("/inference/v1/generate", body, read_json(chosen_logprobs_reader(requested)))
         table = table[torch.tensor(row.positions, dtype=torch.long) - start]
         sampled = torch.tensor([row.ids[t] for t in row.positions], dtype=torch.long)[:, None]
         ids = torch.cat((sampled, named), -1)
@@ -258,15 +268,15 @@ class LogpTeacher(_ServerTeacher[Given]):
         if self.stop:
             is_stop = torch.isin(ids, torch.tensor(self.stop))
             logp = torch.where(is_stop, table[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
-        return [Given(logp[:, 0], named, logp[:, 1:]) if k else Given(logp[:, 0])]
+        return [TeacherLogps(logp[:, 0], named, logp[:, 1:]) if k else TeacherLogps(logp[:, 0])]
 
-    def _prompted(self, rows: list[_Row]) -> list[Given]:
+    def _prompted(self, rows: list[_Row]) -> list[TeacherLogps]:
         """Score tokens with vLLM's prompt_logprobs, many sequences per request.
 
         The response holds the log-probs of the sequence's tokens and of the most probable ones.
         """
 
-        def read(answer: dict) -> list[Given]:
+        def read(answer: dict) -> list[TeacherLogps]:
             choices = sorted(answer["choices"], key=lambda c: c["index"])
             out = []
             for row, choice in zip(rows, choices, strict=True):
@@ -275,11 +285,11 @@ class LogpTeacher(_ServerTeacher[Given]):
                     raise ValueError(f"{len(tables)} log-probs for {len(row.ids)} tokens")
                 logp_by_id = [{int(i): float(x["logprob"]) for i, x in tables[t].items()} for t in row.positions]
                 sampled = [table[row.ids[t]] for t, table in zip(row.positions, logp_by_id, strict=True)]
-                logp = logprobs(torch.tensor(sampled))
-                out.append(Given(logp, *self._tops(row, logp_by_id)) if self.top else Given(logp))
+                logp = restored_logprobs(torch.tensor(sampled))
+                out.append(TeacherLogps(logp, *self._tops(row, logp_by_id)) if self.top else TeacherLogps(logp))
             return out
 
-        body = scoring(self.server.model, [row.ids for row in rows], self.top)
+        body = scoring_request(self.server.model, [row.ids for row in rows], self.top)
         return self.client.post("/v1/completions", body, read_json(read))
 
     def _tops(self, row: _Row, logp_by_id: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
@@ -296,7 +306,7 @@ class LogpTeacher(_ServerTeacher[Given]):
             ids.append([*common, *[sampled] * missing])
             logp.append([*common.values(), *[table[sampled]] * missing])
         shape = (-1, self.top + 1)
-        return torch.tensor(ids, dtype=torch.long).view(shape), logprobs(torch.tensor(logp)).view(shape)
+        return torch.tensor(ids, dtype=torch.long).view(shape), restored_logprobs(torch.tensor(logp)).view(shape)
 
 
 def open_teacher(
@@ -307,7 +317,9 @@ def open_teacher(
     `stop` are the ids merged into one class.  `size` is the number of ids that both models have.  `tops` says how many
     of the most probable tokens of which model a method must know (`Method.supports`).
     """
-    return HiddenTeacher(server, to=to) if server.told else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
+    return (
+        HiddenTeacher(server, to=to) if server.identity else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
+    )
 
 
 def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:

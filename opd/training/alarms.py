@@ -69,27 +69,27 @@ def agreement_trap(log: Log) -> Iterator[Alarm]:
         return
     mean = {s: np.mean([r["outcome"] for r in t.values()]) for s, t in tables.items()}
     best, last = max(mean, key=lambda s: (mean[s], -s)), max(tables)
-    both = [p for p in tables[best] if p in tables[last]]
-    if best == last or not both or kl[last] >= kl[best]:
+    common_prompts = [p for p in tables[best] if p in tables[last]]
+    if best == last or not common_prompts or kl[last] >= kl[best]:
         return
-    a, b = (np.array([[tables[s][p]["outcome"] for p in both]]) for s in (last, best))
-    lost = paired(a, b)
-    if lost.high < 0:
+    a, b = (np.array([[tables[s][p]["outcome"] for p in common_prompts]]) for s in (last, best))
+    change = paired(a, b)
+    if change.high < 0:
         yield Alarm(
             "agreement trap",
             f"held-out KL fell from {kl[best]:.3f} to {kl[last]:.3f} after step {best}, and accuracy fell with it by "
-            f"{-100 * lost.value:.1f} points (95 %: {-100 * lost.high:.1f} to {-100 * lost.low:.1f})",
+            f"{-100 * change.value:.1f} points (95 %: {-100 * change.high:.1f} to {-100 * change.low:.1f})",
             f"keep the checkpoint of step {best}; `opd inspect` sorted by trap shows where agreement is cheap",
         )
 
 
 def length_explosion(log: Log) -> Iterator[Alarm]:
     """Report responses that grew by more than 60 %."""
-    found = trend(log, "length")
-    if found and found[1] > 1.6 * found[0]:
+    ends = trend(log, "length")
+    if ends and ends[1] > 1.6 * ends[0]:
         yield Alarm(
             "length explosion",
-            f"responses grew from {found[0]:.0f} to {found[1]:.0f} tokens",
+            f"responses grew from {ends[0]:.0f} to {ends[1]:.0f} tokens",
             "read the longest in `opd inspect`; --truncated drop, --reduction sequence or a lower --lr",
         )
 
@@ -109,22 +109,23 @@ def truncated(log: Log) -> Iterator[Alarm]:
 
 def entropy_collapse(log: Log) -> Iterator[Alarm]:
     """Report a student entropy that fell below half of its start and below half of the teacher's."""
-    own, teacher = trend(log, "student_entropy"), trend(log, "teacher_entropy")
-    if own and teacher and own[1] < 0.5 * own[0] and own[1] < 0.5 * teacher[1]:
+    student, teacher = trend(log, "student_entropy"), trend(log, "teacher_entropy")
+    if student and teacher and student[1] < 0.5 * student[0] and student[1] < 0.5 * teacher[1]:
         yield Alarm(
             "entropy collapse",
-            f"student entropy fell from {own[0]:.3f} to {own[1]:.3f} nats, half the teacher's {teacher[1]:.3f} or less",
+            f"student entropy fell from {student[0]:.3f} to {student[1]:.3f} nats, half the teacher's "
+            f"{teacher[1]:.3f} or less",
             "add a forward KL (eopd, --also gkd-forward:0.1), or lower --lr",
         )
 
 
 def repeating(log: Log) -> Iterator[Alarm]:
     """Report a rising share of repeated 4-grams within responses."""
-    found = trend(log, "repetition")
-    if found and found[1] > 0.2 and found[1] > found[0] + 0.1:
+    ends = trend(log, "repetition")
+    if ends and ends[1] > 0.2 and ends[1] > ends[0] + 0.1:
         yield Alarm(
             "repetition",
-            f"{found[1]:.0%} of the 4-grams of a response stood in it before, {found[0]:.0%} at first",
+            f"{ends[1]:.0%} of the 4-grams of a response stood in it before, {ends[0]:.0%} at first",
             "read the rollouts with the longest trap in `opd inspect`; a lower --lr, or --truncated drop",
         )
 
@@ -152,21 +153,21 @@ def stale(log: Log) -> Iterator[Alarm]:
 
     NPD, arXiv:2605.05940, counts 0.1 nats as near-policy.
     """
-    found = trend(log, "drift")
-    if found and found[1] > 0.1:
+    ends = trend(log, "drift")
+    if ends and ends[1] > 0.1:
         yield Alarm(
             "stale rollouts",
-            f"KL of the student to the weights that wrote its rollouts is {found[1]:.3f} nats a token",
+            f"KL of the student to the weights that wrote its rollouts is {ends[1]:.3f} nats a token",
             "a smaller --staleness or --lr; async-opd corrects the tokens, and nothing corrects the contexts",
         )
 
 
 def diverging(log: Log) -> Iterator[Alarm]:
     """Report a reverse KL, which training minimises, that rises by more than 10 %."""
-    found = trend(log, "reverse_kl")
-    if found and found[1] > 1.1 * found[0]:
+    ends = trend(log, "reverse_kl")
+    if ends and ends[1] > 1.1 * ends[0]:
         yield Alarm(
             "KL rises",
-            f"reverse KL on the student's own rollouts rose from {found[0]:.3f} to {found[1]:.3f} nats per token",
+            f"reverse KL on the student's own rollouts rose from {ends[0]:.3f} to {ends[1]:.3f} nats per token",
             "lower --lr or add --warmup; a batch of 32 or more rollouts makes steps quieter",
         )

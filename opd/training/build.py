@@ -102,16 +102,16 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     )
 
 
-def _known(source: models.Source | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
+def _known(source: models.ModelSource | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
     """Return the tokenizer, config and stop ids of a teacher that scores, before its weights are loaded."""
     if isinstance(source, Server):
         return remote.known_there(source, student, config)
     return remote.known(source, field=field)
 
 
-def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, tokens.Agreement]:
+def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, tokens.TokenizerAgreement]:
     """Compare the student's tokenizer with each teacher's, and refuse teachers that do not match it."""
-    compare = lambda other: tokens.agreement(
+    compare = lambda other: tokens.compare_tokenizers(
         own.text,
         other.text,
         student_rows=own.shape.vocab_size,
@@ -178,7 +178,7 @@ def _accelerator(config: Train, method: Method) -> Accelerator:
 def _teachers(
     config: Train,
     method: Method,
-    sources: Mapping[str, models.Source | Server | None],
+    sources: Mapping[str, models.ModelSource | Server | None],
     student: PreTrainedModel | PeftModel,
     prompts: Prompts,
     *,

@@ -45,7 +45,7 @@ def _own(model: str) -> bool:
     return model in ("self", "base") or average_rate(model) is not None
 
 
-def source_of(name: str, model: str, student: models.Source, config: Train) -> models.Source | Server | None:
+def source_of(name: str, model: str, student: models.ModelSource, config: Train) -> models.ModelSource | Server | None:
     """Where a teacher's tokenizer and weights come from, None where only texts matter; refuses one without a word."""
     method = checks.resolved(config)
     if method.asks is not None:
@@ -102,7 +102,7 @@ def text_model(
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
     models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
     stop = models.stop_ids(source, text)
-    arguments = prompts.known(text, prompts.template_arguments(config.data.template_args))
+    arguments = prompts.used_arguments(text, prompts.parse_template_arguments(config.data.template_args))
     engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
     name = f"{source} {wire.weights_hash(weights)}"
     return InProcessModel(name, engine, text, context.max_position_embeddings, arguments)
@@ -131,7 +131,7 @@ def annotator(
 
 def teacher(
     model: str,
-    source: models.Source,
+    source: models.ModelSource,
     student: PreTrainedModel | PeftModel,
     config: Train,
     on: torch.device,
@@ -158,7 +158,7 @@ def teacher(
 def reference(
     method: Method,
     config: Train,
-    source: models.Source,
+    source: models.ModelSource,
     student: PreTrainedModel | PeftModel,
     size: int,
     on: torch.device,
@@ -181,7 +181,13 @@ def reference(
 
 
 def _frozen(
-    source: models.Source, field: str, config: Train, on: torch.device, to: torch.device, *, own_prompt: bool = True
+    source: models.ModelSource,
+    field: str,
+    config: Train,
+    on: torch.device,
+    to: torch.device,
+    *,
+    own_prompt: bool = True,
 ) -> LocalTeacher:
     """A model that is never trained."""
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on)
@@ -191,7 +197,7 @@ def _frozen(
 
 def speaker(
     config: Train,
-    source: models.Source,
+    source: models.ModelSource,
     student: PreTrainedModel | PeftModel,
     size: int,
     stop: tuple[int, ...],

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from opd.config.train import Train
 from opd.core.types import Batch, Rollout
-from opd.head.inputs import Given, Heard, Hidden
-from opd.head.outputs import Alternatives, Columns
+from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
+from opd.head.outputs import Alternatives, HeadColumns
 from opd.losses.terms import Target
 from opd.methods.method import Method
 from opd.models.batching import micro_batches, rows
@@ -32,7 +32,7 @@ class Passes:
     config: Train
     method: Method
     session: Session
-    heard: dict[tuple[int, ...], Heard] = field(default_factory=dict)  # cached frozen-model outputs, by rollout indices
+    heard: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # cache, by rollout indices
 
     def micro(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return this process's share of the rows (every n-th row), split into micro-batches.
@@ -83,7 +83,7 @@ class Passes:
         session, accelerator = self.session, self.session.accelerator
         alone, weighed = self._advised(targets), self._weighed(targets)
         micro = [(whole, [i for i in whole if weighed is None or weighed[i]]) for whole in self.micro(batch, rollouts)]
-        parts: list[tuple[list[int], Columns, Tensor]] = []
+        parts: list[tuple[list[int], HeadColumns, Tensor]] = []
         for k, (whole, at) in enumerate(micro):
             rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
             trained = masks(cut, rolls)
@@ -91,7 +91,7 @@ class Passes:
             flat = targets and tuple(
                 t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
             )
-            heard = Heard(None) if alone else self._heard_of(batch, rollouts, whole, at)
+            heard = FrozenOutputs(None) if alone else self._heard_of(batch, rollouts, whole, at)
             if k + 1 < len(micro) and not alone:
                 self._ahead(batch, rollouts, *micro[k + 1])
             last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
@@ -137,7 +137,9 @@ class Passes:
         if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):
             teacher.ahead(rolls, masks(cut, rolls))
 
-    def _heard_of(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> Heard:
+    def _heard_of(
+        self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]
+    ) -> FrozenOutputs:
         """Return the frozen models' outputs for the rows `at` of the micro-batch `whole`.
 
         If the outputs of the whole micro-batch are cached, the rows are selected from them.
@@ -149,14 +151,14 @@ class Passes:
         rolls = [rollouts[i] for i in at]
         return self._heard(rolls, masks(batch[torch.tensor(at, dtype=torch.long)], rolls))
 
-    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Heard:
+    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> FrozenOutputs:
         """Return the outputs of teacher and reference, cached for methods that run a measuring and a training pass."""
         session, key = self.session, tuple(r.index for r in rollouts)
         if key in self.heard:
             return self.heard[key]
         own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
         scores = session.teachers[rollouts[0].teacher if rollouts else ""]
-        teacher: Hidden | Given | None
+        teacher: Hidden | TeacherLogps | None
         if isinstance(scores, LogpTeacher) and scores.likeliest:
             teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
         elif isinstance(scores, LogpTeacher) and all(r.others is not None for r in rollouts):
@@ -164,7 +166,7 @@ class Passes:
         else:
             teacher = scores.hidden(rollouts, trained, other)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
-        heard = Heard(teacher, reference, own)
+        heard = FrozenOutputs(teacher, reference, own)
         if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
             self.heard[key] = heard
         return heard
@@ -174,7 +176,7 @@ class Passes:
         """Return the student's top-k tokens, for a teacher server that scores only requested tokens."""
         session = self.session
         inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
-        _, found = session.student(inputs, Heard(None), self.method, None, session.vocabulary, likeliest=k)
+        _, found = session.student(inputs, FrozenOutputs(None), self.method, None, session.vocabulary, likeliest=k)
         assert isinstance(found, Alternatives)
         return found.ids
 

@@ -40,32 +40,32 @@ def plain_lenses(method: Method, student: PretrainedConfig, teachers: dict[str, 
     if max(layers) > depth:
         raise Refusal(f"--layers {max(layers)}: the student has {depth} layers; name some of 1 to {depth}")
     for name, teacher in teachers.items():
-        other = (teacher.num_hidden_layers, teacher.hidden_size)
-        if term.bridge is None and other != (depth, width):
+        shape = (teacher.num_hidden_layers, teacher.hidden_size)
+        if term.bridge is None and shape != (depth, width):
             raise Refusal(
-                f"--{name}: {other[0]} layers of width {other[1]} beside the student's {depth} of width {width}; "
-                "hidden states of other shapes are matched through a bridge: add --bridge-rank 8"
+                f"--{name}: {shape[0]} layers of width {shape[1]} beside the student's {depth} of "
+                f"width {width}; hidden states of other shapes are matched through a bridge: add --bridge-rank 8"
             )
-        if term.bridge is not None and term.bridge.rank > min(width, other[1]):
-            raise Refusal(f"--bridge-rank {term.bridge.rank}: the narrower model has width {min(width, other[1])}")
+        if term.bridge is not None and term.bridge.rank > min(width, shape[1]):
+            raise Refusal(f"--bridge-rank {term.bridge.rank}: the narrower model has width {min(width, shape[1])}")
     if term.bridge is None:
         return Lenses(Lens(layers), Lens(layers))
     if len(teachers) > 1:
         raise Refusal("--route: a bridge joins the student to one teacher; leave out --route, or --bridge-rank")
     (teacher,) = teachers.values()
-    met = layer_map(depth, teacher.num_hidden_layers)
-    return Lenses(Lens(layers), Lens(tuple(met[layer - 1] for layer in layers)))
+    teacher_layers = layer_map(depth, teacher.num_hidden_layers)
+    return Lenses(Lens(layers), Lens(tuple(teacher_layers[layer - 1] for layer in layers)))
 
 
-def some(mask: Bool[Tensor, "B T"], count: int, seed: int) -> Bool[Tensor, "B T"]:
+def sampled_mask(mask: Bool[Tensor, "B T"], count: int, seed: int) -> Bool[Tensor, "B T"]:
     """Return a mask of at most `count` of the marked tokens, sampled without replacement."""
-    at = mask.flatten().nonzero()[:, 0]
-    chosen = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))[:count]]
+    positions = mask.flatten().nonzero()[:, 0]
+    chosen = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))[:count]]
     return torch.zeros_like(mask).flatten().index_fill(0, chosen, True).view_as(mask)
 
 
 @torch.no_grad()
-def fitted(
+def fit_bridge(
     bridge: Bridge,
     lenses: Lenses,
     student: Student,
@@ -82,7 +82,7 @@ def fitted(
     `bridge.rows` tokens at all matched layers are held in main memory, in fp32.  Raises Refusal if the rollouts have
     fewer than 10 x rank tokens.
     """
-    batch = replace(batch, mask=some(batch.mask, bridge.rows, seed))
+    batch = replace(batch, mask=sampled_mask(batch.mask, bridge.rows, seed))
     if batch.mask.sum() < 10 * bridge.rank:
         raise Refusal(
             f"--bridge-rank {bridge.rank}: {int(batch.mask.sum())} tokens in {len(rollouts)} rollouts are too few to "
@@ -91,23 +91,25 @@ def fitted(
     device = student.model.device
     # Restore the order of the rollouts.  Micro-batches are sorted by length, and `fit` holds out the last rows: without
     # this, the held-out tokens would be those of the shortest rollouts.
-    order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for at in micro for i in at]).argsort(stable=True)
-    own: list[list[Tensor]] = [[] for _ in lenses.student.layers]
-    other: list[list[Tensor]] = [[] for _ in lenses.student.layers]
-    for at in micro:
-        rolls = [rollouts[i] for i in at]
-        trained = masks(batch[torch.tensor(at)], rolls)
-        _, mine = states(student.model, rows(rolls, trained, teacher=False, device=device), lenses.student)
-        theirs = teacher.hidden(rolls, trained, lenses.teacher).views
-        for kept, views in ((own, mine), (other, theirs)):
-            for layer, view in zip(kept, views, strict=True):
+    order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for group in micro for i in group]).argsort(
+        stable=True
+    )
+    student_views: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    teacher_views: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    for group in micro:
+        rolls = [rollouts[i] for i in group]
+        trained = masks(batch[torch.tensor(group)], rolls)
+        _, student_batch = states(student.model, rows(rolls, trained, teacher=False, device=device), lenses.student)
+        teacher_batch = teacher.hidden(rolls, trained, lenses.teacher).views
+        for views_by_layer, views in ((student_views, student_batch), (teacher_views, teacher_batch)):
+            for layer, view in zip(views_by_layer, views, strict=True):
                 layer.append(view.cpu())
-    found: list[tuple[Projection, Projection, float]] = []
-    for a, b in zip(own, other, strict=True):
-        found.append(fit(torch.cat(a)[order].to(device), torch.cat(b)[order].to(device), bridge, seed=seed))
+    fits: list[tuple[Projection, Projection, float]] = []
+    for a, b in zip(student_views, teacher_views, strict=True):
+        fits.append(fit(torch.cat(a)[order].to(device), torch.cat(b)[order].to(device), bridge, seed=seed))
         a.clear()
         b.clear()
-    students, teachers, cosines = zip(*found, strict=True)
+    students, teachers, cosines = zip(*fits, strict=True)
     lenses = Lenses(Lens(lenses.student.layers, students), Lens(lenses.teacher.layers, teachers))
     return lenses, sum(cosines) / len(cosines)
 
@@ -126,9 +128,9 @@ def save(lenses: Lenses, folder: Path) -> None:
 
 def load(lenses: Lenses, folder: Path) -> Lenses:
     """Return the lenses with the projections loaded from a checkpoint."""
-    kept = load_file(folder / "bridge.safetensors")
+    tensors = load_file(folder / "bridge.safetensors")
     side = lambda name, lens: Lens(
         lens.layers,
-        tuple(Projection(kept[f"{name}.{i}.matrix"], kept[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
+        tuple(Projection(tensors[f"{name}.{i}.matrix"], tensors[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
     )
     return Lenses(side("student", lenses.student), side("teacher", lenses.teacher))

@@ -42,7 +42,7 @@ def summary(batch: Batch) -> dict[str, float]:
                 gap.abs().max()
             )  # trainer against sampler, nats; an error unless 0 up to rounding
         if len(gap):
-            out["sampler_ess"] = effective(gap.exp())  # of the ratios p / mu; 1 if on-policy
+            out["sampler_ess"] = effective_share(gap.exp())  # of the ratios p / mu; 1 if on-policy
             out |= mismatch(gap)
     if batch.student_logp is not None and batch.teacher_logp is not None:
         accepted = (batch.teacher_logp - batch.student_logp)[mask].clamp(max=0).exp()
@@ -57,15 +57,15 @@ def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
     """
     out: dict[str, float] = {}
     for i, (score, target) in enumerate(zip(batch.scores, targets, strict=True)):
-        known = score if target.advantage is None else target.advantage
-        if known is not None and batch.mask.any():
-            suffix, said = f"_{i}" if len(targets) > 1 else "", known[batch.mask]
-            out[f"advantage{suffix}"] = float(said.mean())
-            out[f"advantage_std{suffix}"] = float(said.std(correction=0))
-            ordered = said.sort().values
+        advantage = score if target.advantage is None else target.advantage
+        if advantage is not None and batch.mask.any():
+            suffix, trained_advantages = f"_{i}" if len(targets) > 1 else "", advantage[batch.mask]
+            out[f"advantage{suffix}"] = float(trained_advantages.mean())
+            out[f"advantage_std{suffix}"] = float(trained_advantages.std(correction=0))
+            ordered = trained_advantages.sort().values
             out[f"advantage_p1{suffix}"] = float(ordered[round(0.01 * (len(ordered) - 1))])
             out[f"advantage_p99{suffix}"] = float(ordered[round(0.99 * (len(ordered) - 1))])
-            out[f"advantage_max{suffix}"] = float(said.abs().max())
+            out[f"advantage_max{suffix}"] = float(trained_advantages.abs().max())
     return out
 
 
@@ -90,7 +90,7 @@ def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[st
     return {name: float(column[part].mean()) for name, part in parts.items() if part.any()}
 
 
-def effective(weights: Float[Tensor, " n"]) -> float:
+def effective_share(weights: Float[Tensor, " n"]) -> float:
     """Return the effective sample size as a share, (sum w)^2 / (n sum w^2).
 
     It is 1 if all weights are equal and 1/n if only a single weight is not 0.
@@ -104,14 +104,14 @@ def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -
     Each response counts up to its last trained token.
     """
     shares = []
-    for row, said in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
-        tokens = row[said].tolist()
+    for row, is_response in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
+        tokens = row[is_response].tolist()
         grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def agreeing(
+def top_k_overlap(
     ids: Int[Tensor, "B T A"],
     student_logp: Float[Tensor, "B T A"],
     teacher_logp: Float[Tensor, "B T A"],
@@ -125,17 +125,17 @@ def agreeing(
     if not mask.any() or teacher_logp[mask].isnan().any():
         return {}
     k = ids.shape[-1] // 2
-    own, other = ids[mask].split(k, -1)
-    both = (own[:, :, None] == other[:, None, :]).any(-1)
-    mass = lambda logp: float(logp[mask][:, :k].exp().where(both, 0).sum(-1).mean())
+    student_ids, teacher_ids = ids[mask].split(k, -1)
+    is_shared = (student_ids[:, :, None] == teacher_ids[:, None, :]).any(-1)
+    mass = lambda logp: float(logp[mask][:, :k].exp().where(is_shared, 0).sum(-1).mean())
     return {
-        f"top{k}_overlap": float(both.float().mean()),
+        f"top{k}_overlap": float(is_shared.float().mean()),
         f"top{k}_student_mass": mass(student_logp),
         f"top{k}_teacher_mass": mass(teacher_logp),
     }
 
 
-def speaking(batch: Batch) -> dict[str, float]:
+def rollout_metrics(batch: Batch) -> dict[str, float]:
     """Return metrics of the rollout policy from the sampler's notes: blending, cuts, staleness, teacher prefixes."""
     notes, mask, out = batch.notes, batch.mask, {}
     if "beta" in notes and mask.any():
@@ -160,13 +160,13 @@ def speaking(batch: Batch) -> dict[str, float]:
     return out
 
 
-def weighting(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
+def weight_metrics(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict[str, float]:
     """Return for each term the share of trained tokens with a weight other than 0, and the effective share."""
     out = {}
     for i, target in enumerate(targets):
         suffix, w = f"_{i}" if len(targets) > 1 else "", target.weight[mask]
         out[f"weighted{suffix}"] = float((w != 0).float().mean()) if len(w) else 0.0
-        out[f"effective{suffix}"] = effective(w)
+        out[f"effective{suffix}"] = effective_share(w)
     return out
 
 

@@ -22,8 +22,8 @@ LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 def loading(*names: str, quiet: bool) -> Iterator[None]:
     """Show on a terminal which models are being loaded; print nothing elsewhere, or on ranks other than 0."""
     console = Console(stderr=True, quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
-    said = console.status(Text(f"loading {', '.join(names)}")) if console.is_terminal else contextlib.nullcontext()
-    with said:
+    status = console.status(Text(f"loading {', '.join(names)}")) if console.is_terminal else contextlib.nullcontext()
+    with status:
         yield
 
 
@@ -46,7 +46,7 @@ class Progress:
             disable=quiet or not sys.stderr.isatty(),
         )
         self.task = self.bar.add_task("train", total=steps, completed=start, health="")
-        self.said = 0.0
+        self.last_line_time = 0.0
         self.warned: set[str] = set()
         self.handlers: dict[signal.Signals, Handler] = {}
 
@@ -79,25 +79,26 @@ class Progress:
 
     def stepped(self, step: int, numbers: dict[str, float]) -> None:
         """Show the metrics of a finished step."""
-        shown = {"reverse_kl": "KL", "hidden_distance": "hidden", "agreement": "agreement", "verdict": "verdict"}
-        seen = next((f"{said} {numbers[name]:.4f}" for name, said in shown.items() if name in numbers), "")
+        titles = {"reverse_kl": "KL", "hidden_distance": "hidden", "agreement": "agreement", "verdict": "verdict"}
+        main_metric = next((f"{title} {numbers[name]:.4f}" for name, title in titles.items() if name in numbers), "")
         health = (
-            f"{seen}  |g| {numbers['grad_norm']:.2f}  "
-            f"length {numbers['length']:.0f}  stopped {numbers['stopped']:.0%}  right {numbers['outcome']:.0%}"
+            f"{main_metric}  |g| {numbers['grad_norm']:.2f}  length {numbers['length']:.0f}  stopped "
+            f"{numbers['stopped']:.0%}  right {numbers['outcome']:.0%}"
         )
         self.bar.update(self.task, completed=step, health=health)
         if numbers["refused"]:
             self.say(f"step {step}: the gradient is not finite; the step is refused, the weights stay as they were")
-        if self.bar.disable and not self.quiet and (time.monotonic() - self.said > LINE_EVERY or step == self.steps):
-            self.said = time.monotonic()
+        prints_line = time.monotonic() - self.last_line_time > LINE_EVERY or step == self.steps
+        if self.bar.disable and not self.quiet and prints_line:
+            self.last_line_time = time.monotonic()
             self.say(f"step {step}/{self.steps}  {health}")
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """Show the results of an evaluation."""
         line = ""
-        for name, said in (("reverse_kl", "reverse KL"), ("log_ratio", "log ratio")):
+        for name, title in (("reverse_kl", "reverse KL"), ("log_ratio", "log ratio")):
             if f"eval_{name}" in numbers:
-                line = f"{said} {numbers[f'eval_{name}']:.4f} +- {numbers[f'eval_{name}_se']:.4f} nats/token, "
+                line = f"{title} {numbers[f'eval_{name}']:.4f} +- {numbers[f'eval_{name}_se']:.4f} nats/token, "
         line += f"length {numbers['eval_length']:.0f}"
         if numbers["eval_stopped"] < 0.5:
             line += f", only {numbers['eval_stopped']:.0%} ended by themselves: raise --max-new-tokens"

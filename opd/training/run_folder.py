@@ -32,7 +32,7 @@ from opd.core.errors import Refusal
 from opd.core.tensors import save_tensors
 from opd.core.types import Batch, Rollout
 from opd.data.prompts import digest
-from opd.head.backend import sweeper
+from opd.head.backend import backend_name
 from opd.losses.terms import Target
 from opd.methods.method import Method
 
@@ -232,6 +232,6 @@ def environment() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "sweeper": sweeper(torch.device("cuda" if gpus else "cpu")),
+        "sweeper": backend_name(torch.device("cuda" if gpus else "cpu")),
         **{name: version(name) for name in names},
     }

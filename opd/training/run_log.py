@@ -1,4 +1,4 @@
-"""Reading of run folders, `read(folder) -> Log`, and grouping of runs that differ only by seed, `grouped(logs)`."""
+"""Reading of run folders, `read(folder) -> Log`, and grouping of runs that differ only by seed, `group_runs(logs)`."""
 
 import json
 import re
@@ -32,15 +32,11 @@ class Log:
     perf: tuple[Row, ...]
     prompts: Mapping[int, Mapping[str, Row]]  # step -> name of a held-out prompt -> its outcome, KL, length
 
-    def saved(self) -> list[int]:
-        """Return the steps whose rollouts were saved."""
-        return list(saved(self.folder))
-
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
         with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
-            there = set(file.keys())
-            return {name: file.get_tensor(name) for name in names if name in there}
+            saved_names = set(file.keys())
+            return {name: file.get_tensor(name) for name in names if name in saved_names}
 
     def series(self, name: str) -> dict[int, float]:
         """Return a number by step, from any of the three logs.
@@ -86,13 +82,13 @@ def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
 
     `needed` are other files that the run folder must have.  Raises Refusal if something is missing.
     """
-    found = saved(run)
-    if not found or not all((run / name).is_file() for name in needed):
+    paths = saved(run)
+    if not paths or not all((run / name).is_file() for name in needed):
         raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
-    step = step or list(found)[-1]
-    if step not in found:
-        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, found))}; --rollouts-every sets that")
-    return step, found[step]
+    step = step or list(paths)[-1]
+    if step not in paths:
+        raise Refusal(f"--step {step}: rollouts were saved at {', '.join(map(str, paths))}; --rollouts-every sets that")
+    return step, paths[step]
 
 
 def lines(path: Path) -> list[Row]:
@@ -113,7 +109,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one configuration that differ only by seed."""
 
     name: str
@@ -141,14 +137,14 @@ class Group:
         if name == "eval_accuracy":
             shares = self.held_out("outcome", step)
             if shares is not None:
-                among = interval(shares.mean(0).tolist())
-                return min(among.low, *values), max(among.high, *values)
-            own = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
-            return min(low for low, _ in own), max(high for _, high in own)
+                prompt_interval = interval(shares.mean(0).tolist())
+                return min(prompt_interval.low, *values), max(prompt_interval.high, *values)
+            bands = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
+            return min(low for low, _ in bands), max(high for _, high in bands)
         if name == "eval_reverse_kl":  # runs share prompts: averaging runs does not reduce this error
             errors = [run.series("eval_reverse_kl_se").get(step, 0.0) for run in self.runs]
-            centre, half = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
-            return min(centre - half, *values), max(centre + half, *values)
+            centre, half_width = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
+            return min(centre - half_width, *values), max(centre + half_width, *values)
         return min(values), max(values)
 
     def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
@@ -156,10 +152,10 @@ class Group:
 
         Returns None if a run lacks it.
         """
-        found = [run.prompts.get(step) for run in self.runs]
-        tables = [t for t in found if t]
+        tables_by_run = [run.prompts.get(step) for run in self.runs]
+        tables = [t for t in tables_by_run if t]
         shared = list(among) or self.shared(step)
-        if len(tables) < len(found) or not shared or any(p not in t for t in tables for p in shared):
+        if len(tables) < len(tables_by_run) or not shared or any(p not in t for t in tables for p in shared):
             return None
         return np.array([[float(t[p][name]) for p in shared] for t in tables])
 
@@ -173,22 +169,22 @@ class Group:
         return max(set.intersection(*(set(run.prompts) for run in self.runs)), default=0)
 
 
-def grouped(logs: Sequence[Log]) -> list[Group]:
+def group_runs(logs: Sequence[Log]) -> list[RunGroup]:
     """Group runs of equal settings, and give the groups names that differ."""
-    by: dict[str, list[Log]] = {}
+    logs_by_settings: dict[str, list[Log]] = {}
     for log in logs:
         key = {k: v for k, v in log.config.items() if k not in INCIDENTAL}
-        by.setdefault(json.dumps(key, sort_keys=True), []).append(log)
-    groups = [Group(method_name(str(runs[0].config["method"])), tuple(runs)) for runs in by.values()]
-    more: tuple[Callable[[Group], str], ...] = (
+        logs_by_settings.setdefault(json.dumps(key, sort_keys=True), []).append(log)
+    groups = [RunGroup(method_name(str(runs[0].config["method"])), tuple(runs)) for runs in logs_by_settings.values()]
+    rules: tuple[Callable[[RunGroup], str], ...] = (
         lambda g: g.name or folders(g),
-        lambda g: f"{g.name}, {told}" if (told := differing(g, [o for o in groups if o.name == g.name])) else g.name,
+        lambda g: ", ".join(filter(None, (g.name, differing(g, [o for o in groups if o.name == g.name])))),
         lambda g: f"{g.name} ({folders(g)})",
     )
     named = groups
-    for name in more:
-        taken = [g.name for g in named]
-        named = [Group(name(g), g.runs) if not g.name or taken.count(g.name) > 1 else g for g in named]
+    for name in rules:
+        used_names = [g.name for g in named]
+        named = [RunGroup(name(g), g.runs) if not g.name or used_names.count(g.name) > 1 else g for g in named]
         groups = named
     return named
 
@@ -196,12 +192,12 @@ def grouped(logs: Sequence[Log]) -> list[Group]:
 def method_name(method: str) -> str:
     """Return the name of the listed method whose repr is `method`, up to numbers; "" if no method matches."""
     shape = lambda text: re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
-    same = [name for name, factory in METHODS.items() if repr(factory()) == method]
-    alike = [name for name, factory in METHODS.items() if shape(repr(factory())) == shape(method)]
-    return next(iter((*same, *alike)), "")
+    exact_names = [name for name, factory in METHODS.items() if repr(factory()) == method]
+    similar_names = [name for name, factory in METHODS.items() if shape(repr(factory())) == shape(method)]
+    return next(iter((*exact_names, *similar_names)), "")
 
 
-def folders(group: Group) -> str:
+def folders(group: RunGroup) -> str:
     """Return the common prefix of the group's folder names, without a trailing seed."""
     names = [run.folder.resolve().name for run in group.runs]
     common = names[0]
@@ -210,9 +206,9 @@ def folders(group: Group) -> str:
     return re.sub(r"[-_.]*(seed)?[-_.]*\d*$", "", common) or names[0]
 
 
-def differing(group: Group, others: Sequence[Group]) -> str:
+def differing(group: RunGroup, others: Sequence[RunGroup]) -> str:
     """Return up to three short settings in which a group differs from others."""
     values = {k: {json.dumps(o.setting(k)) for o in others} for k in group.runs[0].config if k not in INCIDENTAL}
-    told = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
-    short = [x for x in told if len(x) <= 40]
+    settings = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
+    short = [x for x in settings if len(x) <= 40]
     return ", ".join(short[:3])

@@ -45,7 +45,7 @@ class Session:
     collector: Collector
     prompts: Prompts
     held_out: Prompts | None
-    agreements: dict[str, tokens.Agreement]  # tokenizer comparison with each teacher, by route name
+    agreements: dict[str, tokens.TokenizerAgreement]  # tokenizer comparison with each teacher, by route name
     lenses: Lenses | None  # for methods that match hidden states
 
     def plain(self) -> Student:

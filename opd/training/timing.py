@@ -36,6 +36,8 @@ class Clock:
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         total = sum(self.seconds.values())
         phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
-        of = {"rollout": sampled, "measure": tokens, "update": tokens}
-        speeds = {f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in of.items() if phase in self.seconds}
+        counts = {"rollout": sampled, "measure": tokens, "update": tokens}
+        speeds = {
+            f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in counts.items() if phase in self.seconds
+        }
         return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}

@@ -18,7 +18,7 @@ from opd.models.load import newest_checkpoint
 from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import load_memory
-from opd.training.doctor.examine import examined, noted
+from opd.training.doctor.examine import examine_run, static_findings
 from opd.training.doctor.findings import alarming, errors
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain, training_state
@@ -66,7 +66,7 @@ def train(
     start = 0 if state is None else session.restore(state, partial=method.headless())
     accelerator, main = session.accelerator, session.accelerator.is_main_process
     loop, memory = Loop(config, method, session, run, each), NOTHING if state is None else load_memory(state)
-    found = examined(loop) if config.doctor and checkpoint is None else noted(loop)
+    found = examine_run(loop) if config.doctor and checkpoint is None else static_findings(loop)
     if bad := errors(found):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         said = str(bad[0]).removeprefix("error: ")

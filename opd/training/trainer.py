@@ -20,7 +20,7 @@ from opd.core.sampling import Sampling
 from opd.core.types import Batch, Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
-from opd.data.tokenizers import spelled
+from opd.data.tokenizers import token_texts
 from opd.losses.hidden_states import Bridge
 from opd.methods.method import Method
 from opd.methods.rollout_policies.base import Memory
@@ -35,13 +35,13 @@ from opd.training.checkpoint import save_memory
 from opd.training.forward_backward import Passes, width
 from opd.training.metrics import (
     advantages,
-    agreeing,
     by_task,
     by_teacher,
-    speaking,
+    rollout_metrics,
     standard_error,
     summary,
-    weighting,
+    top_k_overlap,
+    weight_metrics,
 )
 from opd.training.rollout_source import RolloutSource
 from opd.training.run_folder import STATE, Run
@@ -108,7 +108,7 @@ class Loop:
             )
             micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
-            lenses, cosine = bridge.fitted(
+            lenses, cosine = bridge.fit_bridge(
                 built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
             )
             self._log("metrics", 0, {"bridge_cosine": cosine})
@@ -158,7 +158,7 @@ class Loop:
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * policy.updates + update + 1)
         if others:
             ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
-            numbers |= agreeing(ids, own, other, batch.mask[shown])
+            numbers |= top_k_overlap(ids, own, other, batch.mask[shown])
         source = self.writing.source
         assert source is not None
         with clock("snapshot") if apart else contextlib.nullcontext():
@@ -172,7 +172,7 @@ class Loop:
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
             said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
-            tokens = spelled(session.collector.tokenizer, said)
+            tokens = token_texts(session.collector.tokenizer, said)
             targets = self.method.prepare(batch[part])
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
         return numbers, memory
@@ -226,7 +226,7 @@ class Loop:
         }
         fresh = sum(r.index < config.batch for r in rollouts)
         own, extra = batch[:fresh], batch[fresh:]  # the annotator's extra rollouts have separate metrics
-        numbers |= summary(own) | speaking(own) | weighting(targets, batch.mask)
+        numbers |= summary(own) | rollout_metrics(own) | weight_metrics(targets, batch.mask)
         numbers |= advantages(own, [target[:fresh] for target in targets])
         numbers |= session.annotator.metrics(own, extra)
         numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])

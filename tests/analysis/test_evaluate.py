@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.analysis.evaluate import Scores, evaluate, final, majority, pass_at_k
-from opd.analysis.report.compare import versus
+from opd.analysis.evaluate import EvaluationScores, evaluate, final_answer, majority, pass_at_k
+from opd.analysis.report.compare import compare_scores
 from opd.cli import main
 from opd.config.data import Data
 from opd.config.evaluate import Evaluate
@@ -17,7 +17,7 @@ from opd.core.errors import Refusal
 from opd.core.intervals import bootstrapped, interval
 from opd.core.sampling import Sampling
 from opd.data.tasks import benchmarks as sets
-from opd.data.tasks.benchmarks import BOXED, LETTER, SETS
+from opd.data.tasks.benchmarks import BENCHMARKS, BOXED, LETTER
 from tests.tiny_models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def test_the_bootstrap_against_all_its_draws():
     for end, at in ((found.low, 0.025), (found.high, 0.975)):  # within what 4000 draws can tell of the quantile
         assert means[int((at - 0.01) * len(means))] <= end <= means[int((at + 0.01) * len(means))]
     assert (found.low, found.high) != (interval(values).low, interval(values).high)
-    table = Scores((tuple(values),), (1,) * 5, (True,) * 5, (1.0,), (), ()).table("bootstrap")
+    table = EvaluationScores((tuple(values),), (1,) * 5, (True,) * 5, (1.0,), (), ()).table("bootstrap")
     assert table["avg@5"] == {"value": 0.55, "low": 0.55, "high": 0.55}  # one prompt: all draws are alike
 
 
@@ -63,8 +63,8 @@ def test_the_majority_by_hand(said, outcomes, value):
 
 
 def test_the_final_answer_of_a_response():
-    assert final(r"so \boxed{\frac12}.") == r"\frac12" and final("first\nThe answer is 7.") == "7"
-    assert final("<think>\\boxed{1}</think> nothing\n8") == "8" and final("") == ""
+    assert final_answer(r"so \boxed{\frac12}.") == r"\frac12" and final_answer("first\nThe answer is 7.") == "7"
+    assert final_answer("<think>\\boxed{1}</think> nothing\n8") == "8" and final_answer("") == ""
 
 
 # What the published files hold: how many problems, how one begins, the answer that it is compared with, a wrong one.
@@ -97,7 +97,7 @@ def test_the_published_files(name, file, size, at, begins, right, wrong):
     assert len(task.prompts) == size and task.name == name
     prompt = task.prompts[at]
     text = prompt.messages[-1]["content"]
-    assert text.startswith(begins) and text.endswith(SETS[name].instruction)
+    assert text.startswith(begins) and text.endswith(BENCHMARKS[name].instruction)
     assert task.verify(f"Thus \\boxed{{{right}}}", prompt) == 1
     assert task.verify(f"Thus \\boxed{{{wrong}}}", prompt) == 0
     if name == "sciknoweval":
@@ -132,13 +132,13 @@ def written(path: Path, *rows: dict) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_rows_of_every_set(name, tmp_path):
     row, right = FIXTURES[name]
     task = sets.load(name, Data(source=written(tmp_path / "set.jsonl", row)))
     (prompt,) = task.prompts
     text = prompt.messages[-1]["content"]
-    assert text.endswith(SETS[name].instruction)
+    assert text.endswith(BENCHMARKS[name].instruction)
     right = right or prompt.answer
     assert task.verify(f"\\boxed{{{right}}}", prompt) == 1 and task.verify("\\boxed{Z}", prompt) == 0
 
@@ -214,7 +214,7 @@ def test_the_same_model_makes_no_difference(models):
     what = Evaluate(model=models[0], prompts="embedded:ledger-short", sampling=Sampling(max_new_tokens=8), samples=1)
     scores = [evaluate(replace(what, data=Data(split="test", limit=3))) for _ in range(2)]
     assert scores[0] == scores[1] and scores[0].each().keys() == {"avg@1"}
-    assert versus(("a", scores[0]), ("b", scores[1]))["avg@1"].value == 0
+    assert compare_scores(("a", scores[0]), ("b", scores[1]))["avg@1"].value == 0
 
 
 def test_a_set_brings_its_number_of_samples_where_it_samples(models, tmp_path, capsys):

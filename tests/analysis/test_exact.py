@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opd.analysis.exact import World, measure, moments, token_gradients
-from opd.core.types import ALONE, STUDENT, TEACHER
+from opd.analysis.exact import World, gradient_moments, measure
+from opd.core.types import STUDENT, TEACHER, UNPROMPTED_COLUMNS
 from opd.losses.advantages import Discount, DiscountExpected
 from opd.losses.baselines import Baseline, Optimal, TopKValue, Value
-from opd.losses.divergences import JSD, BucketKL, DensityPower, RenormalisedKL, ReverseKL, Support
+from opd.losses.divergences import JSD, BucketKL, RenormalisedKL, ReverseKL, Support
 from opd.losses.estimators import Full, Sampled, Stratified
 from opd.losses.reductions import Constant, TokenMean
 from opd.losses.rewards import Clip, LogRatio, Power, Tanh
@@ -23,6 +23,7 @@ from opd.methods.optimal import opd_optimal, opd_stratified
 from opd.methods.power import poweropd
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.methods.vopd import vopd_topk
+from tests.reference_losses import DensityPower, token_gradients
 
 pytestmark = pytest.mark.usefixtures("float64")
 close = torch.testing.assert_close
@@ -39,7 +40,7 @@ pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 def expectation(m, student, teacher):
     """Mean and total variance of the gradient at each context."""
-    return moments(student.log_softmax(-1).exp(), token_gradients(m, student, teacher))
+    return gradient_moments(student.log_softmax(-1).exp(), token_gradients(m, student, teacher))
 
 
 def exact(divergence, student, teacher):
@@ -375,7 +376,7 @@ def test_measured_columns_by_hand():
 
 
 def test_moments_by_hand():
-    mean, variance = moments(torch.tensor([0.75, 0.25]), torch.tensor([[1.0, 0], [5, 4]]))
+    mean, variance = gradient_moments(torch.tensor([0.75, 0.25]), torch.tensor([[1.0, 0], [5, 4]]))
     close(mean, torch.tensor([2.0, 1]))
     close(variance, torch.tensor(0.75 * 2 + 0.25 * 18))
 
@@ -391,14 +392,16 @@ def test_float32_tables_are_measured_in_float64():
 MADE = {name: make() for name, make in METHODS.items()}
 
 
-@pytest.mark.parametrize("name", [n for n, m in MADE.items() if not (m.headless() or m.asks or m.reads() & ALONE)])
+@pytest.mark.parametrize(
+    "name", [n for n, m in MADE.items() if not (m.headless() or m.asks or m.reads() & UNPROMPTED_COLUMNS)]
+)
 def test_every_method_on_distributions_has_a_row(name):
     row = World.random(3, 2).row(MADE[name])
     assert -1 <= row.cosine <= 1.0000001 and row.bias >= 0 and row.noise >= 0
 
 
 def test_a_method_on_responses_without_their_prompts_has_none():
-    assert "without its prompt" in World.random(3, 2).outside(MADE["npd"])
+    assert "without its prompt" in World.random(3, 2).unsupported_reason(MADE["npd"])
 
 
 # refusals

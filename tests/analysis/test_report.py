@@ -15,22 +15,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import opd
-from opd.analysis.report.compare import apart, between, gains
+from opd.analysis.report.compare import differing_settings, group_differences, training_effects
 from opd.analysis.report.figures import payload, phases, positions
-from opd.analysis.report.inspect import inspect, rocks
+from opd.analysis.report.inspect import inspect, rock_shares
 from opd.analysis.report.page import finite, report
 from opd.config.commands import Inspect, Report
 from opd.core.errors import Refusal
 from opd.core.intervals import paired
 from opd.core.sampling import Sampling
-from opd.data.tokenizers import spelled
-from opd.head.inputs import Given, Hidden
+from opd.data.tokenizers import token_texts
+from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import alternatives
 from opd.head.vocabulary import Head, Vocabulary
 from opd.methods import METHODS
 from opd.models.load import EMBEDDED
 from opd.training import alarms as rules
-from opd.training.run_log import Group, Log, grouped, read
+from opd.training.run_log import Log, RunGroup, group_runs, read, saved
 from tests.tiny_models import tiny
 
 
@@ -72,14 +72,14 @@ def test_alternatives_are_the_likeliest_tokens_of_both():
         assert torch.equal(found.ids[:, columns].long(), logp.topk(k).indices)
     torch.testing.assert_close(found.student_logp, p.gather(-1, found.ids.long()))
     torch.testing.assert_close(found.teacher_logp, q.gather(-1, found.ids.long()))
-    alone = alternatives(student, Given(torch.zeros(n)), k, Vocabulary(v))
+    alone = alternatives(student, TeacherLogps(torch.zeros(n)), k, Vocabulary(v))
     assert torch.equal(alone.ids, found.ids[:, :k]) and alone.teacher_logp.isnan().all()
 
 
 def test_texts_of_tokens_add_up_to_the_response():
     text = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
     ids = text("Sep: 27+48=75\n<answer>75", add_special_tokens=False)["input_ids"]
-    said = spelled(text, ids)
+    said = token_texts(text, ids)
     assert "".join(said[i] for i in ids) == text.decode(ids)
 
 
@@ -95,7 +95,7 @@ def test_spaces_of_tokens_stay(kind):
     words.train_from_iterator([sentence], trainer)
     text = PreTrainedTokenizerFast(tokenizer_object=words)
     ids = text("sum and half \U0001f99d", add_special_tokens=False)["input_ids"]
-    said = [spelled(text, ids)[i] for i in ids]
+    said = [token_texts(text, ids)[i] for i in ids]
     assert "".join(said).strip().startswith("sum and half ") and all(said) and "\ufffd" not in "".join(said)
 
 
@@ -108,7 +108,7 @@ def test_a_run_folder_says_what_the_pages_need(runs):
             assert row["eval_accuracy"] == pytest.approx(np.mean([r["outcome"] for r in kept]))
             total = sum(r["reverse_kl"] * r["length"] for r in kept) / sum(r["length"] for r in kept)
             assert row["eval_reverse_kl"] == pytest.approx(total, rel=1e-4)
-        assert log.saved() == [1, 5, 10, 12]
+        assert list(saved(log.folder)) == [1, 5, 10, 12]
         columns = load_file(folder / "rollouts/step-000012.safetensors")
         said = columns["alternatives_ids"] == columns["ids"][..., None]
         there = said.any(-1) & columns["mask"]
@@ -123,13 +123,13 @@ def test_a_run_folder_says_what_the_pages_need(runs):
 
 
 def test_groups_are_configurations(runs):
-    groups = grouped([read(r) for r in runs])
+    groups = group_runs([read(r) for r in runs])
     assert [(g.name, len(g.runs)) for g in groups] == [("vopd", 2), ("opd-zscore", 1)]
     s = groups[0].series("reverse_kl")
     own = [read(r).series("reverse_kl") for r in runs[:2]]
     assert s.mean[3] == pytest.approx((own[0][4] + own[1][4]) / 2)
     assert (s.low[3], s.high[3]) == (min(o[4] for o in own), max(o[4] for o in own))
-    differ, same = apart([g.runs[0].config for g in groups])
+    differ, same = differing_settings([g.runs[0].config for g in groups])
     assert differ == ["method"] and "lr" in same and "seed" not in same
 
 
@@ -137,7 +137,7 @@ def test_equal_names_are_told_apart(runs, tmp_path):
     other = shutil.copytree(runs[0], tmp_path / "faster")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
-    names = [g.name for g in grouped([read(runs[0]), read(other)])]
+    names = [g.name for g in group_runs([read(runs[0]), read(other)])]
     assert len(set(names)) == 2 and "lr=0.5" in names[1]
 
 
@@ -156,21 +156,21 @@ def test_bootstrap_agrees_with_the_standard_error():
 
 
 def test_comparisons_take_the_prompts_that_both_have(runs, tmp_path):
-    groups = grouped([read(r) for r in runs])
-    (pair,) = between(groups, "reverse_kl")
+    groups = group_runs([read(r) for r in runs])
+    (pair,) = group_differences(groups, "reverse_kl")
     values = [[read(r).prompts[12][p]["reverse_kl"] for p in read(runs[2]).prompts[12]] for r in runs]
     assert pair.prompts == 6
     assert pair.value == pytest.approx(np.mean(values[0]) / 2 + np.mean(values[1]) / 2 - np.mean(values[2]))
     cut = shutil.copytree(runs[2], tmp_path / "cut")
     path = cut / "evals/step-000012.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
-    assert between(grouped([read(runs[0]), read(cut)]), "outcome")[0].prompts == 4
-    assert [g.a for g in gains(groups, "reverse_kl")] == ["vopd", "opd-zscore"]
-    assert all(g.high < 0 for g in gains(groups, "reverse_kl"))  # training lowered it
+    assert group_differences(group_runs([read(runs[0]), read(cut)]), "outcome")[0].prompts == 4
+    assert [g.a for g in training_effects(groups, "reverse_kl")] == ["vopd", "opd-zscore"]
+    assert all(g.high < 0 for g in training_effects(groups, "reverse_kl"))  # training lowered it
 
 
 def test_kl_by_position(runs):
-    (group,) = grouped([read(runs[0])])
+    (group,) = group_runs([read(runs[0])])
     first, last = positions(group)
     assert (first["step"], last["step"]) == (1, 12)
     columns = load_file(runs[0] / "rollouts/step-000012.safetensors")
@@ -198,7 +198,7 @@ def test_phases_are_what_a_step_waits_for():
     """The worker's processor seconds pass beside them."""
     perf = {"wait_s": 1.0, "update_s": 2.0, "worker_cpu_s": 4.0, "seconds": 3.0, "tokens_per_s": 9.0}
     log = Log(Path("run"), {}, {}, ({"step": 1}, {"step": 2}), (), (perf, perf | {"save_s": 1.0}), {})
-    assert phases(Group("one", (log,))) == {"wait": 1.0, "update": 2.0, "save": 0.5}
+    assert phases(RunGroup("one", (log,))) == {"wait": 1.0, "update": 2.0, "save": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_rock_scores_are_shares_of_the_kl_by_type():
     ids, mask = torch.tensor([[3, 1, 3], [1, 9, 9]]), torch.tensor([[True, True, True], [True, False, False]])
     kl = torch.tensor([[1.0, 0.5, 3.0], [0.5, 7.0, 7.0]])  # 4 nats on 3, 1 on 1, nothing trained on 9
     want = torch.tensor([[0.8, 0.2, 0.8], [0.2, 0.0, 0.0]])
-    torch.testing.assert_close(rocks(ids, mask, kl), want)
-    assert (rocks(ids, mask, torch.zeros(2, 3)) == 0).all()
+    torch.testing.assert_close(rock_shares(ids, mask, kl), want)
+    assert (rock_shares(ids, mask, torch.zeros(2, 3)) == 0).all()
 
 
 def test_refusals_of_inspect(runs, tmp_path):
@@ -280,7 +280,7 @@ def test_a_run_at_work_and_an_old_one_are_shown(runs, tmp_path):
         shutil.copy(runs[0] / name, bare)
     with (bare / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # half a line
-    shown = payload(grouped([read(bare)]))
+    shown = payload(group_runs([read(bare)]))
     assert shown["groups"][0]["steps"] == 12 and shown["positions"] == [] and shown["between"] == []
 
 
@@ -394,7 +394,7 @@ def test_inspect_in_a_browser(runs, visit, tmp_path):
     assert page.locator(".row").count() == 8
 
     page.select_option("#sort", "rock")
-    rock = rocks(columns["ids"].long(), columns["mask"], columns["reverse_kl"]).where(columns["mask"], 0)
+    rock = rock_shares(columns["ids"].long(), columns["mask"], columns["reverse_kl"]).where(columns["mask"], 0)
     assert page.locator("#facts b").first.inner_text() == str(int((rock.sum(1) / columns["mask"].sum(1)).argmax()))
     page.select_option("#sort", "kl")
     means = [float(r.locator("span").last.inner_text()) for r in page.locator(".row").all()]

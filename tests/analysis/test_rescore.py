@@ -9,7 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 import opd
-from opd.analysis.rescore import OWN, apart, asked, batch_of, compared, own_targets, ranks, read, rescore
+from opd.analysis.rescore import (
+    OWN_METHOD,
+    batch_of,
+    compare_pulls,
+    most_different,
+    own_targets,
+    parse_method,
+    ranks,
+    rescore,
+    targets_of,
+)
 from opd.cli import main
 from opd.config.commands import Rescore
 from opd.core.errors import Refusal
@@ -57,8 +67,8 @@ def columns(folder):
 def test_a_method_says_of_anothers_rollouts_what_it_says_of_its_own(folder, by, name):
     theirs, mine = columns(folder(by)), columns(folder(name))
     assert torch.equal(theirs["ids"], mine["ids"])
-    known = read((folder(by) / "method.txt").read_text())
-    targets, lacks = asked(METHODS[name](), batch_of(theirs), known, own_targets(theirs))
+    known = parse_method((folder(by) / "method.txt").read_text())
+    targets, lacks = targets_of(METHODS[name](), batch_of(theirs), known, own_targets(theirs))
     assert not lacks and len(targets) == len(own_targets(mine))
     for target, trained in zip(targets, own_targets(mine), strict=True):
         torch.testing.assert_close(target.weight, trained.weight, rtol=1e-5, atol=1e-7)
@@ -81,23 +91,23 @@ def test_what_the_vocabulary_alone_tells_is_not_guessed(folder):
         "oprd": "hidden",
         "fire": "it reads teacher_entropy",
     }.items():
-        targets, (lack,) = asked(METHODS[name](), batch, known, own)
+        targets, (lack,) = targets_of(METHODS[name](), batch, known, own)
         assert why in lack and all(t.advantage is None for t in targets), name
 
 
 def test_scores_of_the_runs_own_terms_are_reused(folder):
     """A baseline on the top k cannot be computed from columns; that of the run itself was, and was saved."""
     theirs = columns(folder("vopd-topk"))
-    known = read((folder("vopd-topk") / "method.txt").read_text())
+    known = parse_method((folder("vopd-topk") / "method.txt").read_text())
     assert known.terms == METHODS["vopd-topk"]().terms
-    (target,), lacks = asked(known, batch_of(theirs), known, own_targets(theirs))
+    (target,), lacks = targets_of(known, batch_of(theirs), known, own_targets(theirs))
     assert not lacks and torch.equal(target.advantage, theirs["advantage.0"])
-    assert asked(METHODS["vopd-topk"](k=3), batch_of(theirs), known, own_targets(theirs))[1]
+    assert targets_of(METHODS["vopd-topk"](k=3), batch_of(theirs), known, own_targets(theirs))[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_read_back_from_its_text(name):
-    assert read(repr(METHODS[name]())) == METHODS[name]()
+    assert parse_method(repr(METHODS[name]())) == METHODS[name]()
 
 
 def test_text_that_is_no_method_is_not_run():
@@ -108,20 +118,20 @@ def test_text_that_is_no_method_is_not_run():
         "Method(",
         "Method(terms=(open('x'),))",
     ):
-        assert read(text) is None
+        assert parse_method(text) is None
 
 
 def test_agreement_by_numpy():
     a, b = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
-    found = compared(a, b, [])
+    found = compare_pulls(a, b, [])
     order = lambda x: np.argsort(np.argsort(x.numpy()))
     assert found.pearson == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert found.spearman == pytest.approx(np.corrcoef(order(a), order(b))[0, 1])
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)))
     assert found.opposed == pytest.approx(np.mean(np.sign(a.numpy()) != np.sign(b.numpy())))
-    same = compared(a, 3 * a, [])
+    same = compare_pulls(a, 3 * a, [])
     assert same.pearson == pytest.approx(1) and same.spearman == pytest.approx(1) and same.opposed == 0
-    assert compared(a, torch.ones_like(a), []).pearson is None
+    assert compare_pulls(a, torch.ones_like(a), []).pearson is None
 
 
 def test_ties_share_their_rank():
@@ -130,7 +140,7 @@ def test_ties_share_their_rank():
 
 def test_the_tokens_furthest_apart_do_not_depend_on_scale():
     own, other = torch.tensor([1.0, 1.0, -1.0, 1.0]), torch.tensor([7.0, 7.0, 7.0, 7.0])
-    (found,) = apart(own, other, 3)
+    (found,) = most_different(own, other, 3)
     assert found == (2, pytest.approx(-1), pytest.approx(1))
 
 
@@ -138,9 +148,9 @@ def test_the_table(folder, capsys):
     run = folder("vopd")
     found = rescore(Rescore(run=run, tokens=3), {name: METHODS[name]() for name in ("vopd", "fire", "opd-full")})
     mine, text = found.methods["vopd"], {**json.loads((run / "rollouts/step-000001.tokens.json").read_text())}
-    assert found.beside == OWN and found.tokens == int(columns(run)["mask"].sum())
+    assert found.beside == OWN_METHOD and found.tokens == int(columns(run)["mask"].sum())
     assert mine.agreement.cosine == pytest.approx(1) and mine.agreement.opposed == 0 and not mine.agreement.tokens
-    assert mine.terms == found.methods[OWN].terms
+    assert mine.terms == found.methods[OWN_METHOD].terms
     fire = found.methods["fire"]
     assert 0 < fire.kept < found.rollouts and fire.terms[0].effective < mine.terms[0].effective
     assert len(fire.agreement.tokens) == 3
@@ -157,7 +167,7 @@ def test_the_table(folder, capsys):
 
 def test_a_run_without_advantages_is_no_yardstick(folder):
     found = rescore(Rescore(run=folder("opd-full")), {"opd": METHODS["opd"](), "fire": METHODS["fire"]()})
-    assert found.beside == "opd" and found.methods["fire"].agreement and found.methods[OWN].lacks
+    assert found.beside == "opd" and found.methods["fire"].agreement and found.methods[OWN_METHOD].lacks
 
 
 def test_what_cannot_be_rescored_is_refused_in_one_line(folder, tmp_path, capsys):

@@ -9,8 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.analysis.exact import World
-from opd.analysis.rock_tokens import _contexts, _look, rock
-from opd.analysis.token_occurrences import SHARES, Corpus, above, consistency, matched, rank, stability
+from opd.analysis.rock_tokens import _contexts, _measure_corpus, rock
+from opd.analysis.token_occurrences import (
+    SHARES,
+    Corpus,
+    consistency,
+    control_types,
+    is_above_quantile,
+    rank,
+    stability,
+)
 from opd.cli import main
 from opd.config.commands import Context, Rock
 from opd.core.errors import Refusal
@@ -38,9 +46,9 @@ def test_the_score_is_the_summed_kl_of_the_token():
     corpus = Corpus(tensor([3, 1, 3, 0]), tensor([0.5, 2.0, 0.25, 9.0]), tensor([0, 0, 1, 1]))
     counts, sums = corpus.tally()
     assert counts.tolist() == [1, 1, 0, 2] and sums.tolist() == [9.0, 2.0, 0.0, 0.75]
-    assert rank(counts, sums, top=2, least=1) == (0, 1)
-    assert rank(counts, sums, top=2, least=2) == (3,)  # frequent enough, and fewer than asked
-    assert rank(counts, sums, top=9, least=1) == (0, 1, 3)  # never a type that does not occur
+    assert rank(counts, sums, top=2, min_count=1) == (0, 1)
+    assert rank(counts, sums, top=2, min_count=2) == (3,)  # frequent enough, and fewer than asked
+    assert rank(counts, sums, top=9, min_count=1) == (0, 1, 3)  # never a type that does not occur
     part = corpus.part(tensor([1]))
     assert part.ids.tolist() == [3, 0] and part.kl.tolist() == [0.25, 9.0]
 
@@ -49,9 +57,9 @@ def test_control_takes_the_nearest_frequencies_and_the_rest_of_the_total():
     #             rocks: 8 and 4;  free: 9  7  3  2  1  1
     counts = tensor([8, 4, 9, 7, 3, 2, 1, 1])
     # 8 -> 9 (log 9/8 < log 8/7), 3 are left; 4 -> 3, nothing is left.
-    assert matched(counts, (0, 1)) == (2, 4)
+    assert control_types(counts, (0, 1)) == (2, 4)
     # 4 -> 3 (log 4/3 < log 7/4, and 7 exceeds what is left); 1 is left.
-    assert matched(counts, (1,)) == (4, 6)
+    assert control_types(counts, (1,)) == (4, 6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -60,7 +68,7 @@ def test_control_has_equal_total_occurrences(seed):
     g = torch.Generator().manual_seed(seed)
     counts = (4000 / torch.arange(1, 2001) ** 0.9).round().long()
     rocks = torch.randperm(200, generator=g)[:30].tolist()
-    control = matched(counts, rocks)
+    control = control_types(counts, rocks)
     assert not set(control) & set(rocks) and len(set(control)) == len(control)
     missing = int(counts[rocks].sum() - counts[list(control)].sum())
     assert 0 <= missing < counts[[i for i in range(2000) if i not in (*rocks, *control)]].min()
@@ -70,27 +78,27 @@ def test_control_has_equal_total_occurrences(seed):
 
 def test_control_of_nearly_everything_is_what_remains():
     counts = tensor([100, 50, 3, 0, 2])
-    assert set(matched(counts, (0, 1))) == {2, 4}
-    assert matched(counts, (0, 1, 2, 4)) == ()
+    assert set(control_types(counts, (0, 1))) == {2, 4}
+    assert control_types(counts, (0, 1, 2, 4)) == ()
 
 
 def test_stability_is_one_for_the_whole_and_falls_with_the_share():
     g = torch.Generator().manual_seed(0)
     ids = torch.distributions.Geometric(0.05).sample((4000,)).long()
     corpus = Corpus(ids, torch.rand(4000, generator=g).double(), torch.arange(200).repeat_interleave(20))
-    found = stability(corpus, top=20, least=2, seed=0)
+    found = stability(corpus, top=20, min_count=2, seed=0)
     assert tuple(found) == SHARES and found[1.0] == 1
     assert found[0.1] < found[0.6] < 1
-    assert found == stability(corpus, top=20, least=2, seed=0)
+    assert found == stability(corpus, top=20, min_count=2, seed=0)
     # Two rollouts, each with a token of its own: half of the corpus has one of the two.
     two = Corpus(tensor([0, 0, 1, 1]), torch.ones(4), tensor([0, 0, 1, 1]))
-    assert stability(two, top=2, least=2, seed=0)[0.4] == 0.5
+    assert stability(two, top=2, min_count=2, seed=0)[0.4] == 0.5
 
 
 def test_high_is_from_the_quantile_on():
     kl = torch.randperm(100).double()
-    assert sorted(kl[above(kl, 0.95)].tolist()) == [95, 96, 97, 98, 99]
-    assert above(kl, 0.0).all()
+    assert sorted(kl[is_above_quantile(kl, 0.95)].tolist()) == [95, 96, 97, 98, 99]
+    assert is_above_quantile(kl, 0.0).all()
 
 
 def test_consistency_counts_occurrences_whose_context_recurs():
@@ -138,7 +146,7 @@ def looked(pair, tmp_path_factory):
     how = config(pair, tmp_path_factory.mktemp("looked") / "rocks.json")
     session = open_session(how.run(), Method(), None)
     loop = Loop(how.run(), Method(), session, Run(how.out))
-    return how, loop, *_look(how, loop)
+    return how, loop, *_measure_corpus(how, loop)
 
 
 def states(model, rollout):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.analysis.exact import alone, moments, slopes, speakers, to_logits, token_gradients
-from opd.analysis.variance import Means, directions, look, quantile, ratio, variance
+from opd.analysis.exact import dependence_reason, gradient_moments, slopes, source_shares, to_logits
+from opd.analysis.variance import Means, directions, measure_rollout, quantile, ratio, variance
 from opd.cli import main
 from opd.config.commands import Variance
 from opd.head.inputs import Hidden
@@ -27,6 +27,7 @@ from opd.models.batching import Rows
 from opd.models.forward import final_states
 from opd.models.load import head
 from opd.models.student import Student
+from tests.reference_losses import token_gradients
 from tests.tiny_models import tiny
 
 close = torch.testing.assert_close
@@ -44,7 +45,7 @@ LISTED = {
 # one position
 
 
-ALONE = {name: make() for name, make in METHODS.items() if not alone(make())} | {
+ALONE = {name: make() for name, make in METHODS.items() if not dependence_reason(make())} | {
     "importance sampling": Method((PolicyGradient(baseline=Value(), surrogate=ImportanceSampling()),)),
     "clipped": Method((PolicyGradient(surrogate=Clipped()),)),
     "stratified 0": opd_stratified(0),
@@ -64,7 +65,7 @@ def test_slopes_are_the_gradients_of_every_token(m):
     s, p = slopes(m, at), student.softmax(-1)
     own = token_gradients(m, student, *frozen)
     close(to_logits(s.always[:, None] + torch.diag_embed(s.drawn), p[:, None].expand(-1, 9, -1)), own)
-    first, total = moments(p, own)
+    first, total = gradient_moments(p, own)
     close(s.mean(p), first)
     close(s.variance(p), total)
     direction = torch.randn(9)  # of the logits; log p moves by it less its mean
@@ -112,7 +113,7 @@ class Pair:
         return torch.einsum("tyv,tvd->tyd", in_logits, flat), live.detach().exp()
 
     def look(self, methods, along, trained=None, means=None):
-        return look(
+        return measure_rollout(
             self.student,
             self.at,
             self.teacher,
@@ -138,7 +139,7 @@ def test_along_a_direction_the_variance_is_that_of_every_token_backpropagated(tm
     sums, _ = pair.look(LISTED, [direction])
     for name, m in LISTED.items():
         own, p = pair.gradients(m)
-        total = moments(p, (own @ d)[..., None])[1]
+        total = gradient_moments(p, (own @ d)[..., None])[1]
         close(torch.tensor(sums[name].variance), total.sum(), rtol=1e-6, atol=1e-9)  # norms of Llama are fp32
 
 
@@ -164,7 +165,7 @@ def test_over_all_directions_it_is_the_total_variance(pair):
     pair.trained = some
     for name, m in LISTED.items():
         own, p = pair.gradients(m)
-        close(torch.tensor(sums[name].variance), moments(p, own)[1].sum(), atol=1e-9, rtol=1e-6)
+        close(torch.tensor(sums[name].variance), gradient_moments(p, own)[1].sum(), atol=1e-9, rtol=1e-6)
 
 
 def test_over_random_directions_it_is_unbiased(pair):
@@ -173,7 +174,7 @@ def test_over_random_directions_it_is_unbiased(pair):
     for name, m in (("opd", opd()), ("vopd", vopd())):
         x = torch.tensor([s[name].variance for s in each])
         own, p = pair.gradients(m)
-        truth = moments(p, own)[1].sum()
+        truth = gradient_moments(p, own)[1].sum()
         assert abs(x.mean() - truth) < 4 * x.std() / len(x) ** 0.5
         assert x.std() / len(x) ** 0.5 < 0.1 * truth  # or the line above says nothing
 
@@ -191,12 +192,12 @@ def test_mean_gradients_are_those_of_the_losses(pair):
     flat = {}
     for name, m in LISTED.items():
         own, p = pair.gradients(m)
-        flat[name] = moments(p, own)[0].sum(0)
+        flat[name] = gradient_moments(p, own)[0].sum(0)
         norm2, cosine = means.compare(name)
         assert norm2 == pytest.approx(float(flat[name].square().sum()), rel=1e-4)  # fp32 inside
-        full = flat.setdefault("full", moments(p, pair.gradients(opd_full())[0])[0].sum(0))
+        full = flat.setdefault("full", gradient_moments(p, pair.gradients(opd_full())[0])[0].sum(0))
         assert cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(flat[name], full, dim=0)), rel=1e-6)
-    assert set(means.more) == {"poweropd", "gkd"}  # the others estimate the same gradient, context by context
+    assert set(means.differences) == {"poweropd", "gkd"}  # the others estimate the same gradient, context by context
 
 
 def test_counts_and_divergence(pair):
@@ -204,7 +205,7 @@ def test_counts_and_divergence(pair):
     q = pair.logp(pair.teacher)
     sums, nats = pair.look(LISTED, [{n: torch.randn_like(x) for n, x in pair.trained.items()}])
     assert nats == pytest.approx(float((live.exp() * (live - q)).sum()))
-    total = {name: moments(live.exp(), token_gradients(m, live, q))[1] for name, m in LISTED.items()}
+    total = {name: gradient_moments(live.exp(), token_gradients(m, live, q))[1] for name, m in LISTED.items()}
     for name, x in total.items():
         assert sums[name].logits == pytest.approx(float(x.sum()), rel=1e-6, abs=1e-12)
         assert sums[name].raised == int((x > 1.001 * total["opd"]).sum())
@@ -219,7 +220,7 @@ def test_intervals_cover(tmp_path, float64):
     truth, seen = [], []
     for seed in range(6):
         pair = Pair(tmp_path / str(seed), seed=seed)
-        truth.append([float(moments(*reversed(pair.gradients(m)))[1].sum()) for m in (vopd(), opd())])
+        truth.append([float(gradient_moments(*reversed(pair.gradients(m)))[1].sum()) for m in (vopd(), opd())])
         draws = [pair.look({"vopd": vopd()}, directions(pair.trained, config, 100 * seed + i))[0] for i in range(40)]
         seen.append([(x["vopd"].variance, x["opd"].variance) for x in draws])
     above, below = torch.tensor(truth).sum(0)
@@ -340,7 +341,7 @@ def test_exact_with_a_teacher_that_writes_a_share(capsys):
     rows = exact(capsys, "--methods", "gkd-reverse,gkd-reverse:share=0,gkd-reverse:share=0.5")
     ends = rows["gkd-reverse"]["bias"], rows["gkd-reverse:share=0"]["bias"]
     assert min(ends) < rows["gkd-reverse:share=0.5"]["bias"] <= max(ends) + 1e-9 or ends[0] != ends[1]
-    assert speakers(METHODS["gkd"](share=0.25)) == {0: 0.25, 1: 0.75}
+    assert source_shares(METHODS["gkd"](share=0.25)) == {0: 0.25, 1: 0.75}
     other = exact(capsys, "gkd", "--share", "0.5", "--other", "response")
     assert "writes" in other["gkd"]["why"]
 

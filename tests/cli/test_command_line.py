@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from opd.cli import main
-from opd.cli.method_names import plus
+from opd.cli.method_names import add_terms
 from opd.cli.train import TrainFlags
 from opd.config.presets import PAPER, settings
 from opd.config.train import Train
@@ -266,7 +266,7 @@ def test_presets_hold_for_what_the_user_does_not_set():
 
 
 def test_also_adds_terms_at_a_weight():
-    both = plus(METHODS["vopd"](), "gkd-forward:0.25")
+    both = add_terms(METHODS["vopd"](), "gkd-forward:0.25")
     assert both == Method(
         (*METHODS["vopd"]().terms, *(type(t)(t.divergence, coef=0.25) for t in METHODS["gkd-forward"]().terms))
     )

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.command import PARTS
 from opd import cli
 from opd.cli.methods import flag_names, listing
-from opd.cli.parse import TRL_FLAGS, built, flags_of, scanned
+from opd.cli.parse import TRL_FLAGS, flags_of, run_tyro, scan_words
 from opd.cli.train import DoctorFlags, TrainFlags
 from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
 from opd.config.evaluate import Evaluate
@@ -37,7 +37,7 @@ def refused(capsys, words: str | list[str]) -> str:
 def of_tyro(what: object, capsys) -> set[str]:
     """Return the flags that tyro's help of a dataclass or function lists."""
     with pytest.raises(SystemExit) as stop:
-        built(what, ["--help"], prog="opd", description="")
+        run_tyro(what, ["--help"], prog="opd", description="")
     assert stop.value.code == 0
     rows = re.findall(r"^[│ ] (--[a-z][a-z0-9-]*)", capsys.readouterr().out, re.MULTILINE)
     return {*rows} - {"--help"}
@@ -174,13 +174,13 @@ def test_words_are_read_as_tyro_reads_them():
     words = shlex.split(
         "--lr=3e-4 --betas -1 -.5 vopd --max_new_tokens 7 --also a:1 --also=b:2 --no-doctor --k 3 --system=--x"
     )
-    read = scanned(TrainFlags, [*shlex.split(TRAIN), *words])
-    assert read.rest == ("vopd", "--k", "3")
-    flags = built(TrainFlags, read.known, prog="opd", description="")
+    read = scan_words(TrainFlags, [*shlex.split(TRAIN), *words])
+    assert read.remaining == ("vopd", "--k", "3")
+    flags = run_tyro(TrainFlags, read.own_words, prog="opd", description="")
     assert (flags.run.lr, flags.run.betas, flags.run.sampling.max_new_tokens) == (3e-4, (-1, -0.5), 7)
     assert (flags.also, flags.run.doctor, flags.run.data.system) == (("a:1", "b:2"), False, "--x")
-    several = scanned(Report, ["one", "--out", "page.html", "two"])
-    assert [str(run) for run in built(Report, several.known, prog="opd", description="").runs] == ["one", "two"]
+    several = scan_words(Report, ["one", "--out", "page.html", "two"])
+    assert [str(run) for run in run_tyro(Report, several.own_words, prog="opd", description="").runs] == ["one", "two"]
 
 
 def test_flags_of_trl_lead_to_flags_of_ours():
@@ -263,4 +263,4 @@ def test_help_and_mistakes_import_no_heavy_library(commands, allowed):
 
 def test_values_are_refused_before_what_they_are_for_is_imported():
     with pytest.raises(Refusal, match="--port x: must be a whole number"):
-        scanned(Serve, ["model", "--port", "x"])
+        scan_words(Serve, ["model", "--port", "x"])

@@ -73,12 +73,12 @@ SIZE = len(byte_level())
 ENDS = (byte_level().convert_tokens_to_ids(END),)
 
 
-def compare(student, teacher, **changed) -> tokens.Agreement:
+def compare(student, teacher, **changed) -> tokens.TokenizerAgreement:
     given = {"student_rows": SIZE, "teacher_rows": SIZE, "student_eos": ENDS, "teacher_eos": ENDS} | changed
-    return tokens.agreement(student, teacher, **given)
+    return tokens.compare_tokenizers(student, teacher, **given)
 
 
-def only(agreed: tokens.Agreement, field: str, severity: Severity) -> tokens.Difference:
+def only(agreed: tokens.TokenizerAgreement, field: str, severity: Severity) -> tokens.Difference:
     """The one finding about a field; one line, as everything a user is told."""
     (found,) = [d for d in agreed.differences if d.field == field]
     assert found.severity is severity
@@ -415,7 +415,7 @@ def test_the_embedded_models_share_one_tokenizer():
     loaded = [AutoTokenizer.from_pretrained(path.parent) for path in EMBEDDED_TOKENIZERS]
     for other in loaded:
         rows, eos = len(other), prompts.stop_ids(GenerationConfig(), other)
-        agreed = tokens.agreement(
+        agreed = tokens.compare_tokenizers(
             loaded[0], other, student_rows=rows, teacher_rows=rows, student_eos=eos, teacher_eos=eos
         )
         assert tokens.require(agreed).vocabulary == rows

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import opd
 from opd.core.errors import Refusal
-from opd.head.sweep import _Side
+from opd.head.sweep import ModelLogits
 from opd.methods import METHODS
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
@@ -50,7 +50,7 @@ def test_every_method_lowers_the_divergence_to_the_teacher(pair, tmp_path, name)
 def test_known_advantages_are_trained_on_without_the_teacher(pair, tmp_path, name, monkeypatch):
     """Its logits are swept once a token, not twice; every number is as if it had been asked again."""
     rows, final, asked = [], [], []
-    fill = _Side.fill
+    fill = ModelLogits.fill
     for out in ("twice", "once"):
         count = {}
 
@@ -58,7 +58,7 @@ def test_known_advantages_are_trained_on_without_the_teacher(pair, tmp_path, nam
             count[side.weight.shape[1]] = count.get(side.weight.shape[1], 0) + at.stop - at.start
             return fill(side, at)
 
-        monkeypatch.setattr(_Side, "fill", counted)
+        monkeypatch.setattr(ModelLogits, "fill", counted)
         if out == "twice":
             plain = Method.advised
             monkeypatch.setattr(Method, "advised", lambda self: None)

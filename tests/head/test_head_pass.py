@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from opd.core.types import reads
-from opd.head import head_pass as head_pass_module
 from opd.head import sweep
-from opd.head.closed_forms import ThroughKL, ThroughLogp, ThroughSome, closed_form
+from opd.head.closed_forms import ThroughKL, ThroughLogp, ThroughSupport, closed_form
 from opd.head.head_pass import head_pass, measure
-from opd.head.inputs import Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels.torch_sweep import sweep_
-from opd.head.outputs import Columns
+from opd.head.outputs import HeadColumns
 from opd.head.sums import Sums
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import Optimal, TopKValue, Value
@@ -71,7 +70,7 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "sum": Method((PolicyGradient(Power(), Value(), surrogate=Clipped()), PolicyGradient(baseline=Optimal()))),
     },
     ThroughKL: {"opd-full": METHODS["opd-full"](), "twice": Method((Match(), Match(coef=0.5)))},
-    ThroughSome: {
+    ThroughSupport: {
         "bucket": Method((Match(BucketKL(Support(5))),)),
         "bucket, forward": Method((Match(BucketForwardKL(Support(5, "teacher")), coef=0.5),)),
         "bucket, Jensen-Shannon": Method((Match(BucketJSD(Support(5), 0.3)),)),
@@ -87,14 +86,14 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "two divergences": Method((Match(), Match(ForwardKL()))),
     },
 }
-CLOSED = {name: method for form in (ThroughLogp, ThroughKL, ThroughSome) for name, method in FORMS[form].items()}
+CLOSED = {name: method for form in (ThroughLogp, ThroughKL, ThroughSupport) for name, method in FORMS[form].items()}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks in a chunk, the last one shorter."""
     monkeypatch.setattr(sweep, "CACHE", 5 * V * 8)
-    monkeypatch.setattr(sweep, "GRAPH", 7 * V * 8)
+    monkeypatch.setattr(sweep, "GRAPH_CACHE", 7 * V * 8)
 
 
 @pytest.fixture(params=["torch", "C"])
@@ -107,7 +106,7 @@ def swept_in(request, monkeypatch):
         library = native.built.__wrapped__()
         monkeypatch.setattr(native, "built", lambda: library)
         monkeypatch.setattr(native, "_sweep", native._sweep.__wrapped__)
-    monkeypatch.setattr(native, "LEAST", torch.inf if request.param == "torch" else 1)
+    monkeypatch.setattr(native, "MIN_COLUMNS", torch.inf if request.param == "torch" else 1)
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def by_autograd(monkeypatch):
 
     def run(f, *args):
         with monkeypatch.context() as m:
-            m.setattr(head_pass_module, "closed_form", lambda method: None)
+            m.setattr(sweep, "closed_form", lambda method: None)
             return f(*args)
 
     return run
@@ -131,8 +130,8 @@ class Case:
     reference: Hidden | None = None
 
     @property
-    def heard(self) -> Heard:
-        return Heard(self.teacher, self.reference)
+    def heard(self) -> FrozenOutputs:
+        return FrozenOutputs(self.teacher, self.reference)
 
 
 def case(kind: dict, dtype: torch.dtype, size: int = V, seed: int = 0) -> Case:
@@ -182,7 +181,7 @@ def targets(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Target,
     return tuple(Target(weight, None, drawn if past(term) else None) for term in method.terms)
 
 
-def passed(c: Case, method: Method, ts: tuple[Target, ...], v: Vocabulary) -> tuple[list[torch.Tensor], Columns]:
+def passed(c: Case, method: Method, ts: tuple[Target, ...], v: Vocabulary) -> tuple[list[torch.Tensor], HeadColumns]:
     """Loss and gradients of the head pass, and its columns."""
     loss, columns = head_pass(method, c.student, c.heard, c.ids, ts, v)
     return [loss.detach(), *torch.autograd.grad(loss, c.leaves)], columns
@@ -389,7 +388,12 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say():
     same = Hidden(c.student.states.detach(), c.student.head)
     for name in ("vopd", "opd-full"):
         loss, columns = head_pass(
-            METHODS[name](), c.student, Heard(same), c.ids, targets(METHODS[name](), torch.float32), Vocabulary(V)
+            METHODS[name](),
+            c.student,
+            FrozenOutputs(same),
+            c.ids,
+            targets(METHODS[name](), torch.float32),
+            Vocabulary(V),
         )
         assert columns.reverse_kl.abs().max() == 0 and loss == 0
         assert torch.autograd.grad(loss, c.leaves[0])[0].abs().max() < 1e-6
@@ -439,7 +443,7 @@ def test_a_tied_head_adds_both_gradients():
 def test_a_frozen_head_costs_no_product(name, monkeypatch):
     c, method = case({}, torch.float64), METHODS[name]()
     frozen = Hidden(c.student.states, Head(c.student.head.weight.detach()))
-    monkeypatch.setattr(sweep, "addmm", None)
+    monkeypatch.setattr("opd.head.head_pass.addmm", None)
     loss, _ = head_pass(method, frozen, c.heard, c.ids, targets(method), Vocabulary(V))
     torch.testing.assert_close(
         torch.autograd.grad(loss, c.leaves[0]),
@@ -473,7 +477,7 @@ def test_no_tokens_is_a_zero_loss_with_zero_gradients():
     empty = Hidden(c.student.states[:0], c.student.head)
     none = tuple(t[:0] for t in targets(method))
     loss, columns = head_pass(
-        method, empty, Heard(Hidden(c.teacher.states[:0], c.teacher.head)), c.ids[:0], none, Vocabulary(V)
+        method, empty, FrozenOutputs(Hidden(c.teacher.states[:0], c.teacher.head)), c.ids[:0], none, Vocabulary(V)
     )
     assert loss == 0 and all(len(x) == 0 for _, x in columns.named())
     assert torch.autograd.grad(loss, c.leaves[1])[0].abs().max() == 0
@@ -527,7 +531,7 @@ def test_the_sweep_in_c_hides_no_nan_and_leaves_the_other_rows_alone():
 @pytest.mark.parametrize("name", ["vopd", "no baseline", "opd-full", "top-k", "optimal", "beyond", "gkd"])
 def test_who_goes_through_c(name, monkeypatch):
     """Those whose gradient is made of e alone; the others look at the logits again."""
-    monkeypatch.setattr(native, "LEAST", 1)
+    monkeypatch.setattr(native, "MIN_COLUMNS", 1)
     used, plain = [], native.sweep_
     monkeypatch.setattr(native, "sweep_", lambda *args: used.append(1) or plain(*args))
     method = CLOSED[name] if name in CLOSED else METHODS[name]()
@@ -547,7 +551,7 @@ import sys, torch
 from pathlib import Path
 from opd.losses.terms import Target
 from opd.methods import METHODS
-from opd.head.inputs import Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.vocabulary import Head
 from opd.head.vocabulary import Vocabulary
 from opd.head.head_pass import head_pass
@@ -561,7 +565,7 @@ def run(n):
     student, other = Hidden(states[:n], Head(weight)), Hidden(teacher[:n], Head(weight.detach()))
     target = (Target(ones[:n], None, None),)
     vocabulary = Vocabulary(v, chunk_bytes=4 << 20)
-    head_pass(METHODS[sys.argv[1]](), student, Heard(other), ids[:n], target, vocabulary)[0].backward()
+    head_pass(METHODS[sys.argv[1]](), student, FrozenOutputs(other), ids[:n], target, vocabulary)[0].backward()
     return peak()
 few = run(n // 8)
 print(run(n) - few)
@@ -581,7 +585,7 @@ import resource, sys, torch
 from pathlib import Path
 from opd.losses.terms import Target
 from opd.methods import METHODS
-from opd.head.inputs import Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.vocabulary import Head
 from opd.head.vocabulary import Vocabulary
 from opd.head.head_pass import head_pass, measure
@@ -597,9 +601,9 @@ try:
 except RuntimeError:
     print("too large")
 ones = Target(torch.ones(n), None, None)
-loss, columns = head_pass(method, student, Heard(teacher), ids, (ones,) * len(method.terms), vocabulary)
+loss, columns = head_pass(method, student, FrozenOutputs(teacher), ids, (ones,) * len(method.terms), vocabulary)
 loss.backward()
-again = measure(method, student, Heard(teacher), ids, vocabulary)
+again = measure(method, student, FrozenOutputs(teacher), ids, vocabulary)
 assert torch.allclose(columns.student_logp, again.student_logp, atol=1e-5)
 assert states.grad.abs().sum(1).all() and weight.grad.isfinite().all()
 print("passed")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd.head import onednn as module
 from opd.head.matmul import BLOCK, addmm, mm
-from opd.head.onednn import LEAST, Linear, pays, product, quicken
+from opd.head.onednn import MIN_MULTIPLICATIONS, Linear, is_worthwhile, product, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch):
     """On any processor: what is computed does not depend on who is faster."""
-    monkeypatch.setattr(module, "faster", lambda: True)
+    monkeypatch.setattr(module, "is_faster", lambda: True)
 
 
 def error(found, wanted):
@@ -33,8 +33,8 @@ def test_outputs_and_gradients_are_no_less_exact_than_torchs(shape, bias):
     seen = torch.randn(*shape, 80)
     exact = copy.deepcopy(layer).double()
     fast = copy.deepcopy(layer)
-    quicken(fast)
-    assert type(fast) is Linear and pays(x, fast.weight)
+    use_onednn(fast)
+    assert type(fast) is Linear and is_worthwhile(x, fast.weight)
     found = []
     for one in (exact, layer, fast):
         a = x.to(one.weight.dtype).requires_grad_()
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_are_no_less_exact_than_torchs(shape, bias):
 
 def test_frozen_weights_ask_for_no_gradient():
     fast = nn.Linear(48, 80)
-    quicken(fast.requires_grad_(False))
+    use_onednn(fast.requires_grad_(False))
     x = torch.randn(2048, 48, requires_grad=True)
     fast(x).sum().backward()
     assert x.grad is not None and fast.weight.grad is None and fast.bias.grad is None
@@ -59,8 +59,8 @@ def test_frozen_weights_ask_for_no_gradient():
 def test_small_low_and_autocast_products_are_torchs_own(monkeypatch):
     monkeypatch.setattr(module, "product", lambda *_: pytest.fail("not here"))
     fast = nn.Linear(48, 80)
-    quicken(fast)
-    small = torch.randn(LEAST // (48 * 80) - 1, 48)
+    use_onednn(fast)
+    small = torch.randn(MIN_MULTIPLICATIONS // (48 * 80) - 1, 48)
     assert torch.equal(fast(small), linear(small, fast.weight, fast.bias))
     large = torch.randn(2048, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -77,7 +77,7 @@ def test_strides_do_not_matter():
 def test_products_into_a_place_are_whole():
     """Several blocks, the last one short."""
     states, weight = torch.randn(40, 24), torch.randn(4 * BLOCK + 100, 24)
-    assert pays(states, weight)
+    assert is_worthwhile(states, weight)
     out = torch.full((40, len(weight)), torch.nan)
     torch.testing.assert_close(mm(states, weight.T, out), states @ weight.T)
     whole = torch.ones(len(weight), 24)
@@ -87,7 +87,7 @@ def test_products_into_a_place_are_whole():
 def test_a_copy_has_its_own_weights():
     """A moving average of the student is such a copy."""
     fast = nn.Sequential(nn.Linear(48, 80))
-    quicken(fast)
+    use_onednn(fast)
     other = copy.deepcopy(fast)
     with torch.no_grad():
         other[0].weight.zero_()
@@ -105,7 +105,7 @@ def test_a_quickened_model_trains_as_it_did():
     )
     model = LlamaForCausalLM(config).eval()
     fast, ids = copy.deepcopy(model), torch.randint(300, (8, 64))
-    quicken(fast)
+    use_onednn(fast)
     fast.gradient_checkpointing_enable({"use_reentrant": False})
     fast.train()
     losses = [m(input_ids=ids, labels=ids).loss for m in (model, fast)]

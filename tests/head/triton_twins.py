@@ -6,11 +6,12 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
+from opd.head import head_pass as head_pass_module
 from opd.head import sweep
-from opd.head.backend import fuses, sweeper
+from opd.head.backend import backend_name, uses_triton
 from opd.head.closed_forms import Form, ThroughKL, ThroughLogp
 from opd.head.head_pass import head_pass, measure
-from opd.head.inputs import Given, Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels import triton_sweep as fused
 from opd.head.sums import Sums
@@ -60,8 +61,8 @@ def small(monkeypatch):
 @pytest.fixture
 def swept(monkeypatch):
     """How often Triton swept; nobody else may."""
-    calls, sweep = [], fused.sweep_
-    monkeypatch.setattr(fused, "sweep_", lambda *args, **more: calls.append(len(args[0])) or sweep(*args, **more))
+    calls, fused_sweep = [], fused.sweep_
+    monkeypatch.setattr(fused, "sweep_", lambda *args, **more: calls.append(len(args[0])) or fused_sweep(*args, **more))
     monkeypatch.setattr(native, "runs", lambda *args: pytest.fail("C was asked"))
     monkeypatch.setattr(sweep, "sweep_", lambda *args: pytest.fail("torch swept"))
     return calls
@@ -250,9 +251,9 @@ def test_without_a_closed_form_triton_measures_and_autograd_differentiates(swept
 @pytest.mark.parametrize("told", [True, False])
 def test_a_teacher_behind_a_server(told, swept):
     c, method = case({}, torch.float32), Method((PolicyGradient(LogRatio() if told else One()),))
-    given = Given(torch.linspace(-3, -1, N)) if told else None
+    given = TeacherLogps(torch.linspace(-3, -1, N)) if told else None
     ts = (plain.Target(torch.ones(N), None if told else torch.linspace(-1, 1, N), torch.zeros(N)),)
-    loss, columns = head_pass(method, c.student, Heard(given), c.ids, ts, Vocabulary(V))
+    loss, columns = head_pass(method, c.student, FrozenOutputs(given), c.ids, ts, Vocabulary(V))
     logp = (c.student.states.double() @ c.student.head.weight.double().T).log_softmax(-1)
     logp = logp.gather(-1, c.ids[:, None])[:, 0]
     advantage = ts[0].advantage if given is None else given.logp - logp.detach()
@@ -268,8 +269,9 @@ def test_a_teacher_behind_a_server(told, swept):
 def test_bf16_products(rounded, name, swept, monkeypatch):
     """As a GPU makes them, unrounded: then fp32 tiles lose what the products' factors lost, and no more."""
     unrounded = lambda a, b, out: out.copy_(a.float() @ b.float())
-    monkeypatch.setattr(sweep, "mm", unrounded)
-    monkeypatch.setattr(sweep, "addmm", lambda a, b, out: out.add_(a.float() @ b.float()))
+    for module in (sweep, head_pass_module):
+        monkeypatch.setattr(module, "mm", unrounded)
+    monkeypatch.setattr(head_pass_module, "addmm", lambda a, b, out: out.add_(a.float() @ b.float()))
     c, method, v = case({}, torch.bfloat16), METHODS[name](), Vocabulary(V, rounded=rounded)
     (_, *got), columns = passed(c, method, targets(method, torch.float32), v)
     exact = [
@@ -336,8 +338,13 @@ def test_float64_stays_with_torch(monkeypatch):
 
 def test_who_sweeps(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert fuses(cpu) and fuses(gpu) and sweeper(cpu) == "triton"
+    assert uses_triton(cpu) and uses_triton(gpu) and backend_name(cpu) == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert not fuses(cpu) and fuses(gpu) and sweeper(cpu) in ("C", "torch") and sweeper(gpu) == "triton"
+    assert (
+        not uses_triton(cpu)
+        and uses_triton(gpu)
+        and backend_name(cpu) in ("C", "torch")
+        and backend_name(gpu) == "triton"
+    )
     monkeypatch.setattr("opd.head.backend._triton", lambda: False)
-    assert not fuses(gpu) and sweeper(gpu) == "torch"
+    assert not uses_triton(gpu) and backend_name(gpu) == "torch"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.analysis.exact import World
-from opd.core.types import ASKED, DATA, GIVEN, MEASURED, STUDENT
+from opd.core.types import ANSWER_COLUMNS, DATA, MEASURED, ROLLOUT_COLUMNS, STUDENT
 from opd.losses.advantages import Discount, DiscountExpected, Whiten
 from opd.losses.baselines import Optimal, Value
 from opd.losses.divergences import ForwardKL
@@ -222,7 +222,7 @@ def test_reads_only_what_it_names(m, world, ids, given):
         for x in {"outcome", "sampler_logp", "coin", "agreement", "verdict", "stage_scores"} - m.reads()
     }
     bare = dataclasses.replace(batch, **unread, **floats)
-    assert m.reads() <= GIVEN | MEASURED | ASKED
+    assert m.reads() <= ROLLOUT_COLUMNS | MEASURED | ANSWER_COLUMNS
     close(gradient(m, world, bare), gradient(m, world, batch))
 
 

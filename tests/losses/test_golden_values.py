@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import sys
 from math import log
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from opd.core.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.losses import advantages as transforms
-from opd.losses import baselines, divergences, estimators, rewards, surrogates
+from opd.losses import baselines, divergences, estimators, reductions, rewards, surrogates
 from opd.losses import token_weights as weights
 from opd.losses.advantages import Discount, DiscountExpected, GroupAdvantage, MeanFuture, Whiten
 from opd.losses.baselines import Optimal, TopKValue, Value
@@ -18,7 +19,6 @@ from opd.losses.divergences import (
     JSD,
     BucketJSD,
     BucketKL,
-    DensityPower,
     ForwardKL,
     GeneralisedKL,
     RenormalisedKL,
@@ -30,12 +30,12 @@ from opd.losses.reductions import Constant, LastTokens, SequenceMean, TokenMean
 from opd.losses.rewards import Clip, LogRatio, Power, Tanh
 from opd.losses.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce, TruncatedRatio
 from opd.losses.token_weights import TruncatedImportance
-from opd.methods import rubricem as judged
 from opd.methods.omniopd import Audited, CentredPosterior, Posterior, Unaudited
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.methods.rubricem import StageReturn, StageScore
 from tests.by_hand import INF, POISON, close, logp, tensor
 from tests.methods import test_reward_methods, test_selection_methods
+from tests.reference_losses import DensityPower
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -186,14 +186,14 @@ def test_every_leaf_has_a_golden_value():
     more = (*test_reward_methods.FORWARD, *test_reward_methods.REWARDS)
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
     assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
-    several = {Sampled, Several, Stratified, Full}  # Several: test_several
-    assert leaves(estimators) == several and leaves(baselines) == {Value, TopKValue, Optimal}
-    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture}
-    # (Centred)Posterior, (Un)Audited, GroupAdvantage: test_text_teachers; StageScore, StageReturn: test_stages.
-    texts = {Posterior, CentredPosterior, Audited, Unaudited}
-    assert leaves(judged) == texts | {GroupAdvantage, StageScore, StageReturn}
-    here = {TokenMean, SequenceMean, Constant, TruncatedImportance, LastTokens}  # LastTokens: test_representation
-    assert leaves(weights) == here | test_selection_methods.WEIGHTS
+    assert leaves(estimators) == {Sampled, Several, Stratified, Full}  # Several: test_async_opd
+    assert leaves(baselines) == {Value, TopKValue, Optimal}
+    # GroupAdvantage and the leaves of omniopd: test_text_teachers; StageScore, StageReturn: test_stages.
+    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture, GroupAdvantage}
+    assert leaves(sys.modules[Posterior.__module__]) == {Posterior, CentredPosterior, Audited, Unaudited}
+    assert leaves(sys.modules[StageScore.__module__]) >= {StageScore, StageReturn}
+    assert leaves(reductions) == {TokenMean, SequenceMean, Constant, LastTokens}  # LastTokens: test_hidden_states
+    assert leaves(weights) == {TruncatedImportance} | test_selection_methods.WEIGHTS
     assert leaves(surrogates) == {Reinforce, ImportanceSampling, OffPolicy, TruncatedRatio, Clipped}
 
 

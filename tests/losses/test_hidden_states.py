@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.cli import main
-from opd.cli.method_names import plus
-from opd.head.inputs import Heard
+from opd.cli.method_names import add_terms
+from opd.head.inputs import FrozenOutputs
 from opd.head.vocabulary import Vocabulary
 from opd.losses.hidden_states import Bridge, Lens, Lenses, Projection, distance, fit, layer_map, pca
 from opd.losses.reductions import LastTokens
@@ -25,7 +25,7 @@ from opd.methods.method import Method
 from opd.models.batching import rows
 from opd.models.student import Student
 from opd.teachers.local import LocalTeacher
-from opd.training.hidden_bridge import some
+from opd.training.hidden_bridge import sampled_mask
 from tests.end_to_end.test_train import command, config, launch, wait_for
 from tests.tiny_models import MASKS, ROLLOUTS, logged, started, tiny
 
@@ -137,9 +137,9 @@ def test_last_tokens_are_the_trained_ones_and_the_mean_is_theirs():
 
 def test_some_tokens_are_trained_ones_and_as_many_as_asked():
     mask = torch.rand(5, 40) < 0.5
-    few, all_of_them = some(mask, 20, 0), some(mask, 1000, 0)
+    few, all_of_them = sampled_mask(mask, 20, 0), sampled_mask(mask, 1000, 0)
     assert few.sum() == 20 and (few <= mask).all() and torch.equal(all_of_them, mask)
-    assert torch.equal(few, some(mask, 20, 0)) and not torch.equal(few, some(mask, 20, 1))
+    assert torch.equal(few, sampled_mask(mask, 20, 0)) and not torch.equal(few, sampled_mask(mask, 20, 1))
 
 
 # models
@@ -173,7 +173,7 @@ def bridged(layers=(1, 2), met=(1, 3)) -> Lenses:
 def run(student, teacher, method, lenses, at=slice(None), weight=WEIGHT, grad=True):
     """Loss and columns of one forward of the student module on some rollouts; every term weighs the tokens alike."""
     rolls, trained = ROLLOUTS[at], MASKS[at]
-    heard = Heard(LocalTeacher(teacher, to=CPU).hidden(rolls, trained, lenses.teacher), None, lenses.student)
+    heard = FrozenOutputs(LocalTeacher(teacher, to=CPU).hidden(rolls, trained, lenses.teacher), None, lenses.student)
     n = [sum(map(sum, MASKS[:i])) for i in range(4)]
     part = weight[n[at.start or 0] : n[3 if at.stop is None else at.stop]]
     targets = tuple(Target(term.coef * part, None, None) for term in method.terms) if grad else None
@@ -247,7 +247,7 @@ def test_some_layers_alone(folders):
 def test_a_teacher_that_is_the_student_leaves_no_loss(folders):
     student = model(folders, "student")
     same = [replace(r, teacher_prompt_ids=r.prompt_ids) for r in ROLLOUTS]
-    heard = Heard(LocalTeacher(student, to=CPU).hidden(same, MASKS, PLAIN.teacher), None, PLAIN.student)
+    heard = FrozenOutputs(LocalTeacher(student, to=CPU).hidden(same, MASKS, PLAIN.teacher), None, PLAIN.student)
     at = rows(same, MASKS, teacher=False, device=CPU)
     loss, columns = Student(student)(at, heard, oprd(), (Target(WEIGHT, None, None),), Vocabulary(100))
     assert loss == 0 and not columns.hidden_distance.any()
@@ -364,19 +364,19 @@ def test_impossible_methods_are_refused(wrong, why):
 
 
 def test_also_takes_the_flags_of_the_other_method():
-    both = plus(METHODS["vopd"](), "oprd --bridge-rank 4 --layers 1 2:0.1")
+    both = add_terms(METHODS["vopd"](), "oprd --bridge-rank 4 --layers 1 2:0.1")
     assert both.terms[1] == replace(oprd(bridge_rank=4, layers=(1, 2)).terms[0], coef=1.0)
     with pytest.raises(opd.Refusal, match="--also oprd:1: a method matches hidden states in one term"):
-        plus(both, "oprd:1")
+        add_terms(both, "oprd:1")
 
 
 def test_also_takes_the_rollouts_of_the_method_for_those_that_ask_for_none():
     mixed = METHODS["gkd"](share=0.5)
-    assert plus(mixed, "oprd:1").rollouts == mixed.rollouts
+    assert add_terms(mixed, "oprd:1").rollouts == mixed.rollouts
     with pytest.raises(opd.Refusal, match="its rollouts are Mixture"):
-        plus(METHODS["vopd"](), "gkd --share 0.5:1")
+        add_terms(METHODS["vopd"](), "gkd --share 0.5:1")
     with pytest.raises(opd.Refusal, match=r"--also vopd:1: Mixture.* lets others speak"):
-        plus(mixed, "vopd:1")
+        add_terms(mixed, "vopd:1")
 
 
 # runs
@@ -421,7 +421,7 @@ def test_a_bridge_brings_models_of_other_shapes_together(folders, tmp_path):
 
 @pytest.mark.parametrize("base", ["vopd", "opd-zscore", "gkd"])  # one pass, two, and no closed form
 def test_beside_another_method(folders, tmp_path, base):
-    method = plus(METHODS[base](), "oprd --bridge-rank 4:0.5")
+    method = add_terms(METHODS[base](), "oprd --bridge-rank 4:0.5")
     run = config((folders["student"], folders["wide"]), tmp_path / "run", method=method)
     _, *steps = logged(opd.train(run))
     assert all(row["grad_norm"] > 0 and {"reverse_kl", "hidden_distance"} < row.keys() for row in steps)

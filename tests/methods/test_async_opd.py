@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import opd
-from opd.analysis.exact import alone, measure
+from opd.analysis.exact import dependence_reason, measure
 from opd.config import checks
 from opd.core.sampling import Sampling
 from opd.core.types import Others, Rollout
 from opd.head.head_pass import head_pass
-from opd.head.inputs import Given, Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import TopKValue, Value
 from opd.losses.estimators import Several
@@ -138,10 +138,12 @@ def test_the_head_pass_is_autograd_by_the_definition(softcap, baseline):
     wanted = (row * -(ratio * advantage).mean(-1)).sum()
     wanted.backward()
 
-    given = Given(theirs[:, 0].detach(), drawn[:, 1:], theirs[:, 1:].detach())
+    given = TeacherLogps(theirs[:, 0].detach(), drawn[:, 1:], theirs[:, 1:].detach())
     for heard in (teacher, given) if baseline is None else (teacher,):
         a, b = states.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, _ = head_pass(method, Hidden(a, Head(b, softcap=softcap)), Heard(heard), ids, (target,), vocabulary)
+        loss, _ = head_pass(
+            method, Hidden(a, Head(b, softcap=softcap)), FrozenOutputs(heard), ids, (target,), vocabulary
+        )
         loss.backward()
         for x, y in ((loss, wanted), (a.grad, s.grad), (b.grad, w.grad)):
             close(x, y, rtol=2e-4, atol=2e-5)
@@ -197,4 +199,4 @@ def test_who_cannot_draw_or_tell(pair, tmp_path):
         checks.check(config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm")))
     assert method.supports() == {"drawn": M - 1} and method.needs_of_tokens() == {"teacher_logp", "chosen"}
     with_baseline = Method((PolicyGradient(estimator=Several(), baseline=TopKValue(3)),), rollouts=OnPolicy(samples=M))
-    assert not with_baseline.supports() and "several tokens" in alone(with_baseline)
+    assert not with_baseline.supports() and "several tokens" in dependence_reason(with_baseline)

@@ -7,7 +7,7 @@ from math import log
 import pytest
 import torch
 
-from opd.analysis.exact import measure, token_gradients
+from opd.analysis.exact import measure
 from opd.losses.advantages import MeanFuture
 from opd.losses.baselines import Optimal, TopKValue, Value
 from opd.losses.divergences import JSD, BucketForwardKL, ForwardKL, ReverseKL, Support
@@ -19,7 +19,6 @@ from opd.losses.rewards import (
     JSDPlus,
     LogRatio,
     One,
-    Plus,
     Proximal,
     ReverseKLPlus,
     Sign,
@@ -36,6 +35,7 @@ from opd.methods.privileged import ClippedForwardKL
 from opd.methods.reward_shapes import opd_plus
 from opd.methods.tropd import Outlier, RawForwardKL
 from tests.by_hand import INF, NAN, close, logp, tensor
+from tests.reference_losses import Plus, token_gradients
 
 pytestmark = pytest.mark.usefixtures("float64")
 

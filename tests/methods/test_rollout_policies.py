@@ -42,7 +42,7 @@ from opd.rollouts.engines.base import GenerateRequest, TeacherDecoding
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.request import RolloutRequest
 from opd.training.build import open_session
-from opd.training.metrics import speaking
+from opd.training.metrics import rollout_metrics
 from opd.training.run_folder import Run
 from opd.training.trainer import Loop
 from tests.tiny_models import logged, small, tiny
@@ -353,7 +353,7 @@ def test_the_teacher_begins_and_the_student_goes_on(models):
     assert any(a.ids != b.ids for a, b in pairs)
     batch = collate(rollouts, stop_token="train", truncated="train", seed=3, step=3)
     assert batch.prefix.tolist() == [r.prefix for r in rollouts]
-    numbers = speaking(batch)
+    numbers = rollout_metrics(batch)
     assert numbers["prefix_limit"] == 10 and 0 < numbers["prefix_share"] < 1
     assert numbers["prefix_share"] == pytest.approx(sum(r.prefix for r in rollouts) / sum(len(r.ids) for r in rollouts))
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 15)[None]
 
 
-def located(name: object) -> models.Source:
+def located(name: object) -> models.ModelSource:
     return models.locate(str(name), field="model")
 
 

@@ -8,7 +8,7 @@ from opd.config.commands import Prune, layers
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.models import load as models
-from opd.models.prune import container, prune, select
+from opd.models.prune import layer_list_name, prune, select
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from tests.tiny_models import tiny
@@ -145,10 +145,10 @@ def test_an_unclear_container_is_refused():
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     )
-    assert container(model) == "model.layers"
+    assert layer_list_name(model) == "model.layers"
     model.add_module("towers", torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]))
     with pytest.raises(Refusal, match="not clear"):
-        container(model)
+        layer_list_name(model)
 
 
 def test_layers_are_written_as_numbers_and_ranges():

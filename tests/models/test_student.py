@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from opd.core.errors import Refusal
-from opd.head.inputs import Heard
+from opd.head.inputs import FrozenOutputs
 from opd.head.vocabulary import Vocabulary
 from opd.losses.terms import Target
 from opd.methods import METHODS
@@ -33,7 +33,7 @@ def run(student: Student, folders, method=METHODS["vopd"](), rollouts=ROLLOUTS, 
     n = sum(map(sum, masks))
     target = (Target(torch.full((n,), 1 / max(n, 1)), None, None),)
     at = rows(rollouts, masks, teacher=False, device=cpu)
-    return student(at, Heard(teacher.hidden(rollouts, masks)), method, target, Vocabulary(100))
+    return student(at, FrozenOutputs(teacher.hidden(rollouts, masks)), method, target, Vocabulary(100))
 
 
 def gradients(model) -> list[torch.Tensor]:

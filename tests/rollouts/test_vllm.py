@@ -32,7 +32,7 @@ from opd.losses.terms import PolicyGradient, Positions
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.models.load import EMBEDDED, Source
+from opd.models.load import EMBEDDED, ModelSource
 from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_requests import WeightSyncedEngine, grouped, parameters, sample
@@ -344,7 +344,7 @@ def test_without_vllm_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(opd.Refusal, match=r"pip install 'opd\[vllm\]'"):
         how = Speaker(engine="vllm")
-        VLLMEngine(model, Source(str(folder)), 145, (2,), how, dtype=torch.float32, rows=4)
+        VLLMEngine(model, ModelSource(str(folder)), 145, (2,), how, dtype=torch.float32, rows=4)
 
 
 def test_a_server_that_takes_no_weights_is_refused(tmp_path):
@@ -525,7 +525,7 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
     folder = EMBEDDED / "student"  # vLLM's attention on a CPU has no heads as narrow as those of `tiny`
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     how = Speaker(engine="vllm", engine_kv_gb=0.05)
-    engine = VLLMEngine(model, Source(str(folder)), 145, (2, 9), how, dtype=torch.float32, rows=8)
+    engine = VLLMEngine(model, ModelSource(str(folder)), 145, (2, 9), how, dtype=torch.float32, rows=8)
     prompts = [[5, 6, 7]] * 4 + [[8, 9, 10, 11]] * 2
 
     def drawn(sampling=FREE, **changes):

@@ -15,7 +15,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.core.types import Rollout
 from opd.data.prompt_stream import Prompts
-from opd.data.prompts import rewritten
+from opd.data.prompts import fill_template
 from opd.methods import METHODS
 from opd.teachers.ema import Average, average_rate
 from opd.teachers.local import LocalTeacher, WithoutAdapter
@@ -77,7 +77,7 @@ def saved(run, step):
 
 
 def heard(session_prompts, row, context=""):
-    return session_prompts.heard(row, "", context)
+    return session_prompts.teacher_ids(row, "", context)
 
 
 def routed(folders, prompts, out, **changes):
@@ -106,7 +106,9 @@ def test_each_prompt_is_scored_by_its_own_teacher(folders, prompts, tmp_path):
         domains.add(domain)
         prompt = Prompt(messages=({"role": "user", "content": question},))
         ids = columns["ids"][i][columns["mask"][i]].tolist()
-        want = logp(folders["other" if domain == "code" else "teacher"], session.prompts.heard(prompt, "", ""), ids)
+        want = logp(
+            folders["other" if domain == "code" else "teacher"], session.prompts.teacher_ids(prompt, "", ""), ids
+        )
         torch.testing.assert_close(columns["teacher_logp"][i][columns["mask"][i]], want, atol=1e-4, rtol=1e-4)
     assert domains == {"math", "code"}
 
@@ -129,7 +131,7 @@ def test_the_live_student_told_the_answer_teaches_itself(folders, prompts, tmp_p
     for i, row in enumerate(rows):
         (question,) = {turn["content"] for turn in row["prompt"]}
         prompt = Prompt(messages=({"role": "user", "content": question},))
-        told = session.prompts.heard(prompt, "", str(2 * int(question.partition("+")[0])))
+        told = session.prompts.teacher_ids(prompt, "", str(2 * int(question.partition("+")[0])))
         ids = columns["ids"][i][columns["mask"][i]].tolist()
         torch.testing.assert_close(
             columns["teacher_logp"][i][columns["mask"][i]], logp(folders["student"], told, ids), atol=1e-4, rtol=1e-4
@@ -210,15 +212,15 @@ def test_peers_teach_each_other(folders, prompts, tmp_path):
         if peer is None:
             assert r.mask == (False, False)
         else:
-            assert r.mask == () and r.teacher_prompt_ids == text.heard(Prompt(text="1+1"), "", str(peer))
+            assert r.mask == () and r.teacher_prompt_ids == text.teacher_ids(Prompt(text="1+1"), "", str(peer))
 
 
 def test_a_context_is_written_into_the_last_turn():
     turns = ({"role": "system", "content": "s"}, {"role": "user", "content": "q"})
-    got = rewritten(Prompt(messages=turns), CONTEXT, context="the {prompt} way")
+    got = fill_template(Prompt(messages=turns), CONTEXT, context="the {prompt} way")
     assert got.messages[0] == turns[0]
     assert got.messages[1]["content"].startswith("q\n\nHere is a correct solution:\n\nthe {prompt} way\n\n")
-    assert rewritten(Prompt(text="q"), "{context}|{prompt}", context="c").text == "c|q"
+    assert fill_template(Prompt(text="q"), "{context}|{prompt}", context="c").text == "c|q"
 
 
 def test_the_reference_is_the_student_before_training(folders, prompts, tmp_path):

@@ -27,7 +27,7 @@ from opd.config.servers import Remote
 from opd.core.sampling import Sampling
 from opd.core.types import Rollout
 from opd.head.head_pass import head_pass, measure
-from opd.head.inputs import Given, Heard, Hidden
+from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import TopKValue
 from opd.losses.divergences import BucketForwardKL, BucketJSD, BucketKL, GeneralisedKL, RenormalisedKL, Support
@@ -39,7 +39,7 @@ from opd.models.batching import rows
 from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
 from opd.models.remote.client import Client
-from opd.models.remote.vllm_protocol import reach
+from opd.models.remote.vllm_protocol import connect
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
@@ -126,7 +126,7 @@ def same(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
 
 
 def test_states_are_the_local_teachers(server, teacher):
-    remote = open_teacher(reach(server, QUICK), to=CPU, stop=())
+    remote = open_teacher(connect(server, QUICK), to=CPU, stop=())
     assert isinstance(remote, HiddenTeacher)
     asked = rollouts()
     there, here = remote.hidden(*asked), teacher.hidden(*asked)
@@ -141,7 +141,7 @@ def test_states_are_the_local_teachers(server, teacher):
 
 
 def test_what_is_asked_ahead_is_the_answer_to_that_question_alone(server, teacher):
-    remote = open_teacher(reach(server, QUICK), to=CPU, stop=())
+    remote = open_teacher(connect(server, QUICK), to=CPU, stop=())
     many, masks = rollouts()
     remote.traffic()
     remote.ahead(many[:4], masks[:4])
@@ -162,7 +162,7 @@ def test_responses_without_their_prompts(server, teacher, hide):
     many.append(replace(many[0], ids=many[0].ids[:1]))
     masks.append([False])
     with Proxy(server, lambda path, n: None, hide) as proxy:
-        there = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=()).hidden(many, masks)
+        there = open_teacher(connect(proxy.url, QUICK), to=CPU, stop=()).hidden(many, masks)
     here, vocabulary = teacher.hidden(many, masks), Vocabulary(145)
     found, wanted = (cross_entropies(x, many, vocabulary) for x in (there, here))
     assert found == pytest.approx(wanted, abs=1e-4) and min(found[:-1]) > 0 == found[-1]
@@ -173,14 +173,14 @@ def columns(pair, heard, asked, vocabulary, method):
     at = rows(*asked, teacher=False, device=CPU)
     with torch.no_grad():
         states = final_states(student, at)
-    return measure(method, Hidden(states, head(student)), Heard(heard), at.ids[at.trained], vocabulary)
+    return measure(method, Hidden(states, head(student)), FrozenOutputs(heard), at.ids[at.trained], vocabulary)
 
 
 @pytest.mark.parametrize("hide", [PLAIN, OLD], ids=["chosen", "prompted"])
 def test_logp_of_the_sampled_tokens_is_the_local_teachers(pair, server, teacher, hide):
     asked = rollouts()
     with Proxy(server, lambda path, n: None, hide) as proxy:
-        remote = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=())
+        remote = open_teacher(connect(proxy.url, QUICK), to=CPU, stop=())
         assert isinstance(remote, LogpTeacher) and remote.server.chosen == (hide == PLAIN)
         there = remote.hidden(*asked)
         vocabulary, method = Vocabulary(145), METHODS["opd"]()
@@ -193,12 +193,12 @@ def test_logp_of_the_sampled_tokens_is_the_local_teachers(pair, server, teacher,
 
 def test_a_merged_stop_class_needs_a_server_that_scores_chosen_tokens(pair, server, plain, teacher):
     asked, vocabulary = rollouts(ends=5), Vocabulary(145, stop=(2, 5, 9))
-    remote = open_teacher(reach(plain, QUICK), to=CPU, stop=(2, 5, 9))
+    remote = open_teacher(connect(plain, QUICK), to=CPU, stop=(2, 5, 9))
     there, here = remote.hidden(*asked), teacher.hidden(*asked)
     mine, local = (columns(pair, x, asked, vocabulary, METHODS["opd"]()) for x in (there, here))
     torch.testing.assert_close(mine.teacher_logp, local.teacher_logp, rtol=1e-4, atol=2e-5)
     with Proxy(server, lambda path, n: None, OLD) as proxy, pytest.raises(opd.Refusal, match="--stop-token mask"):
-        open_teacher(reach(proxy.url, QUICK), to=CPU, stop=(2, 5, 9))
+        open_teacher(connect(proxy.url, QUICK), to=CPU, stop=(2, 5, 9))
 
 
 TOLD = [name for name, make in METHODS.items() if make().needs() <= LogpTeacher.provides]
@@ -241,12 +241,12 @@ def test_the_head_pass_over_some_log_probs_is_that_over_the_teachers_states(name
     q = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
     p = vocabulary.logp((states @ weight.T)[:, :29], head_(weight))
     named = torch.cat(((p if who == "student" else q).topk(k + 1, -1).indices.flip(-1), ids[:, None]), -1)
-    given = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named), k if who == "teacher" else 0)
+    given = TeacherLogps(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named), k if who == "teacher" else 0)
     targets = tuple(Target(torch.rand(23, generator=draw), None, None) for _ in method.terms)
     results = []
     for heard in (teacher, given):
         s, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, seen = head_pass(method, Hidden(s, head_(w)), Heard(heard), ids, targets, vocabulary)
+        loss, seen = head_pass(method, Hidden(s, head_(w)), FrozenOutputs(heard), ids, targets, vocabulary)
         loss.backward()
         results.append((loss.detach(), s.grad, w.grad, seen.student_logp, seen.teacher_logp, seen.scores[0]))
     assert results[0][1].abs().max() > 1e-3
@@ -261,13 +261,13 @@ def test_the_rest_of_a_teachers_mass_is_no_token_of_its_top():
     q = torch.randn(40, 50, generator=draw, dtype=torch.float64).mul(3).log_softmax(-1)
     ids = torch.randint(0, 50, (40,), generator=draw)
     named = q.topk(6, -1).indices
-    whole = Given(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named)).over(ids, q, slice(0, 40))
+    whole = TeacherLogps(q.gather(-1, ids[:, None])[:, 0], named, q.gather(-1, named)).over(ids, q, slice(0, 40))
     assert torch.equal(whole.topk(6, -1).indices, named)
     torch.testing.assert_close(whole.logsumexp(-1), torch.zeros(40, dtype=torch.float64), rtol=0, atol=1e-12)
-    alone = Given(q[:, 0]).over(torch.zeros(40, dtype=torch.long), q, slice(0, 40))
+    alone = TeacherLogps(q[:, 0]).over(torch.zeros(40, dtype=torch.long), q, slice(0, 40))
     assert alone[:, 0].equal(q[:, 0]) and alone[:, 1:].isnan().all()
     sure = torch.tensor([[0.0, -40.0, -40.0, -40.0]])  # all its mass on one token, to rounding
-    found_of = lambda x: Given(x[:, 0], torch.tensor([[0, 1]]), x[:, :2])
+    found_of = lambda x: TeacherLogps(x[:, 0], torch.tensor([[0, 1]]), x[:, :2])
     found = found_of(sure).over(torch.zeros(1, dtype=torch.long), sure, slice(1))
     assert found.isfinite().all() and float(found[:, 2:].logsumexp(-1)) == pytest.approx(-16.1, abs=0.1)
     # Its own top two: what it gives the others is not above the second, whatever 1 minus their mass rounds to.
@@ -287,7 +287,7 @@ def test_the_head_pass_over_given_logp_is_that_over_the_teachers_states(name, so
     states = made(23, 6)
     results = []
     logp = vocabulary.logp((teacher.states @ teacher.head.weight.T)[:, :29], teacher.head)
-    given = Given(logp.gather(-1, ids[:, None])[:, 0])
+    given = TeacherLogps(logp.gather(-1, ids[:, None])[:, 0])
     targets = tuple(
         Target(torch.rand(23, generator=torch.Generator().manual_seed(i)), None, torch.full((23,), -3.0))
         for i, _ in enumerate(method.terms)
@@ -297,7 +297,7 @@ def test_the_head_pass_over_given_logp_is_that_over_the_teachers_states(name, so
     for heard in (teacher, given):
         s, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
         student = Hidden(s, Head(w, softcap=softcap))
-        loss, seen = head_pass(method, student, Heard(heard), ids, targets, vocabulary)
+        loss, seen = head_pass(method, student, FrozenOutputs(heard), ids, targets, vocabulary)
         loss.backward()
         results.append((loss.detach(), s.grad, w.grad, seen.student_logp, seen.teacher_logp, seen.student_entropy))
     for a, b in zip(*results, strict=True):
@@ -371,7 +371,7 @@ def test_a_teacher_that_writes_part_of_the_rollouts_writes_them_there(pair, serv
 
 def test_what_the_server_writes_is_sampled_from_its_model(server, teacher):
     """Greedy text is the local engine's; at temperature 1 the log-probs are those of the local model."""
-    writer = ServerEngine(reach(server, QUICK), 145, (2,))
+    writer = ServerEngine(connect(server, QUICK), 145, (2,))
     prompts = [[5, 6, 7, 8], [9, 10, 11]]
     greedy = Sampling(temperature=0.0, max_new_tokens=6)
     here = HFEngine(teacher.model, 145, (2,)).generate(GenerateRequest(prompts, greedy, seed=0, step=0, index=[0, 1]))
@@ -439,7 +439,7 @@ def test_no_more_requests_at_once_than_were_allowed(server):
             now -= 1
 
     with Proxy(server, fault, PLAIN) as proxy:
-        remote = open_teacher(reach(proxy.url, QUICK), to=CPU, stop=())
+        remote = open_teacher(connect(proxy.url, QUICK), to=CPU, stop=())
         remote.hidden(*rollouts(count=9))
     assert most == QUICK.teacher_concurrency == 3
 
@@ -493,7 +493,7 @@ def test_after_the_last_retry_the_run_can_be_resumed(pair, server, tmp_path, mon
 
 def test_other_weights_behind_the_same_address_are_refused(pair, server, tmp_path):
     other = tiny(tmp_path / "other", seed=7, width=48)
-    remote = open_teacher(reach(server, QUICK), to=CPU, stop=())
+    remote = open_teacher(connect(server, QUICK), to=CPU, stop=())
     with serving(other) as (url, _):
         remote.client.url = url
         with pytest.raises(opd.Refusal, match="other weights answer"):
@@ -649,7 +649,7 @@ def test_another_vocabulary_is_noticed(pair, server, plain, tmp_path):
 def test_a_server_is_compared_with_a_local_copy_on_request(pair, server, plain, teacher, tmp_path):
     texts = [[5, 6, 7, 8, 9], [20, 30, 40]]
     for url in (server, plain):
-        remote = open_teacher(reach(url, QUICK), to=CPU, stop=())
+        remote = open_teacher(connect(url, QUICK), to=CPU, stop=())
         apart = compare(remote, teacher, texts)
         assert apart.shape == (6,) and apart.max() < 1e-4
     good = replace(QUICK, teacher_local=str(pair[1]))

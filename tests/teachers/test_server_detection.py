@@ -25,7 +25,7 @@ from opd.config.servers import Remote, host
 from opd.core.types import Rollout
 from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client
-from opd.models.remote.vllm_protocol import Server, reach
+from opd.models.remote.vllm_protocol import Server, connect
 from opd.teachers.remote import open_teacher
 
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_an_added_token_that_the_server_has_not_is_no_matter_of_luck():
     """Two of 147 ids that are padding rows there; of the ids that are probed by stride one in eight may differ."""
     plain, more = text(), sibling()
     with scripted({"/v1/completions": spoken(plain)}) as server:
-        there = reach(server.url, QUICK)
+        there = connect(server.url, QUICK)
         assert there.tokenizer(plain, len(plain)) is plain
         with pytest.raises(
             opd.Refusal, match=r"2 of \d+ added tokens.*'' there and '<think>' here.*--teacher-tokenizer"
@@ -145,7 +145,7 @@ def test_an_added_token_that_the_server_has_not_is_no_matter_of_luck():
             max(map(len, (row for asked in server.of("/v1/completions") for row in asked["prompt"]))) <= there.context
         )
     with scripted({"/v1/completions": spoken(more)}) as server:
-        assert reach(server.url, QUICK).tokenizer(more, len(more)) is more
+        assert connect(server.url, QUICK).tokenizer(more, len(more)) is more
 
 
 def test_an_added_token_beyond_the_servers_rows():
@@ -160,13 +160,13 @@ def test_an_added_token_beyond_the_servers_rows():
 
     told = r"added tokens.*Token id 146 is out of vocabulary.*--teacher-tokenizer"
     with scripted({"/v1/completions": answer}) as server, pytest.raises(opd.Refusal, match=told):
-        reach(server.url, QUICK).tokenizer(more, len(more))
+        connect(server.url, QUICK).tokenizer(more, len(more))
 
 
 def test_a_server_without_log_probs_of_prompts():
     silent = {"/v1/completions": lambda asked: (200, {"choices": [{"index": 0}]})}
     with scripted(silent) as server, pytest.raises(opd.Refusal, match="no log-probs of prompts"):
-        reach(server.url, QUICK).tokenizer(text(), 145)
+        connect(server.url, QUICK).tokenizer(text(), 145)
 
 
 # Numbers that are no log-probs
@@ -191,7 +191,7 @@ def test_logits_are_no_log_probs():
     logits = says(lambda row, t: {"logprob": float(t % 7 - 3), "decoded_token": plain.decode([row[t]])})
     with scripted({"/v1/completions": logits}) as server:
         with pytest.raises(opd.Refusal, match="no log-prob: start vLLM with --logprobs-mode raw_logprobs") as caught:
-            reach(server.url, QUICK).tokenizer(plain, 145)
+            connect(server.url, QUICK).tokenizer(plain, 145)
         assert (
             "\n" not in str(caught.value) and len(server.of("/v1/completions")) == 1
         )  # another try changes no setting
@@ -209,7 +209,7 @@ def test_what_is_no_number_or_above_0_is_malformed(value, way):
     if way == "prompted":
         del paths["/inference/v1/generate"]
     with scripted(paths) as server:
-        there = reach(server.url, QUICK)
+        there = connect(server.url, QUICK)
         assert there.chosen == (way == "chosen")
         with pytest.raises(opd.Refusal, match=r"a malformed answer \(ValueError: .* is no log-prob\)") as caught:
             open_teacher(there, to=CPU, stop=()).hidden(*rollout())
@@ -221,13 +221,13 @@ def test_a_table_that_is_none_is_malformed(body):
     said = body if isinstance(body, dict) else {"prompt_token_id_logprobs": base64.b64encode(body).decode()}
     paths = {"/inference/v1/generate": lambda asked: (200, said)}
     with scripted(paths) as server, pytest.raises(opd.Refusal, match="malformed answer"):
-        reach(server.url, QUICK)
+        connect(server.url, QUICK)
 
 
 def test_probability_0_and_rounding_are_log_probs():
     """vLLM writes -9999 for -inf; a sure token rounds to a little above 0."""
     with scripted({"/v1/completions": says(lambda row, t: {"logprob": -9999.0 if t == 2 else 1e-7})}) as server:
-        found = open_teacher(reach(server.url, QUICK), to=CPU, stop=()).hidden(*rollout()).logp
+        found = open_teacher(connect(server.url, QUICK), to=CPU, stop=()).hidden(*rollout()).logp
     assert found.tolist() == [-float("inf"), pytest.approx(1e-7)]
 
 
@@ -237,9 +237,9 @@ def test_probability_0_and_rounding_are_log_probs():
 def test_a_name_that_opd_serve_has_not():
     identity = {"protocol": 1, "model": "big", "context": 512, "fingerprint": "f"}
     with scripted({"/opd/identity": lambda asked: (200, identity)}) as server:
-        assert reach(server.url, QUICK).model == reach(server.url + "#big", QUICK).model == "big"
+        assert connect(server.url, QUICK).model == connect(server.url + "#big", QUICK).model == "big"
         with pytest.raises(opd.Refusal, match=r"--route x http.*it serves big; name one as .*#NAME"):
-            reach(server.url + "#small", QUICK, field="route x")
+            connect(server.url + "#small", QUICK, field="route x")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_whether_chosen_tokens_are_scored(answers, scores):
         return chosen(asked) if status == 200 else (status, {"error": "no"})
 
     with scripted({"/inference/v1/generate": answer}) as server:
-        assert reach(server.url, QUICK).chosen == scores
+        assert connect(server.url, QUICK).chosen == scores
         assert not left and all(
             x["sampling_params"]["detokenize"] is False for x in server.of("/inference/v1/generate")
         )
@@ -268,13 +268,13 @@ def test_whether_chosen_tokens_are_scored(answers, scores):
 
 def test_an_older_vllm_ignores_the_question():
     with scripted({"/inference/v1/generate": lambda asked: (200, {"choices": []})}) as server:
-        assert not reach(server.url, QUICK).chosen
+        assert not connect(server.url, QUICK).chosen
 
 
 def test_a_server_that_stays_away_is_no_answer():
     paths = {"/inference/v1/generate": lambda asked: (503, {"error": "loading"})}
     with scripted(paths) as server, pytest.raises(opd.Refusal, match="failed 3 times, last with HTTP 503"):
-        reach(server.url, QUICK)
+        connect(server.url, QUICK)
 
 
 @pytest.mark.parametrize(("status", "tries"), [(500, 3), (502, 3), (520, 3), (524, 3), (429, 3), (501, 1), (400, 1)])
@@ -304,7 +304,7 @@ def test_blanks_around_a_token_are_none_of_it(monkeypatch):
     """As a .env with the line ends of Windows leaves them."""
     monkeypatch.setenv("OPD_TOKEN", " s3cret\r\n")
     with scripted({}) as server:
-        Client(server.url, QUICK).knows("/opd/identity")
+        Client(server.url, QUICK).has_path("/opd/identity")
         assert bearer(server) == "Bearer s3cret"
 
 
@@ -323,7 +323,10 @@ def test_a_key_goes_to_the_host_that_it_is_named_for(monkeypatch):
     monkeypatch.setenv("OPD_TOKEN", "of-the-teacher")
     monkeypatch.setenv("OTHER", "of-the-route")
     with scripted({}) as teacher, scripted({}) as other:
-        said = lambda how, url, field: (Client(url, how.towards(field, url, teacher.url), field=field).knows("/"), url)
+        said = lambda how, url, field: (
+            Client(url, how.towards(field, url, teacher.url), field=field).has_path("/"),
+            url,
+        )
         said(QUICK, teacher.url, "teacher")
         assert bearer(teacher) == "Bearer of-the-teacher"
         said(QUICK, teacher.url + "/v1#small", "route x")  # another model of the same server
@@ -347,7 +350,7 @@ def test_a_route_that_wants_a_key_says_which_flag():
     with scripted({"/v1/models": lambda asked: (401, {})}) as server:
         how = QUICK.towards("route x", server.url, "my-teacher")
         with pytest.raises(opd.Refusal, match="name it by --route-token-env x=VARIABLE"):
-            reach(server.url, how, field="route x")
+            connect(server.url, how, field="route x")
 
 
 @pytest.mark.parametrize(

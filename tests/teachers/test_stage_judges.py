@@ -370,7 +370,7 @@ def test_batches_come_again():
 
 def test_templates_are_filled_at_once():
     prompt = Prompt(messages=({"role": "system", "content": "s"}, {"role": "user", "content": "Is {response} {x}?"}))
-    (_, last) = prompts.rewritten(prompt, "{prompt} | {response} | {y}", response="{prompt}").messages
+    (_, last) = prompts.fill_template(prompt, "{prompt} | {response} | {y}", response="{prompt}").messages
     assert last["content"] == "Is {response} {x}? | {prompt} | {y}"
 
 

@@ -30,7 +30,7 @@ from opd.training.doctor import cost
 from opd.training.doctor.command import doctor
 from opd.training.doctor.findings import Level, alarming, errors
 from opd.training.doctor.probe import Probe
-from opd.training.doctor.settings import sweeps
+from opd.training.doctor.settings import head_pass_backend
 from opd.training.run_folder import Run
 from opd.training.trainer import Loop
 
@@ -215,7 +215,7 @@ FAULTS: dict[str, tuple[str, str, Callable]] = {
     "student's weights in bf16": ("error", "precision", lambda root, patch: low(patch) or {}),
     "engine with stale weights": ("warning", "sampler", lambda root, patch: stale(patch) or {}),
     "memory over budget": (
-        "error", "memory", lambda root, patch: patch.setattr(cost, "free", lambda device: 10 << 20) or {},
+        "error", "memory", lambda root, patch: patch.setattr(cost, "free_bytes", lambda device: 10 << 20) or {},
     ),
     "prompt beyond the context": (
         "error", "opening", lambda root, patch: {"prompts": rows(root, RIGHT, {**RIGHT, "question": ASK * 40})},
@@ -285,7 +285,7 @@ def test_a_gpu_without_triton(monkeypatch):
     said = []
     for there in (True, False):
         monkeypatch.setattr("opd.head.backend._triton", lambda there=there: there)
-        said += sweeps.__wrapped__(probe)
+        said += head_pass_backend.__wrapped__(probe)
     assert said[0].what == "triton sweeps the logits, 3072 MB of them at a time"
     assert said[1].level == "note" and said[1].do == "pip install 'opd[gpu]'"
 
@@ -343,7 +343,7 @@ def test_error_stops_the_run_before_anything_is_written(tmp_path, capsys):
 def test_resumed_run_is_not_examined_again(tmp_path, monkeypatch):
     out = opd.train(healthy(out=tmp_path / "run", steps=2, save_every=1, doctor=False))
     shutil.rmtree(sorted((out / "checkpoints").iterdir())[-1])
-    monkeypatch.setattr(cost, "free", lambda device: 0)
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 0)
     opd.train(healthy(out=out, steps=2, save_every=1, resume=True))  # with another --doctor, too
     with pytest.raises(Refusal, match="memory"):
         opd.train(healthy(out=tmp_path / "new"))
@@ -400,7 +400,7 @@ def test_a_worker_needs_its_own_student_and_writes_while_this_one_trains(tmp_pat
     config = healthy(prompts=rows(tmp_path, *[RIGHT] * 16), batch=16)
     config = replace(config, data=replace(config.data, source=config.prompts))
     session = open_session(config, config.method, None)
-    needs = lambda **changes: cost.parts(Probe(replace(config, **changes), config.method, session, 0))
+    needs = lambda **changes: cost.memory_items(Probe(replace(config, **changes), config.method, session, 0))
     alone, beside = ({p.name: p.bytes for p in needs(**x)} for x in ({}, {"staleness": 1}))
     weights = sum(p.numel() * 4 for p in session.plain().model.parameters())
     assert alone["worker's student"] == 0 and beside == alone | {"worker's student": weights}
@@ -423,7 +423,7 @@ def test_memory_estimate_beside_the_allocator(changes, tmp_path):
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     loop = Loop(config, config.method, session, run)
-    guess = cost.peak(cost.parts(Probe(config, config.method, session, 0)))
+    guess = cost.peak(cost.memory_items(Probe(config, config.method, session, 0)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.step(1, {})
         loop.step(2, {})  # AdamW's states are there now

@@ -16,14 +16,14 @@ from opd.losses.terms import Target
 from opd.training.alarms import Alarm
 from opd.training.metrics import (
     advantages,
-    agreeing,
     by_task,
     by_third,
-    effective,
+    effective_share,
     repetition,
-    speaking,
+    rollout_metrics,
     summary,
-    weighting,
+    top_k_overlap,
+    weight_metrics,
 )
 
 
@@ -49,12 +49,12 @@ def test_thirds_of_each_response():
 
 
 def test_effective_share():
-    assert effective(torch.ones(8)) == pytest.approx(1)
-    assert effective(torch.tensor([5.0, 0, 0, 0])) == pytest.approx(1 / 4)
-    assert effective(torch.tensor([1.0, 3.0])) == pytest.approx(16 / (2 * 10))
-    assert effective(torch.zeros(3)) == 0.0
+    assert effective_share(torch.ones(8)) == pytest.approx(1)
+    assert effective_share(torch.tensor([5.0, 0, 0, 0])) == pytest.approx(1 / 4)
+    assert effective_share(torch.tensor([1.0, 3.0])) == pytest.approx(16 / (2 * 10))
+    assert effective_share(torch.zeros(3)) == 0.0
     mask = torch.tensor([[True, True, False]])
-    found = weighting((Target(torch.tensor([[1.0, 3.0, 9.0]]), None, None),), mask)
+    found = weight_metrics((Target(torch.tensor([[1.0, 3.0, 9.0]]), None, None),), mask)
     assert found == {"weighted": 1.0, "effective": pytest.approx(0.8)}
 
 
@@ -75,8 +75,8 @@ def test_what_others_wrote_has_no_ratio(other):
     kl = math.exp(-0.5) - 1 + 0.5
     assert summary(mixed)["sampler_ess"] == pytest.approx(1) and summary(mixed)["sampler_kl"] == pytest.approx(kl)
     assert summary(mixed)["sampler_ratio_max"] == pytest.approx(math.exp(-0.5))
-    assert speaking(mixed)["drift"] == pytest.approx(1 - 1.5 * math.exp(-0.5))
-    assert "drift" not in speaking(replace(mixed, source=torch.tensor([DATA, DATA])))
+    assert rollout_metrics(mixed)["drift"] == pytest.approx(1 - 1.5 * math.exp(-0.5))
+    assert "drift" not in rollout_metrics(replace(mixed, source=torch.tensor([DATA, DATA])))
 
 
 def test_tails_of_the_advantage():
@@ -127,13 +127,13 @@ def test_overlap_of_the_likeliest():
     p, q = (torch.randn(2, 7, 11).log_softmax(-1) for _ in range(2))
     mask, k = batch().mask, 3
     ids = torch.cat((p.topk(k).indices, q.topk(k).indices), -1)
-    found = agreeing(ids, p.gather(-1, ids), q.gather(-1, ids), mask)
+    found = top_k_overlap(ids, p.gather(-1, ids), q.gather(-1, ids), mask)
     shared = [set(p[b, t].topk(k).indices.tolist()) & set(q[b, t].topk(k).indices.tolist()) for b, t in mask.nonzero()]
     assert found["top3_overlap"] == pytest.approx(sum(map(len, shared)) / (k * len(shared)))
     for name, logp in (("student", p), ("teacher", q)):
         mass = [float(logp[b, t][list(both)].exp().sum()) for (b, t), both in zip(mask.nonzero(), shared, strict=True)]
         assert found[f"top3_{name}_mass"] == pytest.approx(sum(mass) / len(mass), rel=1e-5)
-    assert agreeing(ids, p.gather(-1, ids), torch.full(ids.shape, torch.nan), mask) == {}
+    assert top_k_overlap(ids, p.gather(-1, ids), torch.full(ids.shape, torch.nan), mask) == {}
 
 
 def test_tasks_by_the_column_that_tells_them_apart():

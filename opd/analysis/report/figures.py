@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import torch
 
-from opd.analysis.report.compare import apart, between, gains
+from opd.analysis.report.compare import differing_settings, group_differences, training_effects
 from opd.core.intervals import Paired
 from opd.training.alarms import alarms
-from opd.training.run_log import Group, Log
+from opd.training.run_log import Log, RunGroup, saved
 
 CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
     "eval_accuracy": ("Held-out accuracy", "%", 100),
@@ -25,7 +25,7 @@ CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor
     "tokens_per_s": ("Throughput", "trained tokens / s", 1),
     "peak_mb": ("Peak memory", "MB", 1),
 }
-MEANS: Mapping[str, str] = {  # name -> explanation, one line under the title
+EXPLANATIONS: Mapping[str, str] = {  # name -> explanation, one line under the title
     "eval_accuracy": "right answers to prompts that are not trained on",
     "eval_reverse_kl": "distance to the teacher on those; 0: one model",
     "reverse_kl": "the same on each training batch: falls, and is noisy",
@@ -39,22 +39,23 @@ MEANS: Mapping[str, str] = {  # name -> explanation, one line under the title
     "tokens_per_s": "sampling, scoring and update together",
     "peak_mb": "of the process, or of the GPU",
 }
-HIDDEN = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})  # shown elsewhere on the page
+# numbers shown elsewhere on the page
+NOT_CHARTED = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})
 
 
-def payload(groups: Sequence[Group]) -> dict[str, object]:
+def payload(groups: Sequence[RunGroup]) -> dict[str, object]:
     """Return all data that the page draws, ready for json."""
     names = list(dict.fromkeys([*CURVES, *(n for g in groups for n in g.names())]))
-    shown = [n for n in names if n in CURVES or (n not in HIDDEN and not n.endswith("_s"))]
+    charted = [n for n in names if n in CURVES or (n not in NOT_CHARTED and not n.endswith("_s"))]
     configs = [{k: text(v) for k, v in g.runs[0].config.items()} for g in groups]
     machines = [run.environment for g in groups for run in g.runs]
-    differ, same = apart(configs)
-    moved, _ = apart([{k: text(v) for k, v in m.items()} for m in machines])
+    differ, same = differing_settings(configs)
+    moved, _ = differing_settings([{k: text(v) for k, v in m.items()} for m in machines])
     return {
         "groups": [summary(g) for g in groups],
-        "curves": [curve(groups, n) for n in shown if any(g.series(n).x for g in groups)],
-        "gains": comparisons(gains, groups),
-        "between": comparisons(between, groups),
+        "curves": [curve(groups, n) for n in charted if any(g.series(n).x for g in groups)],
+        "gains": comparisons(training_effects, groups),
+        "between": comparisons(group_differences, groups),
         "positions": [p for g in groups for p in positions(g)],
         "phases": [{"name": g.name, "seconds": phases(g)} for g in groups],
         "alarms": [{"run": label(g, run), **asdict(a)} for g in groups for run in g.runs for a in alarms(run)],
@@ -72,12 +73,12 @@ def text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def label(group: Group, run: Log) -> str:
+def label(group: RunGroup, run: Log) -> str:
     """Return the label of a run: the group's name, with the seed if the group has several runs."""
     return group.name if len(group.runs) == 1 else f"{group.name}, seed {run.config.get('seed')}"
 
 
-def summary(group: Group) -> dict[str, object]:
+def summary(group: RunGroup) -> dict[str, object]:
     """Return a group's row in the table of results: its settings, cost, first and last evaluation with intervals."""
     out: dict[str, object] = {
         "name": group.name,
@@ -112,7 +113,7 @@ def median(values: Sequence[float]) -> float:
     return float(torch.tensor(values).median()) if values else 0.0
 
 
-def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
+def curve(groups: Sequence[RunGroup], name: str) -> dict[str, object]:
     """Return one chart: a line for each group that logged the number."""
     title, unit, factor = CURVES.get(name, (name.replace("_", " "), "", 1.0))
     lines = []
@@ -122,12 +123,12 @@ def curve(groups: Sequence[Group], name: str) -> dict[str, object]:
             scaled = {end: [v * factor for v in getattr(s, end)] for end in ("mean", "low", "high")}
             runs = [[list(r), [v * factor for v in r.values()]] for r in s.runs] if len(s.runs) > 1 else []
             lines.append({"group": i, "x": s.x, **scaled, "runs": runs})
-    means = MEANS.get(name, "")
+    means = EXPLANATIONS.get(name, "")
     return {"name": name, "title": title, "unit": unit, "means": means, "main": name in CURVES, "lines": lines}
 
 
 def comparisons(
-    compare: Callable[[Sequence[Group], str], list[Paired]], groups: Sequence[Group]
+    compare: Callable[[Sequence[RunGroup], str], list[Paired]], groups: Sequence[RunGroup]
 ) -> list[dict[str, object]]:
     """Return tables of paired differences: of reverse KL, and of accuracy if the prompts have a verifier."""
     out: list[dict[str, object]] = []
@@ -141,37 +142,39 @@ def comparisons(
     return out
 
 
-def positions(group: Group) -> list[dict[str, object]]:
+def positions(group: RunGroup) -> list[dict[str, object]]:
     """Return reverse KL by position in the response, at the first and the last saved step, over all seeds."""
-    steps = sorted(set.intersection(*(set(run.saved()) for run in group.runs)))
+    steps = sorted(set.intersection(*(set(saved(run.folder)) for run in group.runs)))
     out = []
     for step in dict.fromkeys(steps[:1] + steps[-1:]):
-        both = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]
-        if not all("reverse_kl" in c for c in both):
+        columns_by_run = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]
+        if not all("reverse_kl" in c for c in columns_by_run):
             continue
-        rows = [(kl, m) for c in both for kl, m in zip(c["reverse_kl"], c["mask"], strict=True)]
+        rows = [(kl, m) for c in columns_by_run for kl, m in zip(c["reverse_kl"], c["mask"], strict=True)]
         width = max(len(m) for _, m in rows)
-        whole, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+        kl_rows, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
         for i, (kl, m) in enumerate(rows):
-            whole[i, : len(kl)], mask[i, : len(m)] = kl, m
-        bin_ = max(1, width // 32)
+            kl_rows[i, : len(kl)], mask[i, : len(m)] = kl, m
+        bin_size = max(1, width // 32)
         x, mean, error, share = [], [], [], []
-        for start in range(0, width, bin_):
-            there = mask[:, start : start + bin_]
-            heard = there.any(1)
-            if int(heard.sum()) < max(2, 0.1 * len(rows)):
+        for start in range(0, width, bin_size):
+            in_bin = mask[:, start : start + bin_size]
+            reaches_bin = in_bin.any(1)
+            if int(reaches_bin.sum()) < max(2, 0.1 * len(rows)):
                 break  # too few responses are this long for a mean
-            cut = whole[:, start : start + bin_].where(there, 0).sum(1)[heard] / there.sum(1)[heard]
-            x.append(start + (min(bin_, width - start) - 1) / 2)
-            mean.append(float(cut.mean()))
-            error.append(1.96 * float(cut.std()) / len(cut) ** 0.5)
-            share.append(float(heard.float().mean()))
+            row_means = (
+                kl_rows[:, start : start + bin_size].where(in_bin, 0).sum(1)[reaches_bin] / in_bin.sum(1)[reaches_bin]
+            )
+            x.append(start + (min(bin_size, width - start) - 1) / 2)
+            mean.append(float(row_means.mean()))
+            error.append(1.96 * float(row_means.std()) / len(row_means) ** 0.5)
+            share.append(float(reaches_bin.float().mean()))
         low, high = ([max(0.0, m + s * e) for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
         out.append({"name": group.name, "step": step, "x": x, "mean": mean, "low": low, "high": high, "share": share})
     return out
 
 
-def phases(group: Group) -> dict[str, float]:
+def phases(group: RunGroup) -> dict[str, float]:
     """Return the mean seconds per step of each phase; evaluations and saves are spread over all steps."""
     rows = [r for run in group.runs for r in run.perf]
     steps = max(1, sum(len(run.steps) for run in group.runs))

@@ -17,7 +17,7 @@ from opd.config.commands import Inspect
 from opd.core.errors import Refusal
 from opd.training.run_log import lines, saved_at
 
-PLAIN: Mapping[str, str] = {  # columns for colouring tokens -> their titles
+TITLES: Mapping[str, str] = {  # columns for colouring tokens -> their titles
     "reverse_kl": "reverse KL",
     "student_entropy": "student entropy",
     "teacher_entropy": "teacher entropy",
@@ -49,21 +49,22 @@ def payload(
     """
     mask = columns["mask"]
     lengths = torch.tensor([row["tokens"] for row in rows])
-    said = torch.arange(mask.shape[1]) < lengths[:, None]
+    is_response = torch.arange(mask.shape[1]) < lengths[:, None]
     names = list(texts)
-    place = torch.zeros(1 + max(map(int, names)), dtype=torch.long)
-    place[torch.tensor([int(n) for n in names])] = torch.arange(len(names))
-    shown = {title: columns[name] for name, title in PLAIN.items() if name in columns}
+    token_index = torch.zeros(1 + max(map(int, names)), dtype=torch.long)
+    token_index[torch.tensor([int(n) for n in names])] = torch.arange(len(names))
+    columns_by_title = {title: columns[name] for name, title in TITLES.items() if name in columns}
     if "student_logp" in columns and "teacher_logp" in columns:
-        shown = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **shown}
+        columns_by_title = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **columns_by_title}
     if "reverse_kl" in columns:
-        shown["rock score"] = rocks(columns["ids"].long(), mask, columns["reverse_kl"])
+        columns_by_title["rock score"] = rock_shares(columns["ids"].long(), mask, columns["reverse_kl"])
     terms = sum(name.startswith("weight.") for name in columns)
     for i in range(terms):
         number = f" {i + 1}" if terms > 1 else ""
         if f"advantage.{i}" in columns:
-            shown[f"advantage{number}"] = columns[f"advantage.{i}"]
-        shown[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1: weight of a token in the mean over tokens
+            columns_by_title[f"advantage{number}"] = columns[f"advantage.{i}"]
+        # 1: weight of a token in the mean over tokens
+        columns_by_title[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()
     data: dict[str, object] = {
         "run": str(run),
         "step": step,
@@ -71,25 +72,30 @@ def payload(
         "start": [0, *lengths.cumsum(0).tolist()],
         "tokens": list(texts.values()),
         "names": [int(n) for n in names],
-        "ids": packed(place[columns["ids"].long()][said].to(torch.int32)),
-        "trained": packed(mask[said].to(torch.uint8)),
-        "columns": {title: packed(rounded(x.float().where(mask, torch.nan)[said], 12)) for title, x in shown.items()},
+        "ids": packed(token_index[columns["ids"].long()][is_response].to(torch.int32)),
+        "trained": packed(mask[is_response].to(torch.uint8)),
+        "columns": {
+            title: packed(rounded(x.float().where(mask, torch.nan)[is_response], 12))
+            for title, x in columns_by_title.items()
+        },
     }
     if "alternatives_ids" in columns:
         ids = columns["alternatives_ids"]
         data["width"] = ids.shape[-1]
-        data["alternatives"] = packed(place[ids.long()][said].to(torch.int32))
+        data["alternatives"] = packed(token_index[ids.long()][is_response].to(torch.int32))
         for name in ("student_logp", "teacher_logp"):
-            data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][said].to(torch.bfloat16))
+            data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][is_response].to(torch.bfloat16))
     return data
 
 
-def rocks(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def rock_shares(
+    ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """Return each token type's share of the summed reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
     _, score = Corpus(ids[mask], reverse_kl[mask].double(), mask.nonzero()[:, 0]).tally()
-    whole = score.new_zeros(int(ids.max()) + 1)
-    whole[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
-    return whole[ids].float()
+    share_by_id = score.new_zeros(int(ids.max()) + 1)
+    share_by_id[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
+    return share_by_id[ids].float()
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

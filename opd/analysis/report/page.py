@@ -11,7 +11,7 @@ from opd.analysis.report.figures import payload
 from opd.config.commands import Inspect, Report
 from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal
-from opd.training.run_log import grouped, read
+from opd.training.run_log import group_runs, read
 
 PICTURE_MARK = "opd report"  # in the metadata of each picture
 
@@ -20,15 +20,15 @@ def report(config: Report) -> Path:
     """Read the runs, write the page and return its path."""
     if not config.runs:
         raise Refusal("RUN is missing: name the --out folder of one `opd train` or more")
-    twice = {str(r) for r in config.runs if [x.resolve() for x in config.runs].count(r.resolve()) > 1}
-    if twice:
-        raise Refusal(f"RUN {min(twice)}: named twice; name each run folder once")
+    repeated = {str(r) for r in config.runs if [x.resolve() for x in config.runs].count(r.resolve()) > 1}
+    if repeated:
+        raise Refusal(f"RUN {min(repeated)}: named twice; name each run folder once")
     file = page_file("report", config, config.runs)
     file.check()
     pictures = picture_files(config)
     for picture in pictures.values():
         picture.check()
-    groups = grouped([read(run) for run in config.runs])
+    groups = group_runs([read(run) for run in config.runs])
     write(file, "report", payload(groups))
     if pictures:
         from opd.analysis.report.static import draw  # pyplot takes a second
@@ -72,9 +72,9 @@ def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:
         "program": (pages / "page.js").read_text() + (pages / f"{name}.js").read_text(),
     }
     for part, content in parts.items():
-        before, mark, after = text.partition(f"/*{part}*/")
+        head, mark, tail = text.partition(f"/*{part}*/")
         assert mark, f"{name}.html has no place for its {part}"
-        text = before + content + after
+        text = head + content + tail
     file.write(text)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from opd.analysis.report.figures import CURVES, curve, phases, positions
 from opd.analysis.report.page import PICTURE_MARK
 from opd.core.disk import OutputFile
-from opd.training.run_log import Group
+from opd.training.run_log import RunGroup
 
 matplotlib.use("Agg")
 
@@ -20,7 +20,7 @@ STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
 
 
-def draw(groups: Sequence[Group], files: Mapping[str, OutputFile]) -> None:
+def draw(groups: Sequence[RunGroup], files: Mapping[str, OutputFile]) -> None:
     """Write the curves, positions and phases to the files of these names, as .png and .svg."""
     for name, figure in (("curves", curves(groups)), ("positions", by_position(groups)), ("phases", bars(groups))):
         if figure is None:
@@ -31,30 +31,32 @@ def draw(groups: Sequence[Group], files: Mapping[str, OutputFile]) -> None:
         plt.close(figure)
 
 
-def curves(groups: Sequence[Group]) -> Figure:
+def curves(groups: Sequence[RunGroup]) -> Figure:
     """Draw every logged number of the page's first section."""
-    shown = [c for name in CURVES if (c := curve(groups, name))["lines"]]
-    rows = -(-len(shown) // COLUMNS)
+    charts = [c for name in CURVES if (c := curve(groups, name))["lines"]]
+    rows = -(-len(charts) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 2.7 * rows), layout="constrained", squeeze=False)
-    for axis, c in zip(axes.flat, shown, strict=False):
+    for axis, c in zip(axes.flat, charts, strict=False):
         lines: list = c["lines"]  # type: ignore[assignment]
         for line in lines:
             i = line["group"]
             _line(axis, line, COLORS[i % 8], STYLES[i % 4], groups[i].name)
         axis.set(title=c["title"], ylabel=c["unit"], xlabel="step")
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(charts) :]:
         axis.axis("off")
     axes.flat[0].legend(frameon=False)
     return figure
 
 
-def by_position(groups: Sequence[Group]) -> Figure | None:
+def by_position(groups: Sequence[RunGroup]) -> Figure | None:
     """Draw reverse KL by position in the response, at the first and last saved step; None without saved rollouts."""
-    found = [rows for g in groups if (rows := positions(g))]
-    if not found:
+    group_rows = [rows for g in groups if (rows := positions(g))]
+    if not group_rows:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 3), layout="constrained", squeeze=False)
-    for i, (axis, rows) in enumerate(zip(axes.flat, found, strict=True)):
+    figure, axes = plt.subplots(
+        1, len(group_rows), figsize=(4.6 * len(group_rows), 3), layout="constrained", squeeze=False
+    )
+    for i, (axis, rows) in enumerate(zip(axes.flat, group_rows, strict=True)):
         for k, row in enumerate(rows):
             last = k or len(rows) == 1
             _line(axis, row, COLORS[i % 8] if last else "#555b64", "-" if last else "--", f"step {row['step']}")
@@ -63,15 +65,15 @@ def by_position(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def bars(groups: Sequence[Group]) -> Figure:
+def bars(groups: Sequence[RunGroup]) -> Figure:
     """Draw the seconds of a step by phase."""
     spent = [phases(g) for g in groups]
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(groups)), layout="constrained")
-    left = [0.0] * len(groups)
+    bar_starts = [0.0] * len(groups)
     for k, name in enumerate(dict.fromkeys(n for s in spent for n in s)):
         width = [s.get(name, 0.0) for s in spent]
-        axis.barh([g.name for g in groups], width, left=left, color=COLORS[k % 8], label=name)
-        left = [a + b for a, b in zip(left, width, strict=True)]
+        axis.barh([g.name for g in groups], width, left=bar_starts, color=COLORS[k % 8], label=name)
+        bar_starts = [a + b for a, b in zip(bar_starts, width, strict=True)]
     axis.invert_yaxis()
     axis.set(xlabel="seconds a step")
     axis.spines[["top", "right"]].set_visible(False)

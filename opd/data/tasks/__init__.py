@@ -1,1 +1,1 @@
-"""Tasks: prompts and their verifiers.  `load.load(Data(source=...))` makes a `Task`."""
+"""Tasks, which are prompts with their verifiers.  `load.load(Data(source=...))` makes a `Task`."""

@@ -24,7 +24,7 @@ OPTIONS = "options"  # the column into which `gather` merges options from severa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Set:
+class Benchmark:
     """The settings of a benchmark; `columns` are fields of `Data`."""
 
     what: str
@@ -39,39 +39,39 @@ def _columns(prompt: str, answer: str, choices: str = "") -> Mapping[str, str]:
     return {"prompt_column": prompt, "answer_column": answer, "choices_column": choices}
 
 
-SETS: Mapping[str, Set] = {
-    "gsm8k": Set(
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gsm8k": Benchmark(
         what="GSM8K, openai/grade-school-math: the answer ends in #### n",
         columns=_columns("question", "answer"),
         verifier="numeric",
         samples=1,
     ),
-    "math-500": Set(what="MATH-500 of openai/prm800k", columns=_columns("problem", "answer")),
-    "aime24": Set(what="AIME 2024, 30 problems", columns=_columns("problem", "answer"), samples=32),
-    "aime25": Set(
+    "math-500": Benchmark(what="MATH-500 of openai/prm800k", columns=_columns("problem", "answer")),
+    "aime24": Benchmark(what="AIME 2024, 30 problems", columns=_columns("problem", "answer"), samples=32),
+    "aime25": Benchmark(
         what="AIME 2025, 30 problems",
         columns={**_columns("problem", "expected_answer,answer"), "response_column": "reference_solution,solution"},
         samples=32,
     ),
-    "amc23": Set(what="AMC 2023, 40 problems", columns=_columns("problem,question", "answer")),
-    "minerva": Set(
+    "amc23": Benchmark(what="AMC 2023, 40 problems", columns=_columns("problem,question", "answer")),
+    "minerva": Benchmark(
         what="Minerva Math, 272 problems: the answer is boxed in the solution", columns=_columns("problem", "solution")
     ),
-    "olympiad": Set(what="OlympiadBench, the text-only problems", columns=_columns("question", "final_answer")),
-    "gpqa": Set(
+    "olympiad": Benchmark(what="OlympiadBench, the text-only problems", columns=_columns("question", "final_answer")),
+    "gpqa": Benchmark(
         what="GPQA, its csv: the right and three wrong answers in columns, shuffled by --seed",
         columns=_columns("Question", "Correct Answer"),
         verifier="choice",
         instruction=LETTER,
         gathered=("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
     ),
-    "sciknoweval": Set(
+    "sciknoweval": Benchmark(
         what="SciKnowEval, multiple choice",
         columns=_columns("question", "answerKey", "choices"),
         verifier="choice",
         instruction=LETTER,
     ),
-    "sciknoweval-filling": Set(
+    "sciknoweval-filling": Benchmark(
         what="SciKnowEval, answers in words and formulas",
         columns=_columns("question", "answer"),
         verifier="exact",
@@ -79,19 +79,21 @@ SETS: Mapping[str, Set] = {
 }
 
 
-def find(name: str) -> Set:
+def find(name: str) -> Benchmark:
     """Return the benchmark with this name.  Raises Refusal for an unknown name."""
-    if name not in SETS:
-        raise Refusal(f"--set {name} is not known: choose {', '.join(SETS)}; or leave it out and name the columns")
-    return SETS[name]
+    if name not in BENCHMARKS:
+        raise Refusal(
+            f"--set {name} is not known: choose {', '.join(BENCHMARKS)}; or leave it out and name the columns"
+        )
+    return BENCHMARKS[name]
 
 
 def settings(name: str, data: Data) -> Data:
     """Return `data` with the benchmark's settings in all fields that the user left at their defaults."""
     chosen = find(name)
-    wanted: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
-    wanted |= {"choices_column": OPTIONS} if chosen.gathered else {}
-    return replace(data, **{k: v for k, v in wanted.items() if getattr(data, k) == getattr(Data(), k)})
+    chosen_fields: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
+    chosen_fields |= {"choices_column": OPTIONS} if chosen.gathered else {}
+    return replace(data, **{k: v for k, v in chosen_fields.items() if getattr(data, k) == getattr(Data(), k)})
 
 
 def load(name: str, data: Data) -> Task:
@@ -103,8 +105,8 @@ def load(name: str, data: Data) -> Task:
 
     rows = read(data)
     if missing := [column for column in chosen.gathered if column not in rows.column_names]:
-        there = ", ".join(rows.column_names)
-        raise Refusal(f"--set {name}: {data.source} has no column {missing[0]!r}; the columns are {there}")
+        column_names = ", ".join(rows.column_names)
+        raise Refusal(f"--set {name}: {data.source} has no column {missing[0]!r}; the columns are {column_names}")
     return replace(table(data, gather(rows, chosen.gathered, data.seed) if chosen.gathered else rows), name=name)
 
 
@@ -115,5 +117,5 @@ def gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
         texts = [str(row[column]).strip() for column in columns]
         random.Random(f"{seed}/{number}").shuffle(texts)
         options.append(texts)
-    kept = rows.map(lambda row: {columns[0]: str(row[columns[0]]).strip()})
-    return kept.add_column(OPTIONS, options)
+    stripped = rows.map(lambda row: {columns[0]: str(row[columns[0]]).strip()})
+    return stripped.add_column(OPTIONS, options)

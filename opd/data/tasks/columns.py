@@ -13,13 +13,13 @@ import datasets
 from opd.config.data import Data
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
-from opd.data.tasks.task import Made, ask
+from opd.data.tasks.task import LazyPrompts, make_prompt
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class ColumnNames:
     """The names of the selected columns; "" for a missing column."""
 
     prompt: str
@@ -28,28 +28,28 @@ class Columns:
     choices: str
 
 
-def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Made:
+def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyPrompts:
     """Select the columns, keep `data.limit` rows and check them; each prompt is made when it is accessed.
 
     Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
     """
-    columns = choose(rows, data, needs_answers=needs_answers)
-    kept: Sequence[int] = range(len(rows))
+    columns = select_columns(rows, data, needs_answers=needs_answers)
+    row_numbers: Sequence[int] = range(len(rows))
     if 0 < data.limit < len(rows):
-        order = list(kept)
+        order = list(row_numbers)
         random.Random(data.seed).shuffle(order)
-        kept = sorted(order[: data.limit])
-        rows = rows.select(kept)
-    wanted = {n if n in rows.column_names else n.partition(".")[0] for n in vars(columns).values() if n}
-    looked_at = zip(kept, rows.select_columns(sorted(wanted)), strict=True)
-    _check(looked_at, columns, data.source, needs_answers=needs_answers)
-    return Made(partial(_prompt, rows, columns, data), len(rows))
+        row_numbers = sorted(order[: data.limit])
+        rows = rows.select(row_numbers)
+    column_names = {n if n in rows.column_names else n.partition(".")[0] for n in vars(columns).values() if n}
+    checked_rows = zip(row_numbers, rows.select_columns(sorted(column_names)), strict=True)
+    _check(checked_rows, columns, data.source, needs_answers=needs_answers)
+    return LazyPrompts(partial(_prompt, rows, columns, data), len(rows))
 
 
-def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
+def select_columns(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> ColumnNames:
     """Select the columns by the values in the first row, as described in the help of each flag."""
-    first, there = rows[0], f"the columns are {', '.join(rows.column_names)}"
-    chosen = Columns(
+    first, available = rows[0], f"the columns are {', '.join(rows.column_names)}"
+    chosen = ColumnNames(
         prompt=_pick(first, data.prompt_column, _is_question),
         answer=_pick(first, data.answer_column, lambda value: bool(_text(value, ", ").strip())),
         response=_pick(first, data.response_column, lambda value: True),
@@ -57,16 +57,16 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
     )
     if not chosen.prompt:
         raise Refusal(
-            f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {there}; name one"
+            f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {available}; name one"
         )
     for option, name in vars(chosen).items():
         wanted = vars(data)[f"{option}_column"]
         if wanted and "," not in wanted and not name:
-            raise Refusal(f"--{option}-column {wanted} is not there; {there}")
+            raise Refusal(f"--{option}-column {wanted} is not there; {available}")
     if needs_answers and not chosen.answer:
         raise Refusal(
             f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
-            f" --verifier {data.verifier} needs answers; {there}; name one, or --verifier none"
+            f" --verifier {data.verifier} needs answers; {available}; name one, or --verifier none"
         )
     return chosen
 
@@ -74,11 +74,11 @@ def choose(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Column
 def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
     """Return the first of some comma-separated names whose value fits; a single name only has to exist."""
     names = [name.strip() for name in wanted.split(",")]
-    there = [name for name in names if name in row or _at(row, name) is not None]
-    return next((name for name in there if len(names) == 1 or fits(_at(row, name))), "")
+    existing = [name for name in names if name in row or _value_at(row, name) is not None]
+    return next((name for name in existing if len(names) == 1 or fits(_value_at(row, name))), "")
 
 
-def _at(row: Row, name: str) -> Any:
+def _value_at(row: Row, name: str) -> Any:
     """Return the value of a column or of a nested field (reward_model.ground_truth); None if it is missing."""
     if name in row:
         return row[name]
@@ -88,22 +88,22 @@ def _at(row: Row, name: str) -> Any:
     return value
 
 
-def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, needs_answers: bool) -> None:
+def _check(rows: Iterable[tuple[int, Row]], columns: ColumnNames, source: str, *, needs_answers: bool) -> None:
     """Refuse rows without a valid prompt, and data whose answers are all missing; warn if some answers are missing."""
     empty: dict[str, list[int]] = {"prompt": [], "answer": []}
     total = 0
     for number, row in rows:
         total += 1
-        value = _at(row, columns.prompt)
+        value = _value_at(row, columns.prompt)
         if value is not None and not _is_question(value):
             raise Refusal(
                 f"--prompt-column {columns.prompt}, row {number} of {source}: {str(value)[:80]!r} is neither text nor a"
                 ' list of {"role": ..., "content": text}; name another column or correct the row'
             )
-        last = value if isinstance(value, str) else ([{"content": ""}, *_asked(value or ())])[-1]["content"]
+        last = value if isinstance(value, str) else ([{"content": ""}, *_without_reply(value or ())])[-1]["content"]
         if not last.strip():
             empty["prompt"].append(number)
-        if needs_answers and not _text(_at(row, columns.answer), ", ").strip():
+        if needs_answers and not _text(_value_at(row, columns.answer), ", ").strip():
             empty["answer"].append(number)
     if numbers := empty["prompt"]:
         raise Refusal(
@@ -123,21 +123,21 @@ def _check(rows: Iterable[tuple[int, Row]], columns: Columns, source: str, *, ne
         )
 
 
-def _prompt(rows: datasets.Dataset, columns: Columns, data: Data, index: int) -> Prompt:
+def _prompt(rows: datasets.Dataset, columns: ColumnNames, data: Data, index: int) -> Prompt:
     """Make the prompt of a row; its unselected columns are kept in `Prompt.columns`."""
     row = rows[index]
-    question, value = _at(row, columns.prompt), _at(row, columns.answer)
-    labels, texts = _options(_at(row, columns.choices))
+    question, value = _value_at(row, columns.prompt), _value_at(row, columns.answer)
+    labels, texts = _options(_value_at(row, columns.choices))
     answer = _text(value, ", ")
     if isinstance(value, int) and 0 <= value < len(texts):
         answer = LETTERS[value]
     elif answer in (*labels, *texts):
         answer = LETTERS[(labels if answer in labels else texts).index(answer)]
-    response = _text(_at(row, columns.response), "\n\n")
+    response = _text(_value_at(row, columns.response), "\n\n")
     if not isinstance(question, str):
-        response = response or _text(question[len(_asked(question)) :], "\n\n")
-        question = _asked(question)
-    return ask(
+        response = response or _text(question[len(_without_reply(question)) :], "\n\n")
+        question = _without_reply(question)
+    return make_prompt(
         question,
         data,
         options="\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)),
@@ -155,7 +155,7 @@ def _is_question(value: object) -> bool:
     return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
 
 
-def _asked(turns: Sequence[Row]) -> tuple[Row, ...]:
+def _without_reply(turns: Sequence[Row]) -> tuple[Row, ...]:
     """Return the turns without a closing assistant turn."""
     end = len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
     return tuple({"role": t["role"], "content": t["content"]} for t in turns[:end])

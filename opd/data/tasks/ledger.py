@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Level:
+class Difficulty:
     """A difficulty level: digits per amount and balance, and the entry counts to sample from (repeats are weights)."""
 
     digits: int
@@ -60,8 +60,8 @@ class Level:
 
 
 LEVELS = {
-    "short": Level(digits=1, entries=(1, 1, 2, 3)),  # 20 to 41 response tokens
-    "full": Level(digits=2, entries=(2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)),  # 51 to 160 response tokens
+    "short": Difficulty(digits=1, entries=(1, 1, 2, 3)),  # 20 to 41 response tokens
+    "full": Difficulty(digits=2, entries=(2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)),  # 51 to 160 response tokens
 }
 
 
@@ -78,8 +78,8 @@ def problem(rng: random.Random, *, level: str) -> Problem:
     months = tuple(MONTHS[(first + i) % len(MONTHS)] for i in range(entries))
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
     booked = ""
-    for month, (before, after) in zip(months, pairwise(balances), strict=True):
-        booked += f"{month}: {rng.choice(GAINS if after > before else LOSSES)} {abs(after - before)}. "
+    for month, (old, new) in zip(months, pairwise(balances), strict=True):
+        booked += f"{month}: {rng.choice(GAINS if new > old else LOSSES)} {abs(new - old)}. "
     prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
     return Problem(prompt, str(balances[-1]), _write(*_read(prompt), lambda: False))
 
@@ -103,18 +103,18 @@ def _read(prompt: str) -> tuple[str, list[tuple[str, str, str]]]:
 
 def _write(balance: str, entries: list[tuple[str, str, str]], slips: Callable[[], bool]) -> str:
     """Return the response with its four stages; `slips()` decides at each carry and borrow whether to make an error."""
-    plan = work = before = ""
+    plan = work = old_balance = ""
     for month, sign, amount in entries:
         plan += f"{month}: {sign}{amount}\n"
-        before, balance, columns, mark = balance, "", "", ""
-        for a, b in zip(reversed(before), reversed(amount), strict=True):
+        old_balance, balance, columns, mark = balance, "", "", ""
+        for a, b in zip(reversed(old_balance), reversed(amount), strict=True):
             total = _column(int(a), sign, int(b), carried=mark == "^", slips=slips)
             columns += f"{mark}{a}{sign}{b}={total % 10}"
             mark = "_" if 0 <= total <= 9 else "^"
             balance = f"{total % 10}{balance}"
         work += f"{month}: {columns}\n"
     _, sign, amount = entries[-1]
-    check = f"{balance}{'-' if sign == '+' else '+'}{amount}={before}\n"
+    check = f"{balance}{'-' if sign == '+' else '+'}{amount}={old_balance}\n"
     return "".join(tag + text for tag, text in zip(STAGES, (plan, work, check, balance), strict=True))
 
 
@@ -144,9 +144,9 @@ def problem_at(seed: int, index: int, *, level: str, heldout: bool = False) -> P
     """
     rng = random.Random(f"{seed}/{index}/{level}/{heldout}")
     while True:
-        drawn = problem(rng, level=level)
-        if (zlib.crc32(drawn.prompt.encode()) % HELDOUT_SHARE == 0) == heldout:
-            return drawn
+        sampled = problem(rng, level=level)
+        if (zlib.crc32(sampled.prompt.encode()) % HELDOUT_SHARE == 0) == heldout:
+            return sampled
 
 
 def problems(seed: int, *, level: str, heldout: bool = False) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from opd.config.data import Data
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.data.tasks import ledger
-from opd.data.tasks.task import SIZES, Made, Task, ask
+from opd.data.tasks.task import SIZES, LazyPrompts, Task, make_prompt
 from opd.data.verifiers.verify import VERIFIERS, find
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def load(data: Data) -> Task:
     return PROCEDURAL[kind](name, data)
 
 
-def table(data: Data, given: "Dataset | None" = None) -> Task:
-    """Make a task of the rows of a file, a folder or a hub dataset, or of given ones, scored against their answers."""
+def table(data: Data, dataset: "Dataset | None" = None) -> Task:
+    """Make a task of the rows of a file, folder or hub dataset, or of `dataset`, scored against their answers."""
     from opd.data.tasks import columns as rows  # `datasets` takes seconds to import, and the embedded tasks do without
     from opd.data.tasks import files as tables
 
     score = find(data.verifier)
     built_in = data.verifier in VERIFIERS and data.verifier != "none"
-    prompts = rows.prompts(given or tables.read(data), data, needs_answers=built_in)
+    prompts = rows.prompts(dataset or tables.read(data), data, needs_answers=built_in)
     for i in range(0, len(prompts) if built_in else 0, 1 + len(prompts) // 200):
         answer = prompts[i].answer
         if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
@@ -58,7 +58,7 @@ def embedded(name: str, data: Data) -> Task:
     """Make the task of the embedded models; its verifier is strict about the form of the whole response."""
     if name not in LEDGERS:
         raise Refusal(f"--prompts {data.source} is not known: choose embedded:{' or embedded:'.join(LEDGERS)}")
-    prompts = Made(partial(_ledger_prompt, data, LEDGERS[name]), data.limit or SIZES[data.split])
+    prompts = LazyPrompts(partial(_ledger_prompt, data, LEDGERS[name]), data.limit or SIZES[data.split])
     return Task(name=name, prompts=prompts, verify=partial(_by_answer, ledger.verify))
 
 
@@ -69,7 +69,7 @@ def reasoning_gym(name: str, data: Data) -> Task:
 
 def _ledger_prompt(data: Data, level: str, index: int) -> Prompt:
     problem = ledger.problem_at(data.seed, index, level=level, heldout=data.split == "test")
-    return ask(problem.prompt, data, answer=problem.answer, response=problem.solution)
+    return make_prompt(problem.prompt, data, answer=problem.answer, response=problem.solution)
 
 
 def _by_answer(score: Callable[[str, str], float], response: str, prompt: Prompt) -> float:

@@ -13,9 +13,9 @@ from reasoning_gym.factory import DATASETS
 from opd.config.data import Data
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
-from opd.data.tasks.task import SIZES, Made, Task, ask
-from opd.data.verifiers import sandbox as guarded
-from opd.data.verifiers.extract import marked, spoken
+from opd.data.tasks.task import SIZES, LazyPrompts, Task, make_prompt
+from opd.data.verifiers import sandbox
+from opd.data.verifiers.extract import marked, without_thinking
 
 SEEDS = 2**10  # distinct seeds; each has 2**21 problems and two splits, which fills numpy's 2**32 seeds
 
@@ -36,18 +36,20 @@ def task(name: str, data: Data) -> Task:
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(sorted(DATASETS))}"
         raise Refusal(f"--prompts {data.source}: reasoning-gym has no {name!r}; {hint}")
     options = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
-    known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
-    if unknown := sorted(options.keys() - known):
-        raise Refusal(f"--prompts {data.source}: {name} has no option {unknown[0]}; it has {', '.join(sorted(known))}")
+    allowed = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+    if unknown := sorted(options.keys() - allowed):
+        raise Refusal(
+            f"--prompts {data.source}: {name} has no option {unknown[0]}; it has {', '.join(sorted(allowed))}"
+        )
     size = data.limit or SIZES[data.split]
     seed = (data.split == "test") * 2**31 + data.seed % SEEDS * 2**21
     try:
-        made = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
-        made[0]
+        dataset = reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
+        dataset[0]
     except Exception as error:  # each generator raises different exceptions for invalid options
         raise Refusal(f"--prompts {data.source}, --limit {size}: {name} refuses: {error!r}; change them") from error
     score = partial(_score, name, json.dumps(options))
-    return Task(name=name, prompts=Made(partial(_prompt, made, data), size), verify=score)
+    return Task(name=name, prompts=LazyPrompts(partial(_prompt, dataset, data), size), verify=score)
 
 
 def _value(text: str) -> object:
@@ -58,12 +60,12 @@ def _value(text: str) -> object:
         return text
 
 
-def _prompt(made: ProceduralDataset, data: Data, index: int) -> Prompt:
-    entry = made[index]
-    return ask(entry["question"], data, answer=entry["answer"] or "", columns=entry)
+def _prompt(dataset: ProceduralDataset, data: Data, index: int) -> Prompt:
+    entry = dataset[index]
+    return make_prompt(entry["question"], data, answer=entry["answer"] or "", columns=entry)
 
 
 def _score(name: str, options: str, response: str, prompt: Prompt) -> float:
     """Score only the final answer, as the scorers expect; some give partial credit to a wrong answer."""
-    text = spoken(response)
-    return guarded.score("reasoning-gym", name, options, marked(text) or text, prompt.columns)
+    text = without_thinking(response)
+    return sandbox.score("reasoning-gym", name, options, marked(text) or text, prompt.columns)

@@ -22,7 +22,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Made(Sequence[Prompt]):
+class LazyPrompts(Sequence[Prompt]):
     """A sequence of prompts that are created on access: `make(i)` for every i below `size`.  A slice is a tuple."""
 
     make: Callable[[int], Prompt]
@@ -45,7 +45,7 @@ class Made(Sequence[Prompt]):
         return self.make(index % self.size)
 
 
-def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
+def make_prompt(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
     """Make the prompt of a question.
 
     The options and `data.instruction` are added to its last turn, and `data.system` becomes its first turn.
@@ -56,8 +56,8 @@ def ask(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str
             return Prompt(text=text, **fields)
         turns: list[Mapping[str, str]] = [{"role": "user", "content": text}]
     else:
-        *before, last = question
-        turns = [*before, {**last, "content": "\n".join(filter(None, (last["content"], options, data.instruction)))}]
+        *earlier, last = question
+        turns = [*earlier, {**last, "content": "\n".join(filter(None, (last["content"], options, data.instruction)))}]
     if data.system:
         turns = [{"role": "system", "content": data.system}, *(t for t in turns if t["role"] != "system")]
     return Prompt(messages=tuple(turns), **fields)

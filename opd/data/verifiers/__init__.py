@@ -1,1 +1,1 @@
-"""Verifiers: is a response correct?"""
+"""Verifiers, which score whether a response is correct."""

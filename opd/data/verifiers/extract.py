@@ -1,7 +1,7 @@
 r"""Extraction of the final answer from a text, as text or number; "" or None if the text has no answer.
 
-A marked answer is the last \boxed{...}, <answer>...</answer> or line that ends in "#### 42".  A stated answer
-(functions and variables named `said`) follows "answer is" or "answer:".
+A marked answer is the last \boxed{...}, <answer>...</answer> or line that ends in "#### 42".  A stated answer follows
+"answer is" or "answer:".
 """
 
 import re
@@ -11,7 +11,7 @@ TAIL = 500  # characters: an answer that is neither marked nor stated is searche
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _HASHES = re.compile(r"####[ \t]*([-+$€£]*\d[\d.,/%]*)[ \t]*$", re.MULTILINE)  # not the heading "#### Step 1"
-_SAID = re.compile(r"\banswer\b[\s*_]*(?:\bis\b|[:=])[\s*_:]*(\S[^\n]*)", re.IGNORECASE)
+_STATED = re.compile(r"\banswer\b[\s*_]*(?:\bis\b|[:=])[\s*_:]*(\S[^\n]*)", re.IGNORECASE)
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"((?<![\w)\].])-)?(?:\$(-)?)?({_DIGITS})(?:[eE]([+-]?\d{{1,2}})(?!\d))?(?:/({_DIGITS}))?")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -19,23 +19,23 @@ _STYLE = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\b")
 _LETTER = re.compile(r"\s*(?:option |choice )?([a-z])(?:\s*$|\s*[.:),;]|\s+(?![a-z\s]))", re.IGNORECASE)
 
 
-def spoken(response: str) -> str:
+def without_thinking(response: str) -> str:
     """Return the response without its thinking: the text after the last </think>."""
     return response.rpartition("</think>")[2].strip()
 
 
 def marked(text: str) -> str:
     r"""Return the marked answer: the last \boxed{...}, <answer>...</answer> or "#### 42"; "" if the text has none."""
-    found = [(0, "")]
+    candidates = [(0, "")]
     for box in list(_BOX.finditer(text))[:-9:-1]:  # at most 8 boxes, because each unclosed box costs a scan
         if content := _braced(text, box.end()):
-            found.append((box.end() + len(content), content))
+            candidates.append((box.end() + len(content), content))
             break
     close = text.rfind("</answer>")
     if close >= 0 and (start := text.rfind("<answer>", 0, close)) >= 0:
-        found.append((close, text[start + len("<answer>") : close]))
-    found += [(line.end(), line[1]) for line in _HASHES.finditer(text)]
-    content = max(found)[1].strip()
+        candidates.append((close, text[start + len("<answer>") : close]))
+    candidates += [(line.end(), line[1]) for line in _HASHES.finditer(text)]
+    content = max(candidates)[1].strip()
     return (marked(content) or content) if content else ""
 
 
@@ -49,9 +49,9 @@ def _braced(text: str, start: int) -> str:
     return ""
 
 
-def said(text: str) -> str:
+def stated(text: str) -> str:
     """Return the rest of the line after the last "answer is" or "answer:"; "" if the text has neither."""
-    phrases = _SAID.findall(text)
+    phrases = _STATED.findall(text)
     return phrases[-1].strip(" *_") if phrases else ""
 
 

@@ -121,16 +121,16 @@ def _math() -> Callable[[str, str, bool], bool]:
         return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)
 
     # math-verify compares 6 decimals, so 1e-9 and 2e-9 would be equal.
-    def tiny(gold: sympy.Basic, said: sympy.Basic) -> bool:
-        numbers = all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, said))
+    def tiny(gold: sympy.Basic, parsed: sympy.Basic) -> bool:
+        numbers = all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, parsed))
         return numbers and bool(0 < abs(gold.doit()) < 1e-3)
 
     def equal(answer: str, candidate: str, bare: bool) -> bool:
         with _limits():
-            gold, said = read(answer, True), read(candidate, bare)
-            if gold and said and tiny(gold[0], said[0]):
-                return bool(abs(said[0].doit() / gold[0].doit() - 1) < 1e-5)
-            return verify(gold, said, timeout_seconds=None)  # not symmetric: the reference is the first argument
+            gold, parsed = read(answer, True), read(candidate, bare)
+            if gold and parsed and tiny(gold[0], parsed[0]):
+                return bool(abs(parsed[0].doit() / gold[0].doit() - 1) < 1e-5)
+            return verify(gold, parsed, timeout_seconds=None)  # not symmetric: the reference is the first argument
 
     return equal
 
@@ -169,8 +169,8 @@ def _limits() -> Iterator[None]:
 def _serve(judge: str) -> None:
     """Answer questions until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    for end in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(end, signal.SIG_DFL)
+    for end_signal in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(end_signal, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGPROF})  # a parent's mask is inherited
     with contextlib.suppress(ValueError, OSError):  # a lower limit may be set already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))

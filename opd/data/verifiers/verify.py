@@ -1,6 +1,6 @@
 """Verifiers: pure functions `(response, answer) -> score from 0 to 1`, which never raise on any text.
 
-They score the marked answer, else the stated answer, else the end of the response (`answers.py` has the rules).  Text
+They score the marked answer, else the stated answer, else the end of the response (`extract.py` has the rules).  Text
 before </think> is ignored.  The expected answer may be a worked solution with a marked answer.
 """
 
@@ -13,8 +13,18 @@ from fractions import Fraction
 from functools import lru_cache, partial
 
 from opd.core.errors import Refusal
-from opd.data.verifiers import sandbox as guarded
-from opd.data.verifiers.extract import TAIL, is_number, letter, marked, number, plain, reference, said, spoken
+from opd.data.verifiers import sandbox
+from opd.data.verifiers.extract import (
+    TAIL,
+    is_number,
+    letter,
+    marked,
+    number,
+    plain,
+    reference,
+    stated,
+    without_thinking,
+)
 
 Verifier = Callable[[str, str], float]
 
@@ -22,14 +32,14 @@ Verifier = Callable[[str, str], float]
 def math(response: str, answer: str) -> float:
     """Score 1 if the final answer is mathematically equal to the expected answer, by math-verify.
 
-    math-verify runs in child processes; a comparison that takes more than `guarded.CPU_LIMIT` CPU seconds scores 0.
+    math-verify runs in child processes; a comparison that takes more than `sandbox.CPU_LIMIT` CPU seconds scores 0.
     50 and 50% are equal.  0.5 and 50% are equal if the percent sign is in the expected answer.
     """
-    text, gold = spoken(response), reference(answer)
+    text, gold = without_thinking(response), reference(answer)
     if not plain(gold) or not text:
         return 0.0
     content = marked(text)
-    final = content or said(text) or text.rpartition("\n")[2]
+    final = content or stated(text) or text.rpartition("\n")[2]
     if plain(final) == plain(gold) or plain(text) == plain(gold):
         return 1.0
     if content:
@@ -39,12 +49,12 @@ def math(response: str, answer: str) -> float:
         return _equal(gold, content, True)
     if is_number(gold) and numeric(response, answer):
         return 1.0
-    return _equal(gold, said(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
+    return _equal(gold, stated(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
 
 
 @lru_cache(maxsize=4096)  # rollouts of the same prompt often have the same answer
 def _equal(gold: str, candidate: str, bare: bool) -> float:
-    return guarded.score("math", gold, candidate, bare)
+    return sandbox.score("math", gold, candidate, bare)
 
 
 def numeric(response: str, answer: str) -> float:
@@ -53,11 +63,11 @@ def numeric(response: str, answer: str) -> float:
     The final number is the last in a marked answer, else the first in a stated answer, else the last in the response.
     Integers must be equal; other numbers must agree to five digits.
     """
-    text, gold = spoken(response), number(reference(answer))
+    text, gold = without_thinking(response), number(reference(answer))
     if content := marked(text):
         value = number(content)
     else:
-        value = number(said(text).rpartition("=")[2], first=True)
+        value = number(stated(text).rpartition("=")[2], first=True)
         value = number(text[-TAIL:]) if value is None else value
     return float(value is not None and gold is not None and _close(value, gold))
 
@@ -72,9 +82,9 @@ def exact(response: str, answer: str) -> float:
 
     Case, spacing, quotes and punctuation at the ends are ignored, so "CO" equals "Co".
     """
-    text, gold = spoken(response), _tidy(reference(answer))
+    text, gold = without_thinking(response), _tidy(reference(answer))
     content = marked(text)
-    candidates = (content,) if content else (said(text), text.rpartition("\n")[2], text)
+    candidates = (content,) if content else (stated(text), text.rpartition("\n")[2], text)
     return float(gold != "" and gold in map(_tidy, candidates))
 
 
@@ -84,8 +94,8 @@ def _tidy(text: str) -> str:
 
 def choice(response: str, answer: str) -> float:
     """Score 1 if the response picks the expected letter: "B", "(B)", "B. text" or "the answer is B"."""
-    text, gold = spoken(response), letter(reference(answer))
-    if content := marked(text) or said(text):
+    text, gold = without_thinking(response), letter(reference(answer))
+    if content := marked(text) or stated(text):
         picked = letter(content)
     else:
         picked = letter(text.rpartition("\n")[2]) or letter(text) or ["", *re.findall(r"\(([A-Z])\)", text)][-1]
@@ -120,12 +130,12 @@ def find(name: str) -> Verifier:
         raise Refusal(f"--verifier {name}: the module {module} has no {function}; name one it has") from error
 
 
-def _checked(theirs: Verifier, name: str, response: str, answer: str) -> float:
+def _checked(function: Verifier, name: str, response: str, answer: str) -> float:
     """Score with a user's function and refuse a score outside [0, 1].
 
     Exceptions of the function are not caught: they are bugs that a score of 0 would hide.
     """
-    score = theirs(response, answer)
+    score = function(response, answer)
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         raise Refusal(f"--verifier {name} returned {score!r}: return a number from 0 to 1")
     return float(score)

@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.head.kernels.c_sweep import LEAST, built, over_threads
+from opd.head.kernels.c_sweep import MIN_COLUMNS, built, over_threads
 
-BLOCK = 1024  # must equal BLOCK in draw.c
+BLOCK = 1024  # must equal BLOCK in quantile.c
 
 
 @cache
 def _compiled() -> Callable[..., None] | None:
-    found = built("quantile.c")
-    if found is None:
+    library = built("quantile.c")
+    if library is None:
         return None
-    whole, real, at = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-    found.draw.argtypes = [at, whole, whole, whole, whole, real, at, at, at, at]
-    found.draw.restype = None
-    return found.draw
+    integer, double, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    library.draw.argtypes = [pointer, integer, integer, integer, integer, double, pointer, pointer, pointer, pointer]
+    library.draw.restype = None
+    return library.draw
 
 
 def quantile(
@@ -36,7 +36,7 @@ def quantile(
 
     An id is the first whose cumulative softmax(z / T) exceeds its noise in [0, 1).  A logit of -inf is never sampled.
     """
-    fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.shape[-1] >= LEAST
+    fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.shape[-1] >= MIN_COLUMNS
     if fits and logits.stride(-1) == 1 and _compiled() is not None:
         return _in_c(logits, noise, temperature)
     return in_torch(logits, noise, temperature)
@@ -47,14 +47,14 @@ def in_torch(
 ) -> tuple[Int[Tensor, "B k"], Float[Tensor, " B"]]:
     """Compute `quantile` in torch, as the reference for the C version."""
     z = logits.double()
-    most = z.amax(-1, keepdim=True)
-    e = ((z - most) / temperature).exp()
+    largest = z.amax(-1, keepdim=True)
+    e = ((z - largest) / temperature).exp()
     cdf = e.cumsum(-1)
     total = cdf[:, -1:]
     ids = torch.searchsorted(cdf, noise.double() * total, right=True)
     # The last id of positive probability bounds the result: rounding may put the quantile beyond the end.
     last = logits.shape[-1] - 1 - (e > 0).flip(-1).byte().argmax(-1, keepdim=True)
-    return torch.minimum(ids, last), (most / temperature + total.log())[:, 0]
+    return torch.minimum(ids, last), (largest / temperature + total.log())[:, 0]
 
 
 def _in_c(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -65,8 +65,8 @@ def _in_c(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Te
     sums = torch.empty(rows, -(-width // BLOCK), dtype=torch.float64)
 
     def part(first: int, last: int) -> None:
-        at = [x[first:last].data_ptr() for x in (logits, noise, sums, ids, lse)]
-        draw(at[0], logits.stride(0), last - first, width, noise.shape[1], temperature, *at[1:])
+        addresses = [x[first:last].data_ptr() for x in (logits, noise, sums, ids, lse)]
+        draw(addresses[0], logits.stride(0), last - first, width, noise.shape[1], temperature, *addresses[1:])
 
     over_threads(rows, part)
     return ids, lse

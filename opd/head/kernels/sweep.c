@@ -1,4 +1,4 @@
-// One sweep over rows of both models' logits; the student's become exp(z - max z).  `rows.py` has the definitions.
+// One sweep over rows of both models' logits; the student's become exp(z - max z).  `closed_forms.py` has the definitions.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -14,9 +14,9 @@ def sweep_(
     out: Sums,
     scratch: Float[Tensor, "2 r V"],
 ) -> tuple[Float[Tensor, "r V"], Float[Tensor, "r V"]]:
-    """Fill the sums and return (u, v), which live in the scratch; the student's logits become e.
+    """Fill the sums, turn the student's logits into e, and return (u, v), which are stored in the scratch.
 
-    The teacher's may live in scratch[1]; else they are left as they are.  A logit of -inf gives nan.
+    The teacher's logits are overwritten only if they are stored in scratch[1].  A logit of -inf gives nan.
     """
     drawn = ids[:, None]
     v = torch.sub(teacher, teacher.amax(-1, keepdim=True), out=scratch[1])
@@ -32,7 +32,7 @@ def sweep_(
 def sweep_student_(
     student: Float[Tensor, "r V"], ids: Int[Tensor, " r"], out: Sums, scratch: Float[Tensor, "r V"]
 ) -> Float[Tensor, "r V"]:
-    """Fill the student's own sums and return u, which lives in the scratch; its logits become e."""
+    """Fill the sums of the student only, turn its logits into e, and return u, which is stored in the scratch."""
     u = torch.sub(student, student.amax(-1, keepdim=True), out=scratch)
     e = torch.exp(u, out=student)
     torch.sum(e, -1, out=out.e)

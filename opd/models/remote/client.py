@@ -15,9 +15,9 @@ import httpx
 from opd.config.servers import Remote, _split, secret
 from opd.core.errors import Refusal, one_line
 
-AGAIN = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
-ANY: frozenset[int] = frozenset()
-LONGEST = 30.0  # seconds: the longest wait between two attempts
+RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
+NO_STATUS: frozenset[int] = frozenset()
+MAX_WAIT = 30.0  # seconds: the longest wait between two attempts
 T = TypeVar("T")
 
 
@@ -38,28 +38,28 @@ class Traffic:
 class Client:
     """An HTTP client for one server.  Several threads may call it at once."""
 
-    def __init__(self, url: str, how: Remote, *, field: str = "teacher") -> None:
+    def __init__(self, url: str, settings: Remote, *, field: str = "teacher") -> None:
         self.field, parts = field, _split(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Refusal(f"--{field} {url}: not the address of a server; write http://host:port")
         if parts.username or parts.password:
             raise Refusal(
                 f"--{field} {parts.scheme}://...@{parts.hostname}: no secrets in an address, for it is logged; put the "
-                f"token into {how.keep(field)}"
+                f"token into {settings.keep(field)}"
             )
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self.model = parts.fragment
-        self.how = how
+        self.settings = settings
         self.traffic = Traffic()
         self.lock, self.closed = threading.Lock(), threading.Event()
-        token = secret(how.teacher_token_env)
+        token = secret(settings.teacher_token_env)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        most = httpx.Limits(max_connections=how.teacher_concurrency)
+        limits = httpx.Limits(max_connections=settings.teacher_concurrency)
         # trust_env=False: a proxy named in the environment must not see log-probs sent to the loopback.
-        self.http = httpx.Client(headers=headers, timeout=how.teacher_timeout, limits=most, trust_env=False)
+        self.http = httpx.Client(headers=headers, timeout=settings.teacher_timeout, limits=limits, trust_env=False)
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         """Return the flag and the address with which each error message begins."""
         return f"--{self.field} {self.url}"
 
@@ -81,7 +81,7 @@ class Client:
         body: object,
         read: Callable[[httpx.Response], T],
         *,
-        fine: frozenset[int] = ANY,
+        fine: frozenset[int] = NO_STATUS,
         tries: int = 0,
     ) -> T:
         """Send POST `path` with a json body and return what `read` makes of the response.
@@ -91,7 +91,7 @@ class Client:
         """
         return self._ask("POST", path, body, read, fine=fine, tries=tries)
 
-    def knows(self, path: str) -> bool:
+    def has_path(self, path: str) -> bool:
         """Return whether the server has GET `path`: status 200 means yes, 404 and 405 no.  Retries while it is down."""
         return self._ask("GET", path, None, lambda r: r.status_code == 200, fine=frozenset({404, 405}))
 
@@ -102,43 +102,45 @@ class Client:
         body: object,
         read: Callable[[httpx.Response], T],
         *,
-        fine: frozenset[int] = ANY,
+        fine: frozenset[int] = NO_STATUS,
         tries: int = 0,
     ) -> T:
-        failure, tries = "", tries or self.how.teacher_retries + 1
+        failure, tries = "", tries or self.settings.teacher_retries + 1
         for attempt in range(tries):
             if attempt:
                 with self.lock:
                     self.traffic.retries += 1
-                self.closed.wait(random.uniform(0.5, 1) * min(LONGEST, 0.5 * 2 ** (attempt - 1)))
+                self.closed.wait(random.uniform(0.5, 1) * min(MAX_WAIT, 0.5 * 2 ** (attempt - 1)))
             if self.closed.is_set():
-                raise Refusal(f"{self.who}: {path} was given up, for the run ends")
+                raise Refusal(f"{self.label}: {path} was given up, for the run ends")
             try:
                 response = self.http.request(method, self.url + path, json=body)
                 self._count(response)
-                if response.status_code in fine or response.status_code not in AGAIN:
+                if response.status_code in fine or response.status_code not in RETRIED_STATUS:
                     self._accept(response, path, fine)
                     return read(response)
-                failure = f"HTTP {response.status_code} ({said(response)})"
+                failure = f"HTTP {response.status_code} ({error_message(response)})"
             except httpx.InvalidURL as error:
-                raise Refusal(f"{self.who}: {error}") from error
+                raise Refusal(f"{self.label}: {error}") from error
             except httpx.TimeoutException:
-                failure = f"no answer within {self.how.teacher_timeout:g} s"
+                failure = f"no answer within {self.settings.teacher_timeout:g} s"
             except httpx.HTTPError as error:
                 failure = f"{type(error).__name__}: {one_line(error)}"
             except Malformed as error:
                 failure = f"a malformed answer ({error})"
         raise Refusal(
-            f"{self.who}: {path} failed {tries} times, last with {failure}; bring the "
-            "server back, then run the same command with --resume to go on from the last checkpoint"
+            f"{self.label}: {path} failed {tries} times, last with {failure}; bring the server back, then run the same "
+            "command with --resume to go on from the last checkpoint"
         )
 
     def _accept(self, response: httpx.Response, path: str, fine: frozenset[int]) -> None:
         code = response.status_code
         if code == 401:
-            raise Refusal(f"{self.who}: {path} wants a token (HTTP 401): export it in {self.how.keep(self.field)}")
+            raise Refusal(
+                f"{self.label}: {path} wants a token (HTTP 401): export it in {self.settings.keep(self.field)}"
+            )
         if not (200 <= code < 300 or code in fine):
-            raise Refusal(f"{self.who}: {path} was refused with HTTP {code}: {said(response)}")
+            raise Refusal(f"{self.label}: {path} was refused with HTTP {code}: {error_message(response)}")
 
     def _count(self, response: httpx.Response) -> None:
         with self.lock:
@@ -150,30 +152,30 @@ class Client:
 def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
     """Return a reader that parses a json object and applies `read` to it.  Its parse errors become `Malformed`."""
 
-    def whole(response: httpx.Response) -> T:
-        found = payload(response)
+    def parse_response(response: httpx.Response) -> T:
+        content = payload(response)
         try:
-            return read(found)
+            return read(content)
         except Refusal:
             raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Malformed(f"{type(error).__name__}: {error}") from error
 
-    return whole
+    return parse_response
 
 
 def payload(response: httpx.Response) -> dict:
     """Return the json object in a response.  Raises Malformed for any other content."""
     try:
-        found = response.json()
+        content = response.json()
     except ValueError as error:
         raise Malformed(f"no json: {one_line(response.text)!r}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise Malformed(f"not a json object: {one_line(response.text)!r}")
-    return found
+    return content
 
 
-def said(response: httpx.Response) -> str:
+def error_message(response: httpx.Response) -> str:
     """Return the server's error message in one line."""
     try:
         error = response.json()["error"]

@@ -40,12 +40,12 @@ def weights_hash(model: torch.nn.Module) -> str:
 
     It distinguishes two checkpoints of one architecture.
     """
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, x in model.named_parameters():
         flat = x.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        seen.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + some.numpy().tobytes())
-    return seen.hexdigest()[:16]
+        sampled = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + sampled.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 
 from opd.core.rng import uniform
 from opd.models.remote.client import read_json
-from opd.models.remote.vllm_protocol import Server, logprobs
+from opd.models.remote.vllm_protocol import Server, restored_logprobs
 from opd.rollouts.engines.base import GenerateRequest, Sample
 
 
@@ -43,7 +43,7 @@ class ServerEngine:
             }
             return self.server.client.post("/v1/completions", body, read_json(self._read))
 
-        pool = ThreadPoolExecutor(self.server.client.how.teacher_concurrency, "teacher")
+        pool = ThreadPoolExecutor(self.server.client.settings.teacher_concurrency, "teacher")
         try:
             return list(pool.map(complete, request.prompts, request.prefix_of_each(), request.index))
         finally:
@@ -52,7 +52,7 @@ class ServerEngine:
     def _read(self, answer: dict) -> Sample:
         (choice,) = answer["choices"]
         token_logp = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float64)
-        ids, logp = tuple(choice["token_ids"]), tuple(logprobs(token_logp).tolist())
+        ids, logp = tuple(choice["token_ids"]), tuple(restored_logprobs(token_logp).tolist())
         if not ids or len(ids) != len(logp) or max(ids) >= self.vocabulary:
             raise ValueError(f"{len(ids)} tokens with {len(logp)} log-probs, or an id beyond {self.vocabulary}")
         return Sample(ids, logp, ids[-1] in self.stop)

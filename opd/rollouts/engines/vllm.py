@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from opd.config.engine import Speaker
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
-from opd.models.load import Source
+from opd.models.load import ModelSource
 from opd.rollouts.engines.base import Sample
 from opd.rollouts.engines.vllm_requests import VLLMRequest, WeightSyncedEngine, one_line, parameters, sample
 from opd.rollouts.weight_sync.vllm_plugin import BACKEND, register, weights
@@ -29,7 +29,7 @@ class VLLMEngine(WeightSyncedEngine):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        source: Source,
+        source: ModelSource,
         vocabulary: int,
         stop: tuple[int, ...],
         config: Speaker,
@@ -52,7 +52,7 @@ class VLLMEngine(WeightSyncedEngine):
         self.parameters, self.sleeps = SamplingParams, config.engine_sleep
         try:
             self.llm = LLM(
-                source.whole().folder,  # the weights are sent before it samples
+                source.base_source().folder,  # the weights are sent before it samples
                 trust_remote_code=source.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=-1,  # as long as the memory allows

@@ -56,7 +56,7 @@ class VLLMServer(WeightSyncedEngine):
         self.client = Client(config.engine, remote, field="engine")
         backend = json.dumps({"backend": config.engine_transfer})
         self.start = f"{START} '{backend}'"
-        if not self.client.knows("/get_world_size"):
+        if not self.client.has_path("/get_world_size"):
             raise Refusal(f"--engine {self.client.url}: it takes no weights: start it as {self.start}")
         cards = self.client.get("/v1/models", read_json(lambda answer: [card["id"] for card in answer["data"]]))
         self.name, self.version = self.client.model or cards[0], ""
@@ -83,7 +83,7 @@ class VLLMServer(WeightSyncedEngine):
         return self._ask(request, sampling)
 
     def _send(self) -> None:
-        self.client.knows("/health")  # waits for a server that is starting
+        self.client.has_path("/health")  # waits for a server that is starting
         if self.link is not None and not self._ours():
             self.link = None  # the server was restarted
         self.version = f"opd-{secrets.token_hex(8)}"

@@ -15,7 +15,7 @@ from opd.core.types import Batch, Rollout
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
 from opd.data.prompts import Rendered
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.text.text_teacher import TextSampling, TextTeacher
 
@@ -101,11 +101,13 @@ class TeacherTexts:
 
     def span(self, rollout: Rollout, start: int, end: int) -> str:
         """Return the text of the response tokens [start, end)."""
-        return prompts.after(self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end])
+        return prompts.continuation_text(
+            self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end]
+        )
 
     def response(self, rollout: Rollout) -> str:
         """Return the text of a response after its reasoning (`</think>`)."""
-        return spoken(self.span(rollout, 0, len(rollout.ids)))
+        return without_thinking(self.span(rollout, 0, len(rollout.ids)))
 
 
 def rows_by_group(rollouts: Sequence[Rollout]) -> dict[int, list[int]]:

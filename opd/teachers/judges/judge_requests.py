@@ -13,7 +13,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from opd.core.sampling import Prompt
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.teachers.text.text_teacher import Failure, TextRequest, TextSampling, TextTeacher
 
 F = TypeVar("F", bound=BaseModel)
@@ -128,7 +128,7 @@ def parse(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None
 
     Text and code fences around the json object are ignored, and so are commas before a closing bracket.
     """
-    text = spoken(text)
+    text = without_thinking(text)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
         return None, "no json object"

@@ -41,7 +41,7 @@ def with_notes(
     for rendered in rendered_prompts:
         note = notes.get(digest(rendered.prompt))
         if note is not None:
-            ids = prompt_stream.reads(prompts.rewritten(rendered.prompt, template, reflection=note))
+            ids = prompt_stream.student_ids(prompts.fill_template(rendered.prompt, template, reflection=note))
             rendered = replace(rendered, ids=ids) if len(ids) <= prompt_stream.room else rendered
         result.append(rendered)
     return result
@@ -59,8 +59,8 @@ def choose_attempts(
         draw = float(uniform(texts.seed, step, rollouts[rows[0]].index, ATTEMPT_CHOICE))
         rollout = rollouts[rows[int(draw * len(rows))]]
         response = str(texts.tokenizer.decode(list(rollout.ids), skip_special_tokens=True))
-        prompt = prompts.rewritten(rollout.prompt, reflect.template, response=response)
-        ids = prompt_stream.reads(prompt)
+        prompt = prompts.fill_template(rollout.prompt, reflect.template, response=response)
+        ids = prompt_stream.student_ids(prompt)
         if len(ids) <= prompt_stream.room:
             attempts.append(Attempt(rollout, Rendered(prompt, ids, ids, rollout.teacher)))
     return attempts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from opd.core.types import Batch, Rollout
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.methods.questions import Grade
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep, rows_by_group
@@ -41,7 +41,7 @@ class RubricAnnotator(Annotator):
         rows = rows_by_group(rollouts)
         prompt_of = {key: rollouts[members[0]] for key, members in rows.items()}
         references = texts.references(prompt_of, question.references, question.temperature)
-        answered = {key: tuple(filter(None, map(spoken, answers))) for key, answers in references.items()}
+        answered = {key: tuple(filter(None, map(without_thinking, answers))) for key, answers in references.items()}
         groups = {
             key: AnswerGroup(prompt_of[key].prompt, answered[key], tuple(texts.response(rollouts[i]) for i in members))
             for key, members in rows.items()

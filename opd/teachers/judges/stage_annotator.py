@@ -16,7 +16,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import Batch, Rollout, pad
 from opd.data.prompts import Rendered, digest
-from opd.data.verifiers.extract import spoken
+from opd.data.verifiers.extract import without_thinking
 from opd.methods.questions import Reflect, Stages
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges import stage_tags
@@ -128,7 +128,7 @@ class StageAnnotator(Annotator):
         contrasts = {}
         for group, rollout in rollout_by_group.items():
             prompt = rollout.prompt
-            by_stage = [stage_tags.texts(spoken(text), question.tags) for text in references[group]]
+            by_stage = [stage_tags.texts(without_thinking(text), question.tags) for text in references[group]]
             contrasts[group] = Contrast(
                 prompt,
                 tuple(responses[i] for i in rows[group]),

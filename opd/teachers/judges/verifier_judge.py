@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from opd.core.sampling import Prompt
 from opd.core.types import RIGHT
-from opd.data.verifiers.extract import marked, number, said
+from opd.data.verifiers.extract import marked, number, stated
 from opd.teachers.judges.judge_requests import question_text
 from opd.teachers.judges.rubric_judge import AnswerGroup, Criterion, Met, Rubric
 from opd.teachers.judges.rubric_memory import MAX_MARK, Criteria, Marks, StageCriterion
@@ -84,7 +84,7 @@ class VerifierJudge:
         question = prompt.text + " ".join(turn["content"] for turn in prompt.messages)
         rules: Mapping[str, Callable[[], bool]] = {
             RIGHT_ANSWER: lambda: self.verify(text, prompt) > RIGHT,
-            CLOSES: lambda: bool(marked(text) or said(text)) or number(text.rpartition("\n")[2]) is not None,
+            CLOSES: lambda: bool(marked(text) or stated(text)) or number(text.rpartition("\n")[2]) is not None,
             NUMBERS: lambda: _numbers(question) <= _numbers(text),
             ONCE: lambda: not _repeats(text),
         }

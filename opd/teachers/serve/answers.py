@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.head.token_scores import Scores
+from opd.head.token_scores import TokenScores
 from opd.rollouts.engines.base import Sample
 from opd.teachers.serve.model import ScoredSequence
 from opd.teachers.serve.protocol import SamplingFields
@@ -54,7 +54,7 @@ def rollout(sample: Sample, *, index: int, version: str) -> Json:
     }
 
 
-def prompt_logprobs(tokenizer: Tokenizer, sequence: ScoredSequence, scores: Scores) -> list[Json | None]:
+def prompt_logprobs(tokenizer: Tokenizer, sequence: ScoredSequence, scores: TokenScores) -> list[Json | None]:
     """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
 
     The first token has no prediction, so its entry is None.
@@ -75,7 +75,7 @@ def prompt_logprobs(tokenizer: Tokenizer, sequence: ScoredSequence, scores: Scor
     return out
 
 
-def response_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores) -> Json:
+def response_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: TokenScores) -> Json:
     """Return OpenAI's log-probs of one response.  They are the model's, before temperature and truncation."""
     tokens = [tokenizer.decode([i]) for i in ids]
     tops: list[dict[str, float]] = [

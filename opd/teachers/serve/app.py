@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.data import prompts
-from opd.head.token_scores import Scores
+from opd.head.token_scores import TokenScores
 from opd.models.remote import opd_protocol as wire
 from opd.rollouts.engines.base import Sample
 from opd.teachers.serve import answers
@@ -93,7 +93,7 @@ class Routes:
         turns = tuple({"role": m.role, "content": m.text()} for m in request.messages)
         prefix = str(turns[-1]["content"]) if request.continue_final_message else ""
         turns = turns[:-1] if request.continue_final_message else turns
-        row = prompts.begun(self.served.tokenizer, Prompt(messages=turns), prefix, request.chat_template_kwargs)
+        row = prompts.prefilled_ids(self.served.tokenizer, Prompt(messages=turns), prefix, request.chat_template_kwargs)
         max_tokens = request.max_completion_tokens or request.max_tokens or self.served.context - len(row)
         self._check_row(row, max(1, max_tokens))
         schema = None if request.response_format is None else request.response_format.json_schema.json_schema
@@ -254,7 +254,7 @@ class Routes:
         read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in samples)
         return answers.response_body(kind, self.served.name, choices, read=read, written=written)
 
-    def _scores(self, sequences: Sequence[ScoredSequence], top: int) -> list[Scores]:
+    def _scores(self, sequences: Sequence[ScoredSequence], top: int) -> list[TokenScores]:
         sampled = [torch.tensor(s.ids)[list(s.positions)][:, None] for s in sequences]
         return self.served.scores(sequences, sampled, top)
 

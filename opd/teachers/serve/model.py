@@ -18,7 +18,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.types import pad
 from opd.head.inputs import Hidden
-from opd.head.token_scores import Scores, scores
+from opd.head.token_scores import TokenScores, scores
 from opd.head.vocabulary import Vocabulary
 from opd.models.batching import Rows, micro_batches
 from opd.models.forward import final_states
@@ -97,7 +97,7 @@ class Served:
 
     def scores(
         self, sequences: Sequence[ScoredSequence], candidates: Sequence[Int[Tensor, "n k"]], top: int
-    ) -> list[Scores]:
+    ) -> list[TokenScores]:
         """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
         vocabulary = Vocabulary(self.rows)
         return [

@@ -184,13 +184,13 @@ class InProcessModel:
             written_tokens=sum(len(sample.ids) for sample in samples),
         )
         texts = [
-            (prompts.after(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
+            (prompts.continuation_text(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
             for ids, sample in zip(rows, samples, strict=True)
         ]
         yield [(i, texts_or_failure(texts[k * n : (k + 1) * n], sampling)) for k, i in enumerate(sent)]
 
     def _ids(self, request: TextRequest) -> tuple[int, ...]:
-        return prompts.begun(self.tokenizer, request.prompt, request.prefix, self.arguments)
+        return prompts.prefilled_ids(self.tokenizer, request.prompt, request.prefix, self.arguments)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
-from opd.core.types import STUDENTS, Rollout
+from opd.core.types import STUDENT_COLUMNS, Rollout
 from opd.losses.hidden_states import Lens
 from opd.teachers.base import BaseTeacher
 from opd.teachers.text.answer_cache import AnswerCache, cache_key
@@ -119,7 +119,7 @@ class TextModel(Protocol):
 class TextTeacher(BaseTeacher):
     """A teacher that answers with text only.  It suits methods that need no log-probs of the teacher."""
 
-    provides = STUDENTS | {"text"}
+    provides = STUDENT_COLUMNS | {"text"}
 
     def __init__(self, model: TextModel, cache: AnswerCache, failure_limit: FailureLimit) -> None:
         self.model, self.cache, self.failure_limit = model, cache, failure_limit

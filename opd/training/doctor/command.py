@@ -7,7 +7,7 @@ from opd.config import checks
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.training.build import open_session
-from opd.training.doctor.examine import examined
+from opd.training.doctor.examine import examine_run
 from opd.training.doctor.findings import Finding, Level
 from opd.training.progress import loading
 from opd.training.run_folder import Run
@@ -25,6 +25,6 @@ def doctor(config: Train) -> list[Finding]:
         config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
         with loading(config.student, *config.routes().values(), quiet=config.quiet):
             session = open_session(config, method, None)
-            return examined(Loop(config, method, session, Run(Path(config.out))))
+            return examine_run(Loop(config, method, session, Run(Path(config.out))))
     except Refusal as refusal:
         return [Finding(check="opening", level=Level.ERROR, what=str(refusal))]

@@ -14,7 +14,7 @@ from opd.models import load as models
 from opd.models.load import base
 from opd.teachers.local import LocalTeacher
 from opd.training.doctor.findings import Finding, Level, ok
-from opd.training.doctor.probe import Looked, Probe
+from opd.training.doctor.probe import Probe, RehearsedRun
 
 SHORT, LONG = 16, 48  # tokens; row lengths of the two forwards that give the activation memory per token
 STATES = 2 << 30  # bytes; limit on the teacher's hidden states kept between measuring and training
@@ -22,7 +22,7 @@ TIGHT, OVER = 0.9, 1.25  # fractions of the free memory: a warning above TIGHT, 
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryItem:
     """An item that needs memory in addition to the weights, which are already loaded."""
 
     name: str
@@ -30,7 +30,7 @@ class Part:
     smaller: tuple[str, ...]  # flags that reduce it
 
 
-def free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Return the bytes that this process may still allocate on a device.
 
     On a GPU, memory that torch has reserved but does not use counts as free.  On a CPU, the limit of the container
@@ -41,39 +41,39 @@ def free(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     out = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        out = min(out, int(most) - int(used.read_text()))
+    if limit.is_file() and used.is_file() and (limit_text := limit.read_text().strip()) != "max":
+        out = min(out, int(limit_text) - int(used.read_text()))
     return out
 
 
-def kept(probe: Probe, tokens: int) -> int:
+def saved_bytes(probe: Probe, tokens: int) -> int:
     """Return the bytes that a forward over one row of `tokens` tokens saves for its backward.
 
     Gradient checkpointing is not taken into account.
     """
     plain, config = probe.session.plain(), probe.config
-    model, seen = base(plain.model), {}
+    model, sizes_by_storage = base(plain.model), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
+            sizes_by_storage[storage.data_ptr()] = storage.nbytes()
         return x
 
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    low = dtype_of(config.precision)
+    compute_dtype = dtype_of(config.precision)
     with (
         torch.enable_grad(),
-        torch.autocast(model.device.type, low, enabled=low != torch.float32),
+        torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
         saved_tensors_hooks(pack, lambda x: x),
     ):
         out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
     assert out.requires_grad
-    return sum(seen.values())
+    return sum(sizes_by_storage.values())
 
 
-def parts(probe: Probe) -> list[Part]:
+def memory_items(probe: Probe) -> list[MemoryItem]:
     """Return what the configuration needs on the student's device in addition to the loaded models, in bytes."""
     config, session = probe.config, probe.session
     model = session.plain().model
@@ -85,10 +85,10 @@ def parts(probe: Probe) -> list[Part]:
     share = -(-config.batch // session.accelerator.num_processes)
     tokens = min(max(config.micro_batch_tokens, row), share * row)
 
-    a, b = kept(probe, SHORT), kept(probe, LONG)
-    each = (b - a) / (LONG - SHORT)  # bytes per token; the remainder is copies of the weights in the compute dtype
-    copies, layer = max(0.0, a - SHORT * each), each / layers
-    acts = tokens * (each if not config.gradient_checkpointing else layers * width * itemsize + layer)
+    a, b = saved_bytes(probe, SHORT), saved_bytes(probe, LONG)
+    token_bytes = (b - a) / (LONG - SHORT)  # the remainder is copies of the weights in the compute dtype
+    copies, layer = max(0.0, a - SHORT * token_bytes), token_bytes / layers
+    activations = tokens * (token_bytes if not config.gradient_checkpointing else layers * width * itemsize + layer)
     working = tokens * layer / 2  # gradients during the backward, while activations are being freed
 
     heads = shape.to_dict().get("num_key_value_heads") or shape.num_attention_heads
@@ -100,22 +100,22 @@ def parts(probe: Probe) -> list[Part]:
     batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
     kept_states = tokens * widest * 4 if probe.method.local() else batch
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
-    less = f"--micro-batch-tokens {max(row, tokens // 4)}"
+    smaller_batches = f"--micro-batch-tokens {max(row, tokens // 4)}"
     worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(probe) else 0
     return [
-        Part("worker's student", worker, ("--worker-device for the worker",)),
-        Part("gradients", 4 * trained, ("--lora-rank 32",)),
-        Part("AdamW", 8 * trained, ("--lora-rank 32",)),
-        Part("weights in the compute type", int(copies), ("--precision fp32",)),
-        Part("activations", int(acts + working), (less, "--gradient-checkpointing")),
-        Part("logits", logits, (f"--chunk-mb {max(16, config.chunk_mb // 4)}",)),
-        Part("KV cache", int(cache), (f"--decode-rows {max(1, config.decode_rows // 4)}",)),
-        Part("teacher at work", int(tokens * layer * widest / width), (less,)),
-        Part("teacher states", kept_states, ("a smaller --batch",)),
+        MemoryItem("worker's student", worker, ("--worker-device for the worker",)),
+        MemoryItem("gradients", 4 * trained, ("--lora-rank 32",)),
+        MemoryItem("AdamW", 8 * trained, ("--lora-rank 32",)),
+        MemoryItem("weights in the compute type", int(copies), ("--precision fp32",)),
+        MemoryItem("activations", int(activations + working), (smaller_batches, "--gradient-checkpointing")),
+        MemoryItem("logits", logits, (f"--chunk-mb {max(16, config.chunk_mb // 4)}",)),
+        MemoryItem("KV cache", int(cache), (f"--decode-rows {max(1, config.decode_rows // 4)}",)),
+        MemoryItem("teacher at work", int(tokens * layer * widest / width), (smaller_batches,)),
+        MemoryItem("teacher states", kept_states, ("a smaller --batch",)),
     ]
 
 
-def peak(needs: Sequence[Part]) -> int:
+def peak(needs: Sequence[MemoryItem]) -> int:
     """Return the peak memory of a run in bytes.
 
     Gradients and optimizer state stay allocated.  Sampling and training alternate, so only the larger of the two
@@ -132,68 +132,70 @@ def peak(needs: Sequence[Part]) -> int:
 def _shared(probe: Probe) -> bool:
     """Return True if a worker process keeps its copy of the student on the student's device."""
     config, device = probe.config, probe.session.accelerator.device
-    there = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
-    return bool(config.staleness or config.worker) and there.type == device.type and there.index in (None, device.index)
+    if not (config.staleness or config.worker):
+        return False
+    worker = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
+    return worker.type == device.type and worker.index in (None, device.index)
 
 
 def memory(probe: Probe) -> Iterator[Finding]:
     """Estimate whether the run fits into the free memory of the student's device."""
-    needs, there = parts(probe), probe.free
-    most = peak(needs)
-    table = "\n".join(f"{p.name:<28}{shown(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
-    line = f"about {shown(most)} beside the models, {shown(there)} free"
-    if most <= TIGHT * there:
+    needs, free = memory_items(probe), probe.free
+    needed = peak(needs)
+    table = "\n".join(f"{p.name:<28}{bytes_text(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
+    line = f"about {bytes_text(needed)} beside the models, {bytes_text(free)} free"
+    if needed <= TIGHT * free:
         yield ok("memory", line)
         return
-    worst = sorted(needs, key=lambda p: -p.bytes)[:2]
-    names = " and ".join(f"{p.name} ({shown(p.bytes)})" for p in worst)
-    over, device = most > OVER * there, probe.session.accelerator.device
+    largest = sorted(needs, key=lambda p: -p.bytes)[:2]
+    names = " and ".join(f"{p.name} ({bytes_text(p.bytes)})" for p in largest)
+    is_error, device = needed > OVER * free, probe.session.accelerator.device
     local = [t for t in probe.session.teachers.values() if isinstance(t, LocalTeacher)]
     elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == device for t in local) else ()
     yield Finding(
         check="memory",
-        level=Level.ERROR if over else Level.WARNING,
+        level=Level.ERROR if is_error else Level.WARNING,
         what=f"{line}: {names}",
-        why=f"the run {'will' if over else 'may'} end out of memory, in its first step or at its longest responses",
-        do="; ".join(dict.fromkeys((*worst[0].smaller, *worst[1].smaller, *elsewhere))),
+        why=f"the run {'will' if is_error else 'may'} end out of memory, in its first step or at its longest responses",
+        do="; ".join(dict.fromkeys((*largest[0].smaller, *largest[1].smaller, *elsewhere))),
         detail=table,
     )
 
 
-def shown(size: int) -> str:
+def bytes_text(size: int) -> str:
     """Format a number of bytes as MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def duration(looked: Looked) -> Iterator[Finding]:
+def duration(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Estimate seconds per step, total time and tokens per second from the rehearsal.
 
     The result is a range.  The lower time assumes that sampling costs the same for each group of --decode-rows
     rollouts, the upper one that it grows with the number of tokens.
     """
-    config, seconds, n = looked.probe.config, looked.rehearsal.seconds, len(looked.rehearsal.rollouts)
+    config, seconds, n = rehearsed.probe.config, rehearsed.rehearsal.seconds, len(rehearsed.rehearsal.rollouts)
     share = config.batch / n
     groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
-    update = seconds["update"] + (0 if looked.probe.method.local() else seconds["measure"])
+    update = seconds["update"] + (0 if rehearsed.probe.method.local() else seconds["measure"])
     evals = config.steps // config.eval_every + 2 if config.eval_prompts else 0
-    held = evals * config.eval_limit / n * seconds["measure"]
+    evaluation_seconds = evals * config.eval_limit / n * seconds["measure"]
     step = [seconds["rollout"] * times + update * share for times in sorted((groups, share))]
-    times = [config.steps * s + held + evals * seconds["rollout"] * config.eval_limit / n for s in step]
-    tokens = int(looked.rehearsal.batch.mask.sum()) * share
+    times = [config.steps * s + evaluation_seconds + evals * seconds["rollout"] * config.eval_limit / n for s in step]
+    tokens = int(rehearsed.rehearsal.batch.mask.sum()) * share
     yield ok(
         "time",
-        f"a step of {config.batch} rollouts takes about {apart(*map(clock, step))}, {config.steps} of them "
-        f"{apart(*map(clock, times))}, {apart(*(f'{tokens / s:.0f}' for s in reversed(step)))} tokens/s (an estimate "
-        f"from {n} rollouts, which took {looked.seconds:.1f} s; responses may grow)",
+        f"a step of {config.batch} rollouts takes about {range_text(*map(duration_text, step))}, {config.steps} of "
+        f"them {range_text(*map(duration_text, times))}, {range_text(*(f'{tokens / s:.0f}' for s in reversed(step)))} "
+        f"tokens/s (an estimate from {n} rollouts, which took {rehearsed.seconds:.1f} s; responses may grow)",
     )
 
 
-def apart(low: str, high: str) -> str:
+def range_text(low: str, high: str) -> str:
     """Format a range; a single value if both ends print the same."""
     return low if low == high else f"{low} to {high}"
 
 
-def clock(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -44,20 +44,20 @@ def ok(check: str, what: str) -> Finding:
     return Finding(check=check, level=Level.OK, what=what)
 
 
-def errors(found: Iterable[Finding]) -> list[Finding]:
+def errors(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings of level error, which keep a run from starting."""
-    return [f for f in found if f.level is Level.ERROR]
+    return [f for f in findings if f.level is Level.ERROR]
 
 
-def alarming(found: Iterable[Finding]) -> list[Finding]:
+def alarming(findings: Iterable[Finding]) -> list[Finding]:
     """Return the warnings and errors, which a training run prints."""
-    return [f for f in found if f.level in (Level.WARNING, Level.ERROR)]
+    return [f for f in findings if f.level in (Level.WARNING, Level.ERROR)]
 
 
-def show(found: Sequence[Finding], console: Console) -> None:
+def show(findings: Sequence[Finding], console: Console) -> None:
     """Print all findings, and the verdict last."""
-    width = max(len(f.check) for f in found)
-    for f in found:
+    width = max(len(f.check) for f in findings)
+    for f in findings:
         mark, name = (f"{MARKS[f.level]} ", COLORS[f.level]), (f"{f.check:<{width}}  ", "bold")
         console.print(Text.assemble(mark, name, f.what), soft_wrap=True)
         for word, text in (("why", f.why), ("do", f.do)):
@@ -66,7 +66,7 @@ def show(found: Sequence[Finding], console: Console) -> None:
         for line in f.detail.splitlines():
             tint = {"+": "green", "-": "red"}.get(line[:1], "dim")
             console.print(Text(" " * (width + 4) + line, tint), soft_wrap=True)
-    count = {level: sum(f.level is level for f in found) for level in Level}
+    count = {level: sum(f.level is level for f in findings) for level in Level}
     numbers = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in count.items() if n and level is not Level.OK)
     verdict = "training cannot start" if count[Level.ERROR] else "training may start"
     console.print(Text(f"{verdict}: {numbers or 'nothing to mend'}", "bold red" if count[Level.ERROR] else "bold"))

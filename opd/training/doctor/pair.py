@@ -23,51 +23,51 @@ MARK = "5"  # an answer whose end is easy to locate in the rendered chat
 
 def vocabulary(probe: Probe) -> Iterator[Finding]:
     """Report differences in token ids, LM head sizes, stop ids and special tokens, from `agreement`."""
-    for name, agreed in probe.session.agreements.items():
-        who = f"teacher {name}".rstrip()
-        yield ok("tokens", f"all {agreed.vocabulary} ids mean the same to student and {who}")
-        for d in agreed.differences:
+    for name, agreement in probe.session.agreements.items():
+        label = f"teacher {name}".rstrip()
+        yield ok("tokens", f"all {agreement.vocabulary} ids mean the same to student and {label}")
+        for d in agreement.differences:
             yield Finding(check=d.field, level=LEVELS[d.severity], what=d.text)
 
 
 def _models(probe: Probe) -> Iterator[tuple[str, Tokenizer]]:
     yield "student", probe.session.collector.tokenizer
-    for name, text in probe.session.prompts.teacher_tokenizers.items():
-        yield f"teacher {name}".rstrip(), text
+    for name, tokenizer in probe.session.prompts.teacher_tokenizers.items():
+        yield f"teacher {name}".rstrip(), tokenizer
 
 
-def ends(probe: Probe) -> Iterator[Finding]:
+def turn_end(probe: Probe) -> Iterator[Finding]:
     """Check that the chat template closes an assistant turn with a token that stops generation."""
     stop = probe.session.collector.student.stop
-    asked = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": MARK}]
-    for who, text in _models(probe):
-        named = text.special_tokens_map
+    conversation = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": MARK}]
+    for label, tokenizer in _models(probe):
+        named = tokenizer.special_tokens_map
         special = ", ".join(f"{x} {named[f'{x}_token']!r}" for x in ("bos", "pad") if f"{x}_token" in named)
-        shown = ", ".join(f"{str(text.decode([i]))!r} ({i})" for i in stop)
-        if not text.chat_template:
-            yield ok("turn end", f"{who}: no chat template; a response stops at {shown}; {special}")
+        stop_texts = ", ".join(f"{str(tokenizer.decode([i]))!r} ({i})" for i in stop)
+        if not tokenizer.chat_template:
+            yield ok("turn end", f"{label}: no chat template; a response stops at {stop_texts}; {special}")
             continue
         try:
-            tail = str(text.apply_chat_template(asked, tokenize=False)).rpartition(MARK)[2]
+            tail = str(tokenizer.apply_chat_template(conversation, tokenize=False)).rpartition(MARK)[2]
         except Exception as error:  # a chat template is code of the model's author and may raise anything
             yield Finding(
                 check="turn end",
                 level=Level.NOTE,
-                what=f"{who}: its template does not write an answered question: {short(str(error))}",
+                what=f"{label}: its template does not write an answered question: {short(str(error))}",
                 why="where its answers end could not be compared with the stop ids",
                 do="compare eos_token_id of its generation_config.json with its template by hand",
             )
             continue
-        ids = text(tail, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
         if set(ids) & set(stop):
-            yield ok("turn end", f"{who}: its template ends an answer with {tail!r}, a stop token; {special}")
+            yield ok("turn end", f"{label}: its template ends an answer with {tail!r}, a stop token; {special}")
             continue
         yield Finding(
             check="turn end",
             level=Level.WARNING,
-            what=f"{who}: its template ends an answer with {tail!r}, and responses stop at {shown}"
+            what=f"{label}: its template ends an answer with {tail!r}, and responses stop at {stop_texts}"
             if tail.strip()
-            else f"{who}: its template writes nothing after an answer, and responses stop at {shown}",
+            else f"{label}: its template writes nothing after an answer, and responses stop at {stop_texts}",
             why="a model trained on this template does not end where sampling stops: it runs to the length limit, and "
             "what it says after its answer is trained on",
             do="add the id of the template's closing token to eos_token_id in generation_config.json, or mend the "
@@ -75,21 +75,22 @@ def ends(probe: Probe) -> Iterator[Finding]:
         )
 
 
-def begins(probe: Probe) -> Iterator[Finding]:
+def first_token(probe: Probe) -> Iterator[Finding]:
     """Check that prompts begin with the BOS token if the tokenizer adds it to plain text."""
     first = probe.session.prompts.first(1)[0]
     sides = [("student", probe.session.collector.tokenizer, first.ids)]
     if probe.config.teacher_prompt == "own":
         name = f"teacher {first.teacher}".rstrip()
         sides.append((name, probe.session.prompts.teacher_tokenizers[first.teacher], first.teacher_ids))
-    for who, text, ids in sides:
-        if "bos_token" not in text.special_tokens_map or text("a")["input_ids"][0] != text.bos_token_id:
+    for label, tokenizer, ids in sides:
+        if "bos_token" not in tokenizer.special_tokens_map or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
             continue
-        if ids[0] != text.bos_token_id:
+        if ids[0] != tokenizer.bos_token_id:
             yield Finding(
                 check="bos",
                 level=Level.WARNING,
-                what=f"{who}: its texts begin with {text.bos_token!r}, and its prompts with {text.decode([ids[0]])!r}",
+                what=f"{label}: its texts begin with {tokenizer.bos_token!r}, and its prompts with "
+                f"{tokenizer.decode([ids[0]])!r}",
                 why="many models score the whole text badly without their first token",
                 do="write {{ bos_token }} at the head of its chat template",
             )
@@ -101,19 +102,18 @@ def templates(probe: Probe) -> Iterator[Finding]:
     Differences between the two chat templates themselves are reported by `vocabulary`.
     """
     first = probe.session.prompts.first(1)[0]
-    own, theirs = probe.session.collector.tokenizer, probe.session.prompts.teacher_tokenizers[first.teacher]
+    student, teacher = probe.session.collector.tokenizer, probe.session.prompts.teacher_tokenizers[first.teacher]
     if first.ids == first.teacher_ids:
         yield ok("prompt", f"student and teacher read the same {len(first.ids)} tokens")
         return
     read = lambda text, ids: str(text.decode(list(ids))).splitlines()
-    lines = difflib.unified_diff(
-        read(own, first.ids), read(theirs, first.teacher_ids), "student", "teacher", lineterm="", n=1
-    )
-    told = probe.config.told()
+    student_lines, teacher_lines = read(student, first.ids), read(teacher, first.teacher_ids)
+    lines = difflib.unified_diff(student_lines, teacher_lines, "student", "teacher", lineterm="", n=1)
+    context = probe.config.told()
     yield Finding(
         check="prompt",
         level=Level.NOTE,
-        what="student and teacher read the first prompt differently" + (f" (--context {told})" if told else ""),
+        what="student and teacher read the first prompt differently" + (f" (--context {context})" if context else ""),
         why="the teacher scores the student's tokens in another context than they were written in",
         do="read it: both should be asked for the same thing; --teacher-prompt same gives it the student's ids",
         detail="\n".join(lines),
@@ -122,21 +122,21 @@ def templates(probe: Probe) -> Iterator[Finding]:
 
 def round_trip(probe: Probe) -> Iterator[Finding]:
     """Check that prompts and reference texts are unchanged after encoding and decoding."""
-    text, task = probe.session.collector.tokenizer, probe.session.prompts.task
+    tokenizer, task = probe.session.collector.tokenizer, probe.session.prompts.task
     rows = [task.prompts[i] for i in range(min(TEXTS, len(task.prompts)))]
-    said = [x for p in rows for x in (p.text, p.response, p.answer, *(t["content"] for t in p.messages)) if x]
-    lost = [x for x in said if not decodes_to_itself(text, x)]
-    if not lost:
-        yield ok("round trip", f"{len(said)} texts of {len(rows)} prompts decode to themselves")
+    texts = [x for p in rows for x in (p.text, p.response, p.answer, *(t["content"] for t in p.messages)) if x]
+    changed = [x for x in texts if not decodes_to_itself(tokenizer, x)]
+    if not changed:
+        yield ok("round trip", f"{len(texts)} texts of {len(rows)} prompts decode to themselves")
         return
-    x = lost[0]
-    back = str(text.decode(text(x, add_special_tokens=False)["input_ids"]))
-    at = next((i for i, (a, b) in enumerate(zip(x, back, strict=False)) if a != b), min(len(x), len(back)))
+    x = changed[0]
+    back = str(tokenizer.decode(tokenizer(x, add_special_tokens=False)["input_ids"]))
+    position = next((i for i, (a, b) in enumerate(zip(x, back, strict=False)) if a != b), min(len(x), len(back)))
     yield Finding(
         check="round trip",
         level=Level.WARNING,
-        what=f"{len(lost)} of {len(said)} texts change on the way to ids and back: {short(x[at:])} becomes "
-        f"{short(back[at:])}",
+        what=f"{len(changed)} of {len(texts)} texts change on the way to ids and back: {short(x[position:])} becomes "
+        f"{short(back[position:])}",
         why="the model cannot read, and the verifier cannot see, what the tokenizer loses",
         do="take a tokenizer that spells these characters, or clean the prompts",
     )
@@ -180,17 +180,17 @@ def server(probe: Probe) -> Iterator[Finding]:
     for name, teacher in probe.session.teachers.items():
         if not isinstance(teacher, HiddenTeacher | LogpTeacher):
             continue
-        who, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
+        label, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
         if local and not name:  # `opd.teachers.connect.compared` raised Refusal if they differ
-            yield ok("server", f"{who} and {local} give the same log-probs to the same tokens")
+            yield ok("server", f"{label} and {local} give the same log-probs to the same tokens")
             continue
         yield Finding(
             check="server",
             level=Level.NOTE,
-            what=f"{who}: what {teacher.client.url} says was not compared with its weights",
+            what=f"{label}: what {teacher.client.url} says was not compared with its weights",
             why="another checkpoint, template or precision there is invisible here",
             do="--teacher-local MODEL compares the two on the first prompts, where the weights fit",
         )
 
 
-BEFORE: Sequence = (vocabulary, ends, begins, templates, round_trip, precision, server)
+BEFORE: Sequence = (vocabulary, turn_end, first_token, templates, round_trip, precision, server)

@@ -31,49 +31,49 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Looked:
+class RehearsedRun:
     """A run after its rehearsal: the input of checks on rollouts."""
 
     probe: Probe
     rehearsal: Rehearsal
-    other: Float[Tensor, "B T"] | None  # teacher log-probs after the alternative prompt; None if both are equal
+    alternative_logp: Float[Tensor, "B T"] | None  # the teacher's, after the alternative prompt; None if both are equal
     seconds: float  # time to generate and score the rollouts
 
 
-def prompts(probe: Probe) -> list[Rendered]:
+def rehearsal_prompts(probe: Probe) -> list[Rendered]:
     """Return prompts of the first step, the same number for each teacher."""
     session, out = probe.session, []
-    most = min(ROLLOUTS, probe.config.batch)
-    each = -(-most // len(session.teachers))
-    many = session.prompts.batch(1, most * 4 if len(session.teachers) > 1 else most)
+    num_rollouts = min(ROLLOUTS, probe.config.batch)
+    per_teacher = -(-num_rollouts // len(session.teachers))
+    candidates = session.prompts.batch(1, num_rollouts * 4 if len(session.teachers) > 1 else num_rollouts)
     for name in session.teachers:
-        out += [p for p in many if p.teacher == name][:each]
+        out += [p for p in candidates if p.teacher == name][:per_teacher]
     return out
 
 
-def rehearsed(probe: Probe, loop: Loop) -> Looked:
+def rehearse_run(probe: Probe, loop: Loop) -> RehearsedRun:
     """Generate and score the rehearsal's rollouts; score them again with the teacher's alternative prompt."""
     start = time.perf_counter()
-    found = loop.rehearse(prompts(probe))
-    swapped = [replace(r, teacher_prompt_ids=_other(probe, r)) for r in found.rollouts]
-    same = probe.config.told() or [r.teacher_prompt_ids for r in swapped] == [
-        r.teacher_prompt_ids for r in found.rollouts
+    rehearsal = loop.rehearse(rehearsal_prompts(probe))
+    alternative_rollouts = [replace(r, teacher_prompt_ids=_alternative_prompt(probe, r)) for r in rehearsal.rollouts]
+    is_same = probe.config.told() or [r.teacher_prompt_ids for r in alternative_rollouts] == [
+        r.teacher_prompt_ids for r in rehearsal.rollouts
     ]
-    other = None if same else loop.measure(swapped, REHEARSED).teacher_logp
-    return Looked(probe, found, other, time.perf_counter() - start)
+    alternative_logp = None if is_same else loop.measure(alternative_rollouts, REHEARSED).teacher_logp
+    return RehearsedRun(probe, rehearsal, alternative_logp, time.perf_counter() - start)
 
 
-def _other(probe: Probe, rollout: Rollout) -> tuple[int, ...]:
+def _alternative_prompt(probe: Probe, rollout: Rollout) -> tuple[int, ...]:
     """Return the ids of the alternative teacher prompt: in the template that --teacher-prompt does not select."""
     if probe.config.teacher_prompt == "own":
         return rollout.prompt_ids
-    return probe.session.prompts.heard(rollout.prompt, rollout.teacher, "")
+    return probe.session.prompts.teacher_ids(rollout.prompt, rollout.teacher, "")
 
 
-def teachers(looked: Looked) -> Iterator[tuple[str, str, Tensor]]:
+def teachers(rehearsed: RehearsedRun) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (name, label for messages, mask [B, T] of its tokens) for each teacher that scored a rollout."""
-    rollouts, batch = looked.rehearsal.rollouts, looked.rehearsal.batch
-    for name in looked.probe.session.teachers:
+    rollouts, batch = rehearsed.rehearsal.rollouts, rehearsed.rehearsal.batch
+    for name in rehearsed.probe.session.teachers:
         mask = batch.mask & batch.mask.new_tensor([r.teacher == name for r in rollouts])[:, None]
         if mask.any():
             yield name, f"teacher {name}".rstrip(), mask

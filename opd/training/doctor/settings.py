@@ -11,10 +11,10 @@ from opd.config import checks
 from opd.core.sampling import Prompt
 from opd.core.types import DATA, RIGHT
 from opd.data.prompts import short
-from opd.head.backend import sweeper
+from opd.head.backend import backend_name
 from opd.teachers.remote import LogpTeacher
 from opd.training.doctor.findings import Finding, Level, ok
-from opd.training.doctor.probe import Looked, Probe
+from opd.training.doctor.probe import Probe, RehearsedRun
 from opd.training.metrics import repetition
 
 VERIFIED = 32  # prompts whose reference answers are verified
@@ -24,7 +24,7 @@ REPEATS = 0.3  # share of repeated 4-grams in a response above which the check w
 GAP = {"fp32": 0.01, "bf16": 0.3}  # nats on one token; largest difference between trainer and sampler, by precision
 
 
-def told(probe: Probe) -> Iterator[Finding]:
+def risky_settings(probe: Probe) -> Iterator[Finding]:
     """Report settings that change what the loss estimates."""
     for line in checks.warnings(probe.config):
         yield Finding(check="settings", level=Level.WARNING, what=line)
@@ -33,9 +33,9 @@ def told(probe: Probe) -> Iterator[Finding]:
 def compatible(probe: Probe) -> Iterator[Finding]:
     """Check that teachers, verifier and data provide what the method reads."""
     method, task = probe.method, probe.session.prompts.task
-    asked = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
-    lacks = {name: sorted(asked(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
-    missing = {name: columns for name, columns in lacks.items() if columns}
+    needs_of = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
+    lacking = {name: sorted(needs_of(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
+    missing = {name: columns for name, columns in lacking.items() if columns}
     for name, columns in missing.items():
         yield Finding(
             check="method",
@@ -63,12 +63,12 @@ def compatible(probe: Probe) -> Iterator[Finding]:
             do="--per-prompt 4 or more",
         )
     rows = range(min(VERIFIED, len(task.prompts)))
-    mute = [i for i in rows if not task.prompts[i].response]
-    if DATA in method.rollouts.source_shares() and mute:
+    unanswered = [i for i in rows if not task.prompts[i].response]
+    if DATA in method.rollouts.source_shares() and unanswered:
         yield Finding(
             check="method",
             level=Level.ERROR,
-            what=f"the method trains on the data's responses, and row {mute[0]} has none",
+            what=f"the method trains on the data's responses, and row {unanswered[0]} has none",
             why="the step that draws it stops the run",
             do="name the column with --response-column, or let the teacher write (--other teacher)",
         )
@@ -77,30 +77,30 @@ def compatible(probe: Probe) -> Iterator[Finding]:
         yield ok("method", f"what it reads is there: {needs}")
 
 
-def rate(probe: Probe) -> Iterator[Finding]:
+def learning_rate(probe: Probe) -> Iterator[Finding]:
     """Check that --lr suits the kind of training, full fine-tuning or LoRA.
 
     The two differ by a factor of 10: "LoRA Without Regret" (Thinking Machines, 2025).
     """
     config, width = probe.config, probe.session.plain().model.config.get_text_config().hidden_size
-    most, least = FULL / width, LORA[0]
-    if config.lora_rank and not least <= config.lr <= LORA[1] * most:
-        low = config.lr < least
+    highest, lowest = FULL / width, LORA[0]
+    if config.lora_rank and not lowest <= config.lr <= LORA[1] * highest:
+        low = config.lr < lowest
         yield Finding(
             check="learning rate",
             level=Level.WARNING,
             what=f"--lr {config.lr:g} with --lora-rank {config.lora_rank} at width {width}",
             why="adapters want about ten times the rate of full fine-tuning: "
             + ("at this one they hardly move" if low else "this one is beyond that, and training may diverge"),
-            do="--lr 1e-4 to 5e-4" if low else f"--lr {LORA[1] * most / 2:.0e} or less",
+            do="--lr 1e-4 to 5e-4" if low else f"--lr {LORA[1] * highest / 2:.0e} or less",
         )
-    elif not config.lora_rank and config.lr > most:
+    elif not config.lora_rank and config.lr > highest:
         yield Finding(
             check="learning rate",
             level=Level.WARNING,
             what=f"--lr {config.lr:g} for all weights of a model of width {width}",
             why="rates this large are for LoRA; full fine-tuning at one forgets or diverges within some steps",
-            do=f"--lr {most / 5:.0e}, or --lora-rank 32",
+            do=f"--lr {highest / 5:.0e}, or --lora-rank 32",
         )
     else:
         kind = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
@@ -160,36 +160,36 @@ def _right(prompt: Prompt) -> tuple[str, ...]:
     return prompt.answer, f"\\boxed{{{prompt.answer}}}", f"The answer is {prompt.answer}"
 
 
-def stops(looked: Looked) -> Iterator[Finding]:
+def response_ends(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that responses end with a stop token within --max-new-tokens."""
-    batch, most = looked.rehearsal.batch, looked.probe.config.sampling.max_new_tokens
-    stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in looked.rehearsal.rollouts]
-    context = looked.probe.session.prompts.room + most
+    batch, max_tokens = rehearsed.rehearsal.batch, rehearsed.probe.config.sampling.max_new_tokens
+    stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in rehearsed.rehearsal.rollouts]
+    context = rehearsed.probe.session.prompts.room + max_tokens
     if stopped < 0.9:
-        larger = min(2 * most, context - max(len(r.prompt_ids) for r in looked.rehearsal.rollouts))
-        more = f"--max-new-tokens {larger}, or" if larger > most else "the context allows no more:"
+        larger = min(2 * max_tokens, context - max(len(r.prompt_ids) for r in rehearsed.rehearsal.rollouts))
+        advice = f"--max-new-tokens {larger}, or" if larger > max_tokens else "the context allows no more:"
         never = not batch.stopped.any()
         wrong = "; a student that never says its stop token has the wrong one, or is no chat model" if never else ""
         yield Finding(
             check="stops",
             level=Level.WARNING,
-            what=f"none of {len(long)} rollouts ended within --max-new-tokens {most}"
+            what=f"none of {len(long)} rollouts ended within --max-new-tokens {max_tokens}"
             if never
-            else f"{1 - stopped:.0%} of {len(long)} rollouts were cut at --max-new-tokens {most}",
+            else f"{1 - stopped:.0%} of {len(long)} rollouts were cut at --max-new-tokens {max_tokens}",
             why=f"a cut response has no end to learn from, and lengths then grow to the limit{wrong}",
-            do=f"{more} --truncated drop" + ("; compare the finding `turn end`" if never else ""),
+            do=f"{advice} --truncated drop" + ("; compare the finding `turn end`" if never else ""),
         )
         return
     budget = int(np.quantile(long, 0.95))
-    yield ok("stops", f"{stopped:.0%} of {len(long)} rollouts ended; 95 % within {budget} of {most} tokens")
+    yield ok("stops", f"{stopped:.0%} of {len(long)} rollouts ended; 95 % within {budget} of {max_tokens} tokens")
 
 
-def repeats(looked: Looked) -> Iterator[Finding]:
+def repeats(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check how many 4-grams repeat within a response."""
-    batch = looked.rehearsal.batch
+    batch = rehearsed.rehearsal.batch
     share = repetition(batch.ids, batch.mask)
     if share > REPEATS:
-        text = looked.probe.session.collector.text(looked.rehearsal.rollouts[0].ids)
+        text = rehearsed.probe.session.collector.text(rehearsed.rehearsal.rollouts[0].ids)
         yield Finding(
             check="repetition",
             level=Level.WARNING,
@@ -202,12 +202,12 @@ def repeats(looked: Looked) -> Iterator[Finding]:
         yield ok("repetition", f"{share:.0%} of the 4-grams of a response stood in it before")
 
 
-def sampler(looked: Looked) -> Iterator[Finding]:
+def sampler(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that the log-probs of sampler and trainer agree on the sampled tokens."""
-    batch, config = looked.rehearsal.batch, looked.probe.config
+    batch, config = rehearsed.rehearsal.batch, rehearsed.probe.config
     if batch.student_logp is None or not config.compares():
         return
-    terminal = batch.ids.new_tensor(looked.probe.session.vocabulary.stop)
+    terminal = batch.ids.new_tensor(rehearsed.probe.session.vocabulary.stop)
     mask = batch.mask & ~(batch.ids[..., None] == terminal).any(-1)  # merged stop ids sum their probabilities
     gap = float((batch.student_logp - batch.sampler_logp)[mask].abs().max()) if mask.any() else 0.0
     if gap > GAP[config.precision]:
@@ -222,11 +222,11 @@ def sampler(looked: Looked) -> Iterator[Finding]:
         yield ok("sampler", f"sampler and trainer agree to {gap:.1g} nats")
 
 
-def sweeps(probe: Probe) -> Iterator[Finding]:
+def head_pass_backend(probe: Probe) -> Iterator[Finding]:
     """Report which backend (Triton, C or torch) does the elementwise work on the logits in the head pass."""
     device = probe.session.accelerator.device
-    who = sweeper(device)
-    if device.type == "cuda" and who != "triton":
+    backend = backend_name(device)
+    if device.type == "cuda" and backend != "triton":
         yield Finding(
             check="head pass",
             level=Level.NOTE,
@@ -235,8 +235,8 @@ def sweeps(probe: Probe) -> Iterator[Finding]:
             do="pip install 'opd[gpu]'",
         )
     else:
-        yield ok("head pass", f"{who} sweeps the logits, {probe.config.chunk_mb} MB of them at a time")
+        yield ok("head pass", f"{backend} sweeps the logits, {probe.config.chunk_mb} MB of them at a time")
 
 
-BEFORE: Sequence = (told, compatible, rate, lengths, verifier, sweeps)
-AFTER: Sequence = (stops, repeats, sampler)
+BEFORE: Sequence = (risky_settings, compatible, learning_rate, lengths, verifier, head_pass_backend)
+AFTER: Sequence = (response_ends, repeats, sampler)

@@ -9,19 +9,19 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from opd.training.doctor.findings import Finding, Level, ok
-from opd.training.doctor.probe import Looked, teachers
+from opd.training.doctor.probe import RehearsedRun, teachers
 from opd.training.metrics import standard_error
 
-SAME = 1e-4  # nats/token; below this KL the teacher may be identical to the student
-NEAR = 0.1  # nats; the teacher counts as identical only if every token's log ratio is below this, too
-FAR = 3.0  # nats/token; above this KL (or half of log V, if that is less) the models are too far apart
+SAME_KL = 1e-4  # nats/token; below this KL the teacher may be identical to the student
+SAME_RATIO = 0.1  # nats; the teacher counts as identical only if every token's log ratio is below this, too
+FAR_KL = 3.0  # nats/token; above this KL (or half of log V, if that is less) the models are too far apart
 UNIFORM = 0.98  # fraction of log V; an entropy above it means an untrained model
-LIKED = 0.1  # nats/token; gain in log-prob after the alternative prompt above which the check warns
+GAIN = 0.1  # nats/token; gain in log-prob after the alternative prompt above which the check warns
 
 
-def finite(looked: Looked) -> Iterator[Finding]:
+def finite(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that the log-probs, entropies and KL of student and teacher are finite."""
-    batch = looked.rehearsal.batch
+    batch = rehearsed.rehearsal.batch
     for side in ("student", "teacher"):
         names = [f"{side}_logp", f"{side}_entropy", *(["reverse_kl"] if side == "teacher" else [])]
         columns = [x for x in (getattr(batch, name) for name in names) if x is not None]
@@ -29,10 +29,10 @@ def finite(looked: Looked) -> Iterator[Finding]:
         if not any(x.any() for x in bad):
             continue
         where = torch.stack(bad).any(0)
-        row, at = where.nonzero()[0].tolist()
-        token = int(batch.ids[row, at])
-        named = str(looked.probe.session.collector.tokenizer.decode([token]))
-        low = looked.probe.config.precision if side == "student" else looked.probe.config.teacher_precision
+        row, column_index = where.nonzero()[0].tolist()
+        token = int(batch.ids[row, column_index])
+        named = str(rehearsed.probe.session.collector.tokenizer.decode([token]))
+        low = rehearsed.probe.config.precision if side == "student" else rehearsed.probe.config.teacher_precision
         yield Finding(
             check="finite",
             level=Level.ERROR,
@@ -47,19 +47,19 @@ def finite(looked: Looked) -> Iterator[Finding]:
         return
 
 
-def distance(looked: Looked) -> Iterator[Finding]:
+def distance(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check KL(student || teacher) per teacher at the start: neither zero nor too large to learn from."""
-    batch, config = looked.rehearsal.batch, looked.probe.config
-    size, several = looked.probe.session.vocabulary.size, len(looked.probe.session.teachers) > 1
+    batch, config = rehearsed.rehearsal.batch, rehearsed.probe.config
+    size, several = rehearsed.probe.session.vocabulary.size, len(rehearsed.probe.session.teachers) > 1
     assert batch.student_logp is not None and batch.teacher_logp is not None
     r = batch.teacher_logp - batch.student_logp
     # Without the full distribution, the mean of exp(r) - 1 - r over the student's tokens estimates the same KL (k3),
     # with less noise than the mean of -r.
     column = r.exp() - 1 - r if batch.reverse_kl is None else batch.reverse_kl
-    for _, who, mask in teachers(looked):
+    for _, label, mask in teachers(rehearsed):
         value, error = float(column[mask].mean()), standard_error(column, mask)
-        same = value < SAME and float(r[mask].abs().max()) < NEAR
-        line = f"KL(student || {who}) is {value:.4g} +- {error:.2g} nats/token at the start"
+        same = value < SAME_KL and float(r[mask].abs().max()) < SAME_RATIO
+        line = f"KL(student || {label}) is {value:.4g} +- {error:.2g} nats/token at the start"
         if same and config.told() == "peer":
             yield Finding(
                 check="distance",
@@ -76,7 +76,7 @@ def distance(looked: Looked) -> Iterator[Finding]:
                 why="there is nothing to learn: every reward is 0",
                 do="is it the same model, or --teacher base without a --context that it uses? name another teacher",
             )
-        elif value > min(FAR, math.log(size) / 2):
+        elif value > min(FAR_KL, math.log(size) / 2):
             yield Finding(
                 check="distance",
                 level=Level.WARNING,
@@ -90,42 +90,42 @@ def distance(looked: Looked) -> Iterator[Finding]:
             yield ok("distance", f"{line} (0.02 to 1.5 is usual)")
 
 
-def uniform(looked: Looked) -> Iterator[Finding]:
+def uniform(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that no model is close to the uniform distribution, as untrained weights are."""
-    batch, top = looked.rehearsal.batch, math.log(looked.probe.session.vocabulary.size)
+    batch, top = rehearsed.rehearsal.batch, math.log(rehearsed.probe.session.vocabulary.size)
     sides = [("student", batch.student_entropy, batch.mask, Level.WARNING)]
-    sides += [(who, batch.teacher_entropy, mask, Level.ERROR) for _, who, mask in teachers(looked)]
-    for who, column, mask, level in sides:
+    sides += [(label, batch.teacher_entropy, mask, Level.ERROR) for _, label, mask in teachers(rehearsed)]
+    for label, column, mask, level in sides:
         if column is not None and (value := float(column[mask].mean())) > UNIFORM * top:
             yield Finding(
                 check="uniform",
                 level=level,
-                what=f"the {who}'s entropy is {value:.3f} nats/token of {top:.3f} that are possible",
+                what=f"the {label}'s entropy is {value:.3f} nats/token of {top:.3f} that are possible",
                 why="it guesses every token: its weights were never trained, or were not loaded",
                 do="look at the files of that model: missing tensors are filled with random numbers",
             )
 
 
-def asked(looked: Looked) -> Iterator[Finding]:
+def prompt_template(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that the teacher does not assign higher log-probs to the responses after its alternative prompt."""
-    batch, own = looked.rehearsal.batch, looked.probe.config.teacher_prompt == "own"
-    if looked.other is None or batch.teacher_logp is None:
+    batch, own_prompt = rehearsed.rehearsal.batch, rehearsed.probe.config.teacher_prompt == "own"
+    if rehearsed.alternative_logp is None or batch.teacher_logp is None:
         return
-    gain = looked.other - batch.teacher_logp
-    read, not_read = ("its own template", "the student's") if own else ("the student's ids", "its own template")
-    for _, who, mask in teachers(looked):
+    gain = rehearsed.alternative_logp - batch.teacher_logp
+    read, not_read = ("its own template", "the student's") if own_prompt else ("the student's ids", "its own template")
+    for _, label, mask in teachers(rehearsed):
         value, error = float(gain[mask].mean()), standard_error(gain, mask)
-        if value > max(LIKED, 2 * error):
+        if value > max(GAIN, 2 * error):
             yield Finding(
                 check="teacher prompt",
                 level=Level.WARNING,
-                what=f"{who} finds the answers {value:.2f} +- {error:.2f} nats/token likelier after {not_read} than "
+                what=f"{label} finds the answers {value:.2f} +- {error:.2f} nats/token likelier after {not_read} than "
                 f"after {read}, which it reads",
                 why="a teacher asked in a template that it does not know scores badly, and its scores are the gradient",
-                do=f"--teacher-prompt {'same' if own else 'own'}, or mend its chat_template",
+                do=f"--teacher-prompt {'same' if own_prompt else 'own'}, or mend its chat_template",
             )
         else:
-            yield ok("teacher prompt", f"{who} likes {read} better than {not_read}, by {-value:.2f} nats/token")
+            yield ok("teacher prompt", f"{label} likes {read} better than {not_read}, by {-value:.2f} nats/token")
 
 
-AFTER: Sequence = (finite, distance, uniform, asked)
+AFTER: Sequence = (finite, distance, uniform, prompt_template)
