@@ -66,7 +66,7 @@ class Arm:
         config = asked.run(folder, "async-opd")
         loop = opened(replace(config, micro_batch_tokens=asked.micro_batch_tokens, staleness=staleness))
         before = torch.get_num_threads()
-        loop.writing.open(0, NOTHING, None, print)
+        loop.writing.open(0, NOTHING, {}, print)
         arm = cls(loop, torch.get_num_threads())
         torch.set_num_threads(before)  # so that the next arm starts from the default
         return arm

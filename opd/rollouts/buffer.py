@@ -7,14 +7,11 @@ so generating a draw again with the same weights gives the same rollouts.  Check
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.core.tensors import save_tensors
 from opd.core.types import Others, Rollout
 from opd.data.prompts import Rendered
 from opd.methods.rollout_policies.base import Memory
@@ -144,10 +141,8 @@ def dressed(rollouts: Sequence[Rollout], prompts: Sequence[Rendered], per_prompt
     return out
 
 
-def save(draws: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
-    """Write draws, without their prompts, to draws.safetensors in `folder`; write no file if `draws` is empty."""
-    if not draws:
-        return
+def to_tensors(draws: Mapping[int, Sequence[Rollout]]) -> dict[str, Tensor]:
+    """Return draws, without their prompts, as tensors for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     for draw, rolls in draws.items():
         for name, dtype in SCALARS.items():
@@ -165,13 +160,11 @@ def save(draws: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
             values = [r.notes[name] for r in rolls]
             whole = values if kind == "note" else [x for v in values for x in v]  # type: ignore[union-attr]
             tensors[f"{draw}.{kind}.{name}"] = torch.tensor(whole, dtype=torch.float64)
-    save_tensors(tensors, folder / "draws.safetensors")
+    return tensors
 
 
-def load(folder: Path) -> dict[int, list[Rollout]]:
-    """Load the draws that `save` wrote, by draw number; return an empty dict if the file is missing."""
-    path = folder / "draws.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, list[Rollout]]:
+    """Return the draws that `to_tensors` stored, by draw number."""
     out: dict[int, list[Rollout]] = {}
     for draw in sorted({int(k.partition(".")[0]) for k in tensors}):
         own = {k.removeprefix(f"{draw}."): x for k, x in tensors.items() if k.startswith(f"{draw}.")}

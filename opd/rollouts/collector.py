@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
+from opd.core.rng import NoiseStep
 from opd.core.sampling import Prompt, Sampling
 from opd.core.types import DATA, STUDENT, TEACHER, Rollout
 from opd.data.prompts import Rendered
@@ -191,7 +192,9 @@ class Collector:
             # The noise is keyed by the prompt, so that a resumed run regenerates the same prefixes without saving them.
             key = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
             told = replace(sampling, max_new_tokens=limit)
-            for ids, sample in zip(new, engine.generate(new, told, seed=seed, step=-2, index=key), strict=True):
+            for ids, sample in zip(
+                new, engine.generate(new, told, seed=seed, step=NoiseStep.TEACHER_PREFIX, index=key), strict=True
+            ):
                 self.prefixes[name, ids] = Prefix(array("i", sample.ids), sample.stopped)
         out = [self.prefixes[p.teacher, p.teacher_ids].first(limit) for p in prompts]
         while sum(len(p.ids) for p in self.prefixes.values()) > KEPT:

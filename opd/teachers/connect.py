@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.config import checks
+from opd.config.model_names import ScoringServer
+from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -19,9 +20,10 @@ from opd.core.types import Rollout
 from opd.head.inputs import Given, Hidden
 from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
-from opd.methods import METHODS
+from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.remote.vllm_protocol import WHOLE, Server, reach
+from opd.teachers.capabilities import require
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
@@ -59,25 +61,17 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
     return Known(text, shape, tuple(server.told.get("eos", stop)))
 
 
-def reached(url: str, config: Train, *, field: str) -> Server:
-    """The server at an address; refuses one that says too little, and names the methods that it is enough for."""
-    how, method = config.remote.towards(field, url, config.routes()[""]), checks.resolved(config)
-    server = reach(url, how, field=field)
-    needs = lambda method: method.needs() if server.told else method.needs_of_tokens()
-    missing = needs(method) - server.provides
-    if missing:
-        enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
-        wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        said = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
-        said += ", of any named token, too" if server.chosen else ""
-        way = "load the model here"
-        if missing <= WHOLE | {"chosen", "teacher_top"}:
-            way = "serve it by `opd serve`, or load it here"
-        raise Refusal(
-            f"--{field} {url}: this server gives {said}, and the method needs {wanted}: {way}, or use one of "
-            f"{', '.join(enough)}"
-        )
-    others = [model for model in config.routes().values() if model != url]
+def reached(model: ScoringServer, plan: Plan, *, field: str) -> Server:
+    """Connect to a server.  Raises Refusal if it does not provide what the run needs."""
+    config, url = plan.config, model.name
+    server = reach(url, config.remote.towards(field, model, plan.teachers[""]), field=field)
+    needs = Method.needs if server.told else Method.needs_of_tokens
+    gives = "final states and the head" if server.told else "log-probs of the sampled tokens and of its top ones"
+    gives += ", of any named token, too" if server.chosen else ""
+    enough = needs(plan.method) - server.provides <= WHOLE | {"chosen", "teacher_top"}
+    remedy = "serve it by `opd serve`, or load it here" if enough else "load the model here"
+    require(plan.method, server.provides, flag=field, model=url, gives=gives, remedy=remedy, needs=needs)
+    others = [str(other) for other in plan.teachers.values() if other != model]
     if not server.told and others:
         raise Refusal(
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "

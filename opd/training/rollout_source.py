@@ -5,10 +5,9 @@ The student's process or a worker process generates them.
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -109,18 +108,28 @@ def hired(
 class Writing:
     """The prompts and rollouts of each step of a run."""
 
-    config: Train
-    method: Method
     session: Session
     source: Source | None = None  # buffer of training rollouts; None before `open`
 
-    def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> Source:
+    @property
+    def config(self) -> Train:
+        """Return the settings of the run."""
+        return self.session.config
+
+    @property
+    def method(self) -> Method:
+        """Return the method of the run."""
+        return self.session.method
+
+    def open(
+        self, step: int, memory: Memory, saved: Mapping[int, Sequence[Rollout]], say: Callable[[str], object]
+    ) -> Source:
         """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
 
-        `state` is the training-state folder of a checkpoint, whose saved rollouts are used first.
+        `saved` are the buffered rollouts of a checkpoint, which are used first.
         """
         config, session, who = self.config, self.session, self.method.rollouts
-        kept = self._restored(state) if state is not None else {}
+        kept = self._restored(saved)
         if config.staleness or config.worker:
             self.source = hired(config, session, who, kept, say, alone="student_alone" in self.method.reads())
         else:
@@ -142,22 +151,18 @@ class Writing:
         for teacher in self.session.teachers.values():
             teacher.close()
 
-    def save(self, folder: Path) -> None:
-        """Save the buffered rollouts that a resumed run continues with.
-
-        Every process must call it; only the main process writes.
-        """
-        kept: list[dict[int, list[Rollout]]] = [{}]
+    def buffered(self) -> dict[int, list[Rollout]]:
+        """Return the buffered rollouts of all processes, for a checkpoint.  Every process must call it."""
+        parts: list[dict[int, list[Rollout]]] = [{}]
         if self.source is not None:
             self.source.settle()
-            kept = gather_object([dict(self.source.kept)])
-        if self.session.accelerator.is_main_process:
-            draws.save({d: [r for part in kept for r in part.get(d, ())] for d in {*chain(*kept)}}, folder)
+            parts = gather_object([dict(self.source.kept)])
+        return {draw: [r for part in parts for r in part.get(draw, ())] for draw in {*chain(*parts)}}
 
     def taken(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
         who = self.method.rollouts
-        source = self.source or self.open(step - 1, memory, None, print)
+        source = self.source or self.open(step - 1, memory, {}, print)
         drawn, draw = source.take(step, memory), draw_of(who, step, memory)
         prompts = self._prompts(prompts_of(who, draw), memory)
         if "teacher_alone" in self.method.reads():
@@ -219,13 +224,13 @@ class Writing:
         found = session.prompts.batch(reflect.batch(number), count)
         return episode.reminded(found, episode.of(memory).notes, reflect, session.prompts)
 
-    def _restored(self, state: Path) -> dict[int, list[Rollout]]:
-        """Load this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""
+    def _restored(self, saved: Mapping[int, Sequence[Rollout]]) -> dict[int, list[Rollout]]:
+        """Return this process's share of a checkpoint's draws; a draw that lacks a part of it is generated again."""
         accelerator, who = self.session.accelerator, self.method.rollouts
         per_prompt = who.per_prompt
         mine = draws.share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, out = range(mine.start * per_prompt, mine.stop * per_prompt), {}
-        for draw, drawn in draws.load(state).items():
+        for draw, drawn in saved.items():
             own = [r for r in drawn if r.index in wanted]
             if len(own) == len(wanted):
                 out[draw] = own

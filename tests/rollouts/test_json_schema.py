@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import opd
+from opd.config.model_names import parse
 from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.hf import HFEngine
@@ -155,7 +156,7 @@ def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_pa
 
 def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
     with serving(folder, "--name", "any") as (url, _):
-        writer = Endpoint(f"openai:any@{url}/v1", Remote(), field="judge")
+        writer = Endpoint(parse(f"openai:any@{url}/v1"), Remote(), field="judge")
         assert all(isinstance(met, tuple) for met in graded(writer, tmp_path, schemas=True)[0])
 
 

@@ -8,15 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd import cli
 from opd.analysis.exact import World
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
+from opd.core.tensors import save_tensors
 from opd.core.types import Batch
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
@@ -38,7 +41,7 @@ from opd.teachers.judges.rubrics import Criterion
 from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflected, Staged
 from opd.teachers.judges.verifier_judge import ROUND, SUMS, VerifierStageJudge
 from opd.teachers.text.text_teacher import Failed
-from opd.training.checkpoint import load_memory
+from opd.training.checkpoint import load as load_state
 from scripts.grader import Grader, Scripted
 from tests.data.test_tokenizers import byte_level
 from tests.teachers.test_remote_teachers import Proxy
@@ -346,15 +349,13 @@ def test_criteria_that_come_with_the_question():
 
 
 def test_an_episode_is_what_it_was_after_a_file(tmp_path):
-    from opd.training.checkpoint import save_memory
-
     deferred = episode.Deferred(
         messages=({"role": "user", "content": "é?"},), text="", teacher="", group=1, prompt_ids=(1, 2), ids=(3,),
         logp=(float(torch.tensor(-0.1)),), stopped=True, worth=0.7,
     )  # fmt: skip
     whole = episode.Episode({"q": (Criterion(1, "a 漢", 2, spread=1 / 3),)}, {"q": "note"}, (deferred,))
-    save_memory(whole.memory(), tmp_path)
-    assert episode.of(load_memory(tmp_path)) == whole
+    save_tensors(whole.memory(), tmp_path / "memory.safetensors")
+    assert episode.of(load_file(tmp_path / "memory.safetensors")) == whole
     assert episode.of({}) == episode.Episode()
     more = whole.keeping({"r": (), "q": ()}, 1)
     assert list(more.rubrics) == ["q"] and list(whole.keeping({"r": ()}, 9).rubrics) == ["q", "r"]
@@ -597,7 +598,7 @@ def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
     rows = logged(whole)
     assert "reflections" not in rows[0] and [row["reflections"] for row in rows[1:]] == [6, 6]
     assert all(row["grad_norm"] > 0 and row["reflection_tokens"] > 0 and 0 < row["reflection"] <= 1 for row in rows[1:])
-    kept = [episode.of(load_memory(whole / f"checkpoints/step-00000{step}/training_state")) for step in (1, 2, 3)]
+    kept = [episode.of(load_state(whole / f"checkpoints/step-00000{step}").memory) for step in (1, 2, 3)]
     assert [len(e.rubrics) for e in kept] == [2, 2, 4]  # step 2 sees the questions of step 1 again
     assert [len(e.notes) for e in kept] == [2, 2, 4] and [len(e.deferred) for e in kept] == [6, 6, 6]
     for buffer in kept[1].rubrics.values():
@@ -617,7 +618,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
         started(["train", *flags, "--out", str(tmp_path / str(processes)), "rubricem", *AGAIN], processes)
     for one, two in zip(*(logged(tmp_path / n) for n in ("1", "2")), strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
-    kept = [episode.of(load_memory(tmp_path / f"{n}/checkpoints/step-000003/training_state")) for n in (1, 2)]
+    kept = [episode.of(load_state(tmp_path / f"{n}/checkpoints/step-000003").memory) for n in (1, 2)]
     assert kept[0].rubrics == kept[1].rubrics and kept[0].notes == kept[1].notes
     assert [d.ids for d in kept[0].deferred] == [d.ids for d in kept[1].deferred]
 
@@ -635,7 +636,7 @@ def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Method, "prepare", prepare)
     told = [*PAIR, *SMALL, *SIZE, "--steps", "2", "--lr", "1e-3", "--rollouts-every", "9"]
     assert cli.main(["train", *told, "--out", str(tmp_path / "x"), "rubricem", *AGAIN]) == 0, capsys.readouterr()
-    before = episode.of(load_memory(tmp_path / "x/checkpoints/step-000001/training_state"))
+    before = episode.of(load_state(tmp_path / "x/checkpoints/step-000001").memory)
     batch, (paid, _) = next((b, t) for b, t in seen if len(b.ids) == 8 + 6)
     own = batch[8:]
     worth = torch.tensor([d.worth for d in before.deferred])
@@ -650,7 +651,7 @@ def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
 
 def test_notes_are_read_with_their_question():
     text, task = AutoTokenizer.from_pretrained(EMBEDDED / "student"), load(Data(source="embedded:ledger", limit=3))
-    reader = Prompts(task, text, {"": text}, Train(student="", prompts=""), 60)
+    reader = Prompts(task, text, {"": text}, resolved(Train(student="", prompts="")), 60)
     some = reader.first(3)
     notes = {digest(some[0].prompt): "<plan>1", digest(some[1].prompt): "<plan>1" * 40}
     found = episode.reminded(some, notes, Reflect(remember="{reflection} {prompt}"), reader)

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import opd
 from opd import cli
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.servers import Remote
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -399,8 +400,8 @@ def test_teacher_behind_a_server(tmp_path):
 def test_a_worker_needs_its_own_student_and_writes_while_this_one_trains(tmp_path):
     config = healthy(prompts=rows(tmp_path, *[RIGHT] * 16), batch=16)
     config = replace(config, data=replace(config.data, source=config.prompts))
-    session = open_session(config, config.method, None)
-    needs = lambda **changes: cost.parts(Probe(replace(config, **changes), config.method, session, 0))
+    session = open_session(resolved(config))
+    needs = lambda **changes: cost.parts(Probe(replace(session, plan=resolved(replace(config, **changes))), 0))
     alone, beside = ({p.name: p.bytes for p in needs(**x)} for x in ({}, {"staleness": 1}))
     weights = sum(p.numel() * 4 for p in session.plain().model.parameters())
     assert alone["worker's student"] == 0 and beside == alone | {"worker's student": weights}
@@ -419,10 +420,10 @@ def test_memory_estimate_beside_the_allocator(changes, tmp_path):
     same = rows(tmp_path, *[RIGHT] * 16)  # rows of one length, all cut: the largest batch that the estimate is about
     config = healthy(prompts=same, batch=16, chunk_mb=4, sampling=Sampling(max_new_tokens=12), **changes)
     config = replace(config, data=replace(config.data, source=config.prompts))
-    session = open_session(config, config.method, None)
+    session = open_session(resolved(config))
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    loop = Loop(config, config.method, session, run)
+    loop = Loop(session, run)
     guess = cost.peak(cost.parts(Probe(config, config.method, session, 0)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.step(1, {})

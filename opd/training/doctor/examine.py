@@ -19,11 +19,13 @@ def examined(loop: Loop) -> list[Finding]:
     """
     session = loop.session
     free = min(gather_object([cost.free(session.accelerator.device)]))
-    probe = Probe(loop.config, loop.method, session, free)
+    probe = Probe(session, free)
     found = [f for part in (pair, settings, cost) for check in part.BEFORE for f in check(probe)]
     if errors(found) or loop.method.asks is not None:  # a text-only teacher scores no tokens
         return found
-    looked = rehearsed(probe, replace(loop, method=Method(), session=replace(session, lenses=None)))
+    looked = rehearsed(
+        probe, replace(loop, session=replace(session, plan=replace(session.plan, method=Method()), lenses=None))
+    )
     after = list(teacher.finite(looked))
     if not errors(after):  # means over nan or inf are meaningless
         after += [f for part in (teacher, settings, cost) for check in part.AFTER for f in check(looked)]
@@ -32,5 +34,5 @@ def examined(loop: Loop) -> list[Finding]:
 
 def noted(loop: Loop) -> list[Finding]:
     """Return the findings that need neither rollouts nor a forward: risky settings and vocabulary differences."""
-    probe = Probe(loop.config, loop.method, loop.session, 0)
+    probe = Probe(loop.session, 0)
     return [*settings.told(probe), *pair.vocabulary(probe)]

@@ -109,7 +109,7 @@ def templates(probe: Probe) -> Iterator[Finding]:
     lines = difflib.unified_diff(
         read(own, first.ids), read(theirs, first.teacher_ids), "student", "teacher", lineterm="", n=1
     )
-    told = probe.config.told()
+    told = probe.session.plan.context
     yield Finding(
         check="prompt",
         level=Level.NOTE,

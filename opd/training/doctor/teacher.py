@@ -49,7 +49,7 @@ def finite(looked: Looked) -> Iterator[Finding]:
 
 def distance(looked: Looked) -> Iterator[Finding]:
     """Check KL(student || teacher) per teacher at the start: neither zero nor too large to learn from."""
-    batch, config = looked.rehearsal.batch, looked.probe.config
+    batch = looked.rehearsal.batch
     size, several = looked.probe.session.vocabulary.size, len(looked.probe.session.teachers) > 1
     assert batch.student_logp is not None and batch.teacher_logp is not None
     r = batch.teacher_logp - batch.student_logp
@@ -60,7 +60,7 @@ def distance(looked: Looked) -> Iterator[Finding]:
         value, error = float(column[mask].mean()), standard_error(column, mask)
         same = value < SAME and float(r[mask].abs().max()) < NEAR
         line = f"KL(student || {who}) is {value:.4g} +- {error:.2g} nats/token at the start"
-        if same and config.told() == "peer":
+        if same and looked.probe.session.plan.context == "peer":
             yield Finding(
                 check="distance",
                 level=Level.NOTE,
