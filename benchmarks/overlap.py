@@ -66,7 +66,7 @@ class Arm:
         config = overlap.run(folder, "async-opd")
         loop = opened(replace(config, micro_batch_tokens=overlap.micro_batch_tokens, staleness=staleness))
         threads = torch.get_num_threads()
-        loop.writing.open(0, NOTHING, None, print)
+        loop.writing.open(0, NOTHING, {}, print)
         arm = cls(loop, torch.get_num_threads())
         torch.set_num_threads(threads)  # so that the next arm starts from the default
         return arm

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.config import checks
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
@@ -50,6 +50,6 @@ class Trained:
 
 def opened(config: Train) -> Loop:
     """Open a run as `opd train` does."""
-    method, run = checks.resolved(config), Run(config.out)
-    run.start({}, repr(method), 0)
-    return Loop(config, method, open_session(config, method, None), run)
+    plan, run = resolved(config), Run(config.out)
+    run.start({}, repr(plan.method), 0)
+    return Loop(open_session(plan), run)

@@ -63,3 +63,10 @@ def test_the_reader_of_imports(tmp_path):
     path = tmp_path / "some.py"
     path.write_text("import a.b, c\nfrom d import e\ndef f():\n    from opd.core.types import Batch\n")
     assert imports(path) == {"a.b", "c", "d.e", "opd.core.types.Batch"}
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == {*dir(opd)} and all(getattr(opd, name) is not None for name in names)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opd.analysis.token_occurrences import Corpus, consistency, control_types, is_above_quantile, rank, stability
 from opd.config.commands import Rock
+from opd.config.plan import resolved
 from opd.config.precision import dtype_of
 from opd.core.errors import Refusal
 from opd.core.types import Batch, Rollout
@@ -44,8 +45,8 @@ def rock(config: Rock) -> Path:
     """
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
-        session = open_session(config.run(), Method(), None)
-    loop = Loop(config.run(), Method(), session, Run(config.out))
+        session = open_session(resolved(replace(config.run(), method=Method())))
+    loop = Loop(session, Run(config.out))
     rollouts, corpus = _measure_corpus(config, loop)
     counts, sums = corpus.tally()
     ratio = _ratios(config, loop, rollouts, corpus) if config.consistency.context_filter else None
@@ -114,7 +115,7 @@ def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpu
         source = models.locate(filter_settings.before, field="before", trust_remote_code=config.trust_remote_code)
         dtype = dtype_of(config.precision)
         earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
-        earlier_loop = Loop(loop.config, loop.method, replace(session, student=Student(earlier)), loop.run)
+        earlier_loop = Loop(replace(session, student=Student(earlier)), loop.run)
         batch = earlier_loop.measure(rollouts, 0)
         assert batch.reverse_kl is not None
         persists &= is_above_quantile(batch.reverse_kl[batch.mask].double(), filter_settings.high)

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from opd.analysis.exact import dependence_reason, slopes
 from opd.config.commands import Variance
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.intervals import CONFIDENCE, Estimate
@@ -91,7 +92,7 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
         if method.models() - {"teacher_logp"}:
             raise Refusal(f"--methods {name}: compares with a third model, and here are two; leave it out")
     methods = {name: METHODS[name]() for name in ("opd", "opd-full")} | dict(methods)
-    session = open_session(_run(config), methods["opd"], None)
+    session = open_session(resolved(replace(_run(config), method=methods["opd"])))
     student = session.plain()
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad and re.search(config.parameters, n)}
     if not trained:

@@ -1,51 +1,17 @@
-"""Checks of a run's settings before anything loads, and what follows from them: the method with its overrides."""
+"""Checks of a run's plan before anything loads: `check(plan)` refuses, `warnings(plan)` reports what is only risky."""
 
-from collections.abc import Callable
-from dataclasses import replace
-
-from opd.config.train import Train
+from opd.config.model_names import AveragedStudent, ChatEndpoint, CurrentStudent, ScoringServer
+from opd.config.plan import Plan
 from opd.core.errors import Refusal, positive
-from opd.core.types import Column
-from opd.losses.reductions import Constant, SequenceMean, TokenMean
-from opd.losses.surrogates import Reinforce, TruncatedRatio
-from opd.losses.terms import PolicyGradient, Term
-from opd.losses.token_weights import TruncatedImportance
-from opd.methods.method import Method
+from opd.losses.terms import PolicyGradient
 
 
-def resolved(config: Train) -> Method:
-    """Return the method with the run's overrides of its rollouts, reduction and importance cap."""
-    policy = config.method.rollouts
-    per_prompt, updates = config.per_prompt or policy.per_prompt, config.updates or policy.updates
-    policy = replace(policy, per_prompt=per_prompt, updates=updates)
-    reductions: dict[str, Callable[[], Column]] = {
-        "method": lambda: config.method.reduction,
-        "token": TokenMean,
-        "sequence": SequenceMean,
-        "constant": lambda: Constant(config.sampling.max_new_tokens),
-    }
-    try:
-        terms = tuple(_weighed(config, term) for term in config.method.terms)
-        return replace(config.method, terms=terms, rollouts=policy, reduction=reductions[config.reduction]())
-    except ValueError as error:
-        raise Refusal(str(error)) from error
-
-
-def _weighed(config: Train, term: Term) -> Term:
-    """Add --importance-cap to a policy-gradient term that has no ratio to the sampler; return others unchanged."""
-    cap = config.importance_cap or (0.0 if config.speaker.engine == "hf" else 2.0)
-    if not cap or not isinstance(term, PolicyGradient) or term.corrected():
-        return term
-    if term.surrogate == Reinforce():
-        return replace(term, surrogate=TruncatedRatio(cap))
-    return replace(term, weights=(*term.weights, TruncatedImportance(cap)))
-
-
-def check(config: Train) -> None:
+def check(plan: Plan) -> None:
     """Refuse impossible settings before anything loads."""
-    _check_teachers(config)
-    _check_worker(config)
-    _check_engine(config)
+    config = plan.config
+    _check_teachers(plan)
+    _check_worker(plan)
+    _check_engine(plan)
     positive(config, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")
@@ -62,7 +28,7 @@ def check(config: Train) -> None:
         raise Refusal(
             f"--temperature {config.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"
         )
-    policy = resolved(config).rollouts
+    policy = plan.method.rollouts
     if (reason := policy.tempering_refusal()) and not config.compares():
         s = config.sampling
         raise Refusal(
@@ -76,16 +42,17 @@ def check(config: Train) -> None:
         )
 
 
-def _check_worker(config: Train) -> None:
+def _check_worker(plan: Plan) -> None:
     """Refuse rollouts that a worker process cannot generate, because it has only the student."""
+    config = plan.config
     apart = "--worker" if config.worker and not config.staleness else f"--staleness {config.staleness}"
-    policy = resolved(config).rollouts
+    policy = plan.method.rollouts
     if (config.worker or config.staleness) and (reason := policy.worker_refusal()):
         raise Refusal(
             f"{apart}: rollouts of {policy} {reason}: leave the flag out, or take a method on the student's own "
             "rollouts"
         )
-    question = config.method.asks
+    question = plan.method.asks
     if (config.worker or config.staleness) and question is not None and question.changes_prompts:
         raise Refusal(f"{apart}: the prompts of {question} hold what earlier steps reflected: leave it out")
     if config.exact_staleness and not config.staleness:
@@ -94,15 +61,16 @@ def _check_worker(config: Train) -> None:
         raise Refusal(f"--worker-device {config.worker_device}: there is no worker; add --staleness 1, or --worker")
 
 
-def _check_engine(config: Train) -> None:
+def _check_engine(plan: Plan) -> None:
     """Refuse rollouts that an engine other than hf cannot generate."""
+    config = plan.config
     config.speaker.check()
-    engine, policy = config.speaker.engine, resolved(config).rollouts
+    engine, policy = config.speaker.engine, plan.method.rollouts
     if engine == "hf":
         return
     if reason := policy.engine_refusal():
         raise Refusal(f"--engine {engine}: {policy} {reason}")
-    if "student_alone" in config.method.reads():
+    if "student_alone" in plan.method.reads():
         raise Refusal(
             f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
             "alone tells: leave the flag out, or switch the filter off (npd --no-filtered)"
@@ -111,32 +79,32 @@ def _check_engine(config: Train) -> None:
         raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
 
 
-def _check_teachers(config: Train) -> None:
+def _check_teachers(plan: Plan) -> None:
     """Refuse a missing teacher, and settings of teacher, judge or context that contradict each other."""
-    teachers, told, policy = config.routes(), config.told(), resolved(config).rollouts
-    if not teachers[""]:
+    config = plan.config
+    teachers, context, policy = plan.teachers, plan.context, plan.method.rollouts
+    if not teachers[""].name:
         raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
-    addresses = ("http://", "https://", "openai:")
     for pair in config.remote.route_token_env:
         name, _, variable = pair.partition("=")
-        if not (name and variable and teachers.get(name, "").startswith(addresses)):
+        if not (name and variable and isinstance(teachers.get(name), ScoringServer | ChatEndpoint)):
             raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route to a server")
-    if (key := config.remote.judge_token_env) and not config.judge.startswith(addresses):
+    if (key := config.remote.judge_token_env) and not isinstance(plan.judge, ScoringServer | ChatEndpoint):
         raise Refusal(f"--judge-token-env {key}: no --judge is behind a server; leave it out")
     local = config.remote.teacher_local
-    if local and not teachers[""].startswith(("http://", "https://")):
+    if local and not isinstance(teachers[""], ScoringServer):
         raise Refusal(f"--teacher-local {local}: is compared with --teacher, and that is no server here: leave it out")
     for name, model in teachers.items():
-        field = f"--route {name}=" if name else "--teacher "
-        if model == "self" and not told:
+        flag = f"--route {name}=" if name else "--teacher "
+        if isinstance(model, CurrentStudent) and not context:
             raise Refusal(
-                f"{field}self: the student itself; the KL between the two is 0 and nothing is learnt: "
+                f"{flag}self: the student itself; the KL between the two is 0 and nothing is learnt: "
                 "give --context, what the teacher knows and the student does not, or name another teacher"
             )
     missing = [part for part in ("{prompt}", "{context}") if part not in config.context_template]
     if missing:
         raise Refusal(f"--context-template {config.context_template!r}: lacks {' and '.join(missing)}")
-    question = config.method.asks
+    question = plan.method.asks
     if config.judge and (question is None or not question.uses_judge):
         raise Refusal(f"--judge {config.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
     if config.judge and question is not None and not question.uses_teacher:
@@ -144,30 +112,31 @@ def _check_teachers(config: Train) -> None:
             f"--teacher {teachers['']}: is never asked, for the judge is --judge {config.judge} and the method takes "
             "no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
         )
-    if told and question is not None:
-        raise Refusal(f"--context {told}: a teacher that is asked for texts is told nothing more: leave it out")
-    if told and config.teacher_prompt == "same":
-        raise Refusal(f"--context {told}: is in the teacher's prompt, and --teacher-prompt same has none")
-    if told == "peer" and policy.per_prompt < 2:
+    if context and question is not None:
+        raise Refusal(f"--context {context}: a teacher that is asked for texts is told nothing more: leave it out")
+    if context and config.teacher_prompt == "same":
+        raise Refusal(f"--context {context}: is in the teacher's prompt, and --teacher-prompt same has none")
+    if context == "peer" and policy.per_prompt < 2:
         raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
-    if told == "peer" and policy.teacher_takes_part():
+    if context == "peer" and policy.teacher_takes_part():
         raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {policy}")
-    moving = [m for m in teachers.values() if m == "self" or m.startswith("ema")]
+    moving = [model for model in teachers.values() if isinstance(model, CurrentStudent | AveragedStudent)]
     if moving and (reason := policy.moving_teacher_refusal()):
         raise Refusal(f"--teacher {moving[0]}: its weights move, and it {reason}")
 
 
-def warnings(config: Train) -> list[str]:
+def warnings(plan: Plan) -> list[str]:
     """Return warnings about settings that are allowed but bias the gradient, each with its reason."""
+    config = plan.config
     out, s = [], config.sampling
     if config._tempered():
         out.append(
             f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
             "distribution than the loss assumes: gradients are biased (1, 1, 0 is unbiased)"
         )
-    if resolved(config).rollouts.updates > 1:
+    if plan.method.rollouts.updates > 1:
         out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
-    bare = [t for t in resolved(config).terms if isinstance(t, PolicyGradient) and not t.corrected()]
+    bare = [t for t in plan.method.terms if isinstance(t, PolicyGradient) and not t.corrected()]
     if config.staleness and bare:
         out.append(
             f"--staleness {config.staleness}: rollouts are of an older student, and a policy gradient without the "

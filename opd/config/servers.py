@@ -1,13 +1,12 @@
 """How servers are reached: addresses, keys, retries and time limits of teachers and judges."""
 
 import os
-import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
-from urllib.parse import SplitResult, urlsplit
 
 import tyro
 
+from opd.config.model_names import ModelName
 from opd.core.errors import Refusal, positive
 
 
@@ -57,14 +56,14 @@ class Remote:
         if not 0 <= self.judge_failures <= 1:
             raise Refusal(f"--judge-failures {self.judge_failures}: a share lies in [0, 1]")
 
-    def towards(self, field: str, model: str, teacher: str) -> "Remote":
+    def towards(self, field: str, model: ModelName, teacher: ModelName) -> "Remote":
         """Return these settings with the key for the model of flag `field`.
 
         `field` is "teacher", "judge" or "route NAME".  The key of --teacher is sent only to the host of --teacher.
         """
         named = {f"route {name}": variable for name, _, variable in (x.partition("=") for x in self.route_token_env)}
         named |= {"judge": self.judge_token_env}
-        own = self.teacher_token_env if host(model) == host(teacher) else ""
+        own = self.teacher_token_env if model.host() == teacher.host() else ""
         return replace(self, teacher_token_env=named.get(field, "") or own)
 
     def keep(self, field: str) -> str:
@@ -73,24 +72,6 @@ class Remote:
         flag = f"--{kind}-token-env {name}=VARIABLE" if name else f"--{kind}-token-env VARIABLE"
         known = self.teacher_token_env
         return f"{known}, or name another variable by {flag}" if known else f"a variable, and name it by {flag}"
-
-
-def host(model: str) -> str:
-    """Scheme, name and port of the server in a teacher's name."""
-    kind = model.partition(":")[0]
-    parts = _split((endpoint(model)[1] or "https://api.openai.com") if kind == "openai" else model)
-    usual = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
-
-
-def endpoint(name: str) -> tuple[str, str]:
-    """Split openai:MODEL@URL into model and address; an @ may stand in the model too, as in claude-sonnet@20250219."""
-    told = name.removeprefix("openai:")
-    address = re.search(r"@(?=https?://)", told, re.IGNORECASE)
-    if address is None:
-        model, _, url = told.partition("@")
-        return model, url
-    return told[: address.start()], told[address.end() :]
 
 
 def secret(variable: str) -> str:
@@ -102,10 +83,3 @@ def secret(variable: str) -> str:
     if not (token.isascii() and token.isprintable()):
         raise Refusal(f"{variable}: its token holds a line break, or another sign that no header can: export it anew")
     return token
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:  # half an IPv6 address
-        return urlsplit("")

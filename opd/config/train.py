@@ -14,7 +14,6 @@ from opd.config.data import Data
 from opd.config.engine import Speaker
 from opd.config.precision import Precision, default_chunk_mb, default_precision
 from opd.config.servers import Remote
-from opd.core.errors import Refusal
 from opd.core.sampling import Sampling, StopToken, Truncated
 
 if TYPE_CHECKING:
@@ -176,22 +175,6 @@ class Train:
     """Check models, prompts, memory and some rollouts before the first step.  `opd doctor` prints the full report."""
     quiet: bool = False
     """Print no progress."""
-
-    def routes(self) -> dict[str, str]:
-        """Return the teacher models by route name; "" is --teacher."""
-        own = self.method.teacher
-        out = {"": self.teacher or (own.weights if own else "")}
-        for route in self.route:
-            name, equals, model = route.partition("=")
-            if not (name and equals and model) or name in out:
-                raise Refusal(f"--route {route}: write NAME=MODEL, each name once")
-            out[name] = model
-        return out
-
-    def told(self) -> str:
-        """Return the privileged context that only the teacher reads: a column's name, "peer", or "" for none."""
-        own = self.method.teacher
-        return self.context or (own.context if own else "")
 
     def learning_rate(self, update: int, total: int) -> float:
         """Return the learning rate of optimizer step `update` (counted from 1) of `total`."""

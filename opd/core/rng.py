@@ -4,10 +4,21 @@ The generator is splitmix64's finaliser, folded over the key.  Steele, Lea & Flo
 generators", 2014.
 """
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+class NoiseStep(IntEnum):
+    """What stands in a key in place of a training step, which counts from 1, for rollouts that no step trains on."""
+
+    BRIDGE = 0  # rollouts on which the hidden-state bridge is fitted
+    EVALUATION = -1  # held-out prompts: every evaluation samples with the same noise
+    TEACHER_PREFIX = -2  # the beginnings of responses that the teacher generates
+    REHEARSAL = -3  # the doctor's trial step
 
 
 def _mix(z: np.uint64 | NDArray[np.uint64]) -> np.uint64 | NDArray[np.uint64]:

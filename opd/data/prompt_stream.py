@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.config.train import Train
+from opd.config.plan import Plan
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import RIGHT, Rollout
@@ -23,7 +23,7 @@ class Prompts:
     task: Task
     tokenizer: Tokenizer
     teacher_tokenizers: Mapping[str, Tokenizer]  # by route name; "" is --teacher
-    config: Train
+    plan: Plan
     room: int  # longest prompt in tokens that leaves space for the longest response
     optional: bool = False  # True: a row without --context is used without it; False: it is refused
 
@@ -49,15 +49,15 @@ class Prompts:
         n = len(self.task.prompts)
         if n > 1 << 24:  # procedural streams of this size need no second epoch, and their order is already random
             return range(n)
-        return np.random.default_rng([self.config.seed, epoch]).permutation(n).tolist()
+        return np.random.default_rng([self.plan.config.seed, epoch]).permutation(n).tolist()
 
     def render(self, row: int) -> Rendered:
         """Return a prompt with its token ids for student and teacher.  Raises Refusal if it is too long."""
-        prompt, config = self.task.prompts[row], self.config
+        prompt, config = self.task.prompts[row], self.plan.config
         ids = self.student_ids(prompt)
         route = str(prompt.columns.get(config.route_column, ""))
         teacher = route if route in self.teacher_tokenizers else ""
-        context = "" if config.told() in ("", "peer") else self._context(row)
+        context = "" if self.plan.context in ("", "peer") else self._context(row)
         teacher_ids = self.teacher_ids(prompt, teacher, context) if context or config.teacher_prompt == "own" else ids
         longest = max(len(ids), len(teacher_ids))
         if longest > self.room:
@@ -70,19 +70,21 @@ class Prompts:
 
     def student_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the prompt's token ids for the student."""
-        arguments = prompts.parse_template_arguments(self.config.data.template_args)
+        arguments = prompts.parse_template_arguments(self.plan.config.data.template_args)
         return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
 
     def teacher_ids(self, prompt: Prompt, teacher: str, context: str) -> tuple[int, ...]:
         """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
         tokenizer = self.teacher_tokenizers[teacher]
         if context:
-            prompt = prompts.fill_template(prompt, self.config.context_template, context=context)
-        arguments = prompts.used_arguments(tokenizer, prompts.parse_template_arguments(self.config.data.template_args))
+            prompt = prompts.fill_template(prompt, self.plan.config.context_template, context=context)
+        arguments = prompts.used_arguments(
+            tokenizer, prompts.parse_template_arguments(self.plan.config.data.template_args)
+        )
         return prompts.render(tokenizer, prompt, chat_template_kwargs=arguments)
 
     def _context(self, row: int) -> str:
-        prompt, name = self.task.prompts[row], self.config.told()
+        prompt, name = self.task.prompts[row], self.plan.context
         values_by_name = {"response": prompt.response, "answer": prompt.answer, **prompt.columns}
         text = str(values_by_name.get(name) or "")
         if not text and not self.optional:

@@ -7,14 +7,11 @@ generating a batch again with the same weights gives the same rollouts.  Checkpo
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.core.tensors import save_tensors
 from opd.core.types import Others, Rollout
 from opd.data.prompts import Rendered
 from opd.methods.rollout_policies.base import Memory, RolloutPolicy
@@ -133,10 +130,8 @@ def with_prompts(rollouts: Sequence[Rollout], prompts: Sequence[Rendered], per_p
     return out
 
 
-def save(batches: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
-    """Write batches, without their prompts, to draws.safetensors in `folder`; write no file if `batches` is empty."""
-    if not batches:
-        return
+def to_tensors(batches: Mapping[int, Sequence[Rollout]]) -> dict[str, Tensor]:
+    """Return batches, without their prompts, as tensors for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     for number, rollouts in batches.items():
         for name, dtype in SCALARS.items():
@@ -154,13 +149,11 @@ def save(batches: Mapping[int, Sequence[Rollout]], folder: Path) -> None:
             values = [r.notes[name] for r in rollouts]
             flat = values if kind == "note" else [x for v in values for x in v]  # type: ignore[union-attr]
             tensors[f"{number}.{kind}.{name}"] = torch.tensor(flat, dtype=torch.float64)
-    save_tensors(tensors, folder / "draws.safetensors")
+    return tensors
 
 
-def load(folder: Path) -> Batches:
-    """Load the batches that `save` wrote, by batch number; return an empty dict if the file is missing."""
-    path = folder / "draws.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
+def from_tensors(tensors: Mapping[str, Tensor]) -> Batches:
+    """Return the batches that `to_tensors` stored, by batch number."""
     numbers = sorted({int(k.partition(".")[0]) for k in tensors})
     return {
         n: _rollouts({k.removeprefix(f"{n}."): x for k, x in tensors.items() if k.startswith(f"{n}.")}) for n in numbers

@@ -3,10 +3,20 @@
 `provides` names what a teacher can compute.  The other methods do nothing unless a subclass needs them.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from opd.core.types import Rollout
+
+
+@dataclass(frozen=True)
+class TeacherState:
+    """What a checkpoint keeps of a teacher; empty for a teacher that never changes."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # weights that change during the run
+    server_weights: str = ""  # an id of the weights behind a server
 
 
 class BaseTeacher:
@@ -24,11 +34,12 @@ class BaseTeacher:
         """Return the network traffic since the last call, for perf.jsonl."""
         return {}
 
-    def save(self, folder: Path) -> None:
-        """Add the teacher's state to a checkpoint, if it has any."""
+    def state(self) -> TeacherState:
+        """Return what a checkpoint keeps of the teacher."""
+        return TeacherState()
 
-    def restore(self, folder: Path) -> None:
-        """Load what `save` stored.  Raises Refusal if the teacher has changed since then."""
+    def restore(self, state: TeacherState) -> None:
+        """Continue from the state of a checkpoint.  Raises Refusal if the teacher has changed since then."""
 
     def close(self) -> None:
         """Release resources at the end of the run."""

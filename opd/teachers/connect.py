@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.config import checks
+from opd.config.model_names import ScoringServer
+from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -16,9 +17,10 @@ from opd.core.types import Rollout
 from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
-from opd.methods import METHODS
+from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.remote.vllm_protocol import OPD_SERVE_COLUMNS, Server, connect
+from opd.teachers.capabilities import require
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
@@ -58,30 +60,17 @@ def known_there(server: Server, student: Known, config: Train) -> Known:
     return Known(text, shape, tuple(server.identity.get("eos", stop)))
 
 
-def reached(url: str, config: Train, *, field: str) -> Server:
-    """Return the server at an address.
-
-    Raises Refusal if it does not provide what the method needs; the message names methods that it is enough for.
-    """
-    method = checks.resolved(config)
-    server = connect(url, config.remote.towards(field, url, config.routes()[""]), field=field)
-    needs = lambda method: method.needs() if server.identity else method.needs_of_tokens()
-    missing = needs(method) - server.provides
-    if missing:
-        enough = [name for name, factory in METHODS.items() if needs(factory()) <= server.provides]
-        wanted = f"more of the teacher ({', '.join(sorted(missing))})"
-        provided = (
-            "final states and the head" if server.identity else "log-probs of the sampled tokens and of its top ones"
-        )
-        provided += ", of any named token, too" if server.chosen else ""
-        way = "load the model here"
-        if missing <= OPD_SERVE_COLUMNS | {"chosen", "teacher_top"}:
-            way = "serve it by `opd serve`, or load it here"
-        raise Refusal(
-            f"--{field} {url}: this server gives {provided}, and the method needs {wanted}: {way}, or use one of "
-            f"{', '.join(enough)}"
-        )
-    other_teachers = [model for model in config.routes().values() if model != url]
+def reached(model: ScoringServer, plan: Plan, *, field: str) -> Server:
+    """Connect to a server.  Raises Refusal if it does not provide what the run needs."""
+    config, url = plan.config, model.name
+    server = connect(url, config.remote.towards(field, model, plan.teachers[""]), field=field)
+    needs = Method.needs if server.identity else Method.needs_of_tokens
+    gives = "final states and the head" if server.identity else "log-probs of the sampled tokens and of its top ones"
+    gives += ", of any named token, too" if server.chosen else ""
+    served_is_enough = needs(plan.method) - server.provides <= OPD_SERVE_COLUMNS | {"chosen", "teacher_top"}
+    remedy = "serve it by `opd serve`, or load it here" if served_is_enough else "load the model here"
+    require(plan.method, server.provides, flag=field, model=url, gives=gives, remedy=remedy, needs=needs)
+    other_teachers = [str(other) for other in plan.teachers.values() if other != model]
     if not server.identity and other_teachers:
         raise Refusal(
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "

@@ -1,16 +1,13 @@
 """A teacher that is an exponential moving average of the student's weights."""
 
 import copy
-from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.core.errors import Refusal
-from opd.core.tensors import save_tensors
+from opd.teachers.base import TeacherState
 from opd.teachers.local import LocalTeacher
 
 
@@ -34,30 +31,12 @@ class Average(LocalTeacher):
         for average, current in self._pairs().values():
             average.lerp_(current, self.rate)
 
-    def save(self, folder: Path) -> None:
-        """Write the averages to a checkpoint."""
-        save_tensors({name: pair[0] for name, pair in self._pairs().items()}, folder / "teacher.safetensors")
+    def state(self) -> TeacherState:
+        """Return the averages."""
+        return TeacherState({name: average for name, (average, _) in self._pairs().items()})
 
     @torch.no_grad()
-    def restore(self, folder: Path) -> None:
-        """Load the averages of a checkpoint."""
-        saved = load_file(folder / "teacher.safetensors")
+    def restore(self, state: TeacherState) -> None:
+        """Set the averages to those of a checkpoint."""
         for name, (average, _) in self._pairs().items():
-            average.copy_(saved[name])
-
-
-def average_rate(name: str) -> float | None:
-    """Return the rate of a teacher named `ema:RATE` (`ema`: 0.05), or None for any other name.
-
-    Raises Refusal for a rate outside (0, 1].
-    """
-    kind, colon, rate = name.partition(":")
-    if kind != "ema":
-        return None
-    try:
-        value = float(rate) if colon else 0.05
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise Refusal(f"--teacher {name}: write ema:RATE with the student's share of each step in (0, 1], such as 0.05")
-    return value
+            average.copy_(state.tensors[name])

@@ -4,11 +4,9 @@
 at once.  If a chunk fails, only that chunk is sent again.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -35,7 +33,7 @@ from opd.models.remote.vllm_protocol import (
     restored_logprobs,
     scoring_request,
 )
-from opd.teachers.base import BaseTeacher
+from opd.teachers.base import BaseTeacher, TeacherState
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,14 +79,13 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
     def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> K:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        """Write the id of the server's weights to a checkpoint."""
-        (folder / "teacher.json").write_text(json.dumps({"weights": self.server.weights}))
+    def state(self) -> TeacherState:
+        """Return the id of the server's weights."""
+        return TeacherState(server_weights=self.server.weights)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, state: TeacherState) -> None:
         """Raise Refusal if the server has other weights than those of the checkpoint."""
-        path = folder / "teacher.json"
-        if path.is_file() and json.loads(path.read_text())["weights"] != self.server.weights:
+        if state.server_weights and state.server_weights != self.server.weights:
             raise self.changed()
 
     def changed(self) -> Refusal:

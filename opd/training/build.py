@@ -15,13 +15,13 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from opd.config.plan import Plan
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.data import tokenizers as tokens
 from opd.data.prompt_stream import Prompts
 from opd.data.tasks.load import load
 from opd.head.vocabulary import Vocabulary
-from opd.methods.method import Method
 from opd.models import load as models
 from opd.models import lora
 from opd.models.forward import compiled
@@ -42,21 +42,22 @@ from opd.training.session import AnyTeacher, Session
 ASKING = timedelta(days=1)  # process-group timeout: the main process asks hundreds of questions a step, with retries
 
 
-def open_session(config: Train, method: Method, checkpoint: Path | None) -> Session:
+def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     """Load models, teachers, prompts and optimizer; checks that need no weights come first.
 
     If `checkpoint` is given, the student's weights come from it.
     """
+    config, method = plan.config, plan.method
     source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
-    sources = {name: opening.source_of(name, model, source, config) for name, model in config.routes().items()}
+    sources = {name: opening.source_of(name, model, source, plan) for name, model in plan.teachers.items()}
     own = remote.known(source, field="student")
     known = {name: own if s is None else _known(s, own, config, opening.flag(name)) for name, s in sources.items()}
     agreements = _agreed(own, known)
     size = min(a.vocabulary for a in agreements.values())
     stop = tuple(dict.fromkeys(id for a in agreements.values() for id in a.stop))
     lenses = bridge.plain_lenses(method, own.shape, {opening.flag(name): k.shape for name, k in known.items()})
-    asked, held_out = _prompts(config, own, known)
-    accelerator = _accelerator(config, method)
+    asked, held_out = _prompts(plan, own, known)
+    accelerator = _accelerator(plan)
     device = accelerator.device
     student = Student(lora.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
@@ -64,11 +65,9 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     differ = any(set(own.stop) != set(k.stop) for k in known.values())
     merged = stop if config.stop_token == "canonical" and differ else ()
     main = accelerator.is_main_process
-    teachers = _teachers(
-        config, method, sources, student.model, asked, size=size, merged=merged, on=on, to=device, main=main
-    )
+    teachers = _teachers(plan, sources, student.model, asked, size=size, merged=merged, on=on, to=device, main=main)
     local = {name: t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
-    reference = opening.reference(method, config, source, student.model, size, on, device)
+    reference = opening.reference(plan, source, student.model, size, on, device)
     frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
     for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
         models.verify_finite(model, own.text, ids=size, field=field)
@@ -87,11 +86,12 @@ def open_session(config: Train, method: Method, checkpoint: Path | None) -> Sess
     rounded = config.logit_precision == "bf16"
     vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
     return Session(
+        plan=plan,
         accelerator=accelerator,
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        annotator=opening.annotator(method, config, asked, teachers, on, main=main),
+        annotator=opening.annotator(plan, asked, teachers, on, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(speaker, writers, own.text, vocabulary),
@@ -122,16 +122,17 @@ def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, t
     return {name: tokens.require(compare(other)) for name, other in known.items()}
 
 
-def _prompts(config: Train, own: remote.Known, known: Mapping[str, remote.Known]) -> tuple[Prompts, Prompts | None]:
+def _prompts(plan: Plan, own: remote.Known, known: Mapping[str, remote.Known]) -> tuple[Prompts, Prompts | None]:
     """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
+    config = plan.config
     texts = {name: k.text for name, k in known.items()}
     context = min(k.shape.max_position_embeddings for k in (own, *known.values()))
     room = context - config.sampling.max_new_tokens
-    asked, held_out = Prompts(load(config.data), own.text, texts, config, room), None
+    asked, held_out = Prompts(load(config.data), own.text, texts, plan, room), None
     if config.eval_prompts:
         # Seed 0 selects the same random subset of held-out rows in every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = Prompts(load(chosen), own.text, texts, config, room, optional=True)
+        held_out = Prompts(load(chosen), own.text, texts, plan, room, optional=True)
     if room < 1:
         raise Refusal(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
@@ -143,8 +144,9 @@ def _prompts(config: Train, own: remote.Known, known: Mapping[str, remote.Known]
     return asked, held_out
 
 
-def _accelerator(config: Train, method: Method) -> Accelerator:
+def _accelerator(plan: Plan) -> Accelerator:
     """Create the Accelerator (processes, precision, trackers) and seed the random number generators."""
+    config, method = plan.config, plan.method
     for name in config.trackers:
         if name not in {str(known) for known in LoggerType}:
             raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
@@ -176,8 +178,7 @@ def _accelerator(config: Train, method: Method) -> Accelerator:
 
 
 def _teachers(
-    config: Train,
-    method: Method,
+    plan: Plan,
     sources: Mapping[str, models.ModelSource | Server | None],
     student: PreTrainedModel | PeftModel,
     prompts: Prompts,
@@ -191,8 +192,7 @@ def _teachers(
     """Load the teachers, by route name.
 
     Args:
-        config: settings of the run.
-        method: the method that reads the teachers' scores.
+        plan: the run's plan.
         sources: where each teacher is: local weights, a server, or None for a text-only teacher.
         student: the student, for teachers that share its weights.
         prompts: training prompts; a few are used to compare a server with --teacher-local.
@@ -202,17 +202,18 @@ def _teachers(
         to: device of the teachers' outputs.
         main: whether this is the main process.
     """
+    config = plan.config
     out: dict[str, AnyTeacher] = {}
-    for name, called in config.routes().items():
+    for name, model in plan.teachers.items():
         at = sources[name]
         if at is None:
-            out[name] = opening.text_teacher(called, config, on, field=opening.flag(name), main=main)
+            out[name] = opening.text_teacher(model, plan, on, field=opening.flag(name), main=main)
         elif isinstance(at, Server):
-            out[name] = there = open_teacher(at, to=to, stop=merged, size=size, tops=method.supports())
+            out[name] = there = open_teacher(at, to=to, stop=merged, size=size, tops=plan.method.supports())
             if config.remote.teacher_local and not name:
                 remote.compared(there, [p.teacher_ids for p in prompts.first(8)], config, on)
         else:
-            out[name] = opening.teacher(called, at, student, config, on, to, field=opening.flag(name))
+            out[name] = opening.teacher(model, at, student, plan, on, to, field=opening.flag(name))
     return out
 
 

@@ -1,4 +1,4 @@
-"""The models of a run: where they come from, what is refused, and how each is loaded or shared."""
+"""Construction of a run's models: teachers, reference, judge and rollout engine, loaded or shared."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,22 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from opd.config import checks
+from opd.config.model_names import (
+    AveragedStudent,
+    ChatEndpoint,
+    CurrentStudent,
+    InitialStudent,
+    ModelName,
+    ScoringServer,
+    StudentItself,
+)
+from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
-from opd.methods import METHODS
-from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
@@ -26,7 +33,8 @@ from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect as remote
 from opd.teachers.base import BaseTeacher
-from opd.teachers.ema import Average, average_rate
+from opd.teachers.capabilities import require
+from opd.teachers.ema import Average
 from opd.teachers.judges.annotator import Annotator
 from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
@@ -36,65 +44,57 @@ from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 
 
 def flag(teacher: str) -> str:
-    """The flag that named it, for messages."""
+    """Return the flag that named a teacher, for messages."""
     return f"route {teacher}" if teacher else "teacher"
 
 
-def _own(model: str) -> bool:
-    """Whether a teacher's name stands for the student's own weights."""
-    return model in ("self", "base") or average_rate(model) is not None
+def source_of(
+    name: str, model: ModelName, student: models.ModelSource, plan: Plan
+) -> models.ModelSource | Server | None:
+    """Return where a teacher's tokenizer and weights come from; None if only its texts are read.
 
-
-def source_of(name: str, model: str, student: models.ModelSource, config: Train) -> models.ModelSource | Server | None:
-    """Where a teacher's tokenizer and weights come from, None where only texts matter; refuses one without a word."""
-    method = checks.resolved(config)
-    if method.asks is not None:
-        if missing := method.needs() - TextTeacher.provides:
-            raise Refusal(
-                f"--{flag(name)} {model}: is asked for texts alone ({method.asks}), and other terms need more of it "
-                f"({', '.join(sorted(missing))}): leave them out"
-            )
+    Raises Refusal if the teacher does not provide what the method needs.
+    """
+    method, field = plan.method, flag(name)
+    if method.asks is not None or isinstance(model, ChatEndpoint):
+        remedy = "name a model that opd can load, with the student's vocabulary"
+        if method.asks is not None:
+            remedy = f"leave out the terms beside {method.asks}"
+        provides = TextTeacher.provides
+        require(method, provides, flag=field, model=model, gives="text and no log-probs", remedy=remedy)
         return None
-    if model.startswith(("http://", "https://")):
-        return remote.reached(model, config, field=flag(name))
-    if model.startswith("openai:"):
-        raise Refusal(
-            f"--{flag(name)} {model}: a text-only teacher gives no log-probs, and the method scores every token "
-            f"with them ({', '.join(sorted(method.needs()))}); name a model opd can load, with the student's "
-            f"vocabulary, or take a method that only asks for texts: {', '.join(asking())}"
-        )
-    if _own(model):
+    if isinstance(model, ScoringServer):
+        return remote.reached(model, plan, field=field)
+    if isinstance(model, StudentItself):
         return student
-    source = models.locate(model, field=flag(name), trust_remote_code=config.trust_remote_code)
-    if source == student and not (config.told() or config.resume):
+    config = plan.config
+    source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
+    if source == student and not (plan.context or config.resume):
         raise Refusal(
-            f"--{flag(name)} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
+            f"--{field} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
             "--context, what the teacher knows and the student does not, or name another teacher"
         )
     return source
 
 
-def asking() -> list[str]:
-    """The listed methods of text-only teachers."""
-    return [name for name, factory in METHODS.items() if factory().asks is not None]
-
-
 def text_model(
-    model: str, config: Train, on: torch.device, *, field: str, main: bool
+    model: ModelName, plan: Plan, on: torch.device, *, field: str, main: bool
 ) -> EndpointModel | InProcessModel | AbsentModel:
-    """Return a model that generates text: behind an endpoint, or in the main process, with its own tokenizer.
+    """Return a model that generates text: behind an endpoint, or loaded in the main process.
 
-    Refuses the student's own weights.
+    Raises Refusal for the student's own weights and for a server that is not OpenAI-compatible.
     """
+    config = plan.config
     config.remote.check()
-    if model.startswith("openai:"):
-        return EndpointModel(model, config.remote.towards(field, model, config.routes()[""]), field=field)
-    if _own(model) or model.startswith(("http://", "https://")):
-        way = f"openai:MODEL@{model.rstrip('/')}/v1" if ":" in model else "a model by its name"
-        raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {way}")
-    source = models.locate(model, field=field, trust_remote_code=config.trust_remote_code)
+    if isinstance(model, ChatEndpoint):
+        return EndpointModel(model, config.remote.towards(field, model, plan.teachers[""]), field=field)
+    if isinstance(model, StudentItself | ScoringServer):
+        url = f"openai:MODEL@{model.name.rstrip('/')}/v1"
+        name = url if isinstance(model, ScoringServer) else "a model by its name"
+        raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {name}")
+    source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
-        return AbsentModel(model)
+        return AbsentModel(model.name)
     text = models.tokenizer(source, field=field)
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
         False
@@ -108,64 +108,59 @@ def text_model(
     return InProcessModel(name, engine, text, context.max_position_embeddings, arguments)
 
 
-def text_teacher(model: str, config: Train, on: torch.device, *, field: str, main: bool) -> TextTeacher:
+def text_teacher(model: ModelName, plan: Plan, on: torch.device, *, field: str, main: bool) -> TextTeacher:
     """Return a teacher or judge that generates text, with its cache of answers."""
-    cache = AnswerCache(Path(config.remote.teacher_cache or config.out) / "answers.sqlite")
-    failure_limit = FailureLimit(f"{field} {model}", config.remote.judge_failures)
-    return TextTeacher(text_model(model, config, on, field=field, main=main), cache, failure_limit)
+    remote = plan.config.remote
+    cache = AnswerCache(Path(remote.teacher_cache or plan.config.out) / "answers.sqlite")
+    failure_limit = FailureLimit(f"{field} {model}", remote.judge_failures)
+    return TextTeacher(text_model(model, plan, on, field=field, main=main), cache, failure_limit)
 
 
 def annotator(
-    method: Method,
-    config: Train,
-    prompt_stream: Prompts,
-    teachers: Mapping[str, BaseTeacher],
-    on: torch.device,
-    *,
-    main: bool,
+    plan: Plan, prompt_stream: Prompts, teachers: Mapping[str, BaseTeacher], on: torch.device, *, main: bool
 ) -> Annotator:
     """Return the object that asks the method's question, with the judge that --judge names."""
-    open_judge = lambda: text_teacher(config.judge, config, on, field="judge", main=main)
-    return open_annotator(method.asks, config, prompt_stream, teachers, open_judge, main=main)
+    open_judge = lambda model: text_teacher(model, plan, on, field="judge", main=main)
+    return open_annotator(plan, prompt_stream, teachers, open_judge, main=main)
 
 
 def teacher(
-    model: str,
+    model: ModelName,
     source: models.ModelSource,
     student: PreTrainedModel | PeftModel,
-    config: Train,
+    plan: Plan,
     on: torch.device,
     to: torch.device,
     *,
     field: str,
 ) -> LocalTeacher:
-    """A teacher in this process, its weights loaded or shared."""
+    """Return a teacher in this process, with its own weights or the student's."""
+    config = plan.config
     low = dtype_of(config.precision)
-    rate = average_rate(model)
-    if _own(model) and on != to:
+    if isinstance(model, StudentItself) and on != to:
         raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
-    if model == "self":
+    if isinstance(model, CurrentStudent):
         return LocalTeacher(student, to=to, low=low)
-    if rate is not None:
-        return Average(student, rate, to=to, low=low)
-    if model == "base" and isinstance(student, PeftModel):
-        if not checks.resolved(config).rollouts.on_policy:
+    if isinstance(model, AveragedStudent):
+        return Average(student, model.rate, to=to, low=low)
+    if isinstance(model, InitialStudent) and isinstance(student, PeftModel):
+        if not plan.method.rollouts.on_policy:
             raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
         return WithoutAdapter(student, to=to, low=low)
     return _frozen(source, field, config, on, to)
 
 
 def reference(
-    method: Method,
-    config: Train,
+    plan: Plan,
     source: models.ModelSource,
     student: PreTrainedModel | PeftModel,
     size: int,
     on: torch.device,
     to: torch.device,
 ) -> LocalTeacher | None:
-    """The third model, for the methods that compare with it."""
-    if "reference_logp" not in method.models():
+    """Return the reference model, for methods that compare with it."""
+    config = plan.config
+    if "reference_logp" not in plan.method.models():
         return None
     if not config.reference and isinstance(student, PeftModel):
         return WithoutAdapter(student, to=to, low=dtype_of(config.precision), own_prompt=False)
@@ -189,7 +184,7 @@ def _frozen(
     *,
     own_prompt: bool = True,
 ) -> LocalTeacher:
-    """A model that is never trained."""
+    """Return a teacher whose weights are loaded and never trained."""
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on)
     models.verify_head(weights, field=field)
     return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
@@ -204,7 +199,10 @@ def speaker(
     merged: tuple[int, ...],
     accelerator: Accelerator,
 ) -> Engine:
-    """Who writes the student's rollouts, of the first `size` ids; those of `merged` count as one."""
+    """Return the engine that generates the student's rollouts.
+
+    It samples the first `size` token ids; the ids in `merged` count as a single token.
+    """
     how = config.speaker
     if how.engine == "hf":
         return HFEngine(student, size, stop, config.decode_rows, merged)

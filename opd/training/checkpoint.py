@@ -1,35 +1,130 @@
-"""Tensors of a checkpoint's training state: optimizer state and what a run carries from step to step."""
+"""What a checkpoint holds beside the model: `TrainingState`, with one `save` and one `load`.
 
-from collections.abc import Mapping
+A checkpoint is a model folder that transformers, peft and vLLM load.  The training state lies in its subfolder:
+
+    state.json                     the step
+    optimizer.safetensors          AdamW's state, by parameter name
+    memory.safetensors             tensors that the method carries from step to step, if any
+    draws.safetensors              rollouts that are generated and not yet trained on, if any
+    bridge.safetensors             projections between the hidden states of student and teacher, if any
+    teacher.safetensors            weights of a teacher that changes during the run (ema)
+    teacher.json                   an id of the weights behind a teacher's server
+    teacher-N/                     the same two files of the N-th --route
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from opd.core.errors import Refusal
 from opd.core.tensors import save_tensors
+from opd.rollouts import buffer
+from opd.teachers.base import TeacherState
+
+STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
+OptimizerState = Mapping[
+    str, Mapping[str, Tensor]
+]  # by parameter name, then by AdamW's name: step, exp_avg, exp_avg_sq
+ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
+ON_EVERY = StateDictOptions(full_state_dict=True)  # the whole state, on every process
 
 
-def save_optimizer(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Save optimizer state, by parameter name, as safetensors."""
-    save_tensors({f"{name}/{key}": x for name, row in state.items() for key, x in row.items()}, path)
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a resumed run reads, beside the model folder of the checkpoint."""
+
+    step: int
+    optimizer: OptimizerState
+    memory: Mapping[str, Tensor]
+    rollouts: buffer.Batches  # by batch number, without prompts
+    bridge: Mapping[str, Tensor]
+    teachers: Sequence[TeacherState]  # in the order of --teacher and the --routes
 
 
-def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Load the optimizer state that `save_optimizer` wrote."""
-    out: dict[str, dict[str, Tensor]] = {}
-    for key, x in load_file(path).items():
+def save(state: TrainingState, checkpoint: Path) -> None:
+    """Write the training state of a checkpoint; tensors that are empty get no file."""
+    folder = checkpoint / STATE
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text(json.dumps({"step": state.step}))
+    named = {f"{name}/{key}": x for name, row in state.optimizer.items() for key, x in row.items()}
+    save_tensors(named, folder / "optimizer.safetensors")
+    for name, tensors in (
+        ("memory", state.memory),
+        ("draws", buffer.to_tensors(state.rollouts)),
+        ("bridge", state.bridge),
+    ):
+        if tensors:
+            save_tensors(tensors, folder / f"{name}.safetensors")
+    for k, teacher in enumerate(state.teachers):
+        place = _place(folder, k)
+        place.mkdir(exist_ok=True)
+        if teacher.tensors:
+            save_tensors(teacher.tensors, place / "teacher.safetensors")
+        if teacher.server_weights:
+            (place / "teacher.json").write_text(json.dumps({"weights": teacher.server_weights}))
+
+
+def load(checkpoint: Path) -> TrainingState:
+    """Return the training state of a checkpoint.  Older checkpoints keep it in the model folder itself."""
+    folder = checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for key, x in load_file(folder / "optimizer.safetensors").items():
         name, field = key.rsplit("/", 1)
-        out.setdefault(name, {})[field] = x
-    return out
+        optimizer.setdefault(name, {})[field] = x
+    count = 1 + len(list(folder.glob("teacher-*")))
+    return TrainingState(
+        step=json.loads((folder / "state.json").read_text())["step"],
+        optimizer=optimizer,
+        memory=_tensors(folder / "memory.safetensors"),
+        rollouts=buffer.from_tensors(_tensors(folder / "draws.safetensors")),
+        bridge=_tensors(folder / "bridge.safetensors"),
+        teachers=[_teacher(_place(folder, k)) for k in range(count)],
+    )
 
 
-def save_memory(memory: Mapping[str, Tensor], folder: Path) -> None:
-    """Save the run's memory between steps; write no file if it is empty."""
-    if memory:
-        save_tensors(memory, folder / "memory.safetensors")
+def _place(folder: Path, teacher: int) -> Path:
+    """Return the folder of a teacher's state: the state's own for --teacher, a subfolder for each --route."""
+    return folder / f"teacher-{teacher}" if teacher else folder
 
 
-def load_memory(folder: Path) -> dict[str, Tensor]:
-    """Load the memory that `save_memory` wrote; return an empty dict if the file is missing."""
-    path = folder / "memory.safetensors"
+def _teacher(folder: Path) -> TeacherState:
+    path = folder / "teacher.json"
+    weights = json.loads(path.read_text())["weights"] if path.is_file() else ""
+    return TeacherState(_tensors(folder / "teacher.safetensors"), weights)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
+
+
+def optimizer_state(student: torch.nn.Module, optimizer: AcceleratedOptimizer) -> OptimizerState:
+    """Return the optimizer's whole state, on the main process only.  Every process must call it."""
+    found: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
+    return found["state"]
+
+
+def restore_optimizer(
+    student: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: OptimizerState, checkpoint: Path, *, partial: bool
+) -> None:
+    """Load an optimizer's state on every process.
+
+    Raises Refusal if the state of a trained parameter is missing, unless `partial`: some parameters then never receive
+    a gradient.
+    """
+    found: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_EVERY)
+    missing = sorted(found["state"].keys() - saved.keys())
+    if missing and not partial:
+        raise Refusal(
+            f"--resume: optimizer.safetensors of {checkpoint} lacks the state of {len(missing)} trained parameters, "
+            f"such as {missing[0]}; remove this checkpoint to continue from the one before"
+        )
+    found["state"] |= saved
+    set_optimizer_state_dict(student, optimizer.optimizer, found, options=ON_EVERY)

@@ -29,10 +29,18 @@ LIKELIEST = 5  # top-k tokens of each model that are saved with rollouts
 class Passes:
     """Forward and backward passes over this process's share of a batch."""
 
-    config: Train
-    method: Method
     session: Session
     heard: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # cache, by rollout indices
+
+    @property
+    def config(self) -> Train:
+        """Return the settings of the run."""
+        return self.session.config
+
+    @property
+    def method(self) -> Method:
+        """Return the method of the run."""
+        return self.session.method
 
     def micro(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return this process's share of the rows (every n-th row), split into micro-batches.

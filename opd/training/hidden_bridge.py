@@ -4,18 +4,15 @@ A bridge is a pair of low-rank projections per matched layer.  Checkpoints conta
 resumed run compares hidden states with the same projections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from opd.core.errors import Refusal
-from opd.core.tensors import save_tensors
 from opd.core.types import Batch, Rollout
 from opd.losses.hidden_states import Bridge, Lens, Lenses, Projection, fit, layer_map
 from opd.methods.method import Method
@@ -114,23 +111,20 @@ def fit_bridge(
     return lenses, sum(cosines) / len(cosines)
 
 
-def save(lenses: Lenses, folder: Path) -> None:
-    """Save the projections to a checkpoint; write no file if the lenses have none."""
-    named = {
+def tensors(lenses: Lenses) -> dict[str, Tensor]:
+    """Return the projections by name, for a checkpoint; empty if the lenses have none."""
+    return {
         f"{side}.{i}.{name}": x
         for side, lens in (("student", lenses.student), ("teacher", lenses.teacher))
         for i, p in enumerate(lens.projections)
         for name, x in (("matrix", p.matrix), ("mean", p.mean))
     }
-    if named:
-        save_tensors(named, folder / "bridge.safetensors")
 
 
-def load(lenses: Lenses, folder: Path) -> Lenses:
-    """Return the lenses with the projections loaded from a checkpoint."""
-    tensors = load_file(folder / "bridge.safetensors")
+def restored(lenses: Lenses, saved: Mapping[str, Tensor]) -> Lenses:
+    """Return the lenses with the projections of a checkpoint."""
     side = lambda name, lens: Lens(
         lens.layers,
-        tuple(Projection(tensors[f"{name}.{i}.matrix"], tensors[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
+        tuple(Projection(saved[f"{name}.{i}.matrix"], saved[f"{name}.{i}.mean"]) for i in range(len(lens.layers))),
     )
     return Lenses(side("student", lenses.student), side("teacher", lenses.teacher))

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -38,18 +37,26 @@ from opd.training.session import Session
 class RolloutSource:
     """The prompts and rollouts of each step of a run."""
 
-    config: Train
-    method: Method
     session: Session
     source: RolloutBuffer | None = None  # buffer of training rollouts; None before `open`
 
-    def open(self, step: int, memory: Memory, state: Path | None, say: Callable[[str], object]) -> RolloutBuffer:
+    @property
+    def config(self) -> Train:
+        """Return the settings of the run."""
+        return self.session.config
+
+    @property
+    def method(self) -> Method:
+        """Return the method of the run."""
+        return self.session.method
+
+    def open(self, step: int, memory: Memory, saved: Batches, say: Callable[[str], object]) -> RolloutBuffer:
         """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
 
-        `state` is the training-state folder of a checkpoint, whose saved rollouts are used first.
+        `saved` are the buffered rollouts of a checkpoint, which are used first.
         """
         config, policy = self.config, self.method.rollouts
-        batches = self._restored(state) if state is not None else {}
+        batches = self._restored(saved)
         if config.staleness or config.worker:
             self.source = self._start_worker(batches, say)
         else:
@@ -72,22 +79,18 @@ class RolloutSource:
         for teacher in self.session.teachers.values():
             teacher.close()
 
-    def save(self, folder: Path) -> None:
-        """Save the buffered rollouts that a resumed run continues with.
-
-        Every process must call it; only the main process writes.
-        """
+    def buffered(self) -> Batches:
+        """Return the buffered rollouts of all processes, for a checkpoint.  Every process must call it."""
         parts: list[Batches] = [{}]
         if self.source is not None:
             self.source.settle()
             parts = gather_object([dict(self.source.batches)])
-        if self.session.accelerator.is_main_process:
-            buffer.save({n: [r for part in parts for r in part.get(n, ())] for n in {*chain(*parts)}}, folder)
+        return {n: [r for part in parts for r in part.get(n, ())] for n in {*chain(*parts)}}
 
     def take(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
         policy = self.method.rollouts
-        source = self.source or self.open(step - 1, memory, None, print)
+        source = self.source or self.open(step - 1, memory, {}, print)
         rollouts, number = source.take(step, memory), policy.batch_number(step, memory)
         prompts = self._prompts(policy.prompt_step(number), memory)
         if "teacher_alone" in self.method.reads():
@@ -148,12 +151,12 @@ class RolloutSource:
         count = self.config.batch // self.method.rollouts.per_prompt
         return self.session.annotator.prompts(step, count, memory)
 
-    def _restored(self, state: Path) -> Batches:
-        """Load this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
+    def _restored(self, saved: Batches) -> Batches:
+        """Return this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
         accelerator, per_prompt = self.session.accelerator, self.method.rollouts.per_prompt
         part = share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, batches = range(part.start * per_prompt, part.stop * per_prompt), {}
-        for number, rollouts in buffer.load(state).items():
+        for number, rollouts in saved.items():
             share_of_batch = [r for r in rollouts if r.index in wanted]
             if len(share_of_batch) == len(wanted):
                 batches[number] = share_of_batch

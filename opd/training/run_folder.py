@@ -57,16 +57,7 @@ def flat(value: object, path: str = "") -> list[tuple[str, object]]:
     return [(path, value)]
 
 
-STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
 LEFT = ("answers.sqlite*", "engine", ".worker-*")  # files that a run leaves if it ends before its first step
-
-
-def training_state(checkpoint: Path) -> Path:
-    """Return the folder of a checkpoint's training state.
-
-    Older checkpoints keep the training state in the model folder.
-    """
-    return checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
 
 
 @dataclass(frozen=True)
@@ -204,9 +195,7 @@ class Run:
             with disk(f"checkpoint {final}"):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-                (part / STATE).mkdir()
                 yield part
-                (part / STATE / "state.json").write_text(json.dumps({"step": step}))
                 follow_umask(part)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(part, final)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from opd.config import checks
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.methods.rollout_policies.base import NOTHING
@@ -17,11 +18,11 @@ from opd.models import lora
 from opd.models.load import newest_checkpoint
 from opd.training.alarms import alarms
 from opd.training.build import open_session
-from opd.training.checkpoint import load_memory
+from opd.training.checkpoint import load
 from opd.training.doctor.examine import examine_run, static_findings
 from opd.training.doctor.findings import alarming, errors
 from opd.training.progress import Progress, loading
-from opd.training.run_folder import Run, plain, training_state
+from opd.training.run_folder import Run, plain
 from opd.training.run_log import read
 from opd.training.trainer import Loop
 
@@ -51,28 +52,30 @@ def train(
     Raises:
         Refusal: the settings, models or data cannot be used; the message says what to change.
     """
-    checks.check(config)
-    method, run = checks.resolved(config), Run(Path(config.out))
-    config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
+    plan = resolved(config)
+    checks.check(plan)
+    config, run = plan.config, Run(Path(config.out))
     written = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if run.exists() and config.resume:
         run.matches(written, FREE)
     elif not run.empty():
         raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
     checkpoint = newest_checkpoint(run.folder)
-    with loading(config.student, *config.routes().values(), quiet=config.quiet):
-        session = open_session(config, method, checkpoint)
-    state = None if checkpoint is None else training_state(checkpoint)
-    start = 0 if state is None else session.restore(state, partial=method.headless())
+    with loading(*plan.names(), quiet=config.quiet):
+        session = open_session(plan, checkpoint)
     accelerator, main = session.accelerator, session.accelerator.is_main_process
-    loop, memory = Loop(config, method, session, run, each), NOTHING if state is None else load_memory(state)
+    loop, start, memory, saved = Loop(session, run, each), 0, NOTHING, None
+    if checkpoint is not None:
+        saved = load(checkpoint)
+        loop.restore(saved, checkpoint)
+        start, memory = saved.step, saved.memory
     found = examine_run(loop) if config.doctor and checkpoint is None else static_findings(loop)
     if bad := errors(found):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         said = str(bad[0]).removeprefix("error: ")
         raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
-        run.start(written, repr(method), start, {"processes": accelerator.num_processes, **asked})
+        run.start(written, repr(plan.method), start, {"processes": accelerator.num_processes, **asked})
     if checkpoint is None:
         lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:
@@ -83,9 +86,9 @@ def train(
     with progress, contextlib.closing(loop.writing):
         for line in dict.fromkeys(map(str, alarming(found))):
             progress.say(line)
-        if (term := method.hidden()) is not None and term.bridge is not None:
-            loop.cross(term.bridge, state)
-        loop.writing.open(start, memory, state, progress.say)
+        if (term := plan.method.hidden()) is not None and term.bridge is not None:
+            loop.cross(term.bridge, None if saved is None else saved.bridge)
+        loop.writing.open(start, memory, {} if saved is None else saved.rollouts, progress.say)
         if config.eval_prompts and start == 0:
             progress.evaluated(0, loop.evaluate(0))
         for step in range(start + 1, config.steps + 1):
@@ -101,7 +104,7 @@ def train(
                     progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
             if last or step % config.save_every == 0:
                 with run.checkpoint(step, config.keep, main) as folder:
-                    loop.save(memory, folder)
+                    loop.save(step, memory, folder)
                 accelerator.wait_for_everyone()
             if stops:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")

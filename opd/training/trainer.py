@@ -16,6 +16,7 @@ from torch import Tensor
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.intervals import interval
+from opd.core.rng import NoiseStep
 from opd.core.sampling import Sampling
 from opd.core.types import Batch, Rollout
 from opd.data.prompts import Rendered
@@ -25,13 +26,15 @@ from opd.losses.hidden_states import Bridge
 from opd.methods.method import Method
 from opd.methods.rollout_policies.base import Memory
 from opd.methods.rollout_policies.on_policy import OnPolicy
+from opd.models import adapters
 from opd.models.batching import micro_batches
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.vllm_requests import WeightSyncedEngine
 from opd.teachers.judges.annotator import TrainingStep
 from opd.teachers.local import LocalTeacher
+from opd.training import checkpoint
 from opd.training import hidden_bridge as bridge
-from opd.training.checkpoint import save_memory
+from opd.training.checkpoint import TrainingState
 from opd.training.forward_backward import Passes, width
 from opd.training.metrics import (
     advantages,
@@ -44,12 +47,11 @@ from opd.training.metrics import (
     weight_metrics,
 )
 from opd.training.rollout_source import RolloutSource
-from opd.training.run_folder import STATE, Run
+from opd.training.run_folder import Run
 from opd.training.session import Session
 from opd.training.timing import Clock
 
 LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement
-REHEARSED = -3  # noise key of rehearsals in place of a step number; teacher prefixes use -2, evaluations -1
 PATIENCE = 5  # the run stops after this many non-finite gradients in a row
 
 
@@ -66,8 +68,6 @@ class Rehearsal:
 class Loop:
     """Runs the training steps, evaluations and checkpoints of a run."""
 
-    config: Train
-    method: Method
     session: Session
     run: Run
     each: Callable[[dict[str, float]], object] = lambda row: None
@@ -76,35 +76,64 @@ class Loop:
     writing: RolloutSource = field(init=False)
 
     def __post_init__(self) -> None:
-        self.passes = Passes(self.config, self.method, self.session)
-        self.writing = RolloutSource(self.config, self.method, self.session)
+        self.passes = Passes(self.session)
+        self.writing = RolloutSource(self.session)
 
-    def save(self, memory: Memory, folder: Path) -> None:
-        """Write everything that a resumed run reads into a checkpoint folder.
+    @property
+    def config(self) -> Train:
+        """Return the settings of the run."""
+        return self.session.config
 
-        Every process must call it; only the main process writes.
+    @property
+    def method(self) -> Method:
+        """Return the method of the run."""
+        return self.session.method
+
+    def save(self, step: int, memory: Memory, folder: Path) -> None:
+        """Write a checkpoint: the model folder, and the training state in its subfolder.
+
+        Every process must call it, because sharded values are gathered; only the main process writes.
         """
-        self.session.save(folder)
-        self.writing.save(folder / STATE)
-        if self.session.accelerator.is_main_process:
-            save_memory(memory, folder / STATE)
+        session = self.session
+        weights = session.accelerator.get_state_dict(session.student)
+        optimizer = checkpoint.optimizer_state(session.student, session.optimizer)
+        rollouts = self.writing.buffered()
+        if session.accelerator.is_main_process:
+            adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
+            session.collector.tokenizer.save_pretrained(folder)
+            projections = {} if session.lenses is None else bridge.tensors(session.lenses)
+            teachers = [teacher.state() for teacher in session.teachers.values()]
+            state = TrainingState(step, optimizer, memory, rollouts, projections, teachers)
+            checkpoint.save(state, folder)
 
-    def cross(self, built: Bridge, state: Path | None) -> None:
-        """Load the hidden-state bridge from a checkpoint's training state, or fit it on rollouts if `state` is None.
+    def restore(self, state: TrainingState, folder: Path) -> None:
+        """Set optimizer and teachers to the state of the checkpoint in `folder`; the weights are already loaded."""
+        student, optimizer = self.session.student, self.session.optimizer
+        checkpoint.restore_optimizer(student, optimizer, state.optimizer, folder, partial=self.method.headless())
+        for teacher, saved in zip(self.session.teachers.values(), state.teachers, strict=True):
+            teacher.restore(saved)
+
+    def cross(self, built: Bridge, saved: Mapping[str, Tensor] | None) -> None:
+        """Restore the hidden-state bridge of a checkpoint, or fit it on rollouts if `saved` is None.
 
         All later passes compare the hidden states of student and teacher through this bridge.
         """
         config, session = self.config, self.session
         teacher, device = session.teachers[""], session.accelerator.device
         assert session.lenses is not None and isinstance(teacher, LocalTeacher)
-        if state is not None:
-            lenses = bridge.load(session.lenses, state)
+        if saved is not None:
+            lenses = bridge.restored(session.lenses, saved)
         else:
             prompts = session.prompts.batch(1, built.rollouts)
-            # Step 0, because training steps count from 1: this noise is used by no other rollout.
-            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, 0, session.prompts.task)
+            rollouts = self.writing.collect(
+                prompts, OnPolicy(), config.sampling, NoiseStep.BRIDGE, session.prompts.task
+            )
             batch = collate(
-                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=0
+                rollouts,
+                stop_token=config.stop_token,
+                truncated=config.truncated,
+                seed=config.seed,
+                step=NoiseStep.BRIDGE,
             )
             micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
@@ -125,7 +154,7 @@ class Loop:
         sent = writer.seconds if isinstance(writer, WeightSyncedEngine) else 0.0
         with clock("wait" if apart else "rollout"):
             rollouts = self.writing.take(step, memory, self.passes)
-            if config.told() == "peer":
+            if session.plan.context == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
             rollouts += session.annotator.extra_rollouts(memory, len(rollouts))
@@ -269,8 +298,7 @@ class Loop:
         self.passes.heard.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
-            # Noise key -1: every evaluation samples with the same noise.
-            rollouts, batch = self.look(prompts, sampling, -1, session.held_out.task)
+            rollouts, batch = self.look(prompts, sampling, NoiseStep.EVALUATION, session.held_out.task)
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
         name, column = "reverse_kl", batch.reverse_kl
@@ -311,9 +339,11 @@ class Loop:
         """Run a trial step with backward pass but without an optimizer step, and time its phases."""
         config, clock = self.config, Clock({})
         with clock("rollout"):
-            rollouts = self.writing.collect(prompts, OnPolicy(), config.sampling, REHEARSED, self.session.prompts.task)
+            rollouts = self.writing.collect(
+                prompts, OnPolicy(), config.sampling, NoiseStep.REHEARSAL, self.session.prompts.task
+            )
         with clock("measure"):
-            batch = self.measure(rollouts, REHEARSED)
+            batch = self.measure(rollouts, NoiseStep.REHEARSAL)
         with clock("update"):
             self.passes.over(batch, rollouts, self.method.prepare(batch))
         self.session.optimizer.zero_grad()

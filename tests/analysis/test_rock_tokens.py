@@ -21,6 +21,7 @@ from opd.analysis.token_occurrences import (
 )
 from opd.cli import main
 from opd.config.commands import Context, Rock
+from opd.config.plan import resolved
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.types import call
@@ -144,8 +145,8 @@ def config(pair, out, **changes):
 @pytest.fixture(scope="module")
 def looked(pair, tmp_path_factory):
     how = config(pair, tmp_path_factory.mktemp("looked") / "rocks.json")
-    session = open_session(how.run(), Method(), None)
-    loop = Loop(how.run(), Method(), session, Run(how.out))
+    session = open_session(resolved(replace(how.run(), method=Method())))
+    loop = Loop(session, Run(how.out))
     return how, loop, *_measure_corpus(how, loop)
 
 

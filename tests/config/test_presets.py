@@ -8,6 +8,7 @@ import pytest
 from opd.cli import main
 from opd.cli.method_names import method_of
 from opd.config import checks
+from opd.config.plan import resolved
 from opd.config.presets import PAPER, arguments, settings
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -26,7 +27,7 @@ def test_preset_is_a_run(preset, name):
         return
     chosen = settings(preset, name)
     assert chosen and chosen.keys() <= FIELDS
-    checks.check(replace(BASE, method=method_of(name, arguments(preset, name)), **chosen))
+    checks.check(resolved(replace(BASE, method=method_of(name, arguments(preset, name)), **chosen)))
 
 
 def test_a_run_says_what_its_user_set(tmp_path, capsys):
@@ -62,7 +63,7 @@ def test_every_paper_preset_is_of_a_method():
 )
 def test_numbers_as_published(name, prompts, each, lr, tokens):
     run = replace(BASE, method=METHODS[name](), **settings("paper", name))
-    assert checks.resolved(run).rollouts.per_prompt == each and run.batch == prompts * each
+    assert resolved(run).method.rollouts.per_prompt == each and run.batch == prompts * each
     assert run.lr == (BASE.lr if lr is None else lr)
     assert run.sampling.max_new_tokens == (BASE.sampling.max_new_tokens if tokens is None else tokens)
 

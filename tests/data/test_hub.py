@@ -23,7 +23,9 @@ import opd
 from opd import cli
 from opd.config.commands import Serve
 from opd.config.data import Data
-from opd.config.servers import Remote, endpoint, host
+from opd.config.model_names import ChatEndpoint, ModelFiles, parse
+from opd.config.plan import resolved
+from opd.config.servers import Remote
 from opd.core.errors import Refusal
 from opd.data import hub
 from opd.data.tasks.files import read
@@ -477,14 +479,15 @@ def test_a_data_folder_with_a_dot_keeps_its_name(tmp_path):
     ],
 )
 def test_models_behind_endpoints_may_hold_an_at(name, model, url):
-    assert endpoint(name) == (model, url)
-    if url.lower().startswith("http"):
-        assert host(name) == host(url)
+    endpoint = parse(name)
+    assert isinstance(endpoint, ChatEndpoint) and (endpoint.model, endpoint.url) == (model, url)
+    if url.startswith("http"):
+        assert endpoint.host() == parse(url).host()
 
 
 def test_routes_may_hold_revisions_and_signs_of_equality():
     config = opd.Train(student="a/b", teacher="c/d", prompts="p", route=("math=Qwen/Qwen3-0.6B@v1=a",))
-    assert config.routes() == {"": "c/d", "math": "Qwen/Qwen3-0.6B@v1=a"}
+    assert resolved(config).teachers == {"": ModelFiles("c/d"), "math": ModelFiles("Qwen/Qwen3-0.6B@v1=a")}
 
 
 def test_fake_hub_is_a_command(tmp_path, capsys):

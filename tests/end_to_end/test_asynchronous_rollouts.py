@@ -26,8 +26,10 @@ import opd
 from opd.analysis.exact import World, measure
 from opd.config import checks
 from opd.config.engine import Speaker
+from opd.config.plan import resolved
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
+from opd.core.tensors import save_tensors
 from opd.core.types import Batch, Rollout
 from opd.losses.surrogates import TruncatedRatio
 from opd.losses.terms import Positions
@@ -42,6 +44,7 @@ from opd.rollouts import buffer
 from opd.rollouts.worker import client
 from opd.teachers.local import LocalTeacher
 from opd.training.build import open_session
+from opd.training.checkpoint import load as load_state
 from opd.training.forward_backward import Passes
 from opd.training.run_folder import Run
 from opd.training.trainer import Loop
@@ -64,7 +67,7 @@ def prompts(pair):
     """Of a run."""
     told = config(pair, Path("unused"))
     told = replace(told, data=replace(told.data, source=told.prompts))
-    return open_session(told, checks.resolved(told), None).prompts
+    return open_session(resolved(told)).prompts
 
 
 def alike(a: Path, b: Path) -> None:
@@ -264,7 +267,7 @@ def test_killed_and_resumed_is_bitwise_where_staleness_is_exact(pair, tmp_path, 
     cut.send_signal(signal.SIGKILL)
     cut.wait(30)
     assert gone(children) and not list(out.glob(".worker*"))  # an orphan sees its pipe close, and cleans up
-    kept = buffer.load(out / "checkpoints/step-000003/training_state")
+    kept = load_state(out / "checkpoints/step-000003").rollouts
     assert versions(kept) == {4: {1}, 5: {2}, 6: {3}}
     again = launch(command(pair, out, *same, "--resume"))
     assert again.wait(120) == 0, again.stderr.read()
@@ -281,7 +284,7 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
     assert run.wait(120) == 0 and gone(children) and not list(out.glob(".worker*"))
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name[-6:])
-    kept = buffer.load(saved / "training_state")
+    kept = load_state(saved).rollouts
     assert set(kept) <= {step + 1, step + 2, step + 3}
     (out / "config.json").write_text((out / "config.json").read_text().replace('"steps": 500', f'"steps": {step + 4}'))
     again = launch(command(pair, out, "--steps", str(step + 4), "--save-every", "400", "--resume"))
@@ -310,13 +313,13 @@ def _threads(monkeypatch, _one_thread):
 def test_the_queue_is_bounded(pair, tmp_path, _threads):
     told = config(pair, tmp_path / "run", staleness=2, steps=50)
     told = replace(told, data=replace(told.data, source=told.prompts))
-    method, run = checks.resolved(told), Run(tmp_path / "run")
+    plan, run = resolved(told), Run(tmp_path / "run")
     run.start({}, "", 0)
     (run.folder / ".worker-0-1").mkdir()  # of a trainer that was killed together with its worker
-    loop = Loop(told, method, open_session(told, method, None), run)
+    loop = Loop(open_session(plan), run)
     with contextlib.closing(loop.writing):
         torch.set_num_threads(4)
-        source = loop.writing.open(0, NOTHING, None, print)
+        source = loop.writing.open(0, NOTHING, {}, print)
         source._wait(lambda: len(source.batches) == 3)
         time.sleep(0.3)
         assert sorted(source.batches) == [1, 2, 3] and not source.waiting and source.running is None
@@ -380,7 +383,7 @@ def test_what_older_weights_cannot_write_is_refused(pair, tmp_path, changes, say
 
 
 def test_policy_gradients_without_a_ratio_are_warned_of(pair, tmp_path):
-    told = lambda **changes: checks.warnings(config(pair, tmp_path, staleness=2, **changes))
+    told = lambda **changes: checks.warnings(resolved(config(pair, tmp_path, staleness=2, **changes)))
     assert any("--importance-cap" in line for line in told())
     assert not told(importance_cap=2.0)
     assert not told(method=METHODS["opd-full"]()) and not told(method=METHODS["gkd"]())
@@ -393,11 +396,11 @@ def test_what_a_judge_pays_is_no_likelihood(pair, tmp_path, name):
     """A reward on tokens that other weights drew: warned of, weighed by the cap, also where another engine writes."""
     method = METHODS[name](reflections=0) if name == "rubricem" else METHODS[name]()
     told = lambda **changes: config(pair, tmp_path, method=method, **changes)
-    assert any("--importance-cap" in line for line in checks.warnings(told(staleness=2)))
+    assert any("--importance-cap" in line for line in checks.warnings(resolved(told(staleness=2))))
     capped = told(staleness=2, importance_cap=1.5)
-    assert not any("--importance-cap" in line for line in checks.warnings(capped))
+    assert not any("--importance-cap" in line for line in checks.warnings(resolved(capped)))
     for run, cap in ((capped, 1.5), (told(speaker=Speaker(engine="vllm")), 2.0)):
-        paid = checks.resolved(run).terms[0]
+        paid = resolved(run).method.terms[0]
         assert paid.surrogate == TruncatedRatio(cap) or TruncatedImportance(cap) in paid.weights
 
 
@@ -409,11 +412,12 @@ def test_draws_of_a_checkpoint_come_back(tmp_path):
     )  # fmt: skip
     other = replace(whole, ids=(5,), sampler_logp=(-7.5,), notes={"staleness": 2.0, "beta": (1.0,)}, index=7, version=7)
     kept = {9: [whole, other], 11: [replace(whole, version=8)]}
-    buffer.save(kept, tmp_path)
-    assert buffer.load(tmp_path) == kept
+    save_tensors(buffer.to_tensors(kept), tmp_path / "draws.safetensors")
+    saved = buffer.from_tensors(load_file(tmp_path / "draws.safetensors"))
+    assert saved == kept
     # The workers of two processes may be a step apart.
-    assert [r.notes["staleness"] for r in buffer.with_staleness(buffer.load(tmp_path)[9], 9)] == [2.0, 1.0]
-    assert buffer.load(tmp_path / "nothing") == {}
+    assert [r.notes["staleness"] for r in buffer.with_staleness(saved[9], 9)] == [2.0, 1.0]
+    assert buffer.from_tensors({}) == {} == buffer.to_tensors({})
     assert buffer.without_prompts([dataclasses.replace(whole, prompt_ids=(1,))], 3) == [replace(whole, version=3)]
 
 
@@ -484,7 +488,7 @@ def test_a_pool_is_written_by_a_snapshot_and_survives_a_checkpoint(pair, tmp_pat
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, worker=True))
     alike(here, tmp_path / "apart")
     for run in (here, tmp_path / "apart"):
-        assert versions(buffer.load(run / "checkpoints/step-000003/training_state")) == {3: {2}, 4: {2}}
+        assert versions(load_state(run / "checkpoints/step-000003").rollouts) == {3: {2}, 4: {2}}
     for step in (6, 7):
         shutil.rmtree(tmp_path / f"apart/checkpoints/step-{step:06d}")
     opd.train(config(pair, tmp_path / "apart", method=NPD, keep=9, steps=7, resume=True))  # without a worker now

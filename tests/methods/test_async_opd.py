@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import opd
 from opd.analysis.exact import dependence_reason, measure
 from opd.config import checks
+from opd.config.plan import resolved
 from opd.core.sampling import Sampling
+from opd.core.tensors import save_tensors
 from opd.core.types import Others, Rollout
 from opd.head.head_pass import head_pass
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
@@ -26,6 +29,7 @@ from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.rollouts import buffer
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
+from opd.training.checkpoint import load as load_state
 from tests.end_to_end.test_asynchronous_rollouts import alike, config
 from tests.tiny_models import interrupted_at
 
@@ -158,8 +162,8 @@ def test_they_come_back_from_a_checkpoint(tmp_path):
     other = replace(whole, ids=(5,), sampler_logp=(-7.5,), others=Others(more.ids[:2], more.logp[:2]), index=7)
     empty = replace(whole, ids=(), sampler_logp=(), others=Others.none())
     kept = {9: [whole, empty, other], 11: [replace(whole, others=None)]}
-    buffer.save(kept, tmp_path)
-    assert buffer.load(tmp_path) == kept
+    save_tensors(buffer.to_tensors(kept), tmp_path / "draws.safetensors")
+    assert buffer.from_tensors(load_file(tmp_path / "draws.safetensors")) == kept
 
 
 def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
@@ -172,9 +176,7 @@ def test_a_worker_and_a_resumed_run_have_the_same(pair, tmp_path):
     opd.train(config(pair, tmp_path / "whole", **late))
     with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         opd.train(config(pair, tmp_path / "cut", **late))
-    assert any(
-        drawn[0].others for drawn in buffer.load(tmp_path / "cut/checkpoints/step-000002/training_state").values()
-    )
+    assert any(drawn[0].others for drawn in load_state(tmp_path / "cut/checkpoints/step-000002").rollouts.values())
     opd.train(config(pair, tmp_path / "cut", resume=True, **late))
     alike(tmp_path / "whole", tmp_path / "cut")
 
@@ -196,7 +198,7 @@ def test_what_is_no_such_method(make, why):
 def test_who_cannot_draw_or_tell(pair, tmp_path):
     method = METHODS["async-opd"](samples=M)
     with pytest.raises(opd.Refusal, match=r"--engine vllm: .*samples=4.* hf alone"):
-        checks.check(config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm")))
+        checks.check(resolved(config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm"))))
     assert method.supports() == {"drawn": M - 1} and method.needs_of_tokens() == {"teacher_logp", "chosen"}
     with_baseline = Method((PolicyGradient(estimator=Several(), baseline=TopKValue(3)),), rollouts=OnPolicy(samples=M))
     assert not with_baseline.supports() and "several tokens" in dependence_reason(with_baseline)

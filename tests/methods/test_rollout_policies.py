@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
 from opd.config import checks
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.rng import uniform
 from opd.core.sampling import Prompt, Sampling
@@ -514,10 +515,11 @@ def test_online_and_late_cuts_have_one_gradient(folders, tmp_path):
     for online in (True, False):
         method = METHODS["kat"](**SMALL, online=online)
         settings = config(folders, tmp_path / str(online), method=method, max_grad_norm=1e9)
-        checks.check(settings)
-        session = open_session(replace(settings, data=replace(settings.data, source=settings.prompts)), method, None)
+        plan = resolved(settings)
+        checks.check(plan)
+        session = open_session(plan)
         session.optimizer.zero_grad = lambda: None
-        loop = Loop(settings, method, session, Run(tmp_path / str(online)))
+        loop = Loop(session, Run(tmp_path / str(online)))
         (tmp_path / str(online)).mkdir()
         numbers, remembered = loop.step(3, memory)
         assert numbers["cut"] > 0.5 and len(remembered["least"]) == 20

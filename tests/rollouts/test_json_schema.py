@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import opd
+from opd.config import model_names
 from opd.config.servers import Remote
 from opd.core.sampling import Prompt, Sampling
 from opd.rollouts.engines.base import GenerateRequest
@@ -160,7 +161,7 @@ def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_pa
 
 def test_a_judge_behind_a_server_keeps_to_the_schema(folder, tmp_path):
     with serving(folder, "--name", "any") as (url, _):
-        writer = EndpointModel(f"openai:any@{url}/v1", Remote(), field="judge")
+        writer = EndpointModel(model_names.parse(f"openai:any@{url}/v1"), Remote(), field="judge")
         assert all(isinstance(met, tuple) for met in graded(writer, tmp_path, schemas=True)[0])
 
 

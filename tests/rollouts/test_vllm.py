@@ -24,6 +24,7 @@ import opd
 from opd.analysis.exact import measure
 from opd.config import checks
 from opd.config.engine import Speaker
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.losses.estimators import Full, Stratified
@@ -248,7 +249,7 @@ def test_an_update_gives_tensors_or_what_the_files_hold(tmp_path):
 
 def told(method, **changes) -> Method:
     whole = Train(student="a", teacher="b", prompts="c", method=method, speaker=Speaker(engine="vllm"))
-    return checks.resolved(replace(whole, **changes))
+    return resolved(replace(whole, **changes)).method
 
 
 def test_policy_gradients_are_weighed_where_another_engine_writes():
@@ -334,7 +335,7 @@ def test_mismatch_by_enumeration():
 )
 def test_what_another_engine_cannot_do_is_refused(changes, words):
     with pytest.raises(opd.Refusal) as caught:
-        checks.check(replace(Train(student="a", teacher="b", prompts="c"), **changes))
+        checks.check(resolved(replace(Train(student="a", teacher="b", prompts="c"), **changes)))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import opd
+from opd.config.model_names import AveragedStudent, ModelFiles, parse
+from opd.config.plan import resolved
 from opd.config.train import CONTEXT
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
@@ -17,7 +19,7 @@ from opd.core.types import Rollout
 from opd.data.prompt_stream import Prompts
 from opd.data.prompts import fill_template
 from opd.methods import METHODS
-from opd.teachers.ema import Average, average_rate
+from opd.teachers.ema import Average
 from opd.teachers.local import LocalTeacher, WithoutAdapter
 from tests.tiny_models import logged, tiny
 
@@ -90,7 +92,7 @@ def routed(folders, prompts, out, **changes):
 def opened(run, method):
     from opd.training.build import open_session
 
-    return open_session(dataclasses.replace(run, data=dataclasses.replace(run.data, source=run.prompts)), method, None)
+    return open_session(resolved(dataclasses.replace(run, method=method)))
 
 
 def test_each_prompt_is_scored_by_its_own_teacher(folders, prompts, tmp_path):
@@ -261,4 +263,5 @@ def test_refusals(folders, prompts, tmp_path, changes, said):
 
 
 def test_rates():
-    assert average_rate("ema:0.2") == 0.2 and average_rate("ema") == 0.05 and average_rate("a/model:1") is None
+    assert parse("ema:0.2") == AveragedStudent("ema:0.2", 0.2) and parse("ema") == AveragedStudent("ema", 0.05)
+    assert parse("a/model:1") == ModelFiles("a/model:1")

@@ -617,7 +617,7 @@ def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, mo
         ("{plain}", {"method": METHODS["opd"](), "loss_temperature": 2.0}, "--loss-temperature 2.0"),
         ("{plain}#absent", {"method": METHODS["opd"]()}, "it serves big"),
         ("{plain}", {"method": METHODS["opd"](), "route": ("x={teacher}",)}, "leave out --route"),
-        ("openai:gpt", {}, "text-only"),
+        ("openai:gpt", {}, "gives text and no log-probs"),
     ],
 )
 def test_teachers_that_cannot_be_used_are_one_line(pair, server, plain, old, tmp_path, url, changes, told):

@@ -21,7 +21,9 @@ from transformers import AutoTokenizer
 import opd
 from opd.cli import main
 from opd.config import checks
-from opd.config.servers import Remote, host
+from opd.config.model_names import parse
+from opd.config.plan import resolved
+from opd.config.servers import Remote
 from opd.core.types import Rollout
 from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client
@@ -324,7 +326,7 @@ def test_a_key_goes_to_the_host_that_it_is_named_for(monkeypatch):
     monkeypatch.setenv("OTHER", "of-the-route")
     with scripted({}) as teacher, scripted({}) as other:
         said = lambda how, url, field: (
-            Client(url, how.towards(field, url, teacher.url), field=field).has_path("/"),
+            Client(url, how.towards(field, parse(url), parse(teacher.url)), field=field).has_path("/"),
             url,
         )
         said(QUICK, teacher.url, "teacher")
@@ -341,14 +343,15 @@ def test_a_key_goes_to_the_host_that_it_is_named_for(monkeypatch):
 
 
 def test_what_is_one_host():
+    host = lambda name: parse(name).host()
     assert host("http://A:80/v1") == host("http://a#x") != host("https://a") == host("openai:m@https://a:443/v1")
-    assert host("openai:gpt") == "https://api.openai.com" and host("self") == host("some/model") == "://"
+    assert host("openai:gpt") == "https://api.openai.com" and host("self") == host("some/model") == ""
     assert host("http://[::1") == "://"
 
 
 def test_a_route_that_wants_a_key_says_which_flag():
     with scripted({"/v1/models": lambda asked: (401, {})}) as server:
-        how = QUICK.towards("route x", server.url, "my-teacher")
+        how = QUICK.towards("route x", parse(server.url), parse("my-teacher"))
         with pytest.raises(opd.Refusal, match="name it by --route-token-env x=VARIABLE"):
             connect(server.url, how, field="route x")
 
@@ -375,7 +378,7 @@ def test_keys_and_copies_for_nobody(remote, told, tmp_path):
         remote=Remote(**remote),
     )
     with pytest.raises(opd.Refusal) as caught:
-        checks.check(run)
+        checks.check(resolved(run))
     assert str(caught.value).startswith(told)
 
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd import cli
 from opd.analysis.exact import World
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -38,7 +40,7 @@ from opd.teachers.judges.stage_annotator import column_criteria
 from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflection, StagedResponse
 from opd.teachers.judges.verifier_judge import ROUND, SUMS, VerifierStageJudge
 from opd.teachers.text.text_teacher import Failure
-from opd.training.checkpoint import load_memory
+from opd.training.checkpoint import load as load_state
 from scripts.grader import Grader, Scripted
 from tests.data.test_tokenizers import byte_level
 from tests.teachers.test_remote_teachers import Proxy
@@ -347,15 +349,13 @@ def test_criteria_that_come_with_the_question():
 
 
 def test_an_episode_is_what_it_was_after_a_file(tmp_path):
-    from opd.training.checkpoint import save_memory
-
     deferred = DeferredReflection(
         messages=({"role": "user", "content": "é?"},), text="", teacher="", group=1, prompt_ids=(1, 2), ids=(3,),
         logp=(float(torch.tensor(-0.1)),), stopped=True, worth=0.7,
     )  # fmt: skip
     whole = RubricMemory({"q": (StageCriterion(1, "a 漢", 2, spread=1 / 3),)}, {"q": "note"}, (deferred,))
-    save_memory(whole.dump(), tmp_path)
-    assert RubricMemory.load(load_memory(tmp_path)) == whole
+    save_tensors(whole.dump(), tmp_path / "memory.safetensors")
+    assert RubricMemory.load(load_file(tmp_path / "memory.safetensors")) == whole
     assert RubricMemory.load({}) == RubricMemory()
     more = whole.with_rubrics({"r": (), "q": ()}, 1)
     assert list(more.rubrics) == ["q"] and list(whole.with_rubrics({"r": ()}, 9).rubrics) == ["q", "r"]
@@ -595,7 +595,7 @@ EXACT = ("loss", "grad_norm", "stage_1", "stage_2", "stage_4", "staged_2", "stud
 
 def remembered(run, step):
     """What a checkpoint remembers of the questions."""
-    return RubricMemory.load(load_memory(run / f"checkpoints/step-{step:06d}/training_state"))
+    return RubricMemory.load(load_state(run / f"checkpoints/step-{step:06d}").memory)
 
 
 def test_a_run_remembers_and_a_resumed_one_is_the_whole_one(tmp_path, capsys):
@@ -658,7 +658,7 @@ def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
 
 def test_notes_are_read_with_their_question():
     text, task = AutoTokenizer.from_pretrained(EMBEDDED / "student"), load(Data(source="embedded:ledger", limit=3))
-    reader = Prompts(task, text, {"": text}, Train(student="", prompts=""), 60)
+    reader = Prompts(task, text, {"": text}, resolved(Train(student="", prompts="")), 60)
     some = reader.first(3)
     notes = {digest(some[0].prompt): "<plan>1", digest(some[1].prompt): "<plan>1" * 40}
     found = with_notes(some, notes, "{reflection} {prompt}", reader)

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import opd
 from opd import cli
+from opd.config import model_names
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.servers import Remote
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -160,7 +162,7 @@ def server():
 
 def endpoint(url, folder, how=QUICK, name="big"):
     return TextTeacher(
-        EndpointModel(f"openai:{name}@{url}/v1", how, field="teacher"),
+        EndpointModel(model_names.parse(f"openai:{name}@{url}/v1"), how, field="teacher"),
         AnswerCache(folder / "a.sqlite"),
         FailureLimit("teacher x", 0.4),
     )
@@ -329,14 +331,14 @@ def test_keys_come_from_the_environment_and_go_nowhere(tmp_path, monkeypatch, ca
     for file in tmp_path.rglob("*"):
         assert b"s3cret" not in file.read_bytes()
     with pytest.raises(Refusal, match="no secrets in an address") as refused:
-        EndpointModel("openai:big@http://me:s3cret@host/v1", QUICK, field="teacher")
+        EndpointModel(model_names.parse("openai:big@http://me:s3cret@host/v1"), QUICK, field="teacher")
     assert "s3cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["openai:", "openai:@http://host/v1", "openai:m@ftp://host", "openai:m@host"])
 def test_bad_addresses(name):
     with pytest.raises(Refusal, match="write openai:MODEL@http"):
-        EndpointModel(name, QUICK, field="teacher")
+        EndpointModel(model_names.parse(name), QUICK, field="teacher")
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +362,9 @@ def audited(text):
 
 
 def columns(question, batch, rollouts, teacher, text):
-    stream = Prompts(load(Data(source="embedded:ledger", limit=1)), text, {}, opd.Train(student="", prompts=""), 60)
+    stream = Prompts(
+        load(Data(source="embedded:ledger", limit=1)), text, {}, resolved(opd.Train(student="", prompts="")), 60
+    )
     texts = TeacherTexts({"": teacher}, text, max_tokens=0, seed=5)
     return ChunkAnnotator(stream, question, texts).columns(batch, rollouts)
 
@@ -504,11 +508,15 @@ def test_the_main_process_alone_asks(tmp_path, monkeypatch):
     """The others load no text teacher, and wait for its answers longer than for a step of their own."""
     config = opd.Train(student="embedded:student", teacher="embedded:teacher", prompts="embedded:ledger", out=tmp_path)
     monkeypatch.setattr(opening.models, "load", lambda *args, **more: pytest.fail("weights are loaded"))
-    other = opening.text_teacher("embedded:teacher", config, torch.device("cpu"), field="teacher", main=False)
+    plan, cpu = resolved(config), torch.device("cpu")
+    other = opening.text_teacher(model_names.parse("embedded:teacher"), plan, cpu, field="teacher", main=False)
     assert not any(other.traffic().values()) and other.model == AbsentModel("embedded:teacher")
     with pytest.raises(Refusal, match="--judge embedded:nobody"):
-        opening.text_teacher("embedded:nobody", config, torch.device("cpu"), field="judge", main=False)
-    waits = [session._accelerator(config, METHODS[name]()).init_handler for name in ("omniopd", "vopd")]
+        opening.text_teacher(model_names.parse("embedded:nobody"), plan, cpu, field="judge", main=False)
+    waits = [
+        session._accelerator(resolved(replace(config, method=METHODS[name]()))).init_handler
+        for name in ("omniopd", "vopd")
+    ]
     assert waits[0].timeout.total_seconds() >= 86400 and waits[1] is None
 
 
@@ -540,12 +548,12 @@ def test_a_teacher_of_other_tokens(foreign, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--teacher", "openai:big@http://127.0.0.1:9/v1", "vopd"], "gives no log-probs.*omniopd"),
+        (["--teacher", "openai:big@http://127.0.0.1:9/v1", "vopd"], "gives text and no log-probs.*omniopd"),
         (["--teacher", "base", "omniopd"], "asks for texts alone"),
         (["--teacher", "http://127.0.0.1:9", "omniopd"], "openai:MODEL@http://127.0.0.1:9/v1"),
         (
             ["--teacher", "embedded:teacher", "--also", "gkd-forward:0.1", "omniopd"],
-            "other terms need more.*vocabulary",
+            "needs more of the teacher.*vocabulary.*leave out",
         ),
         (["--teacher", "embedded:teacher", "--also", "omniopd:0.1", "vopd"], "asks a teacher for texts"),
         (["--teacher", "embedded:teacher", "--context", "answer", "omniopd"], "told nothing more"),

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import opd
 from opd import cli
 from opd.config.data import Data
+from opd.config.plan import resolved
 from opd.config.servers import Remote
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -399,8 +400,8 @@ def test_teacher_behind_a_server(tmp_path):
 def test_a_worker_needs_its_own_student_and_writes_while_this_one_trains(tmp_path):
     config = healthy(prompts=rows(tmp_path, *[RIGHT] * 16), batch=16)
     config = replace(config, data=replace(config.data, source=config.prompts))
-    session = open_session(config, config.method, None)
-    needs = lambda **changes: cost.memory_items(Probe(replace(config, **changes), config.method, session, 0))
+    session = open_session(resolved(config))
+    needs = lambda **changes: cost.memory_items(Probe(replace(session, plan=resolved(replace(config, **changes))), 0))
     alone, beside = ({p.name: p.bytes for p in needs(**x)} for x in ({}, {"staleness": 1}))
     weights = sum(p.numel() * 4 for p in session.plain().model.parameters())
     assert alone["worker's student"] == 0 and beside == alone | {"worker's student": weights}
@@ -419,11 +420,11 @@ def test_memory_estimate_beside_the_allocator(changes, tmp_path):
     same = rows(tmp_path, *[RIGHT] * 16)  # rows of one length, all cut: the largest batch that the estimate is about
     config = healthy(prompts=same, batch=16, chunk_mb=4, sampling=Sampling(max_new_tokens=12), **changes)
     config = replace(config, data=replace(config.data, source=config.prompts))
-    session = open_session(config, config.method, None)
+    session = open_session(resolved(config))
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    loop = Loop(config, config.method, session, run)
-    guess = cost.peak(cost.memory_items(Probe(config, config.method, session, 0)))
+    loop = Loop(session, run)
+    guess = cost.peak(cost.memory_items(Probe(session, 0)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.step(1, {})
         loop.step(2, {})  # AdamW's states are there now
@@ -432,6 +433,6 @@ def test_memory_estimate_beside_the_allocator(changes, tmp_path):
     taken = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     real = max(accumulate(size for _, size in taken))
     assert 0.9 < guess / real < 1.5, (guess / 2**20, real / 2**20)
-    assert Level.OK in {f.level for f in cost.memory(Probe(config, config.method, session, int(2 * guess)))}
-    assert Level.WARNING in {f.level for f in cost.memory(Probe(config, config.method, session, int(guess)))}
-    assert Level.ERROR in {f.level for f in cost.memory(Probe(config, config.method, session, int(guess / 2)))}
+    assert Level.OK in {f.level for f in cost.memory(Probe(session, int(2 * guess)))}
+    assert Level.WARNING in {f.level for f in cost.memory(Probe(session, int(guess)))}
+    assert Level.ERROR in {f.level for f in cost.memory(Probe(session, int(guess / 2)))}

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import httpx
 
-from opd.config.servers import Remote, _split, secret
+from opd.config.model_names import split_url
+from opd.config.servers import Remote, secret
 from opd.core.errors import Refusal, one_line
 
 RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
@@ -39,7 +40,7 @@ class Client:
     """An HTTP client for one server.  Several threads may call it at once."""
 
     def __init__(self, url: str, settings: Remote, *, field: str = "teacher") -> None:
-        self.field, parts = field, _split(url)
+        self.field, parts = field, split_url(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Refusal(f"--{field} {url}: not the address of a server; write http://host:port")
         if parts.username or parts.password:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-from opd.config.train import Train
+from opd.config.model_names import ModelName, Verifier
+from opd.config.plan import Plan
 from opd.core.errors import Refusal
 from opd.data.prompt_stream import Prompts
-from opd.methods.questions import Continue, Grade, Question, Stages
+from opd.methods.questions import Continue, Grade, Stages
 from opd.teachers.base import BaseTeacher
 from opd.teachers.judges.annotator import Annotator, TeacherTexts
 from opd.teachers.judges.chunk_annotator import ChunkAnnotator
@@ -13,24 +14,23 @@ from opd.teachers.text.text_teacher import FailureLimit, TextTeacher, import_ext
 
 
 def open_annotator(
-    question: Question | None,
-    config: Train,
+    plan: Plan,
     prompt_stream: Prompts,
     teachers: Mapping[str, BaseTeacher],
-    open_judge: Callable[[], TextTeacher],
+    open_judge: Callable[[ModelName], TextTeacher],
     *,
     main: bool,
 ) -> Annotator:
-    """Return the annotator of a question.
+    """Return the annotator of the method's question.
 
     Args:
-        question: the method's question, if it has one.
-        config: settings of the run.
+        plan: the run's plan.
         prompt_stream: the training prompts.
         teachers: the teachers of the run, by route name.
-        open_judge: opens the model that --judge names.
+        open_judge: loads or connects to the model that --judge names.
         main: whether this is the main process.
     """
+    config, question = plan.config, plan.method.asks
     if question is None:
         return Annotator(prompt_stream)
     text_teachers = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, TextTeacher)}
@@ -47,15 +47,13 @@ def open_annotator(
     from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
 
     task, model = prompt_stream.task, None
-    if config.judge != "verifier":
-        judge_model = open_judge() if config.judge else text_teachers[""]
+    if not isinstance(plan.judge, Verifier):
+        judge_model = open_judge(plan.judge) if plan.judge else text_teachers[""]
         remote = config.remote
-        model = FormModel(judge_model, remote.judge_tokens, shared=not config.judge, schemas=remote.judge_schema)
+        model = FormModel(judge_model, remote.judge_tokens, shared=plan.judge is None, schemas=remote.judge_schema)
     elif not task.scored:
         raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-    failure_limit = FailureLimit(
-        f"judge {config.judge or config.routes()['']}", config.remote.judge_failures, "judgements"
-    )
+    failure_limit = FailureLimit(f"judge {plan.judge or plan.teachers['']}", config.remote.judge_failures, "judgements")
     match question:
         case Grade():
             judge = ModelJudge(model) if model else VerifierJudge(task.verify)

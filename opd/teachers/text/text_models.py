@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.config.servers import Remote, endpoint, secret
+from opd.config.model_names import ChatEndpoint
+from opd.config.servers import Remote, secret
 from opd.core.errors import Refusal, one_line
 from opd.core.sampling import Sampling
 from opd.data import prompts
@@ -39,11 +40,11 @@ CONTINUE_REQUEST = (
 class EndpointModel:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, name: str, settings: Remote, *, field: str) -> None:
-        self.model, self.url = endpoint(name)
+    def __init__(self, name: ChatEndpoint, settings: Remote, *, field: str) -> None:
+        self.model, self.url = name.model, name.url
         self.name, self.settings, self.field = f"openai:{self.model}", settings, field
         parts = urlsplit(self.url)
-        if not self.model or ("@" in name and (parts.scheme not in ("http", "https") or not parts.hostname)):
+        if not self.model or ("@" in name.name and (parts.scheme not in ("http", "https") or not parts.hostname)):
             raise Refusal(f"--{field} {name}: write openai:MODEL@http://host:port/v1, or openai:MODEL for OpenAI's own")
         if parts.username or parts.password:
             raise Refusal(

@@ -1,9 +1,9 @@
 """Entry point of the doctor: `doctor(Train) -> findings`, for `opd doctor` and for Python."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from opd.config import checks
+from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.training.build import open_session
@@ -20,11 +20,9 @@ def doctor(config: Train) -> list[Finding]:
     A `Refusal` raised while the run is opened becomes a finding of level error.
     """
     try:
-        checks.check(config)
-        method = checks.resolved(config)
-        config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
-        with loading(config.student, *config.routes().values(), quiet=config.quiet):
-            session = open_session(config, method, None)
-            return examine_run(Loop(config, method, session, Run(Path(config.out))))
+        plan = resolved(config)
+        checks.check(plan)
+        with loading(*plan.names(), quiet=config.quiet):
+            return examine_run(Loop(open_session(plan), Run(Path(config.out))))
     except Refusal as refusal:
         return [Finding(check="opening", level=Level.ERROR, what=str(refusal))]

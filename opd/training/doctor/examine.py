@@ -19,11 +19,12 @@ def examine_run(loop: Loop) -> list[Finding]:
     """
     session = loop.session
     free = min(gather_object([cost.free_bytes(session.accelerator.device)]))
-    probe = Probe(loop.config, loop.method, session, free)
+    probe = Probe(session, free)
     findings = [f for part in (pair, settings, cost) for check in part.BEFORE for f in check(probe)]
     if errors(findings) or loop.method.asks is not None:  # a text-only teacher scores no tokens
         return findings
-    rehearsed = rehearse_run(probe, replace(loop, method=Method(), session=replace(session, lenses=None)))
+    plan = replace(session.plan, method=Method())
+    rehearsed = rehearse_run(probe, replace(loop, session=replace(session, plan=plan, lenses=None)))
     late_findings = list(teacher.finite(rehearsed))
     if not errors(late_findings):  # means over nan or inf are meaningless
         late_findings += [f for part in (teacher, settings, cost) for check in part.AFTER for f in check(rehearsed)]
@@ -32,5 +33,5 @@ def examine_run(loop: Loop) -> list[Finding]:
 
 def static_findings(loop: Loop) -> list[Finding]:
     """Return the findings that need neither rollouts nor a forward: risky settings and vocabulary differences."""
-    probe = Probe(loop.config, loop.method, loop.session, 0)
+    probe = Probe(loop.session, 0)
     return [*settings.risky_settings(probe), *pair.vocabulary(probe)]

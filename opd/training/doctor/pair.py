@@ -109,7 +109,7 @@ def templates(probe: Probe) -> Iterator[Finding]:
     read = lambda text, ids: str(text.decode(list(ids))).splitlines()
     student_lines, teacher_lines = read(student, first.ids), read(teacher, first.teacher_ids)
     lines = difflib.unified_diff(student_lines, teacher_lines, "student", "teacher", lineterm="", n=1)
-    context = probe.config.told()
+    context = probe.session.plan.context
     yield Finding(
         check="prompt",
         level=Level.NOTE,

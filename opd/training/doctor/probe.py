@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.config.train import Train
+from opd.core.rng import NoiseStep
 from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.methods.method import Method
 from opd.training.session import Session
-from opd.training.trainer import REHEARSED, Loop, Rehearsal
+from opd.training.trainer import Loop, Rehearsal
 
 ROLLOUTS = 16  # rollouts of the rehearsal, limited by --batch
 
@@ -24,10 +25,18 @@ ROLLOUTS = 16  # rollouts of the rehearsal, limited by --batch
 class Probe:
     """An opened run: the input of checks that need no rollouts."""
 
-    config: Train
-    method: Method
     session: Session
     free: int  # free bytes on the student's device
+
+    @property
+    def config(self) -> Train:
+        """Return the settings of the run."""
+        return self.session.config
+
+    @property
+    def method(self) -> Method:
+        """Return the method of the run."""
+        return self.session.method
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,10 @@ def rehearse_run(probe: Probe, loop: Loop) -> RehearsedRun:
     start = time.perf_counter()
     rehearsal = loop.rehearse(rehearsal_prompts(probe))
     alternative_rollouts = [replace(r, teacher_prompt_ids=_alternative_prompt(probe, r)) for r in rehearsal.rollouts]
-    is_same = probe.config.told() or [r.teacher_prompt_ids for r in alternative_rollouts] == [
+    is_same = probe.session.plan.context or [r.teacher_prompt_ids for r in alternative_rollouts] == [
         r.teacher_prompt_ids for r in rehearsal.rollouts
     ]
-    alternative_logp = None if is_same else loop.measure(alternative_rollouts, REHEARSED).teacher_logp
+    alternative_logp = None if is_same else loop.measure(alternative_rollouts, NoiseStep.REHEARSAL).teacher_logp
     return RehearsedRun(probe, rehearsal, alternative_logp, time.perf_counter() - start)
 
 

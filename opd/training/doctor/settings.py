@@ -26,7 +26,7 @@ GAP = {"fp32": 0.01, "bf16": 0.3}  # nats on one token; largest difference betwe
 
 def risky_settings(probe: Probe) -> Iterator[Finding]:
     """Report settings that change what the loss estimates."""
-    for line in checks.warnings(probe.config):
+    for line in checks.warnings(probe.session.plan):
         yield Finding(check="settings", level=Level.WARNING, what=line)
 
 
@@ -44,7 +44,7 @@ def compatible(probe: Probe) -> Iterator[Finding]:
             why="a column would be missing in the first step",
             do="load that teacher here, serve it by `opd serve`, or take a method that needs less",
         )
-    peers = probe.config.told() == "peer"
+    peers = probe.session.plan.context == "peer"
     if (peers or "outcome" in method.reads()) and not task.scored:
         yield Finding(
             check="method",

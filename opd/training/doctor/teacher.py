@@ -49,7 +49,7 @@ def finite(rehearsed: RehearsedRun) -> Iterator[Finding]:
 
 def distance(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check KL(student || teacher) per teacher at the start: neither zero nor too large to learn from."""
-    batch, config = rehearsed.rehearsal.batch, rehearsed.probe.config
+    batch = rehearsed.rehearsal.batch
     size, several = rehearsed.probe.session.vocabulary.size, len(rehearsed.probe.session.teachers) > 1
     assert batch.student_logp is not None and batch.teacher_logp is not None
     r = batch.teacher_logp - batch.student_logp
@@ -60,7 +60,7 @@ def distance(rehearsed: RehearsedRun) -> Iterator[Finding]:
         value, error = float(column[mask].mean()), standard_error(column, mask)
         same = value < SAME_KL and float(r[mask].abs().max()) < SAME_RATIO
         line = f"KL(student || {label}) is {value:.4g} +- {error:.2g} nats/token at the start"
-        if same and config.told() == "peer":
+        if same and rehearsed.probe.session.plan.context == "peer":
             yield Finding(
                 check="distance",
                 level=Level.NOTE,
