@@ -24,7 +24,7 @@ from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.methods.rollout_policies.base import NOTHING, Memory
 from opd.training.train import train
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Overlap(Trained):
 class Arm:
     """A run whose steps are executed block by block."""
 
-    loop: Loop
+    trainer: Trainer
     threads: int  # torch threads of this process while it trains
     step: int = 0
     computed: list[float] = field(default_factory=list)  # processor seconds per step of this process, by block
@@ -64,36 +64,36 @@ class Arm:
     def of(cls, overlap: Overlap, staleness: int, folder: Path) -> "Arm":
         """Open a run with the loss of `async-opd`, which equals `opd` without a worker."""
         config = overlap.run(folder, "async-opd")
-        loop = opened(replace(config, micro_batch_tokens=overlap.micro_batch_tokens, staleness=staleness))
+        trainer = opened(replace(config, micro_batch_tokens=overlap.micro_batch_tokens, staleness=staleness))
         threads = torch.get_num_threads()
-        loop.writing.open(0, NOTHING, {}, print)
-        arm = cls(loop, torch.get_num_threads())
+        trainer.rollout_source.open(0, NOTHING, {}, print)
+        arm = cls(trainer, torch.get_num_threads())
         torch.set_num_threads(threads)  # so that the next arm starts from the default
         return arm
 
     def block(self, steps: int) -> None:
         """Run `steps` steps, and wait until the worker's queue is full again."""
-        assert self.loop.writing.source is not None
+        assert self.trainer.rollout_source.source is not None
         torch.set_num_threads(self.threads)
         start = time.process_time()
-        self.loop.writing.source.numbers()
+        self.trainer.rollout_source.source.numbers()
         written = 0.0
         for _ in range(steps):
             self.step += 1
-            _, self.memory = self.loop.step(self.step, self.memory)
+            _, self.memory = self.trainer.step(self.step, self.memory)
             written += self.last("worker_cpu_s")
-        self.loop.writing.source.rest()
+        self.trainer.rollout_source.source.rest()
         self.computed.append((time.process_time() - start) / steps)
-        self.written.append((written + self.loop.writing.source.numbers().get("worker_cpu_s", 0.0)) / steps)
+        self.written.append((written + self.trainer.rollout_source.source.numbers().get("worker_cpu_s", 0.0)) / steps)
 
     def last(self, name: str) -> float:
         """Return a number from the last line of perf.jsonl; 0 if it is missing."""
-        line = (self.loop.run.folder / "perf.jsonl").read_text().splitlines()[-1]
+        line = (self.trainer.run.folder / "perf.jsonl").read_text().splitlines()[-1]
         return float(json.loads(line).get(name, 0.0))
 
     def perf(self, name: str) -> float:
         """Return the median over steps of a column of perf.jsonl."""
-        rows = [json.loads(line) for line in (self.loop.run.folder / "perf.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.trainer.run.folder / "perf.jsonl").read_text().splitlines()]
         return statistics.median([row.get(name, 0.0) for row in rows])
 
 
@@ -111,8 +111,8 @@ def speed(overlap: Overlap) -> Result:
         arms = {n: Arm.of(overlap, n, Path(folder) / str(n)) for n in (0, *overlap.staleness)}
         try:
             for arm in arms.values():
-                assert arm.loop.writing.source is not None
-                arm.loop.writing.source.rest()
+                assert arm.trainer.rollout_source.source is not None
+                arm.trainer.rollout_source.source.rest()
             blocks: dict[str, Callable[[], object]] = {
                 str(n): partial(arm.block, overlap.block) for n, arm in arms.items()
             }
@@ -125,7 +125,7 @@ def speed(overlap: Overlap) -> Result:
             costs = {n: arm.perf("snapshot_s") for n, arm in arms.items()}
         finally:
             for arm in arms.values():
-                arm.loop.writing.close()
+                arm.trainer.rollout_source.close()
     step_seconds = {n: [s / overlap.block for s in seconds[str(n)]] for n in arms}
     busiest = {n: [max(x) for x in zip(arm.computed[1:], arm.written[1:], strict=True)] for n, arm in arms.items()}
     rows = [("in turns", spread(step_seconds[0], 3), "", spread(busiest[0], 3), "", "", "")]

@@ -73,10 +73,10 @@ def measured(settings: Packing) -> Result:
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         run_settings = Trained(settings.student, "self", settings.prompts, settings.pool, settings.max_new_tokens)
-        loop = opened(run_settings.run(Path(folder) / "run", "opd"))
-        session = loop.session
-        prompts, sampling = session.prompts.batch(1, settings.pool), loop.config.sampling
-        rollouts = loop.writing.collect(prompts, OnPolicy(), sampling, 1, session.prompts.task)
+        trainer = opened(run_settings.run(Path(folder) / "run", "opd"))
+        session = trainer.session
+        prompts, sampling = session.prompts.batch(1, settings.pool), trainer.config.sampling
+        rollouts = trainer.rollout_source.collect(prompts, OnPolicy(), sampling, 1, session.prompts.task)
         model = base(session.plain().model)
         device = model.device
     texts = [torch.tensor((*r.prompt_ids, *r.ids), device=device) for r in rollouts]

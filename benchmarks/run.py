@@ -10,7 +10,7 @@ from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.training.build import open_session
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Trained:
         )
 
 
-def opened(config: Train) -> Loop:
+def opened(config: Train) -> Trainer:
     """Open a run as `opd train` does."""
     plan, run = resolved(config), Run(config.out)
     run.start({}, repr(plan.method), 0)
-    return Loop(open_session(plan), run)
+    return Trainer(open_session(plan), run)

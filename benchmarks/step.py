@@ -20,7 +20,7 @@ from benchmarks.result import CLOCKS, Clock, Result, Timed, spread, versions
 from benchmarks.run import Trained, opened
 from opd.methods.rollout_policies.base import NOTHING
 from opd.models import load as models
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Step(Trained, Timed):
 class Ours:
     """Runs and times steps of opd."""
 
-    loop: Loop
+    trainer: Trainer
     clock: Clock
     done: int = 0
 
@@ -51,7 +51,7 @@ class Ours:
         """Run a step and return its seconds and its number of trained tokens."""
         self.done += 1
         start = CLOCKS[self.clock]()
-        numbers, _ = self.loop.step(self.done, NOTHING)
+        numbers, _ = self.trainer.step(self.done, NOTHING)
         return CLOCKS[self.clock]() - start, numbers["tokens"]
 
 
@@ -106,7 +106,7 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
     """Run TRL's trainer with steps of opd between its steps; return seconds and tokens of both for each round."""
     from trl import DistillationConfig, DistillationTrainer
 
-    session = ours.loop.session
+    session = ours.trainer.session
     rendered = session.prompts.first(step.batch)
     tokenizer = session.collector.tokenizer
     prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in rendered]

@@ -17,7 +17,7 @@ from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.core.types import Rollout
 from opd.models.load import EMBEDDED
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 
 def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
@@ -78,7 +78,7 @@ def small(pair: tuple[Path, Path], out: Path, **changes) -> Train:
 @contextlib.contextmanager
 def interrupted_at(number: int) -> Iterator[None]:
     """Ctrl-C as a step begins."""
-    real = Loop.step
+    real = Trainer.step
 
     def step(self, at, memory):
         if at == number:
@@ -86,7 +86,7 @@ def interrupted_at(number: int) -> Iterator[None]:
         return real(self, at, memory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "step", step)
+        patch.setattr(Trainer, "step", step)
         yield
 
 

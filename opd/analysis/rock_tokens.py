@@ -33,7 +33,7 @@ from opd.rollouts.batch import collate, masks
 from opd.training.build import open_session
 from opd.training.progress import loading
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 NUM_SHOWN = 20  # types printed on the terminal
 
@@ -46,10 +46,10 @@ def rock(config: Rock) -> Path:
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
         session = open_session(resolved(replace(config.run(), method=Method())))
-    loop = Loop(session, Run(config.out))
-    rollouts, corpus = _measure_corpus(config, loop)
+    trainer = Trainer(session, Run(config.out))
+    rollouts, corpus = _measure_corpus(config, trainer)
     counts, sums = corpus.tally()
-    ratio = _ratios(config, loop, rollouts, corpus) if config.consistency.context_filter else None
+    ratio = _ratios(config, trainer, rollouts, corpus) if config.consistency.context_filter else None
     score = sums if ratio is None else sums * ratio
     rocks = rank(counts, score, top=config.top, min_count=config.min_count)
 
@@ -76,9 +76,9 @@ def rock(config: Rock) -> Path:
     return config.out
 
 
-def _measure_corpus(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
+def _measure_corpus(config: Rock, trainer: Trainer) -> tuple[list[Rollout], Corpus]:
     """Generate the rollouts and measure the KL at every position.  Raises Refusal if a KL is not finite."""
-    prompts = loop.session.prompts
+    prompts = trainer.session.prompts
     if config.sampling.temperature == 0 and config.rollouts > len(prompts.task.prompts):
         raise Refusal(
             f"--rollouts {config.rollouts}: there are {len(prompts.task.prompts)} prompts, and greedy rollouts of one "
@@ -90,7 +90,7 @@ def _measure_corpus(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
     steps = range(1, -(-config.rollouts // config.decode_rows) + 1)
     for step in track(steps, "rollouts", console=Console(stderr=True), transient=True, disable=quiet):
         prompt_batch = prompts.batch(step, config.decode_rows)[: config.rollouts - len(rollouts)]
-        new_rollouts, batch = loop.look(prompt_batch, config.sampling, step, prompts.task)
+        new_rollouts, batch = trainer.generate_and_measure(prompt_batch, config.sampling, step, prompts.task)
         assert batch.reverse_kl is not None
         rollouts += new_rollouts
         kl.append(batch.reverse_kl[batch.mask].double())
@@ -104,25 +104,25 @@ def _measure_corpus(config: Rock, loop: Loop) -> tuple[list[Rollout], Corpus]:
     return rollouts, corpus
 
 
-def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
+def _ratios(config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
     """Return the CCR of every type.
 
     Runs a second pass over the rollouts for the contexts, and with --before a third pass with the earlier student.
     """
-    filter_settings, session = config.consistency, loop.session
+    filter_settings, session = config.consistency, trainer.session
     persists = is_above_quantile(corpus.kl, filter_settings.high)
     if filter_settings.before:
         source = models.locate(filter_settings.before, field="before", trust_remote_code=config.trust_remote_code)
         dtype = dtype_of(config.precision)
         earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
-        earlier_loop = Loop(replace(session, student=Student(earlier)), loop.run)
-        batch = earlier_loop.measure(rollouts, 0)
+        earlier_trainer = Trainer(replace(session, student=Student(earlier)), trainer.run)
+        batch = earlier_trainer.measure(rollouts, 0)
         assert batch.reverse_kl is not None
         persists &= is_above_quantile(batch.reverse_kl[batch.mask].double(), filter_settings.high)
     batch = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=0)
     return consistency(
         corpus.ids[persists],
-        _contexts(config, loop, rollouts, batch, persists),
+        _contexts(config, trainer, rollouts, batch, persists),
         corpus.ids.bincount(),
         similar=filter_settings.similar,
         share=filter_settings.recurs,
@@ -131,13 +131,13 @@ def _ratios(config: Rock, loop: Loop, rollouts: Sequence[Rollout], corpus: Corpu
 
 @torch.no_grad()
 def _contexts(
-    config: Rock, loop: Loop, rollouts: Sequence[Rollout], batch: Batch, chosen: Bool[Tensor, " N"]
+    config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], batch: Batch, chosen: Bool[Tensor, " N"]
 ) -> Float[Tensor, "M H"]:
     """Return the contexts [M, H] of the chosen occurrences.
 
     A context is the mean of the student's final states that predict the tokens up to `width` positions away.
     """
-    session, width = loop.session, config.consistency.width
+    session, width = trainer.session, config.consistency.width
     parts = chosen.split([len(r.ids) for r in rollouts])
     sizes = {i: len(r.prompt_ids) + len(r.ids) for i, r in enumerate(rollouts)}
     contexts: dict[int, Tensor] = {}

@@ -1,13 +1,31 @@
-"""Writing of safetensors files."""
+"""Tensors inside values, `map_tensors(function, value)`, and in safetensors files, `save_tensors(tensors, path)`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opd.core.disk import umask
+
+T = TypeVar("T")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
+    """Return a value with `function` applied to every tensor in it: in dataclasses, tuples and mappings."""
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = function(value)
+    elif isinstance(value, tuple):
+        result = tuple(map_tensors(function, x) for x in value)
+    elif isinstance(value, Mapping):
+        result = {name: map_tensors(function, x) for name, x in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        result = replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
+    return result
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

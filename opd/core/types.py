@@ -11,7 +11,7 @@ shift happens once, in `opd.models.forward`.  Log-probs are in nats, fp32 (or wi
 
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from inspect import signature
 
 import torch
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.core.sampling import Prompt
+from opd.core.tensors import map_tensors
 
 STUDENT_COLUMNS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
 
@@ -103,10 +104,7 @@ class Batch:
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """Return the batch restricted to some rows."""
-        column = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut = {k: v[rows] for k, v in column.items() if isinstance(v, Tensor)}
-        notes = {k: v[rows] for k, v in self.notes.items()}
-        return replace(self, **cut, scores=tuple(v if v is None else v[rows] for v in self.scores), notes=notes)
+        return map_tensors(lambda column: column[rows], self)
 
     def written(self) -> Bool[Tensor, "B T"]:
         """Return the mask [B, T] of trained tokens that the student generated.

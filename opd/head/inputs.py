@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.core.tensors import map_tensors
 from opd.head.outputs import HeadColumns
 from opd.head.vocabulary import Head
 from opd.losses.hidden_states import Lens
@@ -45,8 +46,7 @@ class TeacherLogps:
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "TeacherLogps":
         """Return the log-probs at the marked tokens."""
         marked = tokens.to(self.logp.device)
-        ids, token_logps = (None if x is None else x[marked] for x in (self.ids, self.others))
-        return replace(self, logp=self.logp[marked], ids=ids, others=token_logps)
+        return map_tensors(lambda column: column[marked], self)
 
     def over(self, ids: Int[Tensor, " N"], like: Float[Tensor, "N V"], rows: slice) -> Float[Tensor, "N V"]:
         """Return log q [N, V] of some rows.  Without `others` all unknown entries are nan, and no leaf may read them.

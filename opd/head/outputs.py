@@ -47,12 +47,6 @@ class HeadColumns:
                 yield f.name, getattr(self, f.name)
         yield from ((f"scores.{i}", s) for i, s in enumerate(self.scores) if s is not None)
 
-    def cpu(self) -> "HeadColumns":
-        """Return the columns in main memory."""
-        columns_by_name = {name: x.cpu() for name, x in self.named()}
-        scores = tuple(columns_by_name.pop(f"scores.{i}", None) for i in range(len(self.scores)))
-        return HeadColumns(**columns_by_name, scores=scores)
-
 
 @dataclass(frozen=True)
 class Alternatives:
@@ -64,7 +58,3 @@ class Alternatives:
     ids: Int[Tensor, "N A"]
     student_logp: Float[Tensor, "N A"]
     teacher_logp: Float[Tensor, "N A"]  # nan if the teacher has no LM head
-
-    def cpu(self) -> "Alternatives":
-        """Return the alternatives in main memory."""
-        return Alternatives(self.ids.cpu(), self.student_logp.cpu(), self.teacher_logp.cpu())

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.core.tensors import map_tensors
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -26,7 +28,7 @@ class Sums:
 
     def __getitem__(self, tokens: slice) -> "Sums":
         """Return a view of the sums of some tokens."""
-        return Sums(*(getattr(self, f.name)[tokens] for f in fields(self)))
+        return map_tensors(lambda sums: sums[tokens], self)
 
     def split(self, size: int) -> list["Sums"]:
         """Return views of the sums, of `size` tokens each."""

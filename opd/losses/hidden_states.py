@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from opd.core.tensors import map_tensors
+
 TINY = 1e-12  # lower bound of norms in divisions
 
 
@@ -57,10 +59,6 @@ class Projection:
     def __call__(self, states: Float[Tensor, "N H"]) -> Float[Tensor, "N r"]:
         return normalize((states - self.mean) @ self.matrix.T, dim=-1, eps=TINY)
 
-    def to(self, device: torch.device) -> "Projection":
-        """Return the projection on a device."""
-        return Projection(self.matrix.to(device), self.mean.to(device))
-
 
 @dataclass(frozen=True, eq=False)
 class Lens:
@@ -77,10 +75,6 @@ class Lens:
         wide = [h.to(torch.promote_types(h.dtype, torch.float32)) for h in states]
         return tuple(p(h) for p, h in zip(self.projections, wide, strict=True)) if self.projections else tuple(wide)
 
-    def to(self, device: torch.device) -> "Lens":
-        """Return the lens on a device."""
-        return Lens(self.layers, tuple(p.to(device) for p in self.projections))
-
 
 @dataclass(frozen=True, eq=False)
 class Lenses:
@@ -91,7 +85,9 @@ class Lenses:
 
     def to(self, student: torch.device, teacher: torch.device) -> "Lenses":
         """Return the lenses, each on its model's device."""
-        return Lenses(self.student.to(student), self.teacher.to(teacher))
+        return Lenses(
+            map_tensors(lambda x: x.to(student), self.student), map_tensors(lambda x: x.to(teacher), self.teacher)
+        )
 
 
 def distance(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:

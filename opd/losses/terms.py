@@ -3,7 +3,7 @@
 A term defines what the teacher must provide (`needs`) and the unweighted loss of each token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opd.core.tensors import map_tensors
 from opd.core.types import ANSWER_COLUMNS, ROLLOUT_COLUMNS, Column, reads
 from opd.losses.advantages import Discount, DiscountExpected, MeanFuture
 from opd.losses.baselines import Baseline, TopKValue
@@ -53,17 +54,9 @@ class Target:
     others: Int[Tensor, "*N k"] | None = None  # additional sampled tokens, for `Several`
     others_old: Float[Tensor, "*N k"] | None = None  # `old` of the additional tokens
 
-    def each(self, f: Callable[[Tensor], Tensor]) -> "Target":
-        """Return the target with `f` applied to each of its columns."""
-        return Target(*(None if x is None else f(x) for x in vars(self).values()))  # type: ignore[arg-type]
-
     def __getitem__(self, index: slice | Tensor) -> "Target":
         """Return the target restricted to some rows or tokens."""
-        return self.each(lambda x: x[index])
-
-    def to(self, device: torch.device) -> "Target":
-        """Return the target on a device."""
-        return self.each(lambda x: x.to(device))
+        return map_tensors(lambda column: column[index], self)
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
-from opd.config.train import Train
+from opd.core.tensors import map_tensors
 from opd.core.types import Batch, Rollout
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.outputs import Alternatives, HeadColumns
 from opd.losses.terms import Target
 from opd.methods.method import Method
-from opd.models.batching import micro_batches, rows
+from opd.models.batching import Rows, micro_batches, rows
 from opd.models.forward import cross_entropies, unprompted
 from opd.rollouts.batch import assemble, masks
 from opd.teachers.remote import LogpTeacher
 from opd.training.session import Session
 
-KEPT = 2 << 30  # bytes: limit of the teacher outputs cached between the measuring and the training pass
+CACHE_BYTES = 2 << 30  # bytes: limit of the teacher outputs cached between the measuring and the training pass
 LIKELIEST = 5  # top-k tokens of each model that are saved with rollouts
 
 
@@ -30,19 +30,9 @@ class Passes:
     """Forward and backward passes over this process's share of a batch."""
 
     session: Session
-    heard: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # cache, by rollout indices
+    cached_outputs: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # by the indices of the rollouts
 
-    @property
-    def config(self) -> Train:
-        """Return the settings of the run."""
-        return self.session.config
-
-    @property
-    def method(self) -> Method:
-        """Return the method of the run."""
-        return self.session.method
-
-    def micro(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    def micro_batches(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return this process's share of the rows (every n-th row), split into micro-batches.
 
         Rows without a trained token are left out.
@@ -52,7 +42,7 @@ class Passes:
         mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
         for name in self.session.teachers:  # all rows of a micro-batch have the same teacher
             widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
-            micro += micro_batches(widths, self.config.micro_batch_tokens)
+            micro += micro_batches(widths, self.session.config.micro_batch_tokens)
         # All processes must run the same number of micro-batches, because DDP and FSDP synchronize in forward.  Empty
         # micro-batches fill the gap.
         return micro + [[]] * (max(1, *gather_object([len(micro)])) - len(micro))
@@ -64,69 +54,80 @@ class Passes:
         Call it before the update, so that they match the batch's columns.
         """
         session, parts = self.session, []
-        for at in self.micro(batch, rollouts):
-            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-            trained = masks(cut, rolls)
-            inputs = rows(rolls, trained, teacher=False, device=session.accelerator.device)
-            heard = self._heard(rolls, trained)
-            _, found = session.student(inputs, heard, self.method, None, session.vocabulary, likeliest=LIKELIEST)
-            parts.append((at, found.cpu()))
-        out: dict[str, Tensor] = {}
-        for at, found in gather_object(parts):
-            here = torch.tensor(at, dtype=torch.long)
-            for name, flat in vars(found).items():
-                new = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
-                whole = out.setdefault(f"alternatives_{name}", new)
-                whole[here] = torch.zeros_like(whole[here]).masked_scatter(batch.mask[here][..., None], flat)
-        return out
+        for indices in self.micro_batches(batch, rollouts):
+            part = self._part(batch, rollouts, indices)
+            outputs = self._frozen_outputs(part.rollouts, part.masks)
+            _, tops = session.student(
+                part.inputs, outputs, session.method, None, session.vocabulary, likeliest=LIKELIEST
+            )
+            parts.append((indices, map_tensors(Tensor.cpu, tops)))
+        columns: dict[str, Tensor] = {}
+        for indices, tops in gather_object(parts):
+            at = torch.tensor(indices, dtype=torch.long)
+            for name, flat in vars(tops).items():
+                empty = torch.zeros(*batch.mask.shape, flat.shape[-1], dtype=flat.dtype)
+                column = columns.setdefault(f"alternatives_{name}", empty)
+                column[at] = torch.zeros_like(column[at]).masked_scatter(batch.mask[at][..., None], flat)
+        return columns
 
-    def over(
-        self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None
-    ) -> tuple[Batch, float]:
+    def run(self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None) -> tuple[Batch, float]:
         """Run the trained rows through student and teacher in micro-batches, with a backward pass if targets are given.
 
         Each process takes every n-th row.  Returns the batch with the columns that all processes measured, and the
         loss.  If this student already measured the batch, rows whose weights are all 0 are skipped.
         """
         session, accelerator = self.session, self.session.accelerator
-        alone, weighed = self._advised(targets), self._weighed(targets)
-        micro = [(whole, [i for i in whole if weighed is None or weighed[i]]) for whole in self.micro(batch, rollouts)]
-        parts: list[tuple[list[int], HeadColumns, Tensor]] = []
-        for k, (whole, at) in enumerate(micro):
-            rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-            trained = masks(cut, rolls)
-            inputs = rows(rolls, trained, teacher=False, device=accelerator.device)
-            flat = targets and tuple(
-                t[torch.tensor(at, dtype=torch.long)][cut.mask].to(accelerator.device) for t in targets
+        reduced, has_weight = self._reduced_method(targets), self._rows_with_weight(targets)
+        micro = [
+            (indices, [i for i in indices if has_weight is None or has_weight[i]])
+            for indices in self.micro_batches(batch, rollouts)
+        ]
+        results: list[tuple[list[int], HeadColumns, Tensor]] = []
+        for k, (indices, weighted) in enumerate(micro):
+            part = self._part(batch, rollouts, weighted)
+            token_targets = targets and tuple(
+                map_tensors(lambda x: x.to(accelerator.device), t[part.at][part.batch.mask]) for t in targets
             )
-            heard = FrozenOutputs(None) if alone else self._heard_of(batch, rollouts, whole, at)
-            if k + 1 < len(micro) and not alone:
-                self._ahead(batch, rollouts, *micro[k + 1])
-            last = accelerator.no_sync(session.student) if k + 1 < len(micro) else contextlib.nullcontext()
-            with torch.set_grad_enabled(targets is not None), last:
-                loss, columns = session.student(inputs, heard, alone or self.method, flat, session.vocabulary)
+            outputs = FrozenOutputs(None) if reduced else self._outputs_of_rows(batch, rollouts, indices, weighted)
+            is_last = k + 1 == len(micro)
+            if not is_last and not reduced:
+                self._prefetch(batch, rollouts, *micro[k + 1])
+            sync = contextlib.nullcontext() if is_last else accelerator.no_sync(session.student)
+            with torch.set_grad_enabled(targets is not None), sync:
+                method = reduced or session.method
+                loss, columns = session.student(part.inputs, outputs, method, token_targets, session.vocabulary)
                 if targets is not None:
                     # DDP averages gradients over processes, but the loss is already divided by whole-batch
                     # denominators: multiply by the number of processes to undo the average.
                     accelerator.backward(loss * accelerator.num_processes)
-            parts.append((at, columns, loss.detach()))  # no .cpu() here: it would synchronize and stall the pipeline
-        everyone = gather_object([(at, columns.cpu(), float(value)) for at, columns, value in parts])
-        seen = assemble(batch, [(at, c) for at, c, _ in everyone])
-        return replace(seen, scores=batch.scores) if alone else seen, sum(value for _, _, value in everyone)
+            results.append((weighted, columns, loss.detach()))  # a copy to the CPU here would stall the pipeline
+        gathered = gather_object([(i, map_tensors(Tensor.cpu, columns), float(loss)) for i, columns, loss in results])
+        measured = assemble(batch, [(indices, columns) for indices, columns, _ in gathered])
+        total = sum(loss for _, _, loss in gathered)
+        return (replace(measured, scores=batch.scores) if reduced else measured), total
 
-    def _advised(self, targets: tuple[Target, ...] | None) -> Method | None:
+    def _part(self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int]) -> "_Part":
+        """Return some rows of a batch, with the student's inputs for them."""
+        at = torch.tensor(indices, dtype=torch.long)
+        chosen, rows_of_batch = [rollouts[i] for i in indices], batch[at]
+        trained = masks(rows_of_batch, chosen)
+        inputs = rows(chosen, trained, teacher=False, device=self.session.accelerator.device)
+        return _Part(at, chosen, rows_of_batch, trained, inputs)
+
+    def _reduced_method(self, targets: tuple[Target, ...] | None) -> Method | None:
         """Return the method reduced to its precomputed advantages, or None.
 
         If the batch was already scored with the current weights, the second pass needs no teacher forward.
         """
-        known = targets is not None and all(t.advantage is not None for t in targets)
-        return self.method.advised() if known and self._measured() else None
+        if targets is None or any(t.advantage is None for t in targets) or not self._measured():
+            return None
+        return self.session.method.advised()
 
     def _measured(self) -> bool:
         """Return whether the batch was measured with the same weights that now train on it."""
-        return not self.method.local() and self.method.rollouts.updates == 1
+        return not self.session.method.local() and self.session.method.rollouts.updates == 1
 
-    def _weighed(self, targets: tuple[Target, ...] | None) -> list[bool] | None:
+    def _rows_with_weight(self, targets: tuple[Target, ...] | None) -> list[bool] | None:
         """Return for each row whether it has a nonzero weight, or None if all rows must run.
 
         Rows of weight 0 can be skipped only in the second pass: their columns are already measured.
@@ -135,81 +136,96 @@ class Passes:
             return None
         return torch.stack([t.weight != 0 for t in targets]).any(0).any(1).tolist()
 
-    def _ahead(self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]) -> None:
-        """Prefetch the next micro-batch's scores from a teacher server while the student runs the current batch."""
-        rolls, cut = [rollouts[i] for i in at], batch[torch.tensor(at, dtype=torch.long)]
-        if not rolls or tuple(rollouts[i].index for i in whole) in self.heard:
+    def _prefetch(
+        self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], weighted: Sequence[int]
+    ) -> None:
+        """Request the next micro-batch's scores from a teacher server while the student runs the current one."""
+        if not weighted or tuple(rollouts[i].index for i in indices) in self.cached_outputs:
             return
-        teacher = self.session.teachers[rolls[0].teacher]
+        chosen = [rollouts[i] for i in weighted]
+        teacher = self.session.teachers[chosen[0].teacher]
         # A teacher that scores tokens chosen by the student cannot start before the student's forward pass.
         if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):
-            teacher.ahead(rolls, masks(cut, rolls))
+            teacher.ahead(chosen, masks(batch[torch.tensor(weighted, dtype=torch.long)], chosen))
 
-    def _heard_of(
-        self, batch: Batch, rollouts: Sequence[Rollout], whole: Sequence[int], at: Sequence[int]
+    def _outputs_of_rows(
+        self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], weighted: Sequence[int]
     ) -> FrozenOutputs:
-        """Return the frozen models' outputs for the rows `at` of the micro-batch `whole`.
+        """Return the frozen models' outputs for the rows `weighted` of the micro-batch `indices`.
 
-        If the outputs of the whole micro-batch are cached, the rows are selected from them.
+        If the outputs of the micro-batch are cached, the rows are selected from them.
         """
-        key = tuple(rollouts[i].index for i in whole)
-        if len(at) < len(whole) and key in self.heard:
-            mask, chosen = batch.mask[torch.tensor(whole)], set(at)
-            return self.heard[key][torch.tensor([i in chosen for i in whole])[:, None].expand_as(mask)[mask]]
-        rolls = [rollouts[i] for i in at]
-        return self._heard(rolls, masks(batch[torch.tensor(at, dtype=torch.long)], rolls))
+        key = tuple(rollouts[i].index for i in indices)
+        if len(weighted) < len(indices) and key in self.cached_outputs:
+            mask, selected = batch.mask[torch.tensor(indices)], set(weighted)
+            rows_selected = torch.tensor([i in selected for i in indices])[:, None]
+            return self.cached_outputs[key][rows_selected.expand_as(mask)[mask]]
+        chosen = [rollouts[i] for i in weighted]
+        return self._frozen_outputs(chosen, masks(batch[torch.tensor(weighted, dtype=torch.long)], chosen))
 
-    def _heard(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> FrozenOutputs:
+    def _frozen_outputs(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> FrozenOutputs:
         """Return the outputs of teacher and reference, cached for methods that run a measuring and a training pass."""
-        session, key = self.session, tuple(r.index for r in rollouts)
-        if key in self.heard:
-            return self.heard[key]
-        own, other = (None, None) if session.lenses is None else (session.lenses.student, session.lenses.teacher)
-        scores = session.teachers[rollouts[0].teacher if rollouts else ""]
-        teacher: Hidden | TeacherLogps | None
-        if isinstance(scores, LogpTeacher) and scores.likeliest:
-            teacher = scores.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, scores.likeliest))
-        elif isinstance(scores, LogpTeacher) and all(r.others is not None for r in rollouts):
-            teacher = scores.hidden(rollouts, trained, ids=session.vocabulary.canonical(_drawn(rollouts, trained)))
+        session, key, cache = self.session, tuple(r.index for r in rollouts), self.cached_outputs
+        if key in cache:
+            return cache[key]
+        lenses = session.lenses
+        teacher = session.teachers[rollouts[0].teacher if rollouts else ""]
+        output: Hidden | TeacherLogps | None
+        if isinstance(teacher, LogpTeacher) and teacher.likeliest:
+            output = teacher.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, teacher.likeliest))
+        elif isinstance(teacher, LogpTeacher) and all(r.others is not None for r in rollouts):
+            output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(_drawn(rollouts, trained)))
         else:
-            teacher = scores.hidden(rollouts, trained, other)
+            output = teacher.hidden(rollouts, trained, None if lenses is None else lenses.teacher)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
-        heard = FrozenOutputs(teacher, reference, own)
-        if not self.method.local() and heard.nbytes() + sum(h.nbytes() for h in self.heard.values()) <= KEPT:
-            self.heard[key] = heard
-        return heard
+        outputs = FrozenOutputs(output, reference, None if lenses is None else lenses.student)
+        size = outputs.nbytes() + sum(x.nbytes() for x in cache.values())
+        if not session.method.local() and size <= CACHE_BYTES:
+            cache[key] = outputs
+        return outputs
 
     @torch.no_grad()
     def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
         """Return the student's top-k tokens, for a teacher server that scores only requested tokens."""
         session = self.session
         inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
-        _, found = session.student(inputs, FrozenOutputs(None), self.method, None, session.vocabulary, likeliest=k)
-        assert isinstance(found, Alternatives)
-        return found.ids
+        _, tops = session.student(inputs, FrozenOutputs(None), session.method, None, session.vocabulary, likeliest=k)
+        assert isinstance(tops, Alternatives)
+        return tops.ids
 
-    def alone(self, drawn: Sequence[Rollout], dressed: Sequence[Rollout]) -> list[Rollout]:
+    def with_teacher_alone(self, rollouts: Sequence[Rollout], prompted: Sequence[Rollout]) -> list[Rollout]:
         """Add the note `teacher_alone` to each rollout: the teacher's cross entropy of the response without its prompt.
 
         Rollouts that already have the note are not scored again.
 
         Args:
-            drawn: the rollouts without prompts, which are returned with the note.
-            dressed: the same rollouts with their prompts.
+            rollouts: the rollouts without prompts, which are returned with the note.
+            prompted: the same rollouts with their prompts.
         """
-        found: dict[int, float] = {}
-        for name in self.session.teachers:
-            widths = {
-                i: len(r.ids) for i, r in enumerate(dressed) if r.teacher == name and "teacher_alone" not in r.notes
-            }
-            for at in micro_batches(widths, self.config.micro_batch_tokens):
-                rolls = [dressed[i] for i in at]
-                heard = self.session.teachers[name].hidden(*unprompted(rolls))
-                assert heard is not None, "a method that reads log q has a teacher that scores"
-                found |= dict(zip(at, cross_entropies(heard, rolls, self.session.vocabulary), strict=True))
+        values: dict[int, float] = {}
+        for name, teacher in self.session.teachers.items():
+            unscored = [i for i, r in enumerate(prompted) if r.teacher == name and "teacher_alone" not in r.notes]
+            widths = {i: len(prompted[i].ids) for i in unscored}
+            for indices in micro_batches(widths, self.session.config.micro_batch_tokens):
+                chosen = [prompted[i] for i in indices]
+                output = teacher.hidden(*unprompted(chosen))
+                assert output is not None, "a method that reads log q has a teacher that scores"
+                values |= dict(zip(indices, cross_entropies(output, chosen, self.session.vocabulary), strict=True))
         return [
-            replace(r, notes={**r.notes, "teacher_alone": found[i]}) if i in found else r for i, r in enumerate(drawn)
+            replace(r, notes={**r.notes, "teacher_alone": values[i]}) if i in values else r
+            for i, r in enumerate(rollouts)
         ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a batch."""
+
+    at: Int[Tensor, " n"]  # their positions in the batch
+    rollouts: list[Rollout]
+    batch: Batch
+    masks: list[list[bool]]  # trained tokens
+    inputs: Rows  # for the student
 
 
 def _drawn(rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Int[Tensor, "N k"]:

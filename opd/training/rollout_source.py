@@ -94,7 +94,7 @@ class RolloutSource:
         rollouts, number = source.take(step, memory), policy.batch_number(step, memory)
         prompts = self._prompts(policy.prompt_step(number), memory)
         if "teacher_alone" in self.method.reads():
-            rollouts = passes.alone(rollouts, buffer.with_prompts(rollouts, prompts, policy.per_prompt))
+            rollouts = passes.with_teacher_alone(rollouts, buffer.with_prompts(rollouts, prompts, policy.per_prompt))
             if number in source.batches:
                 source.batches[number] = rollouts
         if self.config.staleness or policy.frozen_sampler:

@@ -24,7 +24,7 @@ from opd.training.doctor.findings import alarming, errors
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
 from opd.training.run_log import read
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
@@ -64,12 +64,12 @@ def train(
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint)
     accelerator, main = session.accelerator, session.accelerator.is_main_process
-    loop, start, memory, saved = Loop(session, run, each), 0, NOTHING, None
+    trainer, start, memory, saved = Trainer(session, run, each), 0, NOTHING, None
     if checkpoint is not None:
         saved = load(checkpoint)
-        loop.restore(saved, checkpoint)
+        trainer.restore(saved, checkpoint)
         start, memory = saved.step, saved.memory
-    found = examine_run(loop) if config.doctor and checkpoint is None else static_findings(loop)
+    found = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
     if bad := errors(found):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         said = str(bad[0]).removeprefix("error: ")
@@ -83,19 +83,19 @@ def train(
     accelerator.wait_for_everyone()
 
     progress = Progress(config.steps, start, quiet=config.quiet or not main)
-    with progress, contextlib.closing(loop.writing):
+    with progress, contextlib.closing(trainer.rollout_source):
         for line in dict.fromkeys(map(str, alarming(found))):
             progress.say(line)
         if (term := plan.method.hidden()) is not None and term.bridge is not None:
-            loop.cross(term.bridge, None if saved is None else saved.bridge)
-        loop.writing.open(start, memory, {} if saved is None else saved.rollouts, progress.say)
+            trainer.set_bridge(term.bridge, None if saved is None else saved.bridge)
+        trainer.rollout_source.open(start, memory, {} if saved is None else saved.rollouts, progress.say)
         if config.eval_prompts and start == 0:
-            progress.evaluated(0, loop.evaluate(0))
+            progress.evaluated(0, trainer.evaluate(0))
         for step in range(start + 1, config.steps + 1):
-            numbers, memory = loop.step(step, memory)
+            numbers, memory = trainer.step(step, memory)
             progress.stepped(step, numbers)
             if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
-                progress.evaluated(step, loop.evaluate(step))
+                progress.evaluated(step, trainer.evaluate(step))
             # All processes must agree to stop, because a signal may reach any of them at any time.
             stops = any(gather_object([progress.interrupted]))
             last = step == config.steps or stops
@@ -104,7 +104,7 @@ def train(
                     progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
             if last or step % config.save_every == 0:
                 with run.checkpoint(step, config.keep, main) as folder:
-                    loop.save(step, memory, folder)
+                    trainer.save(step, memory, folder)
                 accelerator.wait_for_everyone()
             if stops:
                 progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")

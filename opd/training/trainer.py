@@ -65,19 +65,19 @@ class Rehearsal:
 
 
 @dataclass
-class Loop:
+class Trainer:
     """Runs the training steps, evaluations and checkpoints of a run."""
 
     session: Session
     run: Run
-    each: Callable[[dict[str, float]], object] = lambda row: None
+    on_metrics: Callable[[dict[str, float]], object] = lambda row: None  # gets each line of metrics.jsonl
     refused: int = 0  # consecutive optimizer steps skipped because of non-finite gradients
     passes: Passes = field(init=False)
-    writing: RolloutSource = field(init=False)
+    rollout_source: RolloutSource = field(init=False)
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.session)
-        self.writing = RolloutSource(self.session)
+        self.rollout_source = RolloutSource(self.session)
 
     @property
     def config(self) -> Train:
@@ -97,7 +97,7 @@ class Loop:
         session = self.session
         weights = session.accelerator.get_state_dict(session.student)
         optimizer = checkpoint.optimizer_state(session.student, session.optimizer)
-        rollouts = self.writing.buffered()
+        rollouts = self.rollout_source.buffered()
         if session.accelerator.is_main_process:
             adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
             session.collector.tokenizer.save_pretrained(folder)
@@ -113,7 +113,7 @@ class Loop:
         for teacher, saved in zip(self.session.teachers.values(), state.teachers, strict=True):
             teacher.restore(saved)
 
-    def cross(self, built: Bridge, saved: Mapping[str, Tensor] | None) -> None:
+    def set_bridge(self, settings: Bridge, saved: Mapping[str, Tensor] | None) -> None:
         """Restore the hidden-state bridge of a checkpoint, or fit it on rollouts if `saved` is None.
 
         All later passes compare the hidden states of student and teacher through this bridge.
@@ -124,8 +124,8 @@ class Loop:
         if saved is not None:
             lenses = bridge.restored(session.lenses, saved)
         else:
-            prompts = session.prompts.batch(1, built.rollouts)
-            rollouts = self.writing.collect(
+            prompts = session.prompts.batch(1, settings.rollouts)
+            rollouts = self.rollout_source.collect(
                 prompts, OnPolicy(), config.sampling, NoiseStep.BRIDGE, session.prompts.task
             )
             batch = collate(
@@ -138,22 +138,22 @@ class Loop:
             micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
             lenses, cosine = bridge.fit_bridge(
-                built, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
+                settings, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
             )
             self._log("metrics", 0, {"bridge_cosine": cosine})
             (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
         self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
         self.passes = replace(self.passes, session=self.session)
-        self.writing.session = self.session
+        self.rollout_source.session = self.session
 
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
         """Run a training step: sample, score, update.  Return its metrics and the memory for the next step."""
         config, session, policy = self.config, self.session, self.method.rollouts
         clock = Clock({})
-        apart, writer = bool(config.staleness or config.worker), session.collector.student
-        sent = writer.seconds if isinstance(writer, WeightSyncedEngine) else 0.0
-        with clock("wait" if apart else "rollout"):
-            rollouts = self.writing.take(step, memory, self.passes)
+        has_worker, engine = bool(config.staleness or config.worker), session.collector.student
+        sync_seconds = engine.seconds if isinstance(engine, WeightSyncedEngine) else 0.0
+        with clock("wait" if has_worker else "rollout"):
+            rollouts = self.rollout_source.take(step, memory, self.passes)
             if session.plan.context == "peer":
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
@@ -161,49 +161,49 @@ class Loop:
             batch = collate(
                 rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
             )
-        if isinstance(writer, WeightSyncedEngine):
-            clock.split("rollout", "weights", writer.seconds - sent)
-        self.passes.heard.clear()
+        if isinstance(engine, WeightSyncedEngine):
+            clock.split("rollout", "weights", engine.seconds - sync_seconds)
+        self.passes.cached_outputs.clear()
         if not self.method.local():
             with clock("measure"):
-                batch, _ = self.passes.over(batch, rollouts, None)
+                batch, _ = self.passes.run(batch, rollouts, None)
         mask, lengths = batch.mask, torch.tensor([len(r.ids) for r in rollouts])
         batch, memory = policy.after_scoring(batch, step, memory, lengths)
         if batch.mask is not mask:
-            self.passes.heard.clear()  # the cached teacher outputs belong to the mask before the cut
+            self.passes.cached_outputs.clear()  # the cached teacher outputs belong to the mask before the cut
         batch, memory = session.annotator.annotate(batch, rollouts, memory, self._training_step(step, clock))
         numbers: dict[str, float] = {}
         share = config.batch // policy.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
-        others: dict[str, Tensor] = {}
+        alternatives: dict[str, Tensor] = {}
         for update in range(policy.updates):
             last = update + 1 == policy.updates  # the last update also trains on the annotator's extra rollouts
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
             if last and (saves or session.shows_heads()):
-                shown = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
+                sample = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
-                    others = self.passes.alternatives(batch[shown], rollouts[shown])
+                    alternatives = self.passes.alternatives(batch[sample], rollouts[sample])
             with clock("update"):
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * policy.updates + update + 1)
-        if others:
-            ids, own, other = (others[f"alternatives_{name}"] for name in ("ids", "student_logp", "teacher_logp"))
-            numbers |= top_k_overlap(ids, own, other, batch.mask[shown])
-        source = self.writing.source
-        assert source is not None
-        with clock("snapshot") if apart else contextlib.nullcontext():
-            source.advance(step, memory)
+        if alternatives:
+            ids, student, teacher = (alternatives[f"alternatives_{x}"] for x in ("ids", "student_logp", "teacher_logp"))
+            numbers |= top_k_overlap(ids, student, teacher, batch.mask[sample])
+        buffer = self.rollout_source.source
+        assert buffer is not None
+        with clock("snapshot") if has_worker else contextlib.nullcontext():
+            buffer.advance(step, memory)
         self._log("metrics", step, numbers)
-        wire = gather_object([teacher.traffic() for teacher in session.teachers.values()])
+        traffic = gather_object([teacher.traffic() for teacher in session.teachers.values()])
         row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
-        row |= source.numbers()
+        row |= buffer.numbers()
         row |= session.annotator.traffic()
-        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in wire) for x in wire for k in x})
+        self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in traffic) for x in traffic for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
-            said = {*batch.ids[part].flatten().tolist(), *others["alternatives_ids"].flatten().tolist()}
-            tokens = token_texts(session.collector.tokenizer, said)
+            ids = {*batch.ids[part].flatten().tolist(), *alternatives["alternatives_ids"].flatten().tolist()}
+            tokens = token_texts(session.collector.tokenizer, ids)
             targets = self.method.prepare(batch[part])
-            self.run.save_rollouts(step, rollouts[part], texts, measured, targets, others, tokens)
+            self.run.save_rollouts(step, rollouts[part], texts, measured, targets, alternatives, tokens)
         return numbers, memory
 
     def _training_step(self, step: int, clock: Clock) -> TrainingStep:
@@ -212,7 +212,7 @@ class Loop:
 
         def generate(prompts: Sequence[Rendered], samples: int, temperature: float, first: int) -> list[Rollout]:
             sampling = replace(config.sampling, temperature=temperature)
-            return self.writing.collect(prompts, OnPolicy(samples), sampling, step, task, first=first)
+            return self.rollout_source.collect(prompts, OnPolicy(samples), sampling, step, task, first=first)
 
         return TrainingStep(step, generate, lambda rollouts: self.measure(rollouts, step), clock)
 
@@ -224,7 +224,7 @@ class Loop:
         """
         config, session = self.config, self.session
         targets = self.method.prepare(batch)
-        batch, loss = self.passes.over(batch, rollouts, targets)
+        batch, loss = self.passes.run(batch, rollouts, targets)
         self._check(batch)
         if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
             self._check_engine(batch)
@@ -253,13 +253,13 @@ class Loop:
             "lr": lr,
             "refused": float(not finite),
         }
-        fresh = sum(r.index < config.batch for r in rollouts)
-        own, extra = batch[:fresh], batch[fresh:]  # the annotator's extra rollouts have separate metrics
-        numbers |= summary(own) | rollout_metrics(own) | weight_metrics(targets, batch.mask)
-        numbers |= advantages(own, [target[:fresh] for target in targets])
-        numbers |= session.annotator.metrics(own, extra)
-        numbers |= by_task(own, [r.prompt for r in rollouts[:fresh]])
-        return batch, numbers | by_teacher(own, session.teachers, [r.teacher for r in rollouts[:fresh]])
+        count = sum(r.index < config.batch for r in rollouts)
+        generated, extra = batch[:count], batch[count:]  # the annotator's extra rollouts have separate metrics
+        numbers |= summary(generated) | rollout_metrics(generated) | weight_metrics(targets, batch.mask)
+        numbers |= advantages(generated, [target[:count] for target in targets])
+        numbers |= session.annotator.metrics(generated, extra)
+        numbers |= by_task(generated, [r.prompt for r in rollouts[:count]])
+        return batch, numbers | by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
 
     def _check(self, batch: Batch) -> None:
         if batch.teacher_logp is None:
@@ -295,10 +295,10 @@ class Loop:
         assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
         clock = Clock({})
-        self.passes.heard.clear()
+        self.passes.cached_outputs.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
-            rollouts, batch = self.look(prompts, sampling, NoiseStep.EVALUATION, session.held_out.task)
+            rollouts, batch = self.generate_and_measure(prompts, sampling, NoiseStep.EVALUATION, session.held_out.task)
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
         name, column = "reverse_kl", batch.reverse_kl
@@ -323,29 +323,29 @@ class Loop:
         self._log("perf", step, clock.row(float(batch.mask.sum())))
         return numbers
 
-    def look(
+    def generate_and_measure(
         self, prompts: Sequence[Rendered], sampling: Sampling, step: int, task: Task
     ) -> tuple[list[Rollout], Batch]:
         """Generate rollouts with the student and measure all their columns, without training."""
-        rollouts = self.writing.collect(prompts, OnPolicy(), sampling, step, task)
+        rollouts = self.rollout_source.collect(prompts, OnPolicy(), sampling, step, task)
         return rollouts, self.measure(rollouts, step)
 
     def measure(self, rollouts: Sequence[Rollout], step: int) -> Batch:
         """Measure all columns of finished rollouts.  No token is masked."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
-        return self.passes.over(batch, rollouts, None)[0]
+        return self.passes.run(batch, rollouts, None)[0]
 
     def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
         """Run a trial step with backward pass but without an optimizer step, and time its phases."""
         config, clock = self.config, Clock({})
         with clock("rollout"):
-            rollouts = self.writing.collect(
+            rollouts = self.rollout_source.collect(
                 prompts, OnPolicy(), config.sampling, NoiseStep.REHEARSAL, self.session.prompts.task
             )
         with clock("measure"):
             batch = self.measure(rollouts, NoiseStep.REHEARSAL)
         with clock("update"):
-            self.passes.over(batch, rollouts, self.method.prepare(batch))
+            self.passes.run(batch, rollouts, self.method.prepare(batch))
         self.session.optimizer.zero_grad()
         return Rehearsal(rollouts, batch, clock.seconds)
 
@@ -353,5 +353,5 @@ class Loop:
         if self.session.accelerator.is_main_process:
             self.run.log(name, {"step": step, **row})
             if name == "metrics":
-                self.each({"step": step, **row})
+                self.on_metrics({"step": step, **row})
         self.session.accelerator.log(row, step=step)

@@ -33,7 +33,7 @@ from opd.methods.rock import Released, rock_freeze
 from opd.rollouts.batch import collate
 from opd.training.build import open_session
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 from tests.tiny_models import logged, tiny
 
 tensor = torch.tensor
@@ -146,7 +146,7 @@ def config(pair, out, **changes):
 def looked(pair, tmp_path_factory):
     how = config(pair, tmp_path_factory.mktemp("looked") / "rocks.json")
     session = open_session(resolved(replace(how.run(), method=Method())))
-    loop = Loop(session, Run(how.out))
+    loop = Trainer(session, Run(how.out))
     return how, loop, *_measure_corpus(how, loop)
 
 

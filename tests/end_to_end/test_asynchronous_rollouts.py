@@ -47,7 +47,7 @@ from opd.training.build import open_session
 from opd.training.checkpoint import load as load_state
 from opd.training.forward_backward import Passes
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 from tests.tiny_models import logged, small
 
 close = torch.testing.assert_close
@@ -316,10 +316,10 @@ def test_the_queue_is_bounded(pair, tmp_path, _threads):
     plan, run = resolved(told), Run(tmp_path / "run")
     run.start({}, "", 0)
     (run.folder / ".worker-0-1").mkdir()  # of a trainer that was killed together with its worker
-    loop = Loop(open_session(plan), run)
-    with contextlib.closing(loop.writing):
+    loop = Trainer(open_session(plan), run)
+    with contextlib.closing(loop.rollout_source):
         torch.set_num_threads(4)
-        source = loop.writing.open(0, NOTHING, {}, print)
+        source = loop.rollout_source.open(0, NOTHING, {}, print)
         source._wait(lambda: len(source.batches) == 3)
         time.sleep(0.3)
         assert sorted(source.batches) == [1, 2, 3] and not source.waiting and source.running is None
@@ -531,7 +531,7 @@ class OddGroups:
 @pytest.mark.parametrize("kept", [2 << 30, 0], ids=["teacher remembered", "asked again"])
 def test_what_a_filter_drops_is_measured_and_not_trained(pair, tmp_path, monkeypatch, kept):
     """The same run as one that takes all rows to the student and its teacher again, at weight 0."""
-    monkeypatch.setattr("opd.training.forward_backward.KEPT", kept)
+    monkeypatch.setattr("opd.training.forward_backward.CACHE_BYTES", kept)
     method = replace(METHODS["npd"](pool=2, epochs=2, refresh=1, drift=9.0), filters=(OddGroups(),))
     through, heard = {True: 0, False: 0}, 0
     forward, hidden = Student.forward, LocalTeacher.hidden
@@ -550,7 +550,7 @@ def test_what_a_filter_drops_is_measured_and_not_trained(pair, tmp_path, monkeyp
     some = opd.train(config(pair, tmp_path / "some", method=method, steps=3, micro_batch_tokens=100))
     looks = 3 * 8 + 3 * 8  # measured, and shown with saved rollouts
     assert (through[False], through[True]) == (looks, 3 * 4) and heard == (3 * 8 if kept else looks + 3 * 4)
-    monkeypatch.setattr(Passes, "_weighed", lambda self, targets: None)
+    monkeypatch.setattr(Passes, "_rows_with_weight", lambda self, targets: None)
     every = opd.train(config(pair, tmp_path / "every", method=method, steps=3, micro_batch_tokens=100))
     assert through[True] == 3 * 4 + 3 * 8
     for one, other in zip(logged(some), logged(every), strict=True):

@@ -23,7 +23,7 @@ from opd.methods.constructors import constructors
 from opd.methods.method import Method
 from opd.training.run_folder import Run, plain
 from opd.training.train import FREE
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 from tests.tiny_models import interrupted_at, logged, small
 
 
@@ -246,14 +246,14 @@ def test_saved_rollouts_appear_whole(pair, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_an_evaluation_saves_that_step(pair, tmp_path, monkeypatch, capsys):
-    evaluate = Loop.evaluate
+    evaluate = Trainer.evaluate
 
     def interrupted(loop, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(loop, step)
 
-    monkeypatch.setattr(Loop, "evaluate", interrupted)
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
     told = config(pair, tmp_path / "run", steps=9, save_every=9, eval_prompts="embedded:ledger-short", quiet=False)
     run = opd.train(replace(told, eval_every=2, eval_limit=4))
     assert "interrupted: step 2 is saved" in capsys.readouterr().err

@@ -45,7 +45,7 @@ from opd.rollouts.request import RolloutRequest
 from opd.training.build import open_session
 from opd.training.metrics import rollout_metrics
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 from tests.tiny_models import logged, small, tiny
 
 close = torch.testing.assert_close
@@ -519,7 +519,7 @@ def test_online_and_late_cuts_have_one_gradient(folders, tmp_path):
         checks.check(plan)
         session = open_session(plan)
         session.optimizer.zero_grad = lambda: None
-        loop = Loop(session, Run(tmp_path / str(online)))
+        loop = Trainer(session, Run(tmp_path / str(online)))
         (tmp_path / str(online)).mkdir()
         numbers, remembered = loop.step(3, memory)
         assert numbers["cut"] > 0.5 and len(remembered["least"]) == 20

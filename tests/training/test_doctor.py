@@ -33,7 +33,7 @@ from opd.training.doctor.findings import Level, alarming, errors
 from opd.training.doctor.probe import Probe
 from opd.training.doctor.settings import head_pass_backend
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -423,7 +423,7 @@ def test_memory_estimate_beside_the_allocator(changes, tmp_path):
     session = open_session(resolved(config))
     run = Run(tmp_path / "run")
     run.folder.mkdir()
-    loop = Loop(session, run)
+    loop = Trainer(session, run)
     guess = cost.peak(cost.memory_items(Probe(session, 0)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.step(1, {})

@@ -11,7 +11,7 @@ from opd.training.doctor.examine import examine_run
 from opd.training.doctor.findings import Finding, Level
 from opd.training.progress import loading
 from opd.training.run_folder import Run
-from opd.training.trainer import Loop
+from opd.training.trainer import Trainer
 
 
 def doctor(config: Train) -> list[Finding]:
@@ -23,6 +23,6 @@ def doctor(config: Train) -> list[Finding]:
         plan = resolved(config)
         checks.check(plan)
         with loading(*plan.names(), quiet=config.quiet):
-            return examine_run(Loop(open_session(plan), Run(Path(config.out))))
+            return examine_run(Trainer(open_session(plan), Run(Path(config.out))))
     except Refusal as refusal:
         return [Finding(check="opening", level=Level.ERROR, what=str(refusal))]

@@ -16,7 +16,7 @@ from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.methods.method import Method
 from opd.training.session import Session
-from opd.training.trainer import Loop, Rehearsal
+from opd.training.trainer import Rehearsal, Trainer
 
 ROLLOUTS = 16  # rollouts of the rehearsal, limited by --batch
 
@@ -60,15 +60,15 @@ def rehearsal_prompts(probe: Probe) -> list[Rendered]:
     return out
 
 
-def rehearse_run(probe: Probe, loop: Loop) -> RehearsedRun:
+def rehearse_run(probe: Probe, trainer: Trainer) -> RehearsedRun:
     """Generate and score the rehearsal's rollouts; score them again with the teacher's alternative prompt."""
     start = time.perf_counter()
-    rehearsal = loop.rehearse(rehearsal_prompts(probe))
+    rehearsal = trainer.rehearse(rehearsal_prompts(probe))
     alternative_rollouts = [replace(r, teacher_prompt_ids=_alternative_prompt(probe, r)) for r in rehearsal.rollouts]
     is_same = probe.session.plan.context or [r.teacher_prompt_ids for r in alternative_rollouts] == [
         r.teacher_prompt_ids for r in rehearsal.rollouts
     ]
-    alternative_logp = None if is_same else loop.measure(alternative_rollouts, NoiseStep.REHEARSAL).teacher_logp
+    alternative_logp = None if is_same else trainer.measure(alternative_rollouts, NoiseStep.REHEARSAL).teacher_logp
     return RehearsedRun(probe, rehearsal, alternative_logp, time.perf_counter() - start)
 
 
