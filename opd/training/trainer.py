@@ -200,8 +200,8 @@ class Trainer:
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in traffic) for x in traffic for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
-            ids = {*batch.ids[part].flatten().tolist(), *alternatives["alternatives_ids"].flatten().tolist()}
-            tokens = token_texts(session.collector.tokenizer, ids)
+            shown_ids = {*batch.ids[part].flatten().tolist(), *alternatives["alternatives_ids"].flatten().tolist()}
+            tokens = token_texts(session.collector.tokenizer, shown_ids)
             targets = self.method.prepare(batch[part])
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, alternatives, tokens)
         return numbers, memory
