@@ -1,1 +1,1 @@
-"""Every setting of a run, as dataclasses, and the presets."""
+"""The settings of every command as dataclasses, their checks, the plan that follows from them, and the presets."""

@@ -106,7 +106,7 @@ class Rock:
             file.check()
 
     def run(self) -> Train:
-        """As a run: its measuring pass is that of training."""
+        """Return the settings of a run, whose measuring pass is used."""
         same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
         more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
         data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
@@ -141,7 +141,7 @@ LAYERS = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Which model, which of its layers, and where the smaller model goes."""
+    """Settings of `opd prune`: the model, the layers to keep and the folder of the smaller model."""
 
     model: str
     """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
@@ -156,7 +156,7 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is shown, and where."""
+    """Settings of `opd report`: the runs and the page."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders; those that differ by their seed alone are drawn as one line with a band."""
@@ -170,7 +170,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """What is shown, and where."""
+    """Settings of `opd inspect`: the run, the step and the page."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder."""
@@ -184,7 +184,7 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Rescore:
-    """Which rollouts, and how much of them is shown."""
+    """Settings of `opd rescore`: the run, the step and the number of tokens to show."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder."""
@@ -262,7 +262,7 @@ class Variance:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Which model, where, for whom."""
+    """Settings of `opd serve`: the model, its address and the limits of requests."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
@@ -321,7 +321,7 @@ def _loopback(host: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What the demo runs."""
+    """Settings of `opd demo`."""
 
     out: Path = Path("outputs/demo")
     """Folder for the runs and the picture."""

@@ -1,4 +1,4 @@
-"""Which prompts a run or an evaluation reads, and how: `Data`."""
+"""The prompts that a run or an evaluation reads: `Data`."""
 
 from dataclasses import dataclass
 from typing import Annotated

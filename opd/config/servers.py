@@ -1,4 +1,4 @@
-"""How servers are reached: addresses, keys, retries and time limits of teachers and judges."""
+"""Access to the servers of teachers and judges: keys, retries and time limits, `Remote`."""
 
 import os
 from dataclasses import dataclass, replace

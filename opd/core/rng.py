@@ -13,7 +13,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NoiseStep(IntEnum):
-    """What stands in a key in place of a training step, which counts from 1, for rollouts that no step trains on."""
+    """A number in place of the training step, which counts from 1, in the keys of rollouts that no step trains on."""
 
     BRIDGE = 0  # rollouts on which the hidden-state bridge is fitted
     EVALUATION = -1  # held-out prompts: every evaluation samples with the same noise

@@ -13,7 +13,7 @@ from opd.core.types import Rollout
 
 @dataclass(frozen=True)
 class TeacherState:
-    """What a checkpoint keeps of a teacher; empty for a teacher that never changes."""
+    """The state of a teacher in a checkpoint; empty for a teacher that never changes."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # weights that change during the run
     server_weights: str = ""  # an id of the weights behind a server

@@ -28,39 +28,40 @@ MAX_DIFFERENCE = 0.05  # nats: largest mean difference between the log-probs of 
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelInfo:
     """The tokenizer, config and stop ids of a model, before its weights are loaded."""
 
-    text: Tokenizer
-    shape: PretrainedConfig
+    tokenizer: Tokenizer
+    config: PretrainedConfig
     stop: tuple[int, ...]
 
 
-def known(source: models.ModelSource, *, field: str) -> Known:
+def local_info(source: models.ModelSource, *, field: str) -> ModelInfo:
     """Return tokenizer, config and stop ids of a model with local files."""
-    text = models.tokenizer(source, field=field)
-    shape = models.config(source, field=field).get_text_config()
-    return Known(text, shape, models.stop_ids(source, text))
+    tokenizer = models.tokenizer(source, field=field)
+    return ModelInfo(
+        tokenizer, models.config(source, field=field).get_text_config(), models.stop_ids(source, tokenizer)
+    )
 
 
-def known_there(server: Server, student: Known, config: Train) -> Known:
+def server_info(server: Server, student: ModelInfo, config: Train) -> ModelInfo:
     """Return tokenizer, config and stop ids of a model behind a server.
 
     `opd serve` sends them.  For other servers they are those of --teacher-tokenizer, else the student's.
     """
-    expected, stop = student.text, student.stop
+    expected, stop = student.tokenizer, student.stop
     name = config.remote.teacher_tokenizer
     if name and not server.identity:
         source = models.locate(name, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code)
         expected = models.tokenizer(source, field="teacher-tokenizer")
         stop = models.stop_ids(source, expected)
-    text = server.tokenizer(expected, student.shape.vocab_size)
-    rows = server.identity.get("rows", student.shape.vocab_size)
-    shape = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
-    return Known(text, shape, tuple(server.identity.get("eos", stop)))
+    tokenizer = server.tokenizer(expected, student.config.vocab_size)
+    rows = server.identity.get("rows", student.config.vocab_size)
+    model_config = PretrainedConfig.from_dict({"vocab_size": rows, "max_position_embeddings": server.context})
+    return ModelInfo(tokenizer, model_config, tuple(server.identity.get("eos", stop)))
 
 
-def reached(model: ScoringServer, plan: Plan, *, field: str) -> Server:
+def open_server(model: ScoringServer, plan: Plan, *, field: str) -> Server:
     """Connect to a server.  Raises Refusal if it does not provide what the run needs."""
     config, url = plan.config, model.name
     server = connect(url, config.remote.towards(field, model, plan.teachers[""]), field=field)
@@ -84,7 +85,7 @@ def reached(model: ScoringServer, plan: Plan, *, field: str) -> Server:
     return server
 
 
-def compared(
+def verify_local_copy(
     teacher: HiddenTeacher | LogpTeacher, texts: Sequence[Sequence[int]], config: Train, on: torch.device
 ) -> None:
     """Refuse a server whose log-probs differ from those of the local copy of its model (--teacher-local)."""

@@ -30,7 +30,7 @@ from opd.models.student import Student
 from opd.rollouts.collector import Collector
 from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
-from opd.teachers import connect as remote
+from opd.teachers import connect
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import open_teacher
 from opd.teachers.text.text_teacher import TextTeacher
@@ -39,7 +39,7 @@ from opd.training import hidden_bridge as bridge
 from opd.training.launch import check_connected, check_launch, needs_cpu_backend
 from opd.training.session import AnyTeacher, Session
 
-ASKING = timedelta(days=1)  # process-group timeout: the main process asks hundreds of questions a step, with retries
+ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process asks a judge hundreds of questions a step
 
 
 def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
@@ -50,27 +50,32 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     config, method = plan.config, plan.method
     source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, plan) for name, model in plan.teachers.items()}
-    own = remote.known(source, field="student")
-    known = {name: own if s is None else _known(s, own, config, opening.flag(name)) for name, s in sources.items()}
-    agreements = _agreed(own, known)
+    student_info = connect.local_info(source, field="student")
+    teacher_infos = {
+        name: student_info if s is None else _info(s, student_info, config, opening.flag(name))
+        for name, s in sources.items()
+    }
+    agreements = _compared_tokenizers(student_info, teacher_infos)
     size = min(a.vocabulary for a in agreements.values())
     stop = tuple(dict.fromkeys(id for a in agreements.values() for id in a.stop))
-    lenses = bridge.plain_lenses(method, own.shape, {opening.flag(name): k.shape for name, k in known.items()})
-    asked, held_out = _prompts(plan, own, known)
+    lenses = bridge.plain_lenses(
+        method, student_info.config, {opening.flag(name): info.config for name, info in teacher_infos.items()}
+    )
+    prompts, held_out = _prompts(plan, student_info, teacher_infos)
     accelerator = _accelerator(plan)
     device = accelerator.device
     student = Student(lora.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     models.verify_head(student.model, field="student")
-    differ = any(set(own.stop) != set(k.stop) for k in known.values())
+    differ = any(set(student_info.stop) != set(info.stop) for info in teacher_infos.values())
     merged = stop if config.stop_token == "canonical" and differ else ()
     main = accelerator.is_main_process
-    teachers = _teachers(plan, sources, student.model, asked, size=size, merged=merged, on=on, to=device, main=main)
+    teachers = _teachers(plan, sources, student.model, prompts, size=size, merged=merged, on=on, to=device, main=main)
     local = {name: t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
     reference = opening.reference(plan, source, student.model, size, on, device)
     frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
     for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
-        models.verify_finite(model, own.text, ids=size, field=field)
+        models.verify_finite(model, student_info.tokenizer, ids=size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
     if config.compile:
         if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -91,64 +96,70 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        annotator=opening.annotator(plan, asked, teachers, on, main=main),
+        annotator=opening.annotator(plan, prompts, teachers, on, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
-        collector=Collector(speaker, writers, own.text, vocabulary),
-        prompts=asked,
+        collector=Collector(speaker, writers, student_info.tokenizer, vocabulary),
+        prompts=prompts,
         held_out=held_out,
         agreements=agreements,
         lenses=lenses,
     )
 
 
-def _known(source: models.ModelSource | Server, student: remote.Known, config: Train, field: str) -> remote.Known:
+def _info(
+    source: models.ModelSource | Server, student: connect.ModelInfo, config: Train, field: str
+) -> connect.ModelInfo:
     """Return the tokenizer, config and stop ids of a teacher that scores, before its weights are loaded."""
     if isinstance(source, Server):
-        return remote.known_there(source, student, config)
-    return remote.known(source, field=field)
+        return connect.server_info(source, student, config)
+    return connect.local_info(source, field=field)
 
 
-def _agreed(own: remote.Known, known: Mapping[str, remote.Known]) -> dict[str, tokens.TokenizerAgreement]:
+def _compared_tokenizers(
+    student_info: connect.ModelInfo, teacher_infos: Mapping[str, connect.ModelInfo]
+) -> dict[str, tokens.TokenizerAgreement]:
     """Compare the student's tokenizer with each teacher's, and refuse teachers that do not match it."""
     compare = lambda other: tokens.compare_tokenizers(
-        own.text,
-        other.text,
-        student_rows=own.shape.vocab_size,
-        teacher_rows=other.shape.vocab_size,
-        student_eos=own.stop,
+        student_info.tokenizer,
+        other.tokenizer,
+        student_rows=student_info.config.vocab_size,
+        teacher_rows=other.config.vocab_size,
+        student_eos=student_info.stop,
         teacher_eos=other.stop,
     )
-    return {name: tokens.require(compare(other)) for name, other in known.items()}
+    return {name: tokens.require(compare(other)) for name, other in teacher_infos.items()}
 
 
-def _prompts(plan: Plan, own: remote.Known, known: Mapping[str, remote.Known]) -> tuple[Prompts, Prompts | None]:
+def _prompts(
+    plan: Plan, student_info: connect.ModelInfo, teacher_infos: Mapping[str, connect.ModelInfo]
+) -> tuple[Prompts, Prompts | None]:
     """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
     config = plan.config
-    texts = {name: k.text for name, k in known.items()}
-    context = min(k.shape.max_position_embeddings for k in (own, *known.values()))
+    texts = {name: info.tokenizer for name, info in teacher_infos.items()}
+    context = min(info.config.max_position_embeddings for info in (student_info, *teacher_infos.values()))
     room = context - config.sampling.max_new_tokens
-    asked, held_out = Prompts(load(config.data), own.text, texts, plan, room), None
+    prompts, held_out = Prompts(load(config.data), student_info.tokenizer, texts, plan, room), None
     if config.eval_prompts:
         # Seed 0 selects the same random subset of held-out rows in every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = Prompts(load(chosen), own.text, texts, plan, room, optional=True)
+        held_out = Prompts(load(chosen), student_info.tokenizer, texts, plan, room, optional=True)
     if room < 1:
         raise Refusal(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
             f"for a prompt; lower it, to {context // 2} say"
         )
-    asked.check()
+    prompts.check()
     if held_out is not None:
         held_out.check()
-    return asked, held_out
+    return prompts, held_out
 
 
 def _accelerator(plan: Plan) -> Accelerator:
     """Create the Accelerator (processes, precision, trackers) and seed the random number generators."""
     config, method = plan.config, plan.method
     for name in config.trackers:
-        if name not in {str(known) for known in LoggerType}:
+        if name not in {str(tracker) for tracker in LoggerType}:
             raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
         if not filter_trackers([name], logging_dir=config.out):
             raise Refusal(f"--trackers {name}: not installed; pip install {name}")
@@ -157,7 +168,7 @@ def _accelerator(plan: Plan) -> Accelerator:
     # A method without the LM head leaves parameters without gradient (head, upper layers): DDP must not wait for them.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=method.headless())]
     if method.asks is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=ASKING))
+        handlers.append(InitProcessGroupKwargs(timeout=ANSWER_TIMEOUT))
     check_launch()
     accelerator = Accelerator(
         cpu=needs_cpu_backend(),
@@ -205,15 +216,17 @@ def _teachers(
     config = plan.config
     out: dict[str, AnyTeacher] = {}
     for name, model in plan.teachers.items():
-        at = sources[name]
-        if at is None:
+        source = sources[name]
+        if source is None:
             out[name] = opening.text_teacher(model, plan, on, field=opening.flag(name), main=main)
-        elif isinstance(at, Server):
-            out[name] = there = open_teacher(at, to=to, stop=merged, size=size, tops=plan.method.supports())
+        elif isinstance(source, Server):
+            out[name] = server_teacher = open_teacher(
+                source, to=to, stop=merged, size=size, tops=plan.method.supports()
+            )
             if config.remote.teacher_local and not name:
-                remote.compared(there, [p.teacher_ids for p in prompts.first(8)], config, on)
+                connect.verify_local_copy(server_teacher, [p.teacher_ids for p in prompts.first(8)], config, on)
         else:
-            out[name] = opening.teacher(model, at, student, plan, on, to, field=opening.flag(name))
+            out[name] = opening.teacher(model, source, student, plan, on, to, field=opening.flag(name))
     return out
 
 
@@ -226,14 +239,16 @@ def _writers(
     merged: tuple[int, ...],
 ) -> dict[str, HFEngine | ServerEngine]:
     """Return the engines that generate the teachers' tokens in rollouts, by route name."""
-    here = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
+    engine = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
 
     def writer(teacher: AnyTeacher) -> HFEngine | ServerEngine:
         match teacher:
             case LocalTeacher():
-                return here(teacher.model)
+                return engine(teacher.model)
             case TextTeacher():
-                return here(student)  # never used: a method with a text-only teacher has no teacher tokens in rollouts
+                return engine(
+                    student
+                )  # never used: a method with a text-only teacher has no teacher tokens in rollouts
         return ServerEngine(teacher.server, size, stop)
 
     return {name: writer(teacher) for name, teacher in teachers.items()}

@@ -31,7 +31,7 @@ from opd.rollouts.engines.base import Engine
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
-from opd.teachers import connect as remote
+from opd.teachers import connect
 from opd.teachers.base import BaseTeacher
 from opd.teachers.capabilities import require
 from opd.teachers.ema import Average
@@ -64,7 +64,7 @@ def source_of(
         require(method, provides, flag=field, model=model, gives="text and no log-probs", remedy=remedy)
         return None
     if isinstance(model, ScoringServer):
-        return remote.reached(model, plan, field=field)
+        return connect.open_server(model, plan, field=field)
     if isinstance(model, StudentItself):
         return student
     config = plan.config

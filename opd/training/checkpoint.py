@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: `TrainingState`, with one `save` and one `load`.
+"""The training state of a checkpoint: `TrainingState`, with one `save` and one `load`.
 
 A checkpoint is a model folder that transformers, peft and vLLM load.  The training state lies in its subfolder:
 
@@ -107,8 +107,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def optimizer_state(student: torch.nn.Module, optimizer: AcceleratedOptimizer) -> OptimizerState:
     """Return the optimizer's whole state, on the main process only.  Every process must call it."""
-    found: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
-    return found["state"]
+    state: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
+    return state["state"]
 
 
 def restore_optimizer(
@@ -119,12 +119,12 @@ def restore_optimizer(
     Raises Refusal if the state of a trained parameter is missing, unless `partial`: some parameters then never receive
     a gradient.
     """
-    found: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_EVERY)
-    missing = sorted(found["state"].keys() - saved.keys())
+    current: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_EVERY)
+    missing = sorted(current["state"].keys() - saved.keys())
     if missing and not partial:
         raise Refusal(
             f"--resume: optimizer.safetensors of {checkpoint} lacks the state of {len(missing)} trained parameters, "
             f"such as {missing[0]}; remove this checkpoint to continue from the one before"
         )
-    found["state"] |= saved
-    set_optimizer_state_dict(student, optimizer.optimizer, found, options=ON_EVERY)
+    current["state"] |= saved
+    set_optimizer_state_dict(student, optimizer.optimizer, current, options=ON_EVERY)

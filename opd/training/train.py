@@ -69,11 +69,11 @@ def train(
         saved = load(checkpoint)
         trainer.restore(saved, checkpoint)
         start, memory = saved.step, saved.memory
-    found = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
-    if bad := errors(found):
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        said = str(bad[0]).removeprefix("error: ")
-        raise Refusal(f"{said}{more}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
+    findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
+    if bad := errors(findings):
+        count = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        first = str(bad[0]).removeprefix("error: ")
+        raise Refusal(f"{first}{count}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
     if main:
         run.start(written, repr(plan.method), start, {"processes": accelerator.num_processes, **asked})
     if checkpoint is None:
@@ -84,7 +84,7 @@ def train(
 
     progress = Progress(config.steps, start, quiet=config.quiet or not main)
     with progress, contextlib.closing(trainer.rollout_source):
-        for line in dict.fromkeys(map(str, alarming(found))):
+        for line in dict.fromkeys(map(str, alarming(findings))):
             progress.say(line)
         if (term := plan.method.hidden()) is not None and term.bridge is not None:
             trainer.set_bridge(term.bridge, None if saved is None else saved.bridge)

@@ -274,15 +274,16 @@ class Trainer:
             )
 
     def _check_engine(self, batch: Batch) -> None:
-        how = self.config.speaker
-        if how.engine == "hf" or batch.student_logp is None or not self.config.compares():
+        engine = self.config.speaker
+        if engine.engine == "hf" or batch.student_logp is None or not self.config.compares():
             return
-        own = batch.written()
-        apart = float((batch.student_logp - batch.sampler_logp)[own].abs().mean()) if own.any() else 0.0
-        if not apart <= how.max_mismatch:
+        generated = batch.written()
+        difference = (batch.student_logp - batch.sampler_logp)[generated].abs()
+        mismatch = float(difference.mean()) if generated.any() else 0.0
+        if not mismatch <= engine.max_mismatch:
             raise Refusal(
-                f"--engine {how.engine}: its log-probs are {apart:.3g} nats from the trainer's on average, above "
-                f"--max-mismatch {how.max_mismatch}: its weights, precision or vocabulary are others; compare with "
+                f"--engine {engine.engine}: its log-probs are {mismatch:.3g} nats from the trainer's on average, above "
+                f"--max-mismatch {engine.max_mismatch}: its weights, precision or vocabulary are others; compare with "
                 "--precision fp32, or --engine hf"
             )
 

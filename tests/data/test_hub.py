@@ -34,7 +34,7 @@ from opd.models import load as models
 from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client
 from opd.models.remote.vllm_protocol import Server
-from opd.teachers import connect as remote
+from opd.teachers import connect
 from opd.teachers.remote import LogpTeacher
 from opd.teachers.serve.server import _open
 from scripts import fake_hub
@@ -206,11 +206,11 @@ def test_a_server_s_tokenizer_and_local_copy_may_be_ids(cache):
     """--teacher-tokenizer and --teacher-local, before the server is asked anything."""
     how = Remote(teacher_tokenizer="Qwen/Qwen3-8B@v1.0", teacher_local="Qwen/Qwen2.5-7B-Instruct")
     config = opd.Train(student="embedded:student", teacher="http://h", prompts="embedded:ledger-short", remote=how)
-    student = remote.known(models.locate("embedded:student", field="student"), field="student")
+    student = connect.local_info(models.locate("embedded:student", field="student"), field="student")
     with pytest.raises(Refusal, match=r"--teacher-tokenizer Qwen/Qwen3-8B@v1.0: .* is not in the cache"):
-        remote.known_there(Server(Client("http://h", how), "m", 8, {}), student, config)
+        connect.server_info(Server(Client("http://h", how), "m", 8, {}), student, config)
     with pytest.raises(Refusal, match=r"--teacher-local Qwen/Qwen2.5-7B-Instruct: .* is not in the cache"):
-        remote.compared(LogpTeacher.__new__(LogpTeacher), [], config, CPU)
+        connect.verify_local_copy(LogpTeacher.__new__(LogpTeacher), [], config, CPU)
 
 
 def test_the_revision_reaches_every_file(cache, tmp_path):

@@ -181,7 +181,7 @@ def server(probe: Probe) -> Iterator[Finding]:
         if not isinstance(teacher, HiddenTeacher | LogpTeacher):
             continue
         label, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
-        if local and not name:  # `opd.teachers.connect.compared` raised Refusal if they differ
+        if local and not name:  # `verify_local_copy` raised Refusal if they differ
             yield ok("server", f"{label} and {local} give the same log-probs to the same tokens")
             continue
         yield Finding(
