@@ -7,12 +7,12 @@ from hashlib import blake2b
 
 import numpy as np
 
+from opd.core.rng import NoiseStep
 from opd.core.sampling import Sampling
 from opd.data.prompts import Rendered
 from opd.rollouts.engines.base import GenerateRequest, ResponseGenerator
 
 MAX_TOKENS = 1 << 24  # limit of the cache, 4 bytes per token
-NOISE_STEP = -2  # noise key of prefixes in place of a step number; evaluations use -1, rehearsals -3
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class PrefixCache:
             # The noise is keyed by the prompt, so that a resumed run regenerates the same prefixes without saving them.
             keys = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
             short = replace(sampling, max_new_tokens=limit)
-            samples = teacher.generate(GenerateRequest(new, short, seed=seed, step=NOISE_STEP, index=keys))
+            samples = teacher.generate(
+                GenerateRequest(new, short, seed=seed, step=NoiseStep.TEACHER_PREFIX, index=keys)
+            )
             for ids, sample in zip(new, samples, strict=True):
                 self.prefixes[name, ids] = Prefix(array("i", sample.ids), sample.stopped)
         prefixes = [self.prefixes[p.teacher, p.teacher_ids].first(limit) for p in prompts]

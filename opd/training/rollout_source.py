@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 
-from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.types import Rollout
@@ -40,22 +39,12 @@ class RolloutSource:
     session: Session
     source: RolloutBuffer | None = None  # buffer of training rollouts; None before `open`
 
-    @property
-    def config(self) -> Train:
-        """Return the settings of the run."""
-        return self.session.config
-
-    @property
-    def method(self) -> Method:
-        """Return the method of the run."""
-        return self.session.method
-
     def open(self, step: int, memory: Memory, saved: Batches, say: Callable[[str], object]) -> RolloutBuffer:
         """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
 
         `saved` are the buffered rollouts of a checkpoint, which are used first.
         """
-        config, policy = self.config, self.method.rollouts
+        config, policy = self.session.config, self.session.method.rollouts
         batches = self._restored(saved)
         if config.staleness or config.worker:
             self.source = self._start_worker(batches, say)
@@ -89,15 +78,15 @@ class RolloutSource:
 
     def take(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
-        policy = self.method.rollouts
+        policy = self.session.method.rollouts
         source = self.source or self.open(step - 1, memory, {}, print)
         rollouts, number = source.take(step, memory), policy.batch_number(step, memory)
         prompts = self._prompts(policy.prompt_step(number), memory)
-        if "teacher_alone" in self.method.reads():
+        if "teacher_alone" in self.session.method.reads():
             rollouts = passes.with_teacher_alone(rollouts, buffer.with_prompts(rollouts, prompts, policy.per_prompt))
             if number in source.batches:
                 source.batches[number] = rollouts
-        if self.config.staleness or policy.frozen_sampler:
+        if self.session.config.staleness or policy.frozen_sampler:
             rollouts = buffer.with_staleness(rollouts, step)
         return buffer.with_prompts(gather_object(rollouts), prompts, policy.per_prompt)
 
@@ -133,12 +122,12 @@ class RolloutSource:
             prompts=prompts[part],
             policy=policy,
             sampling=sampling,
-            seed=self.config.seed,
+            seed=self.session.config.seed,
             step=step,
             first=first + part.start * policy.per_prompt,
-            total=self.config.steps,
+            total=self.session.config.steps,
             memory=dict(memory),
-            unprompted="student_alone" in self.method.reads(),
+            unprompted="student_alone" in self.session.method.reads(),
         )
 
     def _generate(self, request: RolloutRequest, task: Task) -> list[Rollout]:
@@ -148,13 +137,13 @@ class RolloutSource:
 
     def _prompts(self, step: int, memory: Memory) -> list[Rendered]:
         """Return the prompts of a step, to which the annotator may add notes."""
-        count = self.config.batch // self.method.rollouts.per_prompt
+        count = self.session.config.batch // self.session.method.rollouts.per_prompt
         return self.session.annotator.prompts(step, count, memory)
 
     def _restored(self, saved: Batches) -> Batches:
         """Return this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
-        accelerator, per_prompt = self.session.accelerator, self.method.rollouts.per_prompt
-        part = share(self.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
+        accelerator, per_prompt = self.session.accelerator, self.session.method.rollouts.per_prompt
+        part = share(self.session.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted, batches = range(part.start * per_prompt, part.stop * per_prompt), {}
         for number, rollouts in saved.items():
             share_of_batch = [r for r in rollouts if r.index in wanted]
@@ -167,7 +156,7 @@ class RolloutSource:
 
         Raises Refusal if the weights are sharded, or if the verifier cannot be pickled.
         """
-        config, session, policy = self.config, self.session, self.method.rollouts
+        config, session, policy = self.session.config, self.session, self.session.method.rollouts
         accelerator, task = session.accelerator, session.prompts.task
         if accelerator.distributed_type not in UNSHARDED:
             raise Refusal(
@@ -195,7 +184,7 @@ class RolloutSource:
 
     def _worker_setup(self) -> WorkerSetup:
         """Return the first message to the worker, and give half of this process's cores to it if it needs them."""
-        config, session = self.config, self.session
+        config, session = self.session.config, self.session
         accelerator, engine = session.accelerator, session.collector.student
         device = str(accelerator.device)
         if config.worker_device != "same":

@@ -51,7 +51,7 @@ def saved_bytes(probe: Probe, tokens: int) -> int:
 
     Gradient checkpointing is not taken into account.
     """
-    plain, config = probe.session.plain(), probe.config
+    plain, config = probe.session.plain(), probe.session.config
     model, sizes_by_storage = base(plain.model), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -75,7 +75,7 @@ def saved_bytes(probe: Probe, tokens: int) -> int:
 
 def memory_items(probe: Probe) -> list[MemoryItem]:
     """Return what the configuration needs on the student's device in addition to the loaded models, in bytes."""
-    config, session = probe.config, probe.session
+    config, session = probe.session.config, probe.session
     model = session.plain().model
     shape = model.config.get_text_config()
     trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
@@ -98,7 +98,7 @@ def memory_items(probe: Probe) -> list[MemoryItem]:
     states = [t.head.weight.shape[1] for t in session.teachers.values() if isinstance(t, LocalTeacher)]
     widest = max(states, default=width)
     batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
-    kept_states = tokens * widest * 4 if probe.method.local() else batch
+    kept_states = tokens * widest * 4 if probe.session.method.local() else batch
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
     smaller_batches = f"--micro-batch-tokens {max(row, tokens // 4)}"
     worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(probe) else 0
@@ -131,7 +131,7 @@ def peak(needs: Sequence[MemoryItem]) -> int:
 
 def _shared(probe: Probe) -> bool:
     """Return True if a worker process keeps its copy of the student on the student's device."""
-    config, device = probe.config, probe.session.accelerator.device
+    config, device = probe.session.config, probe.session.accelerator.device
     if not (config.staleness or config.worker):
         return False
     worker = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
@@ -173,10 +173,10 @@ def duration(rehearsed: RehearsedRun) -> Iterator[Finding]:
     The result is a range.  The lower time assumes that sampling costs the same for each group of --decode-rows
     rollouts, the upper one that it grows with the number of tokens.
     """
-    config, seconds, n = rehearsed.probe.config, rehearsed.rehearsal.seconds, len(rehearsed.rehearsal.rollouts)
+    config, seconds, n = rehearsed.probe.session.config, rehearsed.rehearsal.seconds, len(rehearsed.rehearsal.rollouts)
     share = config.batch / n
     groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
-    update = seconds["update"] + (0 if rehearsed.probe.method.local() else seconds["measure"])
+    update = seconds["update"] + (0 if rehearsed.probe.session.method.local() else seconds["measure"])
     evals = config.steps // config.eval_every + 2 if config.eval_prompts else 0
     evaluation_seconds = evals * config.eval_limit / n * seconds["measure"]
     step = [seconds["rollout"] * times + update * share for times in sorted((groups, share))]

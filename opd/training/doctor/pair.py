@@ -79,7 +79,7 @@ def first_token(probe: Probe) -> Iterator[Finding]:
     """Check that prompts begin with the BOS token if the tokenizer adds it to plain text."""
     first = probe.session.prompts.first(1)[0]
     sides = [("student", probe.session.collector.tokenizer, first.ids)]
-    if probe.config.teacher_prompt == "own":
+    if probe.session.config.teacher_prompt == "own":
         name = f"teacher {first.teacher}".rstrip()
         sides.append((name, probe.session.prompts.teacher_tokenizers[first.teacher], first.teacher_ids))
     for label, tokenizer, ids in sides:
@@ -163,7 +163,7 @@ def precision(probe: Probe) -> Iterator[Finding]:
                 why="its states overflow above 65504, and bf16 models reach that",
                 do="--teacher-precision bf16 or fp32",
             )
-    if probe.config.precision == "bf16" and probe.session.accelerator.device.type == "cpu":
+    if probe.session.config.precision == "bf16" and probe.session.accelerator.device.type == "cpu":
         yield Finding(
             check="precision",
             level=Level.NOTE,
@@ -180,7 +180,7 @@ def server(probe: Probe) -> Iterator[Finding]:
     for name, teacher in probe.session.teachers.items():
         if not isinstance(teacher, HiddenTeacher | LogpTeacher):
             continue
-        label, local = f"teacher {name}".rstrip(), probe.config.remote.teacher_local
+        label, local = f"teacher {name}".rstrip(), probe.session.config.remote.teacher_local
         if local and not name:  # `verify_local_copy` raised Refusal if they differ
             yield ok("server", f"{label} and {local} give the same log-probs to the same tokens")
             continue

@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.config.train import Train
 from opd.core.rng import NoiseStep
 from opd.core.types import Rollout
 from opd.data.prompts import Rendered
-from opd.methods.method import Method
 from opd.training.session import Session
 from opd.training.trainer import Rehearsal, Trainer
 
@@ -27,16 +25,6 @@ class Probe:
 
     session: Session
     free: int  # free bytes on the student's device
-
-    @property
-    def config(self) -> Train:
-        """Return the settings of the run."""
-        return self.session.config
-
-    @property
-    def method(self) -> Method:
-        """Return the method of the run."""
-        return self.session.method
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class RehearsedRun:
 def rehearsal_prompts(probe: Probe) -> list[Rendered]:
     """Return prompts of the first step, the same number for each teacher."""
     session, out = probe.session, []
-    num_rollouts = min(ROLLOUTS, probe.config.batch)
+    num_rollouts = min(ROLLOUTS, probe.session.config.batch)
     per_teacher = -(-num_rollouts // len(session.teachers))
     candidates = session.prompts.batch(1, num_rollouts * 4 if len(session.teachers) > 1 else num_rollouts)
     for name in session.teachers:
@@ -74,7 +62,7 @@ def rehearse_run(probe: Probe, trainer: Trainer) -> RehearsedRun:
 
 def _alternative_prompt(probe: Probe, rollout: Rollout) -> tuple[int, ...]:
     """Return the ids of the alternative teacher prompt: in the template that --teacher-prompt does not select."""
-    if probe.config.teacher_prompt == "own":
+    if probe.session.config.teacher_prompt == "own":
         return rollout.prompt_ids
     return probe.session.prompts.teacher_ids(rollout.prompt, rollout.teacher, "")
 

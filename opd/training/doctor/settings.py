@@ -32,7 +32,7 @@ def risky_settings(probe: Probe) -> Iterator[Finding]:
 
 def compatible(probe: Probe) -> Iterator[Finding]:
     """Check that teachers, verifier and data provide what the method reads."""
-    method, task = probe.method, probe.session.prompts.task
+    method, task = probe.session.method, probe.session.prompts.task
     needs_of = lambda teacher: method.needs_of_tokens() if isinstance(teacher, LogpTeacher) else method.needs()
     lacking = {name: sorted(needs_of(teacher) - teacher.provides) for name, teacher in probe.session.teachers.items()}
     missing = {name: columns for name, columns in lacking.items() if columns}
@@ -82,7 +82,7 @@ def learning_rate(probe: Probe) -> Iterator[Finding]:
 
     The two differ by a factor of 10: "LoRA Without Regret" (Thinking Machines, 2025).
     """
-    config, width = probe.config, probe.session.plain().model.config.get_text_config().hidden_size
+    config, width = probe.session.config, probe.session.plain().model.config.get_text_config().hidden_size
     highest, lowest = FULL / width, LORA[0]
     if config.lora_rank and not lowest <= config.lr <= LORA[1] * highest:
         low = config.lr < lowest
@@ -111,7 +111,7 @@ def lengths(probe: Probe) -> Iterator[Finding]:
     """Report prompt lengths and the context length.  Prompts that do not fit were refused when the run was opened."""
     rendered = probe.session.prompts.first(VERIFIED)
     longest = max(max(len(p.ids), len(p.teacher_ids)) for p in rendered)
-    room, new = probe.session.prompts.room, probe.config.sampling.max_new_tokens
+    room, new = probe.session.prompts.room, probe.session.config.sampling.max_new_tokens
     yield ok("length", f"prompts of up to {longest} tokens, {new} new ones, a context of {room + new}")
 
 
@@ -162,7 +162,7 @@ def _right(prompt: Prompt) -> tuple[str, ...]:
 
 def response_ends(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that responses end with a stop token within --max-new-tokens."""
-    batch, max_tokens = rehearsed.rehearsal.batch, rehearsed.probe.config.sampling.max_new_tokens
+    batch, max_tokens = rehearsed.rehearsal.batch, rehearsed.probe.session.config.sampling.max_new_tokens
     stopped, long = float(batch.stopped.float().mean()), [len(r.ids) for r in rehearsed.rehearsal.rollouts]
     context = rehearsed.probe.session.prompts.room + max_tokens
     if stopped < 0.9:
@@ -204,7 +204,7 @@ def repeats(rehearsed: RehearsedRun) -> Iterator[Finding]:
 
 def sampler(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that the log-probs of sampler and trainer agree on the sampled tokens."""
-    batch, config = rehearsed.rehearsal.batch, rehearsed.probe.config
+    batch, config = rehearsed.rehearsal.batch, rehearsed.probe.session.config
     if batch.student_logp is None or not config.compares():
         return
     terminal = batch.ids.new_tensor(rehearsed.probe.session.vocabulary.stop)
@@ -235,7 +235,7 @@ def head_pass_backend(probe: Probe) -> Iterator[Finding]:
             do="pip install 'opd[gpu]'",
         )
     else:
-        yield ok("head pass", f"{backend} sweeps the logits, {probe.config.chunk_mb} MB of them at a time")
+        yield ok("head pass", f"{backend} sweeps the logits, {probe.session.config.chunk_mb} MB of them at a time")
 
 
 BEFORE: Sequence = (risky_settings, compatible, learning_rate, lengths, verifier, head_pass_backend)

@@ -32,7 +32,11 @@ def finite(rehearsed: RehearsedRun) -> Iterator[Finding]:
         row, column_index = where.nonzero()[0].tolist()
         token = int(batch.ids[row, column_index])
         named = str(rehearsed.probe.session.collector.tokenizer.decode([token]))
-        low = rehearsed.probe.config.precision if side == "student" else rehearsed.probe.config.teacher_precision
+        low = (
+            rehearsed.probe.session.config.precision
+            if side == "student"
+            else rehearsed.probe.session.config.teacher_precision
+        )
         yield Finding(
             check="finite",
             level=Level.ERROR,
@@ -108,7 +112,7 @@ def uniform(rehearsed: RehearsedRun) -> Iterator[Finding]:
 
 def prompt_template(rehearsed: RehearsedRun) -> Iterator[Finding]:
     """Check that the teacher does not assign higher log-probs to the responses after its alternative prompt."""
-    batch, own_prompt = rehearsed.rehearsal.batch, rehearsed.probe.config.teacher_prompt == "own"
+    batch, own_prompt = rehearsed.rehearsal.batch, rehearsed.probe.session.config.teacher_prompt == "own"
     if rehearsed.alternative_logp is None or batch.teacher_logp is None:
         return
     gain = rehearsed.alternative_logp - batch.teacher_logp
