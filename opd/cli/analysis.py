@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from opd.cli.methods import check_flags, check_name
+from opd.cli.method_sources import check_flags, check_name
 from opd.cli.parse import asks_for_help, parse_flags, run_tyro, scan_words, unknown_flag
 from opd.config.commands import Rescore, Size, Variance
 from opd.config.evaluate import Evaluate

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from opd.cli.method_names import factory_of, method_of
-from opd.cli.methods import summary
+from opd.cli.method_sources import summary
 from opd.config.presets import arguments, settings, spelled
 from opd.core.errors import Refusal
 from opd.methods import METHODS

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from opd.cli.methods import check_name
+from opd.cli.method_sources import check_name
 from opd.cli.parse import parse_flags
 from opd.core.errors import Refusal
 from opd.methods import METHODS

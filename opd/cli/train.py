@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from opd.cli.methods import check_flags, check_name, listing
+from opd.cli.method_sources import check_flags, check_name, listing
 from opd.cli.parse import asks_for_help, refuse_missing, run_tyro, scan_words, unknown_flag
 from opd.config.train import Train
 from opd.core.errors import Refusal

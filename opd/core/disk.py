@@ -1,6 +1,7 @@
 """Files on disk: outputs that never replace a user's file, and disk errors as messages of one line."""
 
 import contextlib
+import difflib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -185,3 +186,11 @@ def has_mark(mark: str) -> Callable[[Path], bool]:
             return mark.encode() in file.read(HEAD)
 
     return check
+
+
+def nearest(path: Path) -> str:
+    """Return the existing names that a missing path resembles, to end a clause with."""
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], cutoff=0.5)
+    return f" (did you mean {' or '.join(str(path.with_name(name)) for name in close)}?)" if close else ""

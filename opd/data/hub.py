@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm, validate_repo_id
 
+from opd.core.disk import nearest
 from opd.core.errors import one_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -168,8 +169,6 @@ def reason(error: BaseException, repository: Repository, *, dataset: bool = Fals
 
 def no_path(path: Path, kind: str = "folder") -> str:
     """Return the beginning of a message about a missing hub id, which may have been meant as a path."""
-    from opd.data.tasks.files import nearest  # datasets takes a second
-
     return f"there is no such {kind} here{nearest(path) if path.parent.is_dir() else ''}, and "
 
 

@@ -27,6 +27,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from opd.core.disk import nearest
 from opd.core.errors import Refusal
 from opd.data import hub, prompts
 from opd.data.hub import Missing
@@ -89,8 +90,6 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
         return _check_folder(ModelSource(str(path.resolve()), trust_remote_code, name=name))
     repository = hub.parse(name)
     if repository is None:
-        from opd.data.tasks.files import nearest  # datasets takes a second
-
         raise Missing(f"no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
     try:
         folder, commit = hub.snapshot(repository)

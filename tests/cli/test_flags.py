@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.command import PARTS
 from opd import cli
-from opd.cli.methods import flag_names, listing
+from opd.cli.method_sources import flag_names, listing
 from opd.cli.parse import TRL_FLAGS, flags_of, run_tyro, scan_words
 from opd.cli.train import DoctorFlags, TrainFlags
 from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance

@@ -11,6 +11,7 @@ from opd.core.intervals import Paired
 from opd.training.alarms import alarms
 from opd.training.run_log import Log, RunGroup, saved
 
+PICTURE_MARK = "opd report"  # in the metadata of each picture
 CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
     "eval_accuracy": ("Held-out accuracy", "%", 100),
     "eval_reverse_kl": ("Held-out reverse KL", "nats per token", 1),

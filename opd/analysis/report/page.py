@@ -7,13 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from opd.analysis.report.figures import payload
+from opd.analysis.report.figures import PICTURE_MARK, payload
 from opd.config.commands import Inspect, Report
 from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal
 from opd.training.run_log import group_runs, read
-
-PICTURE_MARK = "opd report"  # in the metadata of each picture
 
 
 def report(config: Report) -> Path:

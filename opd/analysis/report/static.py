@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opd.analysis.report.figures import CURVES, curve, phases, positions
-from opd.analysis.report.page import PICTURE_MARK
+from opd.analysis.report.figures import CURVES, PICTURE_MARK, curve, phases, positions
 from opd.core.disk import OutputFile
 from opd.training.run_log import RunGroup
 

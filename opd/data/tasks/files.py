@@ -1,12 +1,12 @@
 """Reading tables: `read(data) -> Dataset`, from files, folders and the hub, all through the `datasets` library."""
 
 import csv
-import difflib
 from pathlib import Path
 
 import datasets
 
 from opd.config.data import Data
+from opd.core.disk import nearest
 from opd.core.errors import Refusal
 from opd.data import hub
 
@@ -84,11 +84,3 @@ def _id(source: str) -> tuple[str, str]:
 
 def _subset(data: Data) -> tuple[str, ...]:
     return (data.subset,) if data.subset else ()
-
-
-def nearest(path: Path) -> str:
-    """Return the existing names that a missing path resembles, to end a clause with."""
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], cutoff=0.5)
-    return f" (did you mean {' or '.join(str(path.with_name(name)) for name in close)}?)" if close else ""
