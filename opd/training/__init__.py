@@ -1,1 +1,1 @@
-"""The training trainer: session, steps, checkpoints, metrics, alarms and the doctor."""
+"""The training loop: session, steps, checkpoints, metrics, alarms and the doctor."""

@@ -194,7 +194,7 @@ def repeats(rehearsed: RehearsedRun) -> Iterator[Finding]:
             check="repetition",
             level=Level.WARNING,
             what=f"{share:.0%} of the 4-grams of a response stood in it before: {short(text[-60:])}",
-            why="a teacher finds a trainer likely once it has begun, and the student learns to stay in it",
+            why="a teacher finds a loop likely once it has begun, and the student learns to stay in it",
             do="look at its template and stop ids; a base model may need some supervised steps first, or a "
             "--max-new-tokens below where loops begin",
         )
