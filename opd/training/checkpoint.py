@@ -108,7 +108,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def optimizer_state(student: torch.nn.Module, optimizer: AcceleratedOptimizer) -> OptimizerState:
     """Return the optimizer's whole state, on the main process only.  Every process must call it."""
     state: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
-    return state["state"]
+    return state.get("state", {})  # only the main process has it
 
 
 def restore_optimizer(

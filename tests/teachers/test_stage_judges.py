@@ -19,6 +19,7 @@ from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
+from opd.core.tensors import save_tensors
 from opd.core.types import Batch
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts

@@ -282,7 +282,8 @@ def test_healthy_pair():
 
 def test_a_gpu_without_triton(monkeypatch):
     accelerator = SimpleNamespace(device=torch.device("cuda"))
-    probe = SimpleNamespace(session=SimpleNamespace(accelerator=accelerator), config=SimpleNamespace(chunk_mb=3072))
+    session = SimpleNamespace(accelerator=accelerator, config=SimpleNamespace(chunk_mb=3072))
+    probe = SimpleNamespace(session=session)
     said = []
     for there in (True, False):
         monkeypatch.setattr("opd.head.backend._triton", lambda there=there: there)
