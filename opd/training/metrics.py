@@ -208,6 +208,23 @@ def by_task(batch: Batch, prompts: Sequence[Prompt]) -> dict[str, float]:
     return {}
 
 
+def evaluation_metrics(batch: Batch) -> dict[str, float]:
+    """Return the metrics of held-out rollouts: reverse KL in nats per token with its standard error, and lengths."""
+    name, column, numbers = "reverse_kl", batch.reverse_kl, {}
+    if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
+        # The teacher scores only the sampled tokens, so the full KL cannot be computed.
+        name, column = "log_ratio", batch.student_logp - batch.teacher_logp
+    if column is not None:
+        numbers[f"eval_{name}"] = float(column[batch.mask].mean())
+        numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
+    numbers["eval_length"] = float(batch.mask.sum(1).float().mean())
+    numbers["eval_stopped"] = float(batch.stopped.float().mean())
+    if batch.hidden_distance is not None and batch.hidden_cosine is not None:
+        numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
+        numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
+    return numbers
+
+
 def standard_error(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
     """Return the standard error of the mean over responses of their token means; 0 for a single response.
 

@@ -1,7 +1,7 @@
 """Training of a student on rollouts that a teacher scores: `train(Train(...))` returns the run folder."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import load
 from opd.training.doctor.examine import examine_run, static_findings
-from opd.training.doctor.findings import alarming, errors
+from opd.training.doctor.findings import Finding, alarming, errors
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
 from opd.training.run_log import read
@@ -70,10 +70,7 @@ def train(
         trainer.restore(saved, checkpoint)
         start, memory = saved.step, saved.memory
     findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
-    if bad := errors(findings):
-        count = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        first = str(bad[0]).removeprefix("error: ")
-        raise Refusal(f"{first}{count}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")
+    _refuse(errors(findings))
     if main:
         run.start(written, repr(plan.method), start, {"processes": accelerator.num_processes, **asked})
     if checkpoint is None:
@@ -113,3 +110,11 @@ def train(
         _GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return run.folder
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    """Raise Refusal with the first of the findings, if there is any."""
+    if findings:
+        count = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        first = str(findings[0]).removeprefix("error: ")
+        raise Refusal(f"{first}{count}; `opd doctor` with these flags shows all it found, --no-doctor trains anyway")

@@ -40,8 +40,8 @@ from opd.training.metrics import (
     advantages,
     by_task,
     by_teacher,
+    evaluation_metrics,
     rollout_metrics,
-    standard_error,
     summary,
     top_k_overlap,
     weight_metrics,
@@ -302,21 +302,7 @@ class Trainer:
             rollouts, batch = self.generate_and_measure(prompts, sampling, NoiseStep.EVALUATION, session.held_out.task)
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
-        name, column = "reverse_kl", batch.reverse_kl
-        if batch.student_logp is not None and batch.teacher_logp is not None and column is None:
-            # The teacher scores only the sampled tokens, so the full KL cannot be computed.
-            name, column = "log_ratio", batch.student_logp - batch.teacher_logp
-        numbers = {}
-        if column is not None:
-            numbers[f"eval_{name}"] = float(column[batch.mask].mean())
-            numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
-        numbers |= {
-            "eval_length": float(batch.mask.sum(1).float().mean()),
-            "eval_stopped": float(batch.stopped.float().mean()),
-        }
-        if batch.hidden_distance is not None and batch.hidden_cosine is not None:
-            numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
-            numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
+        numbers = evaluation_metrics(batch)
         if session.held_out.task.scored:
             accuracy = interval([r.outcome for r in rollouts])
             numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}
