@@ -15,10 +15,11 @@ import opd
 from benchmarks.command import PARTS
 from opd import cli
 from opd.cli.parse import parse_flags
-from opd.config.commands import Context, Rock, Serve, Size, Variance
+from opd.config.commands import Serve, Size, Variance
 from opd.config.data import Data
 from opd.config.engine import Speaker
 from opd.config.evaluate import Evaluate
+from opd.config.rock import Context, Rock
 from opd.config.servers import Remote
 from opd.config.train import Train
 from opd.core.sampling import Sampling

@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from opd.analysis.token_occurrences import Corpus, consistency, control_types, is_above_quantile, rank, stability
-from opd.config.commands import Rock
 from opd.config.plan import resolved
 from opd.config.precision import dtype_of
+from opd.config.rock import Rock
 from opd.core.errors import Refusal
 from opd.core.types import Batch, Rollout
 from opd.methods.method import Method

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -78,11 +78,7 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         models.verify_finite(model, student_info.tokenizer, ids=size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
     if config.compile:
-        if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise Refusal("--compile: needs a C++ compiler on a CPU, and there is no g++; install one, or leave it out")
-        student.body = compiled(student.model)
-        for scorer in frozen.values():
-            scorer.body = compiled(scorer.model)
+        _compile(student, frozen.values(), device)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
@@ -105,6 +101,15 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         agreements=agreements,
         lenses=lenses,
     )
+
+
+def _compile(student: Student, teachers: Iterable[LocalTeacher], device: torch.device) -> None:
+    """Compile the forward passes.  Raises Refusal if there is no compiler."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Refusal("--compile: needs a C++ compiler on a CPU, and there is no g++; install one, or leave it out")
+    student.body = compiled(student.model)
+    for teacher in teachers:
+        teacher.body = compiled(teacher.model)
 
 
 def _info(

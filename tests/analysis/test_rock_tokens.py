@@ -20,8 +20,8 @@ from opd.analysis.token_occurrences import (
     stability,
 )
 from opd.cli import main
-from opd.config.commands import Context, Rock
 from opd.config.plan import resolved
+from opd.config.rock import Context, Rock
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.types import call

@@ -14,8 +14,9 @@ from opd import cli
 from opd.cli.method_sources import flag_names, listing
 from opd.cli.parse import TRL_FLAGS, flags_of, run_tyro, scan_words
 from opd.cli.train import DoctorFlags, TrainFlags
-from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Rock, Serve, Size, Variance
+from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Serve, Size, Variance
 from opd.config.evaluate import Evaluate
+from opd.config.rock import Rock
 from opd.core.errors import Refusal
 from opd.methods import METHODS
 from tests.test_docs import parse
