@@ -1,5 +1,6 @@
 """Shared parts of the benchmarks: timing of arms in turn, ratios, and result tables."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,8 @@ def status(name: str) -> int:
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Return the peak extra main memory of a call, in bytes.  Linux only."""
+    """Return the peak extra main memory of a call, in bytes.  Linux with glibc only."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not serve the call
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     resident = status("VmRSS")
     run()
