@@ -93,9 +93,8 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> An
     if name not in method_names and (later := next((word for word in method_words if word in method_names), None)):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
     absent = words.missing()
-    absent += (
-        ["--teacher"] if name in method_names and "--teacher" not in words.present and not _teaches_itself(name) else []
-    )
+    if name in method_names and "--teacher" not in words.present and not _teaches_itself(name):
+        absent.append("--teacher")
     absent += [] if name else ["METHOD (`opd methods` lists them)"]
     refuse_missing(absent, EXAMPLE.format(prog))
     check_name(name)

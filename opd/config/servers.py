@@ -34,8 +34,8 @@ class Remote:
     teacher_local: str = ""
     """Local copy of the model behind --teacher.  Its log-probs are compared with the server's before the first step."""
     teacher_prefix: Literal["continue", "ask"] = "continue"
-    """How a text-only teacher (openai:) continues a partial response.  continue: by continue_final_message, which vLLM
-    and `opd serve` support.  ask: by an instruction in the conversation, for any other endpoint."""
+    """Way in which a text-only teacher (openai:) continues a partial response.  continue: by continue_final_message,
+    which vLLM and `opd serve` support.  ask: by an instruction in the conversation, for any other endpoint."""
     teacher_cache: str = ""
     """Folder that caches the answers of text-only teachers and judges.  Several runs may share it.  Empty: the run
     folder."""

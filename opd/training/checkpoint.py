@@ -72,21 +72,24 @@ def save(state: TrainingState, checkpoint: Path) -> None:
             (place / "teacher.json").write_text(json.dumps({"weights": teacher.server_weights}))
 
 
-def load(checkpoint: Path) -> TrainingState:
-    """Return the training state of a checkpoint.  Older checkpoints keep it in the model folder itself."""
+def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
+    """Return the training state of a checkpoint.
+
+    Older checkpoints keep it in the model folder itself.  A teacher without state may lack its folder, because stores
+    of files drop empty folders.
+    """
     folder = checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "optimizer.safetensors").items():
         name, field = key.rsplit("/", 1)
         optimizer.setdefault(name, {})[field] = x
-    count = 1 + len(list(folder.glob("teacher-*")))
     return TrainingState(
         step=json.loads((folder / "state.json").read_text())["step"],
         optimizer=optimizer,
         memory=_tensors(folder / "memory.safetensors"),
         rollouts=buffer.from_tensors(_tensors(folder / "draws.safetensors")),
         bridge=_tensors(folder / "bridge.safetensors"),
-        teachers=[_teacher(_place(folder, k)) for k in range(count)],
+        teachers=[_teacher(_place(folder, k)) for k in range(num_teachers)],
     )
 
 

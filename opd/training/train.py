@@ -66,7 +66,7 @@ def train(
     accelerator, main = session.accelerator, session.accelerator.is_main_process
     trainer, start, memory, saved = Trainer(session, run, each), 0, NOTHING, None
     if checkpoint is not None:
-        saved = load(checkpoint)
+        saved = load(checkpoint, len(plan.teachers))
         trainer.restore(saved, checkpoint)
         start, memory = saved.step, saved.memory
     findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
