@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -23,7 +24,7 @@ class Rendered:
     teacher: str = ""  # name of the teacher that scores the responses: a --route, or "" for --teacher
 
 
-def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids at which a model stops: those of its generation config, else the EOS of its tokenizer.
 
     Raises Refusal if neither has any, because generation would never stop.
@@ -40,9 +41,7 @@ def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizer
     return tuple(sorted(set(ids)))
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]
-) -> tuple[int, ...]:
+def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """Return a prompt's token ids for a model, up to where its response begins; at most a single BOS, no closing EOS.
 
     Messages go through the model's chat template.  Without a template, their contents are joined by blank lines.  A
@@ -77,15 +76,15 @@ def fill_template(prompt: Prompt, template: str, **parts: str) -> Prompt:
 
 
 def prefilled_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
+    tokenizer: Tokenizer, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """Return a prompt's token ids followed by the beginning of its response, for a model to continue."""
     ids = render(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
     return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ids
 
 
-def continuation_text(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text that `ids` add to the ids `context_ids` them.
+def continuation_text(tokenizer: Tokenizer, context_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text that `ids` add behind `context_ids`.
 
     Decoding `ids` without their context would lose a leading space with many tokenizers.
     """
@@ -95,7 +94,7 @@ def continuation_text(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[
     return text[len(context) :] if text.startswith(context) else decode(ids)
 
 
-def decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+def decodes_to_itself(tokenizer: Tokenizer, text: str) -> bool:
     """Return whether text survives tokenizing and decoding.
 
     If not, a verifier or judge reads a text that differs from what the model generated.
@@ -114,14 +113,10 @@ def parse_template_arguments(text: str) -> Mapping[str, Any]:
     return arguments
 
 
-def used_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def used_arguments(tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the arguments that the model's chat template reads."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return {name: value for name, value in arguments.items() if _is_used(template, name)}
-
-
-def _is_used(template: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+    return {name: value for name, value in arguments.items() if re.search(rf"\b{re.escape(name)}\b", template)}
 
 
 def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
@@ -137,14 +132,11 @@ def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
     return [dict(turn) for turn in messages]
 
 
-def _template_text(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]
-) -> str:
+def _template_text(tokenizer: Tokenizer, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]) -> str:
     """Apply the chat template to the conversation and return the text, up to where the response begins."""
     # Render to text first: the return type of tokenize=True changed between versions, and a BOS in the template must
     # not be doubled.
     try:
-        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
     except Exception as error:  # a template is a program by the model's author and may raise any exception
         roles = ", ".join(turn["role"] for turn in turns)
@@ -153,8 +145,8 @@ def _template_text(
             f"{' '.join(str(error).split())}: change the turns (a template without system turns wants that text in the "
             "user's), or set another chat_template"
         ) from error
-    unread = [name for name in chat_template_kwargs if not _is_used(template, name)]
-    if unread:
+    used = used_arguments(tokenizer, chat_template_kwargs)
+    if unread := [name for name in chat_template_kwargs if name not in used]:
         raise Refusal(
             f"chat_template_kwargs: {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
             "it would be ignored: correct the name, or give it only to the model that knows it"
@@ -162,7 +154,7 @@ def _template_text(
     return str(text)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special: bool) -> tuple[int, ...]:
+def _token_ids(tokenizer: Tokenizer, text: str, *, add_special: bool) -> tuple[int, ...]:
     """Tokenize a text; with `add_special`, the tokenizer adds its leading special tokens."""
     ids, text_ids = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (add_special, False))
     if not text_ids:
@@ -175,7 +167,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special: bo
     return tuple(ids)
 
 
-def model_name(tokenizer: PreTrainedTokenizerBase) -> str:
+def model_name(tokenizer: Tokenizer) -> str:
     """Return the model's name for messages."""
     return tokenizer.name_or_path or "this model"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -23,13 +23,11 @@ class Severity(StrEnum):
     REFUSE = "refuse"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Difference:
-    """A difference between two models: both values, and a line on what differs, why it matters and what to do."""
+    """A difference between two models, with a line on what differs, why it matters and what to do."""
 
     field: str
-    student: str
-    teacher: str
     severity: Severity
     text: str
 
@@ -50,7 +48,6 @@ class TokenizerAgreement:
 
     @property
     def refusals(self) -> tuple[Difference, ...]:
-        """Return the differences that make training meaningless."""
         return tuple(d for d in self.differences if d.severity is Severity.REFUSE)
 
     def __str__(self) -> str:
@@ -58,31 +55,20 @@ class TokenizerAgreement:
         return "\n".join((head, *map(str, self.differences)))
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Model:
     """The properties of a model that `compare_tokenizers` compares."""
 
-    role: str
-    tokenizer: PreTrainedTokenizerBase
-    rows: int
-    eos: tuple[int, ...]
-    ids: Mapping[str, int]  # token to id, including added tokens
-    names: Mapping[int, str]
-
-    @classmethod
-    def of(cls, role: str, tokenizer: PreTrainedTokenizerBase, rows: int, eos: tuple[int, ...]) -> "_Model":
-        """Read the properties of a model's tokenizer."""
-        ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
-        return cls(role=role, tokenizer=tokenizer, rows=rows, eos=eos, ids=ids, names={i: t for t, i in ids.items()})
+    def __init__(self, role: str, tokenizer: Tokenizer, rows: int, eos: tuple[int, ...]) -> None:
+        self.role, self.tokenizer, self.rows, self.eos = role, tokenizer, rows, eos
+        self.ids = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+        self.tokens = {i: token for token, i in self.ids.items()}
+        self.named = tokenizer.special_tokens_map  # by field
+        # BOS, EOS, padding and unknown tokens, without other special tokens (for images or audio).
+        self.known = {self.named[field] for field in _ADVICE if field in self.named}
 
     def show(self, ids: Iterable[int]) -> str:
         """Return ids as readable text: each token with its id."""
-        return ", ".join(f"{self.names[i]!r} ({i})" if i in self.names else f"no token ({i})" for i in ids) or "none"
-
-    @property
-    def named(self) -> set[str]:
-        """Return the BOS, EOS, padding and unknown tokens, without other special tokens (for images or audio)."""
-        return {token for field, token in self.tokenizer.special_tokens_map.items() if field in _ADVICE}
+        return ", ".join(f"{self.tokens[i]!r} ({i})" if i in self.tokens else f"no token ({i})" for i in ids) or "none"
 
 
 _QUESTION = {"role": "user", "content": "What is 2 + 3?"}
@@ -110,8 +96,8 @@ _ADVICE = {
 
 
 def compare_tokenizers(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
+    student: Tokenizer,
+    teacher: Tokenizer,
     *,
     student_rows: int,
     teacher_rows: int,
@@ -120,25 +106,19 @@ def compare_tokenizers(
 ) -> TokenizerAgreement:
     """Compare token maps, LM head rows, stop ids, special tokens and chat templates; never raises Refusal.
 
+    `student_rows` and `teacher_rows` are the numbers of rows of the LM heads, the others are tokenizers and stop ids.
+
     Both vocabularies are cut after the last shared token, not at the smaller LM head.  A padding row beyond that token
     has a logit but no text, and engines do sample such rows (vllm#13175, NeMo-RL#237).  The results therefore do not
     depend on the padding of the head.  The cut is a prefix: an id below it without a token stays in (note `holes`).
-
-    Args:
-        student: the student's tokenizer.
-        teacher: the teacher's tokenizer.
-        student_rows: rows of the student's LM head.
-        teacher_rows: rows of the teacher's LM head.
-        student_eos: stop ids of the student.
-        teacher_eos: stop ids of the teacher.
     """
-    s = _Model.of("student", student, student_rows, student_eos)
-    t = _Model.of("teacher", teacher, teacher_rows, teacher_eos)
-    top = max((*s.names, *t.names)) + 1
-    shared = next((i for i in range(top) if s.names.get(i) != t.names.get(i)), top)
+    s = _Model("student", student, student_rows, student_eos)
+    t = _Model("teacher", teacher, teacher_rows, teacher_eos)
+    top = max((*s.tokens, *t.tokens)) + 1
+    shared = next((i for i in range(top) if s.tokens.get(i) != t.tokens.get(i)), top)
     vocabulary = min(shared, student_rows, teacher_rows)
-    student_stop = sorted(i for i in set(student_eos) if i in s.names and i < vocabulary)
-    teacher_stop = sorted(i for i in set(teacher_eos) - set(student_stop) if i in t.names and i < vocabulary)
+    student_stop = sorted(i for i in set(student_eos) if i in s.tokens and i < vocabulary)
+    teacher_stop = sorted(i for i in set(teacher_eos) - set(student_stop) if i in t.tokens and i < vocabulary)
     stop = (*student_stop, *teacher_stop)
     differences = [*_compare_token_maps(s, t, shared), *_compare_head_rows(s, t, vocabulary)]
     differences += [*_compare_stop_ids(s, t, stop), *_compare_special_tokens(s, t)]
@@ -155,7 +135,7 @@ def require(agreement: TokenizerAgreement) -> TokenizerAgreement:
     raise Refusal(f"{first.field}: {first.text}{suffix}")
 
 
-def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+def template_difference(student: Tokenizer, teacher: Tokenizer) -> str:
     """Return a readable diff of how two models render the same conversations, "" if equal; no template arguments."""
     out: list[str] = []
     for title, turns in _CONVERSATIONS.items():
@@ -172,7 +152,7 @@ def template_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
     return "\n".join(out)
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
     """Return the text of each token inside a response, with its spaces; the token's name for a partial character."""
     context = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # without it a token may lose its space
     prefix = str(tokenizer.decode(context))
@@ -192,53 +172,45 @@ def _compare_token_maps(s: _Model, t: _Model, shared: int) -> Iterator[Differenc
     examples = [f"{x!r} is {s.ids[x]} to the student, {t.ids[x]} to the teacher" for x in moved[:3]]
     examples += [f"{x!r} ({s.ids[x]}) only the student has" for x in student_only[:3]]
     examples += [f"{x!r} ({t.ids[x]}) only the teacher has" for x in teacher_only[:3]]
-    nested = not moved and not (student_only and teacher_only)
-    copy = (
-        f"; ids below {shared} agree, so if the extra tokens may be lost, replace the tokenizer files of the model "
-        "that has more by the other's"
-    )
-    yield Difference(
-        field="tokens",
-        student=f"{len(s.ids)} tokens",
-        teacher=f"{len(t.ids)} tokens",
-        severity=Severity.REFUSE,
-        text=f"{len(moved)} tokens have another id, {len(student_only)} only the student has, {len(teacher_only)} "
+    text = (
+        f"{len(moved)} tokens have another id, {len(student_only)} only the student has, {len(teacher_only)} "
         f"only the teacher: {'; '.join(examples)}. An id would be scored as another token: take a teacher with the "
-        f"student's tokenizer, or a method whose teacher only writes (omniopd, ropd){copy if nested else ''}",
+        "student's tokenizer, or a method whose teacher only writes (omniopd, ropd)"
     )
+    if not moved and not (student_only and teacher_only):
+        text += (
+            f"; ids below {shared} agree, so if the extra tokens may be lost, replace the tokenizer files of the model "
+            "that has more by the other's"
+        )
+    yield Difference("tokens", Severity.REFUSE, text)
 
 
 def _compare_head_rows(s: _Model, t: _Model, vocabulary: int) -> Iterator[Difference]:
     """Compare LM head rows with tokens: padding rows are cut, and a token without a row cannot be used."""
-
-    def difference(field: str, severity: Severity, text: str) -> Difference:
-        return Difference(field=field, student=f"{s.rows}", teacher=f"{t.rows}", severity=severity, text=text)
-
     for side in (s, t):
-        rowless = sorted(i for i in side.names if i >= side.rows)
+        rowless = sorted(i for i in side.tokens if i >= side.rows)
         if not rowless:
             continue
         added, template = side.tokenizer.get_added_vocab(), str(side.tokenizer.chat_template or "")
         # A text-only Gemma 3 has '<image_soft_token>' just past its last row; it works unless a prompt has that token.
-        tokens = [side.names[i] for i in rowless]
-        needed_tokens = [x for x in tokens if x not in added or x in side.named or x in template]
-        yield difference(
+        tokens = [side.tokens[i] for i in rowless]
+        needed = any(x not in added or x in side.known or x in template for x in tokens)
+        yield Difference(
             "rows",
-            Severity.REFUSE if needed_tokens else Severity.WARNING,
+            Severity.REFUSE if needed else Severity.WARNING,
             f"the {side.role}'s head has {side.rows} rows, and {len(rowless)} of its tokens none: "
             f"{side.show(rowless[:3])}; they are never drawn, and a prompt that holds one fails: use the tokenizer "
             f"these weights came with, or resize_token_embeddings({rowless[-1] + 1}) and train the new rows",
         )
     if s.ids == t.ids and vocabulary < max(s.rows, t.rows):
-        yield difference(
+        yield Difference(
             "rows",
             Severity.NOTE,
             f"{s.rows} rows (student) and {t.rows} (teacher) for one vocabulary: both heads and the sampler are cut to "
             f"the first {vocabulary} ids, since a row without a token could be drawn but not read; nothing to do",
         )
-    holes = [i for i in range(vocabulary) if i not in s.names]
-    if holes:
-        yield difference(
+    if holes := [i for i in range(vocabulary) if i not in s.tokens]:
+        yield Difference(
             "holes",
             Severity.NOTE,
             f"{len(holes)} ids below {vocabulary} have a row but no token (first {holes[0]}): they decode to nothing; "
@@ -248,34 +220,33 @@ def _compare_head_rows(s: _Model, t: _Model, vocabulary: int) -> Iterator[Differ
 
 def _compare_stop_ids(s: _Model, t: _Model, stop: tuple[int, ...]) -> Iterator[Difference]:
     """Compare stop ids: a teacher that stops at another token gives the student's stop token almost no probability."""
-
-    def difference(severity: Severity, text: str) -> Difference:
-        return Difference(field="eos", student=s.show(s.eos), teacher=t.show(t.eos), severity=severity, text=text)
-
     if not stop:
-        yield difference(
+        yield Difference(
+            "eos",
             Severity.REFUSE,
             f"no stop id of the student ({s.show(s.eos)}) or teacher ({t.show(t.eos)}) is a token of both, "
             "so no response would end: correct eos_token_id in generation_config.json",
         )
     elif set(s.eos) != set(t.eos):
-        yield difference(
+        yield Difference(
+            "eos",
             Severity.WARNING,
             f"the student stops at {s.show(s.eos)}, the teacher at {t.show(t.eos)}; rollouts stop at any of them. "
             "Scored apart, the teacher calls the student's ending impossible and responses grow without end: keep the "
             "stop token `canonical` (one class) or `mask` it",
         )
     for side in (s, t):
-        absent = [i for i in side.eos if stop and i not in stop]
-        if absent:
-            yield difference(
+        if absent := [i for i in side.eos if stop and i not in stop]:
+            yield Difference(
+                "eos",
                 Severity.WARNING,
                 f"{side.show(absent)} in the {side.role}'s generation config cannot be used (no token, or no row "
                 "in both heads) and is dropped from the stop set: correct its eos_token_id",
             )
-        last = side.ids.get(side.tokenizer.special_tokens_map.get("eos_token", ""))
+        last = side.ids.get(side.named.get("eos_token", ""))
         if last is not None and last not in side.eos:
-            yield difference(
+            yield Difference(
+                "eos",
                 Severity.WARNING,
                 f"the {side.role}'s tokenizer ends with {side.show((last,))} but its generation config stops at "
                 f"{side.show(side.eos)}: responses may run to the length limit: add {last} to its eos_token_id",
@@ -284,72 +255,61 @@ def _compare_stop_ids(s: _Model, t: _Model, stop: tuple[int, ...]) -> Iterator[D
 
 def _compare_special_tokens(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare the named special tokens (BOS, EOS, padding, unknown) and the set of all other special tokens."""
-    a, b = s.tokenizer.special_tokens_map, t.tokenizer.special_tokens_map
     for field, advice in _ADVICE.items():
-        student_token, teacher_token = (x.get(field, "none") for x in (a, b))
+        student_token, teacher_token = (side.named.get(field, "none") for side in (s, t))
         if student_token != teacher_token:
             severity = Severity.WARNING if field == "bos_token" else Severity.NOTE
-            text = f"{student_token!r} (student) and {teacher_token!r} (teacher): {advice}"
-            yield Difference(field=field, student=student_token, teacher=teacher_token, severity=severity, text=text)
-    student_tokens, teacher_tokens = ({*x.tokenizer.all_special_tokens} - s.named - t.named for x in (s, t))
-    if student_tokens != teacher_tokens:
+            yield Difference(field, severity, f"{student_token!r} (student) and {teacher_token!r} (teacher): {advice}")
+    student_tokens, teacher_tokens = ({*side.tokenizer.all_special_tokens} - s.known - t.known for side in (s, t))
+    if single := sorted(student_tokens ^ teacher_tokens):
         yield Difference(
-            field="special tokens",
-            student=", ".join(sorted(student_tokens)),
-            teacher=", ".join(sorted(teacher_tokens)),
-            severity=Severity.NOTE,
-            text=f"special to one model only: {', '.join(map(repr, sorted(student_tokens ^ teacher_tokens)))}; "
-            "verifiers read the student's decoding, which drops the student's special tokens: nothing to do unless an "
-            "answer uses one",
+            "special tokens",
+            Severity.NOTE,
+            f"special to one model only: {', '.join(map(repr, single))}; verifiers read the student's decoding, which "
+            "drops the student's special tokens: nothing to do unless an answer uses one",
         )
 
 
 def _compare_segmentation(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare how equal vocabularies split text: merges, normaliser and digit rules may still differ."""
-    if s.ids != t.ids:
-        return
-    for sample in _SAMPLES:
+    for sample in _SAMPLES if s.ids == t.ids else ():
         student_ids, teacher_ids = (x.tokenizer(sample, add_special_tokens=False)["input_ids"] for x in (s, t))
-        if student_ids == teacher_ids:
-            continue
-        student_split, teacher_split = (" ".join(repr(s.names[i]) for i in ids) for ids in (student_ids, teacher_ids))
-        yield Difference(
-            field="segmentation",
-            student=student_split,
-            teacher=teacher_split,
-            severity=Severity.WARNING,
-            text=f"the same tokens, but {sample!r} is {student_split} to the student and {teacher_split} to the "
-            "teacher: the teacher scores spellings it never saw and pulls the student away from its own: take a "
-            "teacher whose tokenizer.json is the student's",
-        )
-        return
+        if student_ids != teacher_ids:
+            student_split, teacher_split = (" ".join(repr(s.tokens[i]) for i in x) for x in (student_ids, teacher_ids))
+            yield Difference(
+                "segmentation",
+                Severity.WARNING,
+                f"the same tokens, but {sample!r} is {student_split} to the student and {teacher_split} to the "
+                "teacher: the teacher scores spellings it never saw and pulls the student away from its own: take a "
+                "teacher whose tokenizer.json is the student's",
+            )
+            return
 
 
 def _compare_templates(s: _Model, t: _Model) -> Iterator[Difference]:
     """Compare chat templates by the text they render, because their sources may differ without effect."""
-    student_template, teacher_template = s.tokenizer.chat_template, t.tokenizer.chat_template
-    student, teacher = ("template" if template else "none" for template in (student_template, teacher_template))
-
-    def difference(severity: Severity, text: str) -> Difference:
-        return Difference(field="chat template", student=student, teacher=teacher, severity=severity, text=text)
-
     plain = "reads the plain text of the messages, joined by blank lines"
-    if not student_template and not teacher_template:
-        yield difference(Severity.NOTE, f"neither model has one: each {plain}; nothing to do for base models")
-    elif not student_template or not teacher_template:
-        yield difference(
-            Severity.WARNING,
-            f"the {'student' if not student_template else 'teacher'} has none and {plain}; the other reads its "
-            "template. The teacher then scores in another context than the student wrote in: give the one without a "
-            "template the other's (chat_template in tokenizer_config.json), or use --teacher-prompt same",
+    without = [side.role for side in (s, t) if not side.tokenizer.chat_template]
+    if len(without) == 2:
+        yield Difference(
+            "chat template", Severity.NOTE, f"neither model has one: each {plain}; nothing to do for base models"
         )
-    elif student_template != teacher_template:
+    elif without:
+        yield Difference(
+            "chat template",
+            Severity.WARNING,
+            f"the {without[0]} has none and {plain}; the other reads its template. The teacher then scores in another "
+            "context than the student wrote in: give the one without a template the other's (chat_template in "
+            "tokenizer_config.json), or use --teacher-prompt same",
+        )
+    elif s.tokenizer.chat_template != t.tokenizer.chat_template:
         for title, turns in _CONVERSATIONS.items():
             (a, student_ids), (b, teacher_ids) = _rendered(s.tokenizer, turns), _rendered(t.tokenizer, turns)
             if a == b or not (student_ids or teacher_ids):
                 continue
             position = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            yield difference(
+            yield Difference(
+                "chat template",
                 Severity.WARNING,
                 f"{title}: the student reads ...{short(a[position:])}, the teacher ...{short(b[position:])}: each "
                 "model is asked in its own words unless --teacher-prompt same; "
@@ -357,12 +317,14 @@ def _compare_templates(s: _Model, t: _Model) -> Iterator[Difference]:
                 "both are asked for the same thing",
             )
             return
-        yield difference(
-            Severity.NOTE, "written differently, but they read the probed conversations alike; nothing to do"
+        yield Difference(
+            "chat template",
+            Severity.NOTE,
+            "written differently, but they read the probed conversations alike; nothing to do",
         )
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
+def _rendered(tokenizer: Tokenizer, turns: tuple[Mapping[str, str], ...]) -> tuple[str, tuple[int, ...]]:
     """Return a rendered conversation as text and ids; if the template refuses it, the reason and no ids."""
     try:
         ids = render(tokenizer, Prompt(messages=turns), chat_template_kwargs={})

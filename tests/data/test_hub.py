@@ -425,14 +425,14 @@ def test_a_hub_out_of_reach_is_told_from_one_that_is_switched_off(online, monkey
 def test_data_sets_are_looked_up_under_their_id_and_revision(monkeypatch, name):
     found: list[tuple] = []
 
-    def load_dataset(source, *subset, split, revision):
-        found.append((source, *subset, split, revision))
+    def load_dataset(source, subset, split, revision):
+        found.append((source, subset, split, revision))
         return datasets.Dataset.from_list([{"question": "2 + 3", "answer": "5"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     read(Data(source=name))
     read(Data(source=f"{name}@refs/pr/1.5", subset="main", split="test"))
-    assert found == [(name, "train", None), (name, "main", "test", "refs/pr/1.5")]
+    assert found == [(name, None, "train", None), (name, "main", "test", "refs/pr/1.5")]
 
 
 @pytest.mark.parametrize("name", ["AI-MO/NuminaMath-1.5", "HuggingFaceH4/MATH-500"])

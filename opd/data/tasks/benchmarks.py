@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LETTER = "\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
-OPTIONS = "options"  # the column into which `gather` merges options from several columns
+OPTIONS = "options"  # the column into which `_gather` merges options from several columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Benchmark:
     verifier: str = "math"
     instruction: str = BOXED
     samples: int = 8
-    gathered: tuple[str, ...] = ()  # columns with an option each, the correct option first; `gather` merges them
+    gathered: tuple[str, ...] = ()  # columns with an option each, the correct option first; `_gather` merges them
 
 
 def _columns(prompt: str, answer: str, choices: str = "") -> Mapping[str, str]:
@@ -88,17 +88,15 @@ def find(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def settings(name: str, data: Data) -> Data:
-    """Return `data` with the benchmark's settings in all fields that the user left at their defaults."""
-    chosen = find(name)
-    chosen_fields: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
-    chosen_fields |= {"choices_column": OPTIONS} if chosen.gathered else {}
-    return replace(data, **{k: v for k, v in chosen_fields.items() if getattr(data, k) == getattr(Data(), k)})
-
-
 def load(name: str, data: Data) -> Task:
-    """Make the task of a benchmark from its file.  Raises Refusal if the source or a column does not fit."""
-    chosen, data = find(name), settings(name, data)
+    """Make the task of a benchmark from its file; its settings fill all fields that the user left at their defaults.
+
+    Raises Refusal if the source or a column does not fit.
+    """
+    chosen = find(name)
+    fields: dict[str, Any] = {**chosen.columns, "verifier": chosen.verifier, "instruction": chosen.instruction}
+    fields |= {"choices_column": OPTIONS} if chosen.gathered else {}
+    data = replace(data, **{k: v for k, v in fields.items() if getattr(data, k) == getattr(Data(), k)})
     if data.source.startswith(("embedded:", "reasoning-gym:")):
         raise Refusal(f"--set {name} is read from a file: give it as --prompts, not {data.source}")
     from opd.data.tasks.files import read  # `datasets` takes seconds to import, and other tasks do not need it
@@ -107,10 +105,10 @@ def load(name: str, data: Data) -> Task:
     if missing := [column for column in chosen.gathered if column not in rows.column_names]:
         column_names = ", ".join(rows.column_names)
         raise Refusal(f"--set {name}: {data.source} has no column {missing[0]!r}; the columns are {column_names}")
-    return replace(table(data, gather(rows, chosen.gathered, data.seed) if chosen.gathered else rows), name=name)
+    return replace(table(data, _gather(rows, chosen.gathered, data.seed) if chosen.gathered else rows), name=name)
 
 
-def gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
+def _gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
     """Merge the options of several columns into the column `options`, shuffled by the seed and the row's number."""
     options = []
     for number, row in enumerate(rows.select_columns(list(columns))):

@@ -1,9 +1,8 @@
-"""Prompts from the rows of a table: `prompts(rows, data) -> Made` selects the columns and checks every row."""
+"""Prompts from the rows of a table: `prompts(rows, data) -> LazyPrompts` selects the columns and checks every row."""
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from string import ascii_uppercase as LETTERS
 from typing import Any
@@ -18,14 +17,8 @@ from opd.data.tasks.task import LazyPrompts, make_prompt
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ColumnNames:
-    """The names of the selected columns; "" for a missing column."""
-
-    prompt: str
-    answer: str
-    response: str
-    choices: str
+ROLES = ("prompt", "answer", "response", "choices")
+Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a missing column
 
 
 def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyPrompts:
@@ -33,42 +26,36 @@ def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyP
 
     Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
     """
-    columns = select_columns(rows, data, needs_answers=needs_answers)
+    columns = _select_columns(rows, data, needs_answers=needs_answers)
     row_numbers: Sequence[int] = range(len(rows))
     if 0 < data.limit < len(rows):
         order = list(row_numbers)
         random.Random(data.seed).shuffle(order)
         row_numbers = sorted(order[: data.limit])
         rows = rows.select(row_numbers)
-    column_names = {n if n in rows.column_names else n.partition(".")[0] for n in vars(columns).values() if n}
-    checked_rows = zip(row_numbers, rows.select_columns(sorted(column_names)), strict=True)
-    _check(checked_rows, columns, data.source, needs_answers=needs_answers)
+    _check(rows, row_numbers, columns, data.source, needs_answers=needs_answers)
     return LazyPrompts(partial(_prompt, rows, columns, data), len(rows))
 
 
-def select_columns(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> ColumnNames:
+def _select_columns(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
     """Select the columns by the values in the first row, as described in the help of each flag."""
-    first, available = rows[0], f"the columns are {', '.join(rows.column_names)}"
-    chosen = ColumnNames(
-        prompt=_pick(first, data.prompt_column, _is_question),
-        answer=_pick(first, data.answer_column, lambda value: bool(_text(value, ", ").strip())),
-        response=_pick(first, data.response_column, lambda value: True),
-        choices=_pick(first, data.choices_column, lambda value: True),
-    )
-    if not chosen.prompt:
+    available = f"the columns are {', '.join(rows.column_names)}"
+    fits = {"prompt": _is_question, "answer": lambda value: bool(_text(value, ", ").strip())}
+    wanted = {role: str(getattr(data, f"{role}_column")) for role in ROLES}
+    columns = {role: _pick(rows[0], names, fits.get(role, lambda value: True)) for role, names in wanted.items()}
+    if not columns["prompt"]:
         raise Refusal(
             f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {available}; name one"
         )
-    for option, name in vars(chosen).items():
-        wanted = vars(data)[f"{option}_column"]
-        if wanted and "," not in wanted and not name:
-            raise Refusal(f"--{option}-column {wanted} is not there; {available}")
-    if needs_answers and not chosen.answer:
+    for role, names in wanted.items():
+        if names and "," not in names and not columns[role]:
+            raise Refusal(f"--{role}-column {names} is not there; {available}")
+    if needs_answers and not columns["answer"]:
         raise Refusal(
             f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
             f" --verifier {data.verifier} needs answers; {available}; name one, or --verifier none"
         )
-    return chosen
+    return columns
 
 
 def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
@@ -88,52 +75,53 @@ def _value_at(row: Row, name: str) -> Any:
     return value
 
 
-def _check(rows: Iterable[tuple[int, Row]], columns: ColumnNames, source: str, *, needs_answers: bool) -> None:
+def _check(
+    rows: datasets.Dataset, row_numbers: Sequence[int], columns: Columns, source: str, *, needs_answers: bool
+) -> None:
     """Refuse rows without a valid prompt, and data whose answers are all missing; warn if some answers are missing."""
-    empty: dict[str, list[int]] = {"prompt": [], "answer": []}
-    total = 0
-    for number, row in rows:
-        total += 1
-        value = _value_at(row, columns.prompt)
+    top_names = {name if name in rows.column_names else name.partition(".")[0] for name in columns.values() if name}
+    without_prompt, without_answer = [], []
+    for number, row in zip(row_numbers, rows.select_columns(sorted(top_names)), strict=True):
+        value = _value_at(row, columns["prompt"])
         if value is not None and not _is_question(value):
             raise Refusal(
-                f"--prompt-column {columns.prompt}, row {number} of {source}: {str(value)[:80]!r} is neither text nor a"
-                ' list of {"role": ..., "content": text}; name another column or correct the row'
+                f"--prompt-column {columns['prompt']}, row {number} of {source}: {str(value)[:80]!r} is neither text"
+                ' nor a list of {"role": ..., "content": text}; name another column or correct the row'
             )
         last = value if isinstance(value, str) else ([{"content": ""}, *_without_reply(value or ())])[-1]["content"]
         if not last.strip():
-            empty["prompt"].append(number)
-        if needs_answers and not _text(_value_at(row, columns.answer), ", ").strip():
-            empty["answer"].append(number)
-    if numbers := empty["prompt"]:
+            without_prompt.append(number)
+        if needs_answers and not _text(_value_at(row, columns["answer"]), ", ").strip():
+            without_answer.append(number)
+    if without_prompt:
         raise Refusal(
-            f"--prompt-column {columns.prompt}: {len(numbers)} of {total} rows have an empty prompt, the first is row"
-            f" {numbers[0]} of {source}; remove these rows"
+            f"--prompt-column {columns['prompt']}: {len(without_prompt)} of {len(rows)} rows have an empty prompt, the"
+            f" first is row {without_prompt[0]} of {source}; remove these rows"
         )
-    if len(numbers := empty["answer"]) == total:
+    if len(without_answer) == len(rows):
         raise Refusal(
-            f"--answer-column {columns.answer} is empty in all {total} rows of {source}; name another column, or set"
-            " verifier to none"
+            f"--answer-column {columns['answer']} is empty in all {len(rows)} rows of {source}; name another column,"
+            " or set verifier to none"
         )
-    if numbers:
+    if without_answer:
         warnings.warn(
-            f"{len(numbers)} of {total} rows of {source} have no answer in {columns.answer!r}, the first is row"
-            f" {numbers[0]}: whatever the response, they score 0",
+            f"{len(without_answer)} of {len(rows)} rows of {source} have no answer in {columns['answer']!r}, the first"
+            f" is row {without_answer[0]}: whatever the response, they score 0",
             stacklevel=2,
         )
 
 
-def _prompt(rows: datasets.Dataset, columns: ColumnNames, data: Data, index: int) -> Prompt:
+def _prompt(rows: datasets.Dataset, columns: Columns, data: Data, index: int) -> Prompt:
     """Make the prompt of a row; its unselected columns are kept in `Prompt.columns`."""
     row = rows[index]
-    question, value = _value_at(row, columns.prompt), _value_at(row, columns.answer)
-    labels, texts = _options(_value_at(row, columns.choices))
+    question, value = _value_at(row, columns["prompt"]), _value_at(row, columns["answer"])
+    labels, texts = _options(_value_at(row, columns["choices"]))
     answer = _text(value, ", ")
     if isinstance(value, int) and 0 <= value < len(texts):
         answer = LETTERS[value]
     elif answer in (*labels, *texts):
         answer = LETTERS[(labels if answer in labels else texts).index(answer)]
-    response = _text(_value_at(row, columns.response), "\n\n")
+    response = _text(_value_at(row, columns["response"]), "\n\n")
     if not isinstance(question, str):
         response = response or _text(question[len(_without_reply(question)) :], "\n\n")
         question = _without_reply(question)
@@ -143,7 +131,7 @@ def _prompt(rows: datasets.Dataset, columns: ColumnNames, data: Data, index: int
         options="\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)),
         answer=answer,
         response=response,
-        columns={name: value for name, value in row.items() if name not in vars(columns).values()},
+        columns={name: value for name, value in row.items() if name not in columns.values()},
     )
 
 

@@ -15,22 +15,29 @@ KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"
 
 
 def read(data: Data) -> datasets.Dataset:
-    """Load one split; a path that exists is read from disk, any other name is looked up on the hub."""
-    path = Path(data.source).expanduser()
+    """Load one split; a path that exists is read from disk, any other name on the hub or in its cache."""
+    path, repository = Path(data.source).expanduser(), hub.Repository(*data.source.partition("@")[::2])
     if not path.exists():
-        if _is_path(data.source):
+        # Hub ids are NAME or OWNER/NAME, and a revision may hold slashes.
+        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or path.suffix in KINDS:
             raise Refusal(f"--prompts {data.source} does not exist{nearest(path)}; correct the path")
         if ":" in data.source:
             raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
     try:
-        rows = _file(path) if path.is_file() else _folder(path, data) if path.is_dir() else _hub(data)
+        if path.is_file():
+            rows = _file(path)
+        elif path.is_dir():
+            rows = _folder(path, data)
+        else:
+            revision = repository.revision or None
+            rows = datasets.load_dataset(repository.id, data.subset or None, split=data.split, revision=revision)
     except Refusal:
         raise
     except Exception as error:  # disks, parsers and networks fail with some twenty unrelated types
         reason = " ".join(f"{error.__cause__ or error}".split()) or "the file is empty"
         if path.exists():
             raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
-        reason = hub.reason(error, hub.Repository(*_id(data.source)), dataset=True).rstrip(".")
+        reason = hub.reason(error, repository, dataset=True).rstrip(".")
         raise Refusal(
             f"--prompts {data.source}, --split {data.split}: {hub.no_path(path, 'file or folder')}{reason}; correct "
             "the path, the dataset id, --subset or --split"
@@ -38,12 +45,6 @@ def read(data: Data) -> datasets.Dataset:
     if len(rows) == 0:
         raise Refusal(f"--prompts {data.source}, --split {data.split} has no rows: give one with at least one prompt")
     return rows
-
-
-def _is_path(source: str) -> bool:
-    """Return whether a name can only be meant as a path: hub ids are NAME or OWNER/NAME."""
-    dataset_id, _ = _id(source)  # a revision may hold slashes
-    return source.startswith((".", "/", "~")) or dataset_id.count("/") > 1 or Path(source).suffix in KINDS
 
 
 def _file(path: Path) -> datasets.Dataset:
@@ -63,24 +64,8 @@ def _folder(path: Path, data: Data) -> datasets.Dataset:
     if (path / "state.json").exists():
         return datasets.load_from_disk(str(path))
     if not (path / "dataset_dict.json").exists():
-        return datasets.load_dataset(str(path), *_subset(data), split=data.split)
+        return datasets.load_dataset(str(path), data.subset or None, split=data.split)
     splits = datasets.load_from_disk(str(path))
     if data.split not in splits:
         raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
     return splits[data.split]
-
-
-def _hub(data: Data) -> datasets.Dataset:
-    """Fetch one split from the hub, or from the cache of an earlier run if there is no network."""
-    dataset_id, revision = _id(data.source)
-    return datasets.load_dataset(dataset_id, *_subset(data), split=data.split, revision=revision or None)
-
-
-def _id(source: str) -> tuple[str, str]:
-    """Split NAME@REVISION of the hub into its two parts; the second is empty for the default branch."""
-    dataset_id, _, revision = source.partition("@")
-    return dataset_id, revision
-
-
-def _subset(data: Data) -> tuple[str, ...]:
-    return (data.subset,) if data.subset else ()
