@@ -4,7 +4,8 @@ A model is downloaded in two parts: `snapshot` fetches configuration, tokenizer 
 that is refused for its tokens costs no gigabytes.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ WEIGHTS = (*PICKLES, ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx")
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 # Folders of a repository hold other checkpoints and formats; only code and chat templates are read from there.
 NESTED = ["*/*.json", "*/*.txt", "*/*.model"]
+CONFIGS = ("config.json", "adapter_config.json")
+HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}  # the hub's version decides which it uses
 
 
 class Missing(Exception):
@@ -67,23 +70,18 @@ class _NoBar(tqdm):
 
 def snapshot(repository: Repository) -> tuple[Path, str]:
     """Return the local folder of a repository, all but its weights in it, and its commit; raises Missing."""
+    revision = repository.revision or None
     try:
-        folder = Path(
-            snapshot_download(
-                repository.id,
-                revision=repository.revision or None,
-                allow_patterns=SMALL,
-                ignore_patterns=NESTED,
-                tqdm_class=_NoBar,
-            )
+        path = snapshot_download(
+            repository.id, revision=revision, allow_patterns=SMALL, ignore_patterns=NESTED, tqdm_class=_NoBar
         )
     except Exception as error:  # networks and proxies fail with many unrelated types
         # Another program may have cached the files that it needs, and not all that the repository has.
-        cached = _cached_folder(repository) if isinstance(error, LocalEntryNotFoundError) else None
-        if cached is None:
+        path = _cached_folder(repository.id, revision) if isinstance(error, LocalEntryNotFoundError) else ""
+        if not path:
             raise Missing(reason(error, repository)) from error
-        folder = cached
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in CONFIGS):
         raise Missing(
             f"{repository} has no config.json: it holds no model that transformers can read; of a GGUF repository "
             "download one file and name that"
@@ -91,13 +89,10 @@ def snapshot(repository: Repository) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _cached_folder(repository: Repository) -> Path | None:
-    """Return the cached folder of a repository, complete or not."""
-    for name in ("config.json", "adapter_config.json"):
-        file = try_to_load_from_cache(repository.id, name, revision=repository.revision or None)
-        if isinstance(file, str):
-            return Path(file).parent
-    return None
+def _cached_folder(repo_id: str, revision: str | None) -> str:
+    """Return the cached folder of a repository, complete or not; "" if none is cached."""
+    files = (try_to_load_from_cache(repo_id, name, revision=revision) for name in CONFIGS)
+    return next((os.path.dirname(file) for file in files if isinstance(file, str)), "")
 
 
 def fetch(repository: Repository, files: Sequence[str]) -> None:
@@ -105,13 +100,12 @@ def fetch(repository: Repository, files: Sequence[str]) -> None:
     try:
         available = HfApi().list_repo_files(repository.id, revision=repository.revision)
         absent = sorted(set(files) - set(available))
-        if absent:
-            raise Missing(no_safetensors(absent[0], available))
-        snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(files))
-    except Missing:
-        raise
+        if not absent:
+            snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(files))
     except Exception as error:  # networks, proxies and disks fail with many unrelated types
         raise Missing(f"its weights are not here: {reason(error, repository)}") from error
+    if absent:
+        raise Missing(no_safetensors(absent[0], available))
 
 
 def no_safetensors(missing_file: str, available: Sequence[str]) -> str:
@@ -127,11 +121,10 @@ def no_safetensors(missing_file: str, available: Sequence[str]) -> str:
 
 def reason(error: BaseException, repository: Repository, *, dataset: bool = False) -> str:
     """Return why neither the hub nor its cache has a repository; libraries wrap the cause several times."""
-    causes = list(_chain(error))
-
-    def was_raised(*types: type[BaseException]) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
-
+    causes = [error]
+    while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
+        causes.append(cause)
+    was_raised = lambda *types: any(isinstance(cause, types) for cause in causes)
     page = f"https://huggingface.co/{'datasets/' if dataset else ''}{repository.id}"
     cache = "the cache" if dataset else f"the cache ({constants.HF_HUB_CACHE})"
     command = f"hf download {repository.id}" + (f" --revision {repository.revision}" if repository.revision else "")
@@ -148,21 +141,19 @@ def reason(error: BaseException, repository: Repository, *, dataset: bool = Fals
         )
     if was_raised(RevisionNotFoundError):
         return f"the hub has {repository.id}, but no revision {repository.revision!r} of it: see {page}/tree/main"
-    if was_raised(OfflineModeIsEnabled) or (
-        constants.HF_HUB_OFFLINE and was_raised(LocalEntryNotFoundError, ConnectionError)
-    ):
+    offline = constants.HF_HUB_OFFLINE and was_raised(LocalEntryNotFoundError, ConnectionError)
+    if offline or was_raised(OfflineModeIsEnabled):
         return (
             f"{repository} is not in {cache}, and HF_HUB_OFFLINE forbids downloading it: unset the variable, or "
             f"{otherwise}"
         )
-    http = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    if http is not None:
+    if http := next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None):
         return f"the hub does not give {repository}: {one_line(http)}"
-    if was_raised(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(map(_of_network, causes)):
-        last = causes[-1]
+    libraries = {type(cause).__module__.partition(".")[0] for cause in causes}
+    if was_raised(LocalEntryNotFoundError, ConnectionError, TimeoutError) or libraries & HTTP_LIBRARIES:
         return (
             f"{repository} is not in {cache}, and the hub cannot be reached "
-            f"({type(last).__name__}: {one_line(last)}): check the network, or name a local copy"
+            f"({type(causes[-1]).__name__}: {one_line(causes[-1])}): check the network, or name a local copy"
         )
     return one_line(error.__cause__ or error)
 
@@ -170,15 +161,3 @@ def reason(error: BaseException, repository: Repository, *, dataset: bool = Fals
 def no_path(path: Path, kind: str = "folder") -> str:
     """Return the beginning of a message about a missing hub id, which may have been meant as a path."""
     return f"there is no such {kind} here{nearest(path) if path.parent.is_dir() else ''}, and "
-
-
-def _of_network(error: BaseException) -> bool:
-    """Return whether an HTTP library raised an error; which library the hub uses depends on its version."""
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what caused it, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -69,7 +69,6 @@ class Prompts:
         return Rendered(prompt, ids, teacher_ids, teacher)
 
     def student_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return the prompt's token ids for the student."""
         arguments = prompts.parse_template_arguments(self.plan.config.data.template_args)
         return prompts.render(self.tokenizer, prompt, chat_template_kwargs=arguments)
 

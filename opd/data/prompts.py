@@ -25,10 +25,7 @@ class Rendered:
 
 
 def stop_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids at which a model stops: those of its generation config, else the EOS of its tokenizer.
-
-    Raises Refusal if neither has any, because generation would never stop.
-    """
+    """Return a model's stop ids: its generation config's, else its tokenizer's EOS.  Raises Refusal without any."""
     eos = generation_config.eos_token_id
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     if not ids and "eos_token" in tokenizer.special_tokens_map:
@@ -84,10 +81,7 @@ def prefilled_ids(
 
 
 def continuation_text(tokenizer: Tokenizer, context_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text that `ids` add behind `context_ids`.
-
-    Decoding `ids` without their context would lose a leading space with many tokenizers.
-    """
+    """Return the text that `ids` add behind `context_ids`; decoded without context, many tokens lose their space."""
     decode = lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
     last_context_ids = list(context_ids)[-8:]
     text, context = decode([*last_context_ids, *ids]), decode(last_context_ids)
@@ -95,10 +89,7 @@ def continuation_text(tokenizer: Tokenizer, context_ids: Sequence[int], ids: Seq
 
 
 def decodes_to_itself(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether text survives tokenizing and decoding.
-
-    If not, a verifier or judge reads a text that differs from what the model generated.
-    """
+    """Return whether text survives tokenizing and decoding; else verifiers and judges read another text."""
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 

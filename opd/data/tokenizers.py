@@ -37,10 +37,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerAgreement:
-    """The result of comparing two tokenizers.
-
-    `vocabulary` is valid for training only if no difference has the severity REFUSE; `require` checks that.
-    """
+    """The result of comparing two tokenizers, valid for training only if `require` accepts it."""
 
     vocabulary: int  # both LM heads and the sampler are cut to ids 0 .. vocabulary - 1
     stop: tuple[int, ...]  # ids that end a response: the student's, then those of the teacher only
@@ -104,9 +101,7 @@ def compare_tokenizers(
     student_eos: tuple[int, ...],
     teacher_eos: tuple[int, ...],
 ) -> TokenizerAgreement:
-    """Compare token maps, LM head rows, stop ids, special tokens and chat templates; never raises Refusal.
-
-    `student_rows` and `teacher_rows` are the numbers of rows of the LM heads, the others are tokenizers and stop ids.
+    """Compare token maps, rows of the LM heads, stop ids, special tokens and chat templates; never raises Refusal.
 
     Both vocabularies are cut after the last shared token, not at the smaller LM head.  A padding row beyond that token
     has a logit but no text, and engines do sample such rows (vllm#13175, NeMo-RL#237).  The results therefore do not

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.disk import follow_umask
 from opd.core.errors import one_line
-from opd.data.hub import Missing, Repository
+from opd.data.hub import Missing
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FOLDER = "base"  # folder of a run with the weights under its adapter, if no other folder has them
@@ -63,16 +63,6 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.merge_and_unload(safe_merge=True)).requires_grad_(True)
 
 
-def record_base(model: PeftModel, folder: str, repository: Repository | None) -> None:
-    """Write into an adapter's settings where its base is: a hub id at its commit, or an absolute path.
-
-    Then the checkpoint loads from any working directory, by peft too.
-    """
-    settings = model.active_peft_config
-    settings.base_model_name_or_path = folder if repository is None else repository.id
-    settings.revision = None if repository is None else repository.revision
-
-
 def base_name(model: PeftModel) -> str:
     """Return the name of the model under an adapter, as `opd.models.locate` takes it."""
     settings = model.active_peft_config
@@ -82,11 +72,9 @@ def base_name(model: PeftModel) -> str:
 
 def save(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write weights as a model folder, or as an adapter folder if the model is an adapter."""
-    if isinstance(model, PeftModel):
-        # The default compares the vocabulary with the base's, even on the hub; opd never resizes it.
-        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    else:
-        model.save_pretrained(str(folder), state_dict=weights)
+    # The default for an adapter compares the vocabulary with the base's, even on the hub; opd never resizes it.
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(folder), state_dict=weights, **options)
 
 
 def save_base(model: PeftModel, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path) -> None:

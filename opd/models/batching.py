@@ -26,9 +26,8 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     prompts = [r.teacher_prompt_ids if teacher else r.prompt_ids for r in rollouts]
     pairs = list(zip(prompts, rollouts, masks, strict=True))
     ids = [torch.tensor([*prompt, *r.ids]) for prompt, r, _ in pairs] or [torch.zeros(2, dtype=torch.long)]
-    trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs] or [
-        torch.zeros(2, dtype=torch.bool)
-    ]
+    trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs]
+    trained = trained or [torch.zeros(2, dtype=torch.bool)]
     return Rows(pad(ids, 0).to(device), pad(trained, False))
 
 
@@ -36,11 +35,7 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
     """Split rows into micro-batches of similar length, longest first, at minimal cost (dynamic programming).
 
     A micro-batch costs its padded tokens, at most `budget`, plus budget / 64 for the overhead of its calls.  A row
-    longer than the budget is a micro-batch by itself.
-
-    Args:
-        widths: length of each row in tokens, by row number.
-        budget: padded tokens of a micro-batch.
+    longer than the budget is a micro-batch by itself.  `widths` has each row's length in tokens, by row number.
     """
     order = sorted(widths, key=lambda i: (-widths[i], i))
     # For the first `end` rows: the least cost, and the start of the last micro-batch at that cost.

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -85,8 +86,7 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
     if path.is_file():
         raise Missing("is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
-        if (path / "checkpoints").is_dir():
-            path = newest_checkpoint(path) or path
+        path = newest_checkpoint(path) or path
         return _check_folder(ModelSource(str(path.resolve()), trust_remote_code, name=name))
     repository = hub.parse(name)
     if repository is None:
@@ -133,8 +133,7 @@ def _base_of(folder: Path, trust_remote_code: bool) -> ModelSource:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the last complete checkpoint of a run folder, or None."""
-    checkpoints = sorted((run / "checkpoints").glob("step-[0-9]*"))
-    return checkpoints[-1] if checkpoints else None
+    return max((run / "checkpoints").glob("step-[0-9]*"), default=None)
 
 
 def tokenizer(source: ModelSource, *, field: str) -> Tokenizer:
@@ -142,19 +141,15 @@ def tokenizer(source: ModelSource, *, field: str) -> Tokenizer:
     has_tokenizer = any((Path(source.folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     if source.base is not None and not has_tokenizer:
         return tokenizer(source.base, field=field)
-    try:
+    with _loading(source, field, "its tokenizer does not load"):
         return AutoTokenizer.from_pretrained(source.folder, **source.options())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--{field} {source}: its tokenizer does not load: {_first_line(error)}") from error
 
 
 def config(source: ModelSource, *, field: str) -> PretrainedConfig:
     """Load the model's configuration; that of an adapter is its base's."""
     base_model = source.base_source()
-    try:
+    with _loading(source, field, "its config.json does not load"):
         return AutoConfig.from_pretrained(base_model.folder, **base_model.options())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--{field} {source}: its config.json does not load: {_first_line(error)}") from error
 
 
 def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -168,22 +163,26 @@ def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def load(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load the weights in eval mode (no pass uses dropout); an adapter is merged into its base."""
-    try:
+    with _loading(source, field, "its weights do not load"):
         model = _load_model(source, dtype)
-    except (Missing, OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
     use_onednn(model)
     return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]  # transformers' stub of `to`
 
 
 def load_adapter(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PeftModel:
     """Load a base with the adapter of a checkpoint, to train the adapter further."""
-    try:
+    with _loading(source, field, "its weights do not load"):
         model = _load_adapter_model(source, dtype, trainable=True)
-    except (Missing, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Refusal(f"--{field} {source}: its weights do not load: {_first_line(error)}") from error
     use_onednn(model)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _loading(source: ModelSource, field: str, failure: str) -> Iterator[None]:
+    try:
+        yield
+    except (Missing, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refusal(f"--{field} {source}: {failure}: {_first_line(error)}") from error
 
 
 def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
@@ -206,16 +205,13 @@ def _require_safetensors(source: ModelSource) -> None:
     folder = Path(source.folder)
     stem = "model" if source.base is None else "adapter_model"
     index = folder / f"{stem}.safetensors.index.json"
-    files = {f"{stem}.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    absent = sorted(name for name in files if not (folder / name).is_file())
-    file_names = [path.name for path in folder.iterdir()]
-    pickled = any(name.endswith(hub.PICKLES) for name in file_names)
-    if absent and source.repository is not None and not pickled:
+    files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [f"{stem}.safetensors"]
+    absent = sorted({name for name in files if not (folder / name).is_file()})
+    present = [path.name for path in folder.iterdir()]
+    if absent and source.repository is not None and not any(name.endswith(hub.PICKLES) for name in present):
         hub.fetch(source.repository, absent)
     elif absent:
-        raise Missing(hub.no_safetensors(absent[0], file_names))
+        raise Missing(hub.no_safetensors(absent[0], present))
 
 
 def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -25,31 +25,34 @@ def trainable(
     """
     frozen_base = config.lora_rank > 0 and config.precision == "bf16"
     dtype = torch.bfloat16 if frozen_base else torch.float32  # trained weights are fp32: peft keeps adapters in fp32
-    start, base = source, source
+    start = source
     if checkpoint is not None:
         start = models.locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
-    if config.lora_rank and start.base is not None and checkpoint is not None:
-        model: PreTrainedModel | PeftModel = models.load_adapter(start, field="student", dtype=dtype, device=device)
-        base = start.base
-    else:
-        model = models.load(start, field="student", dtype=dtype, device=device)
-    if config.lora_rank and checkpoint is None:
-        if source.base is not None:
-            base = models.ModelSource(str(_base_folder(config)))
-        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
-        adapter = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
-            lora_dropout=0.0,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            model = get_peft_model(model, adapter)
-        except ValueError as error:
-            raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
-    if isinstance(model, PeftModel):
-        adapters.record_base(model, base.folder, base.repository)
+        if config.lora_rank and start.base is not None:
+            adapted = models.load_adapter(start, field="student", dtype=dtype, device=device)
+            return _with_base(adapted, start.base)
+    model = models.load(start, field="student", dtype=dtype, device=device)
+    if not config.lora_rank or checkpoint is not None:
+        return model
+    adapter = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
+        lora_dropout=0.0,
+        target_modules="all-linear" if config.lora_targets == "all-linear" else config.lora_targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
+    return _with_base(adapted, source if source.base is None else models.ModelSource(str(_base_folder(config))))
+
+
+def _with_base(model: PeftModel, base: models.ModelSource) -> PeftModel:
+    """Set where the base is, an id at its commit or an absolute path: peft too loads the checkpoint from anywhere."""
+    settings, repository = model.active_peft_config, base.repository
+    settings.base_model_name_or_path = base.folder if repository is None else repository.id
+    settings.revision = None if repository is None else repository.revision
     return model
 
 

@@ -4,8 +4,6 @@ DDP, FSDP and DeepSpeed wrap this module.  No code may use lm_head outside its f
 elsewhere and resharded before the backward pass gives silently wrong gradients.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -39,19 +37,6 @@ class Student(nn.Module):
             base(model).gradient_checkpointing_enable({"use_reentrant": False})
             self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    @contextlib.contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Enable gradient checkpointing inside the block.
-
-        transformers checkpoints only layers in training mode.  The modules inside the layers stay in eval mode, so
-        dropout stays off.
-        """
-        for layer in self.layers:
-            layer.training = True
-        yield
-        for layer in self.layers:
-            layer.training = False  # generation needs the KV cache, which checkpointing would disable
-
     def forward(
         self,
         rows: Rows,
@@ -72,37 +57,28 @@ class Student(nn.Module):
             vocabulary: common ids, temperature and stop class of the LM heads.
             likeliest: if above 0, return only each model's top-k tokens with k = `likeliest`, as `Alternatives`.
         """
-        with self.recomputing():
-            final, views = states(self.model, rows, frozen.lens, self.body)
+        # transformers checkpoints only layers in training mode.  The modules inside the layers stay in eval mode, so
+        # dropout stays off.
+        for layer in self.layers:
+            layer.training = True
+        final, views = states(self.model, rows, frozen.lens, self.body)
+        for layer in self.layers:
+            layer.training = False  # generation needs the KV cache, which checkpointing would disable
         student, ids = Hidden(final, head(self.model), views), rows.ids[rows.trained]
+        loss, columns = final.new_zeros(()), HeadColumns(scores=(None,) * len(method.terms))
         if likeliest:
-            return final.new_zeros(()), alternatives(student, frozen.teacher, likeliest, vocabulary)
+            return loss, alternatives(student, frozen.teacher, likeliest, vocabulary)
         if targets is None:
-            loss, columns = final.new_zeros(()), measure(method, student, frozen, ids, vocabulary)
-        elif method.headless():
-            loss, columns = final.new_zeros(()), HeadColumns(scores=(None,) * len(method.terms))
-        else:
+            columns = measure(method, student, frozen, ids, vocabulary)
+        elif not method.headless():
             loss, columns = head_pass(method, student, frozen, ids, targets, vocabulary)
-        return _add_hidden_loss(method, student, frozen, targets, loss, columns)
-
-
-def _add_hidden_loss(
-    method: Method,
-    student: Hidden,
-    frozen: FrozenOutputs,
-    targets: tuple[Target, ...] | None,
-    loss: Float[Tensor, ""],
-    columns: HeadColumns,
-) -> tuple[Float[Tensor, ""], HeadColumns]:
-    """Add the hidden-state term's loss and columns, if the method has such a term."""
-    term = method.hidden()
-    if term is None:
-        return loss, columns
-    assert isinstance(frozen.teacher, Hidden), "a teacher that is Given shows no layer"
-    distances = term.loss(student.views, frozen.teacher.views)
-    if targets is not None:
-        loss = loss + (targets[method.terms.index(term)].weight * distances).sum()
-    with torch.no_grad():
-        cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(student.views, frozen.teacher.views, strict=True)]
-        cosine = torch.stack(cosines).mean(0)
-    return loss, replace(columns, hidden_distance=distances.detach(), hidden_cosine=cosine)
+        if (term := method.hidden()) is None:
+            return loss, columns
+        assert isinstance(frozen.teacher, Hidden), "a teacher that is Given shows no layer"
+        distances = term.loss(student.views, frozen.teacher.views)
+        if targets is not None:
+            loss = loss + (targets[method.terms.index(term)].weight * distances).sum()
+        with torch.no_grad():
+            pairs = zip(student.views, frozen.teacher.views, strict=True)
+            cosine = torch.stack([cosine_similarity(a, b, dim=-1) for a, b in pairs]).mean(0)
+        return loss, replace(columns, hidden_distance=distances.detach(), hidden_cosine=cosine)

@@ -28,8 +28,8 @@ from opd.config.plan import resolved
 from opd.config.servers import Remote
 from opd.core.errors import Refusal
 from opd.data import hub
-from opd.data.tasks.files import read
 from opd.data.tasks.load import load
+from opd.data.tasks.tables import read
 from opd.models import load as models
 from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client

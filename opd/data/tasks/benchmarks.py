@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from opd.config.data import Data
 from opd.core.errors import Refusal
-from opd.data.tasks.load import table
 from opd.data.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -72,9 +71,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         instruction=LETTER,
     ),
     "sciknoweval-filling": Benchmark(
-        what="SciKnowEval, answers in words and formulas",
-        columns=_columns("question", "answer"),
-        verifier="exact",
+        what="SciKnowEval, answers in words and formulas", columns=_columns("question", "answer"), verifier="exact"
     ),
 }
 
@@ -99,7 +96,7 @@ def load(name: str, data: Data) -> Task:
     data = replace(data, **{k: v for k, v in fields.items() if getattr(data, k) == getattr(Data(), k)})
     if data.source.startswith(("embedded:", "reasoning-gym:")):
         raise Refusal(f"--set {name} is read from a file: give it as --prompts, not {data.source}")
-    from opd.data.tasks.files import read  # `datasets` takes seconds to import, and other tasks do not need it
+    from opd.data.tasks.tables import read, table  # `datasets` takes seconds to import; other tasks do not need it
 
     rows = read(data)
     if missing := [column for column in chosen.gathered if column not in rows.column_names]:

@@ -40,6 +40,10 @@ OBJECTS = _words(
 )
 STAGES = ("<plan>", "<work>", "<check>", "<answer>")
 HELDOUT_SHARE = 8  # 1 in HELDOUT_SHARE prompts belongs to the held-out split
+LEVELS = {  # digits per amount and balance, and the entry counts to sample from (repeats are weights)
+    "short": (1, (1, 1, 2, 3)),  # 20 to 41 response tokens
+    "full": (2, (2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)),  # 51 to 160 response tokens
+}
 
 
 @dataclass(frozen=True)
@@ -51,35 +55,20 @@ class Problem:
     solution: str
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """A difficulty level: digits per amount and balance, and the entry counts to sample from (repeats are weights)."""
-
-    digits: int
-    entries: tuple[int, ...]
-
-
-LEVELS = {
-    "short": Difficulty(digits=1, entries=(1, 1, 2, 3)),  # 20 to 41 response tokens
-    "full": Difficulty(digits=2, entries=(2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8)),  # 51 to 160 response tokens
-}
-
-
 def problem(rng: random.Random, *, level: str) -> Problem:
     """Sample a problem; every balance and amount has exactly the level's number of digits."""
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
-    shape = LEVELS[level]
-    low, high = 10 ** (shape.digits - 1), 10**shape.digits - 1
-    entries, first = rng.choice(shape.entries), rng.randrange(len(MONTHS))
+    digits, entry_counts = LEVELS[level]
+    low, high = 10 ** (digits - 1), 10**digits - 1
+    entries, first = rng.choice(entry_counts), rng.randrange(len(MONTHS))
     balances = [rng.randint(low, high)]
     for _ in range(entries):
         balances.append(rng.choice([b for b in range(low, high + 1) if abs(b - balances[-1]) >= low]))
-    months = tuple(MONTHS[(first + i) % len(MONTHS)] for i in range(entries))
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
     booked = ""
-    for month, (old, new) in zip(months, pairwise(balances), strict=True):
-        booked += f"{month}: {rng.choice(GAINS if new > old else LOSSES)} {abs(new - old)}. "
+    for i, (old, new) in enumerate(pairwise(balances), first):
+        booked += f"{MONTHS[i % len(MONTHS)]}: {rng.choice(GAINS if new > old else LOSSES)} {abs(new - old)}. "
     prompt = f"{name} has {balances[0]} {thing}. {booked}How many does {name} have?"
     return Problem(prompt, str(balances[-1]), _write(*_read(prompt), lambda: False))
 
@@ -137,11 +126,7 @@ def verify(response: str, answer: str) -> float:
 
 
 def problem_at(seed: int, index: int, *, level: str, heldout: bool = False) -> Problem:
-    """Return problem `index` of stream `seed`, a pure function of its arguments.
-
-    The two splits share no prompt, for all seeds: a hash of the prompt decides its split, and samples of the other
-    split are rejected.
-    """
+    """Return problem `index` of stream `seed`; a hash of the prompt decides its split, so splits share no prompt."""
     rng = random.Random(f"{seed}/{index}/{level}/{heldout}")
     while True:
         sampled = problem(rng, level=level)

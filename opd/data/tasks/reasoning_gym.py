@@ -25,10 +25,7 @@ def task(name: str, data: Data) -> Task:
 
     In reasoning-gym, item i of seed s equals item 0 of seed s + i, so neighbouring seeds share nearly all problems.
     Therefore the run's seeds are spread 2**21 apart.  A generator with few distinct problems still repeats some of
-    them in the other split.
-
-    Raises:
-        Refusal: the name, an option or its value is unknown to reasoning-gym.
+    them in the other split.  Raises Refusal if the name, an option or its value is unknown to reasoning-gym.
     """
     name, _, query = name.partition("?")
     if name not in DATASETS:

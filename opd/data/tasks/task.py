@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from opd.config.data import Data
 from opd.core.sampling import Prompt
@@ -31,33 +31,23 @@ class LazyPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return self.size
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
-        if isinstance(index, slice):
-            return tuple(self.make(i) for i in range(*index.indices(self.size)))
-        if not -self.size <= index < self.size:
-            raise IndexError(f"prompt {index} of {self.size}")
-        return self.make(index % self.size)
+    def __getitem__(self, index: Any) -> Any:
+        selected = range(self.size)[index]
+        return tuple(map(self.make, selected)) if isinstance(selected, range) else self.make(selected)
 
 
 def make_prompt(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
-    """Make the prompt of a question.
-
-    The options and `data.instruction` are added to its last turn, and `data.system` becomes its first turn.
-    """
-    if isinstance(question, str):
-        text = "\n".join(filter(None, (question, options, data.instruction)))
-        if not data.chat:
-            return Prompt(text=text, **fields)
-        turns: list[Mapping[str, str]] = [{"role": "user", "content": text}]
-    else:
-        *earlier, last = question
-        turns = [*earlier, {**last, "content": "\n".join(filter(None, (last["content"], options, data.instruction)))}]
+    """Make a question's prompt: options and `data.instruction` end its last turn, `data.system` is its first turn."""
+    *earlier, last = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    text = "\n".join(filter(None, (last["content"], options, data.instruction)))
+    if isinstance(question, str) and not data.chat:
+        return Prompt(text=text, **fields)
+    turns = [*earlier, {**last, "content": text}]
     if data.system:
         turns = [{"role": "system", "content": data.system}, *(t for t in turns if t["role"] != "system")]
     return Prompt(messages=tuple(turns), **fields)
+
+
+def by_answer(score: Callable[[str, str], float], response: str, prompt: Prompt) -> float:
+    """Score a response by a function of the response and the prompt's answer."""
+    return score(response, prompt.answer)

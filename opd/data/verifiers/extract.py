@@ -61,10 +61,7 @@ def reference(answer: str) -> str:
 
 
 def number(text: str, *, first: bool = False) -> Fraction | None:
-    """Return the last (or first) number of a text, in forms such as 1,234, -$5, 3/4 and 2e3; None without a number.
-
-    A percent sign is ignored.
-    """
+    """Return the last (or first) number of a text, as in 1,234, -$5, 3/4, 2e3 or 5%, which is 5; None without one."""
     text = _FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")  # the minus sign of typeset text
     hits = list(_NUMBER.finditer(text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "")))
     if not hits:

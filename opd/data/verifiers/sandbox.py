@@ -72,11 +72,8 @@ class Children:
 
 
 def _start(judge: str) -> subprocess.Popen:
-    """Start a child process.
-
-    -P keeps the modules in this folder from shadowing others.  Raises RuntimeError if the child does not start.
-    """
-    command = [sys.executable, "-P", os.path.abspath(__file__), judge]
+    """Start a child process.  Raises RuntimeError if it does not start."""
+    command = [sys.executable, "-P", os.path.abspath(__file__), judge]  # -P: no module of this folder shadows another
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # sympy's answers depend on the order of sets
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert child.stdout
@@ -87,14 +84,11 @@ def _start(judge: str) -> subprocess.Popen:
 
 def _end(child: subprocess.Popen) -> int:
     """End a child that may be dead already, and return its exit status."""
-    assert child.stdin and child.stdout
-    with contextlib.suppress(BrokenPipeError):
-        child.stdin.close()  # an idle child exits on end of file; a dead child keeps its exit status
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=0.5)
-    child.kill()
-    child.stdout.close()
-    return child.wait()
+    with child:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=0.5)  # closes stdin: an idle child exits, and a dead child keeps its exit status
+        child.kill()
+    return child.returncode
 
 
 @cache
@@ -109,10 +103,7 @@ os.register_at_fork(after_in_child=_children.cache_clear)  # a forked process mu
 
 
 def _math() -> Callable[[str, str, bool], bool]:
-    """Return the function `(answer, candidate, bare) -> equal?` of math-verify.
-
-    `bare` means that the candidate is only an answer, without other text.
-    """
+    """Return `(answer, candidate, bare) -> equal?` of math-verify; a `bare` candidate has no text beside the answer."""
     import sympy
     from math_verify import parse, verify
 

@@ -131,10 +131,7 @@ def find(name: str) -> Verifier:
 
 
 def _checked(function: Verifier, name: str, response: str, answer: str) -> float:
-    """Score with a user's function and refuse a score outside [0, 1].
-
-    Exceptions of the function are not caught: they are bugs that a score of 0 would hide.
-    """
+    """Refuse a score outside [0, 1] of a user's function; its exceptions are bugs that a score of 0 would hide."""
     score = function(response, answer)
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         raise Refusal(f"--verifier {name} returned {score!r}: return a number from 0 to 1")

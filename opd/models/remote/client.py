@@ -20,6 +20,7 @@ RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP st
 NO_STATUS: frozenset[int] = frozenset()
 MAX_WAIT = 30.0  # seconds: the longest wait between two attempts
 T = TypeVar("T")
+Reader = Callable[[httpx.Response], T]
 
 
 class Malformed(ValueError):
@@ -65,47 +66,27 @@ class Client:
         return f"--{self.field} {self.url}"
 
     def close(self) -> None:
-        """Stop all requests and retries.
-
-        A process cannot end before its threads do, and a silent server would keep them waiting.
-        """
+        """Stop all requests and retries: the process ends after its threads, and a silent server keeps them waiting."""
         self.closed.set()
         self.http.close()
 
-    def get(self, path: str, read: Callable[[httpx.Response], T]) -> T:
-        """Send GET `path` and return what `read` makes of the response."""
-        return self._ask("GET", path, None, read)
+    def get(self, path: str, read: Reader[T], *, fine: frozenset[int] = NO_STATUS) -> T:
+        """Send GET `path` and return what `read` makes of the response; see `post`."""
+        return self._ask("GET", path, None, read, fine, 0)
 
-    def post(
-        self,
-        path: str,
-        body: object,
-        read: Callable[[httpx.Response], T],
-        *,
-        fine: frozenset[int] = NO_STATUS,
-        tries: int = 0,
-    ) -> T:
+    def post(self, path: str, body: object, read: Reader[T], *, fine: frozenset[int] = NO_STATUS, tries: int = 0) -> T:
         """Send POST `path` with a json body and return what `read` makes of the response.
 
         A response whose status is in `fine` is passed to `read`, too.  `tries` is the number of attempts; 0 means
         --teacher-retries + 1.
         """
-        return self._ask("POST", path, body, read, fine=fine, tries=tries)
+        return self._ask("POST", path, body, read, fine, tries)
 
     def has_path(self, path: str) -> bool:
         """Return whether the server has GET `path`: status 200 means yes, 404 and 405 no.  Retries while it is down."""
-        return self._ask("GET", path, None, lambda r: r.status_code == 200, fine=frozenset({404, 405}))
+        return self.get(path, lambda response: response.status_code == 200, fine=frozenset({404, 405}))
 
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        body: object,
-        read: Callable[[httpx.Response], T],
-        *,
-        fine: frozenset[int] = NO_STATUS,
-        tries: int = 0,
-    ) -> T:
+    def _ask(self, method: str, path: str, body: object, read: Reader[T], fine: frozenset[int], tries: int) -> T:
         failure, tries = "", tries or self.settings.teacher_retries + 1
         for attempt in range(tries):
             if attempt:
@@ -116,11 +97,19 @@ class Client:
                 raise Refusal(f"{self.label}: {path} was given up, for the run ends")
             try:
                 response = self.http.request(method, self.url + path, json=body)
-                self._count(response)
-                if response.status_code in fine or response.status_code not in RETRIED_STATUS:
-                    self._accept(response, path, fine)
+                with self.lock:
+                    self.traffic.requests += 1
+                    self.traffic.sent += len(response.request.content)
+                    self.traffic.received += response.num_bytes_downloaded
+                code = response.status_code
+                if code == 401:
+                    keep = self.settings.keep(self.field)
+                    raise Refusal(f"{self.label}: {path} wants a token (HTTP 401): export it in {keep}")
+                if response.is_success or code in fine:
                     return read(response)
-                failure = f"HTTP {response.status_code} ({error_message(response)})"
+                if code not in RETRIED_STATUS:
+                    raise Refusal(f"{self.label}: {path} was refused with HTTP {code}: {error_message(response)}")
+                failure = f"HTTP {code} ({error_message(response)})"
             except httpx.InvalidURL as error:
                 raise Refusal(f"{self.label}: {error}") from error
             except httpx.TimeoutException:
@@ -134,23 +123,8 @@ class Client:
             "command with --resume to go on from the last checkpoint"
         )
 
-    def _accept(self, response: httpx.Response, path: str, fine: frozenset[int]) -> None:
-        code = response.status_code
-        if code == 401:
-            raise Refusal(
-                f"{self.label}: {path} wants a token (HTTP 401): export it in {self.settings.keep(self.field)}"
-            )
-        if not (200 <= code < 300 or code in fine):
-            raise Refusal(f"{self.label}: {path} was refused with HTTP {code}: {error_message(response)}")
 
-    def _count(self, response: httpx.Response) -> None:
-        with self.lock:
-            self.traffic.requests += 1
-            self.traffic.sent += len(response.request.content)
-            self.traffic.received += response.num_bytes_downloaded
-
-
-def read_json(read: Callable[[dict], T]) -> Callable[[httpx.Response], T]:
+def read_json(read: Callable[[dict], T]) -> Reader[T]:
     """Return a reader that parses a json object and applies `read` to it.  Its parse errors become `Malformed`."""
 
     def parse_response(response: httpx.Response) -> T:

@@ -36,10 +36,7 @@ def template_hash(tokenizer: Tokenizer) -> str:
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """Return a hash of each parameter's name, shape, dtype and about 64 of its values.
-
-    It distinguishes two checkpoints of one architecture.
-    """
+    """Return a hash of name, shape, dtype and about 64 values of each parameter, to tell two checkpoints apart."""
     digest = hashlib.sha256()
     for name, x in model.named_parameters():
         flat = x.detach().flatten()

@@ -91,8 +91,7 @@ class Server:
         rows = [[first, *remaining_ids[i : i + row_length]] for i in range(0, len(remaining_ids), row_length)]
 
         def read(response: dict) -> list[str]:
-            choices = sorted(response["choices"], key=lambda c: c["index"])
-            prompts = [choice.get("prompt_logprobs") for choice in choices]
+            prompts = [c.get("prompt_logprobs") for c in sorted(response["choices"], key=lambda c: c["index"])]
             if None in prompts:
                 raise Refusal(
                     f"{self.client.label}: it gives no log-probs of prompts (prompt_logprobs), and a teacher's tokens "
@@ -100,7 +99,8 @@ class Server:
                 )
             out = []
             scored = [x for row, p in zip(rows, prompts, strict=True) for x in zip(row[1:], p[1:], strict=True)]
-            for i, entry in ((i, position[str(i)]) for i, position in scored):
+            for i, position in scored:
+                entry = position[str(i)]
                 if entry["logprob"] > HIGHEST:
                     raise Refusal(
                         f"{self.client.label}: it gives {entry['logprob']:.4g} for id {i}, which is no log-prob: start "
@@ -163,11 +163,8 @@ def _scores_chosen_ids(client: Client, model: str) -> bool:
 
 
 def scoring_request(model: str, rows: Sequence[Sequence[int]], top: int = 0) -> dict[str, object]:
-    """Build a request for the log-probs of prompts, and of the `top` most probable tokens at each position.
-
-    vLLM generates at least one token.
-    """
-    sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}
+    """Build a request for the log-probs of prompts, and of the `top` most probable tokens at each position."""
+    sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}  # vLLM generates at least one token
     return {"model": model, "prompt": list(map(list, rows)), **sampling}
 
 

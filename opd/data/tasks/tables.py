@@ -1,27 +1,107 @@
-"""Prompts from the rows of a table: `prompts(rows, data) -> LazyPrompts` selects the columns and checks every row."""
+"""Tables, `table(data) -> Task`: rows of files, folders and hub datasets, and the prompts made of their columns."""
 
+import csv
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
 import datasets
 
 from opd.config.data import Data
+from opd.core.disk import nearest
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
-from opd.data.tasks.task import LazyPrompts, make_prompt
+from opd.data import hub
+from opd.data.tasks.task import LazyPrompts, Task, by_answer, make_prompt
+from opd.data.verifiers.verify import VERIFIERS, find
 
+datasets.disable_progress_bars()  # reading a table is quick, and its bars drown the lines that matter
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 Row = Mapping[str, Any]
-
-
 ROLES = ("prompt", "answer", "response", "choices")
 Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a missing column
 
 
-def prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyPrompts:
+def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
+    """Make a task of the rows of a file, folder or hub dataset, or of `dataset`, scored against their answers."""
+    score = find(data.verifier)
+    built_in = data.verifier in VERIFIERS and data.verifier != "none"
+    prompts = _prompts(dataset or read(data), data, needs_answers=built_in)
+    for i in range(0, len(prompts) if built_in else 0, 1 + len(prompts) // 200):
+        answer = prompts[i].answer
+        if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
+            raise Refusal(
+                f"--verifier {data.verifier} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
+                f" {data.source}; choose another verifier or answer_column"
+            )
+    path = Path(data.source).expanduser()
+    name = path.stem if path.is_file() else path.name if path.is_dir() else data.source
+    scored = data.verifier != "none"
+    return Task(name=name, prompts=prompts, verify=partial(by_answer, score), scored=scored, by_answer=scored)
+
+
+def read(data: Data) -> datasets.Dataset:
+    """Load one split; a path that exists is read from disk, any other name on the hub or in its cache."""
+    path, repository = Path(data.source).expanduser(), hub.Repository(*data.source.partition("@")[::2])
+    if not path.exists():
+        # Hub ids are NAME or OWNER/NAME, and a revision may hold slashes.
+        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or path.suffix in KINDS:
+            raise Refusal(f"--prompts {data.source} does not exist{nearest(path)}; correct the path")
+        if ":" in data.source:
+            raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
+    try:
+        if path.is_file():
+            rows = _file(path)
+        elif path.is_dir():
+            rows = _folder(path, data)
+        else:
+            revision = repository.revision or None
+            rows = datasets.load_dataset(repository.id, data.subset or None, split=data.split, revision=revision)
+    except Refusal:
+        raise
+    except Exception as error:  # disks, parsers and networks fail with some twenty unrelated types
+        reason = " ".join(f"{error.__cause__ or error}".split()) or "the file is empty"
+        if path.exists():
+            raise Refusal(f"--prompts {data.source}, --split {data.split} could not be read: {reason}") from error
+        reason = hub.reason(error, repository, dataset=True).rstrip(".")
+        raise Refusal(
+            f"--prompts {data.source}, --split {data.split}: {hub.no_path(path, 'file or folder')}{reason}; correct "
+            "the path, the dataset id, --subset or --split"
+        ) from error
+    if len(rows) == 0:
+        raise Refusal(f"--prompts {data.source}, --split {data.split} has no rows: give one with at least one prompt")
+    return rows
+
+
+def _file(path: Path) -> datasets.Dataset:
+    """Read one file; everything in a .csv is text, else 007 would be 7 and the answer "None" a hole."""
+    if path.suffix not in KINDS:
+        raise Refusal(f"--prompts {path} is not a {', '.join(KINDS)} file: convert it to one of these")
+    options = {}
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            features = datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file))})
+        options = {"features": features, "keep_default_na": False}
+    return datasets.load_dataset(KINDS[path.suffix], data_files=str(path), split="train", **options)
+
+
+def _folder(path: Path, data: Data) -> datasets.Dataset:
+    """Read a folder that `save_to_disk` wrote, or one of data files, whose names give the splits."""
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    if not (path / "dataset_dict.json").exists():
+        return datasets.load_dataset(str(path), data.subset or None, split=data.split)
+    splits = datasets.load_from_disk(str(path))
+    if data.split not in splits:
+        raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
+    return splits[data.split]
+
+
+def _prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyPrompts:
     """Select the columns, keep `data.limit` rows and check them; each prompt is made when it is accessed.
 
     Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
