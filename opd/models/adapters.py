@@ -44,8 +44,7 @@ def apply(folder: Path, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
     if kind.is_prompt_learning:
         raise Missing(f"a {kind.peft_type.value} adapter has no weights to merge; opd takes LoRA and others that merge")
     used = get_peft_model_state_dict(model, save_embedding_layers=False)
-    unused = sorted(name for name in names if str(model.base_model.prefix) in name and name not in used)
-    if unused:
+    if unused := sorted(name for name in names if str(model.base_model.prefix) in name and name not in used):
         raise Missing(f"the adapter does not fit its base: it has {unused[0]}, and the base has no such layer")
     return model
 
@@ -72,9 +71,11 @@ def base_name(model: PeftModel) -> str:
 
 def save(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write weights as a model folder, or as an adapter folder if the model is an adapter."""
-    # The default for an adapter compares the vocabulary with the base's, even on the hub; opd never resizes it.
-    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(str(folder), state_dict=weights, **options)
+    if isinstance(model, PeftModel):
+        # The default compares the vocabulary with the base's, even on the hub; opd never resizes it.
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder), state_dict=weights)
 
 
 def save_base(model: PeftModel, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path) -> None:

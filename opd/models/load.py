@@ -33,7 +33,7 @@ from opd.core.errors import Refusal
 from opd.data import hub, prompts
 from opd.data.hub import Missing
 from opd.head.onednn import Linear, use_onednn
-from opd.head.vocabulary import Head
+from opd.head.vocabulary import Head, Vocabulary
 from opd.models import adapters
 from opd.models.adapters import ADAPTER_CONFIG, BASE_FOLDER
 
@@ -257,21 +257,20 @@ def verify_head(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     """Refuse an architecture whose logits our head does not reproduce: a wrong head trains silently wrong."""
     plain, model_head = base(model), head(model)
     ids = torch.arange(1, 9, device=plain.device)[None] % len(model_head.weight)
-    hidden = plain.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    shorter_hidden = plain.base_model(input_ids=ids[:, :5], use_cache=False).last_hidden_state
-    raw = torch.nn.functional.linear(hidden, model_head.weight, model_head.bias).float() * model_head.scale
-    if model_head.softcap:
-        raw = torch.tanh(raw / model_head.softcap) * model_head.softcap
-    expected = plain(input_ids=ids, use_cache=False).logits.float()
-    compared = raw.isfinite() & expected.isfinite()  # `verify_finite` checks the others
-    gap, size = (raw - expected)[compared].abs(), expected[compared].abs()
+    hidden = plain.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    shorter_hidden = plain.base_model(input_ids=ids[:, :5], use_cache=False).last_hidden_state[0]
+    products = torch.nn.functional.linear(hidden, model_head.weight).float()
+    logits = Vocabulary(len(model_head.weight)).logits(products, model_head)
+    expected = plain(input_ids=ids, use_cache=False).logits[0].float()
+    compared = logits.isfinite() & expected.isfinite()  # `verify_finite` checks the others
+    gap, size = (logits - expected)[compared].abs(), expected[compared].abs()
     tolerance = 1e-3 if plain.dtype == torch.float32 else 5e-2
     if len(gap) and gap.max() > tolerance * size.max().clamp(min=1):
         raise Refusal(
             f"--{field}: {type(plain).__name__} computes its logits in a way opd does not know "
             f"(they differ by {gap.max():.3g}); please report the architecture"
         )
-    if (hidden[:, :5] - shorter_hidden).abs().max() > tolerance * shorter_hidden.abs().max():
+    if (hidden[:5] - shorter_hidden).abs().max() > tolerance * shorter_hidden.abs().max():
         raise Refusal(
             f"--{field}: {type(plain).__name__} looks at tokens to the right of the one it predicts, padding included; "
             "opd needs a causal model"

@@ -49,8 +49,7 @@ def select(model: PreTrainedModel, keep: tuple[int, ...]) -> None:
     name, count = layer_list_name(model), config.num_hidden_layers
     if not keep:
         raise Refusal(f"--keep: no layers; name some of 0-{count - 1}")
-    outside = [i for i in keep if not 0 <= i < count]
-    if outside:
+    if outside := [i for i in keep if not 0 <= i < count]:
         raise Refusal(f"--keep: there is no layer {outside[0]}; the model's layers are 0-{count - 1}")
     if any(a >= b for a, b in pairwise(keep)):
         raise Refusal(f"--keep {','.join(map(str, keep))}: name each layer once, in ascending order")

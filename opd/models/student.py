@@ -47,15 +47,10 @@ class Student(nn.Module):
         *,
         likeliest: int = 0,
     ) -> tuple[Float[Tensor, ""], HeadColumns | Alternatives]:
-        """Return the loss and the columns of the trained tokens.
+        """Return the loss and the columns of the N trained tokens of `rows`.
 
-        Args:
-            rows: input ids and the mask of the N trained tokens.
-            frozen: outputs of the frozen models.
-            method: the method whose terms are computed.
-            targets: targets of each term, flat [N]; None measures the columns without a loss.
-            vocabulary: common ids, temperature and stop class of the LM heads.
-            likeliest: if above 0, return only each model's top-k tokens with k = `likeliest`, as `Alternatives`.
+        `targets` has the targets of each term, flat [N]; None measures the columns without a loss.  If `likeliest` is
+        above 0, only each model's top-k tokens with k = `likeliest` are returned, as `Alternatives`.
         """
         # transformers checkpoints only layers in training mode.  The modules inside the layers stay in eval mode, so
         # dropout stays off.
