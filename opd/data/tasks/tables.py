@@ -27,11 +27,23 @@ Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a m
 
 
 def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
-    """Make a task of the rows of a file, folder or hub dataset, or of `dataset`, scored against their answers."""
-    score = find(data.verifier)
-    built_in = data.verifier in VERIFIERS and data.verifier != "none"
-    prompts = _prompts(dataset or read(data), data, needs_answers=built_in)
-    for i in range(0, len(prompts) if built_in else 0, 1 + len(prompts) // 200):
+    """Make a task of `data.limit` rows of a file, folder or hub dataset, or of `dataset`, scored against their answers.
+
+    Each prompt is made when it is accessed.  Raises Refusal for a missing column, an empty prompt, or answers that are
+    all missing or that the verifier cannot read.
+    """
+    score, rows, scored = find(data.verifier), dataset or read(data), data.verifier != "none"
+    needs_answers = scored and data.verifier in VERIFIERS
+    columns = _select_columns(rows, data, needs_answers=needs_answers)
+    row_numbers: Sequence[int] = range(len(rows))
+    if 0 < data.limit < len(rows):
+        order = list(row_numbers)
+        random.Random(data.seed).shuffle(order)
+        row_numbers = sorted(order[: data.limit])
+        rows = rows.select(row_numbers)
+    _check(rows, row_numbers, columns, data.source, needs_answers=needs_answers)
+    prompts = LazyPrompts(partial(_prompt, rows, columns, data), len(rows))
+    for i in range(0, len(prompts) if needs_answers else 0, 1 + len(prompts) // 200):
         answer = prompts[i].answer
         if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
             raise Refusal(
@@ -40,7 +52,6 @@ def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
             )
     path = Path(data.source).expanduser()
     name = path.stem if path.is_file() else path.name if path.is_dir() else data.source
-    scored = data.verifier != "none"
     return Task(name=name, prompts=prompts, verify=partial(by_answer, score), scored=scored, by_answer=scored)
 
 
@@ -99,22 +110,6 @@ def _folder(path: Path, data: Data) -> datasets.Dataset:
     if data.split not in splits:
         raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
     return splits[data.split]
-
-
-def _prompts(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> LazyPrompts:
-    """Select the columns, keep `data.limit` rows and check them; each prompt is made when it is accessed.
-
-    Raises Refusal for a missing column, an empty prompt, or answers that are all missing.
-    """
-    columns = _select_columns(rows, data, needs_answers=needs_answers)
-    row_numbers: Sequence[int] = range(len(rows))
-    if 0 < data.limit < len(rows):
-        order = list(row_numbers)
-        random.Random(data.seed).shuffle(order)
-        row_numbers = sorted(order[: data.limit])
-        rows = rows.select(row_numbers)
-    _check(rows, row_numbers, columns, data.source, needs_answers=needs_answers)
-    return LazyPrompts(partial(_prompt, rows, columns, data), len(rows))
 
 
 def _select_columns(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
