@@ -10,16 +10,24 @@ from torch import Tensor
 
 from opd.core.types import MEASURED
 from opd.head.backend import uses_triton
-from opd.head.closed_forms import Form, ThroughSupport, closed_form, score, scored, scored_by_sums
+from opd.head.closed_forms import (
+    Form,
+    Sums,
+    ThroughSupport,
+    closed_form,
+    needs_vocabulary,
+    score,
+    scored,
+    weighted_loss,
+)
 from opd.head.inputs import COLUMNS_WITHOUT_HEAD, FrozenOutputs, Hidden, TeacherLogps
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels.torch_sweep import sweep_, sweep_student_
 from opd.head.matmul import matmul_dtype, mm, wide
 from opd.head.outputs import HeadColumns
-from opd.head.sums import Sums
 from opd.head.vocabulary import Vocabulary
 from opd.losses.divergences import kl
-from opd.losses.terms import Positions, Target, Term
+from opd.losses.terms import Positions, Target
 from opd.methods.method import Method
 
 CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU, so that its passes stay in the L2 cache
@@ -96,8 +104,8 @@ class Sweep:
         teacher_logits = teacher_logits and teacher_logits.with_buffer(frozen_rows, "teacher")
         reference_logits = reference_logits and reference_logits.with_buffer(frozen_rows, "reference")
         logits = student_logits.logits
-        needs_vocabulary = isinstance(closed_form(method), ThroughSupport) or any(map(_needs_vocabulary, method.terms))
-        fused = not needs_vocabulary and uses_triton(logits.device) and wide(low) == torch.float32
+        looks_again = isinstance(closed_form(method), ThroughSupport) or any(map(needs_vocabulary, method.terms))
+        fused = not looks_again and uses_triton(logits.device) and wide(low) == torch.float32
         if logits.dtype == low:
             gradient = logits
         elif fused and low.itemsize < logits.itemsize:
@@ -146,7 +154,7 @@ class Sweep:
         """Compute a chunk by sums.  Returns the columns, the sums, and the factor that `gradient` still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
-        looked_up: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if _needs_vocabulary(x)}
+        looked_up: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if needs_vocabulary(x)}
         plain = not looked_up and (form is None or not form.shifted)
         for part, t, reference in self.frozen_parts(rows):
             part_sums = sums[part]
@@ -233,7 +241,7 @@ class Sweep:
         columns, sums, factor = self.closed_forms(rows, form)
         with torch.enable_grad():
             loss_input = (dict(columns.named()) | {"d": sums.d})[form.column].detach().requires_grad_()
-            loss = form.loss(self.method.terms, loss_input, columns.scores, targets).sum()
+            loss = weighted_loss(self.method.terms, loss_input, columns.scores, targets).sum()
         (slope,) = torch.autograd.grad(loss, loss_input)
         return loss.detach(), (form.sign * slope * factor)[:, None]
 
@@ -283,11 +291,6 @@ def rows_per_block(budget: int, like: Float[Tensor, "*r V"]) -> int:
     return max(1, (budget if like.device.type == "cpu" else DEVICE) // (like.shape[-1] * like.itemsize))
 
 
-def _needs_vocabulary(term: Term) -> bool:
-    """Return True if the score of a term needs the log-probs of all tokens."""
-    return scored(term) and not scored_by_sums(term)
-
-
 def _widened(x: Float[Tensor, "r V"], scratch: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
     """Return x if it has the dtype of the scratch, else its copy in the scratch."""
     return x if x.dtype == scratch.dtype else scratch.copy_(x)
@@ -296,16 +299,11 @@ def _widened(x: Float[Tensor, "r V"], scratch: Float[Tensor, "r V"]) -> Float[Te
 def _columns(method: Method, positions: Positions, *, with_teacher: bool) -> HeadColumns:
     p, q = positions.student_logp.detach(), positions.teacher_logp
     positions = replace(positions, student_logp=p)
-    if not with_teacher:
-        student_columns = positions.sampled(p), -(p.exp() * p).sum(-1)
-        return HeadColumns(
-            *student_columns, positions.sampled(q), scores=tuple(term.score(positions) for term in method.terms)
-        )
     return HeadColumns(
         student_logp=positions.sampled(p),
         student_entropy=-(p.exp() * p).sum(-1),
         teacher_logp=positions.sampled(q),
-        teacher_entropy=-(q.exp() * q).sum(-1),
-        reverse_kl=kl(p, q),
+        teacher_entropy=-(q.exp() * q).sum(-1) if with_teacher else None,
+        reverse_kl=kl(p, q) if with_teacher else None,
         scores=tuple(term.score(positions) for term in method.terms),
     )

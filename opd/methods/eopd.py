@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from opd.losses.baselines import top
 from opd.losses.divergences import BucketForwardKL, ReverseKL, Support, kl
+from opd.losses.shapes import OverVocabulary, PerPosition
 from opd.losses.surrogates import Clipped
 from opd.losses.terms import Match, PolicyGradient
 from opd.losses.token_weights import TeacherEntropyAbove, TopTeacherEntropy
@@ -21,7 +19,7 @@ class TopKForwardKL:
 
     k: int = 16
 
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def __call__(self, student_logp: OverVocabulary, teacher_logp: OverVocabulary) -> PerPosition:
         ids = top(self.k, teacher_logp)
         return kl(teacher_logp.gather(-1, ids).log_softmax(-1), student_logp.gather(-1, ids))
 

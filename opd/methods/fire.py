@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.surrogates import Clipped
 from opd.losses.terms import PolicyGradient
 from opd.losses.token_weights import Confidence, row_mean
@@ -25,7 +23,7 @@ class LikelyRollouts:
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: the share of rollouts to drop lies in [0, 1)")
 
-    def __call__(self, teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    def __call__(self, teacher_logp: PerToken, mask: Mask) -> Mask:
         score, some = row_mean(teacher_logp, mask), mask.any(1)
         if not some.any():
             return mask

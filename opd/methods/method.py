@@ -12,13 +12,12 @@ from functools import reduce
 from operator import mul
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from opd.core.types import ANSWER_COLUMNS, MEASURED, ROLLOUT_COLUMNS, Batch, Column, call, reads
 from opd.losses.estimators import Sampled, Several
 from opd.losses.reductions import TokenMean
 from opd.losses.rewards import One
+from opd.losses.shapes import PerPosition
 from opd.losses.target_distribution import Teacher, models
 from opd.losses.terms import MatchHidden, PolicyGradient, Positions, Target, Term
 from opd.methods.questions import Question
@@ -166,7 +165,7 @@ class Method:
             out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp, *others))
         return tuple(out)
 
-    def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
+    def loss(self, at: Positions, targets: tuple[Target, ...]) -> PerPosition:
         """Return the weighted sum [*N] of the terms on distributions.  The denominators are inside the weights."""
         pairs = zip(self.terms, targets, strict=True)
         parts = [x.weight * term.loss(at, x) for term, x in pairs if not isinstance(term, MatchHidden)]

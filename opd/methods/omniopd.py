@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.losses.divergences import ForwardKL
 from opd.losses.rewards import One
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.target_distribution import Reference
 from opd.losses.terms import Match, PolicyGradient
 from opd.methods.method import Method
@@ -29,13 +30,7 @@ class Posterior:
         if not self.alpha >= 0:
             raise ValueError(f"alpha={self.alpha}: the student's own weight in texts, 0 (none) or more")
 
-    def __call__(
-        self,
-        chunk: Int[Tensor, "B T"],
-        agreement: Float[Tensor, "B T"],
-        student_logp: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], agreement: PerToken, student_logp: PerToken, mask: Mask) -> PerToken:
         audited = mask & (chunk > 0)
         prior = _chunk_mean(student_logp, chunk, audited).exp()
         posterior = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
@@ -48,7 +43,7 @@ class Audited:
 
     apart: bool = False
 
-    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Mask) -> PerToken:
         audited = mask & (chunk > 0)
         return audited * _mean_factor(audited, mask, self.apart)
 
@@ -59,7 +54,7 @@ class Unaudited:
 
     apart: bool = False
 
-    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Mask) -> PerToken:
         unaudited = mask & (chunk == 0)
         return unaudited * _mean_factor(unaudited, mask, self.apart)
 
@@ -80,22 +75,15 @@ class CentredPosterior:
         Posterior(self.texts, self.alpha)  # raises ValueError for an invalid alpha
 
     def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        chunk: Int[Tensor, "B T"],
-        agreement: Float[Tensor, "B T"],
-        student_logp: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+        self, x: PerToken, chunk: Int[Tensor, "B T"], agreement: PerToken, student_logp: PerToken, mask: Mask
+    ) -> PerToken:
         audited = mask & (chunk > 0)
         posterior = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
         mean = posterior.sum() / audited.sum().clamp(min=1)
         return (x * (posterior - mean)).where(audited, 0)
 
 
-def _chunk_mean(
-    x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
+def _chunk_mean(x: PerToken, chunk: Int[Tensor, "B T"], audited: Mask) -> PerToken:
     """Return, for each token, the mean of x over its chunk, [B, T]."""
     number = chunk.where(audited, 0)
     zeros = x.new_zeros(len(x), int(number.max()) + 1 if number.numel() else 1)
@@ -104,7 +92,7 @@ def _chunk_mean(
     return (total / count.clamp(min=1)).gather(1, number)
 
 
-def _mean_factor(selected: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
+def _mean_factor(selected: Mask, mask: Mask, apart: bool) -> float | Float[Tensor, ""]:
     """Return the factor that turns a token mean into a mean over the selected tokens, or 1 without `apart`."""
     return mask.sum() / selected.sum().clamp(min=1) if apart else 1.0
 

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from opd.losses.divergences import JSD, BucketForwardKL, BucketJSD, BucketKL, Divergence, ReverseKL, Support
+from opd.losses.shapes import OverVocabulary, PerPosition
 from opd.losses.terms import Match
 from opd.methods.method import Method, Privileged
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -21,7 +19,7 @@ class ClippedForwardKL:
         if not self.bound > 0:
             raise ValueError(f"bound={self.bound}: the clip of one token's share of the KL is above 0")
 
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def __call__(self, student_logp: OverVocabulary, teacher_logp: OverVocabulary) -> PerPosition:
         q = teacher_logp.exp()
         return (q * (teacher_logp - student_logp).where(q > 0, 0)).clamp(max=self.bound).sum(-1)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
+
+from opd.losses.shapes import Mask, PerToken
 
 
 class Question:
@@ -52,7 +54,7 @@ class Continue(Question):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: above 0, or all texts of a chunk are one")
 
-    def chunk_numbers(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    def chunk_numbers(self, student_entropy: PerToken, mask: Mask) -> Int[Tensor, "B T"]:
         """Return each token's chunk, [B, T]: numbered from 1 by falling entropy of the chunk's first token, 0 outside.
 
         A chunk starts where the student's entropy is highest, so that the teacher decides that token again.  Chunks do

@@ -12,6 +12,7 @@ from torch import Tensor
 from opd.losses.advantages import group_centred
 from opd.losses.divergences import ForwardKL
 from opd.losses.rewards import One
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.surrogates import Clipped
 from opd.losses.target_distribution import Reference
 from opd.losses.terms import Match, PolicyGradient
@@ -28,12 +29,8 @@ class StageScore:
     """
 
     def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        stage: Int[Tensor, "B T"],
-        stage_scores: Float[Tensor, "B K"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+        self, x: PerToken, stage: Int[Tensor, "B T"], stage_scores: Float[Tensor, "B K"], mask: Mask
+    ) -> PerToken:
         scores = stage_scores.to(x.dtype)
         scores = scores.where(scores.isfinite(), scores[:, -1:]).nan_to_num(0.0)
         return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
@@ -62,13 +59,7 @@ class StageReturn:
         if any(x for i, row in enumerate(self.matrix) for x in row[:i]):
             raise ValueError(f"matrix={self.matrix}: 0 below the diagonal, for no stage earns what came before it")
 
-    def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        stage: Int[Tensor, "B T"],
-        group: Int[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, stage: Int[Tensor, "B T"], group: Int[Tensor, " B"], mask: Mask) -> PerToken:
         # In float64: a small deviation would amplify rounding differences between rows of equal returns.
         returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
         trained = mask.any(1)
@@ -76,9 +67,7 @@ class StageReturn:
         return advantages.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
 
 
-def stage_means(
-    x: Float[Tensor, "B T"], stage: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], stages: int
-) -> Float[Tensor, "B K"]:
+def stage_means(x: PerToken, stage: Int[Tensor, "B T"], mask: Mask, stages: int) -> Float[Tensor, "B K"]:
     """Return the mean of x over the trained tokens of each stage, [B, K].
 
     A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
@@ -98,7 +87,7 @@ TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_pla
 class JudgedRollouts:
     """Filter that keeps the trained tokens of rollouts that a judge scored."""
 
-    def __call__(self, judged: Bool[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    def __call__(self, judged: Bool[Tensor, " B"], mask: Mask) -> Mask:
         return mask & judged[:, None]
 
 

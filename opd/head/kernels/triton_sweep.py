@@ -13,8 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.head.closed_forms import Form
-from opd.head.sums import Sums
+from opd.head.closed_forms import Form, Sums
 from opd.head.vocabulary import Head, Vocabulary
 
 WARPS, DEPTH = 4, 4  # warps of a program; logits that a lane reads at once.  Not tuned on a GPU

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd.core.sampling import Sampling
 from opd.losses.divergences import kl
+from opd.losses.shapes import OverVocabulary, PerPosition, PerRollout
 from opd.losses.terms import PolicyGradient
 from opd.methods.rollout_policies.base import DecodeHook, LogProbs, RolloutPolicy, RunState
 
@@ -58,8 +59,8 @@ class Blend(RolloutPolicy):
 
 
 def blend(
-    student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"], eps: float
-) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+    student_logp: OverVocabulary, teacher_logp: OverVocabulary, eps: float
+) -> tuple[OverVocabulary, PerPosition, PerPosition]:
     """Return (log mu, b, KL(mu || p)) for mu ~ p^(1-b) q^b with the largest b in [0, 1] such that KL(mu || p) <= eps.
 
     Of all mu in that ball it has the least KL(mu || q).  KL grows with b, so b is computed by bisection from below.  If
@@ -68,7 +69,7 @@ def blend(
     possible = (student_logp > -math.inf) & (teacher_logp > -math.inf)
     step = (teacher_logp - student_logp).where(possible, 0)
 
-    def mixture(b: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N"]]:
+    def mixture(b: PerPosition) -> tuple[OverVocabulary, PerPosition]:
         mixed = (student_logp + b[..., None] * step).where(possible | (b == 0)[..., None], -math.inf).log_softmax(-1)
         return mixed, kl(mixed, student_logp)
 
@@ -89,12 +90,8 @@ class BlendHook(DecodeHook):
     eps: float
 
     def mix(
-        self,
-        student: Float[Tensor, "B V"],
-        teacher: Float[Tensor, "B V"],
-        sampling: Sampling,
-        stop: Int[Tensor, " S"],
-    ) -> tuple[Float[Tensor, "B V"], Sampling, dict[str, Float[Tensor, " B"]]]:
+        self, student: Float[Tensor, "B V"], teacher: Float[Tensor, "B V"], sampling: Sampling, stop: Int[Tensor, " S"]
+    ) -> tuple[Float[Tensor, "B V"], Sampling, dict[str, PerRollout]]:
         """Return log mu, to be sampled at temperature 1, with its weight `beta` and its KL from the student in nats.
 
         The stop ids are merged into one token, the stop id that the student prefers.
