@@ -13,9 +13,7 @@ from opd.methods.method import Method
 
 @dataclass(frozen=True)
 class TopKForwardKL:
-    """KL(teacher || student), the teacher renormalised on its top k.  It is not stationary where the models agree.
-    EOPD, Eq. 10.
-    """
+    """KL(teacher || student), the teacher renormalised on its top k: not stationary where the models agree.  Eq. 10."""
 
     k: int = 16
 

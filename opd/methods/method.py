@@ -90,10 +90,10 @@ class Method:
         return frozenset().union(text, self.rollouts.needs(), self.reads() & MEASURED, *terms)
 
     def supports(self) -> dict[str, int]:
-        """Return how many top-k tokens a teacher server must score so that every term can be computed.
+        """Return how many tokens a teacher server must score, or nothing if a term needs the full vocabulary.
 
-        The result is `{"student": k}`, `{"teacher": k}` or both, by the model whose top k is meant.  `{"drawn": n}`
-        means n tokens sampled beside the response's token.  It is empty if some term needs the full vocabulary.
+        `{"student": k}`, `{"teacher": k}` or both name the model whose top k is meant, `{"drawn": n}` n tokens sampled
+        beside the response's token.
         """
         out: dict[str, int] = {}
         for term in self.terms:
@@ -129,21 +129,19 @@ class Method:
 
     def local(self) -> bool:
         """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
-        if self.rollouts.reads_measured():
-            return False
-        return self.reads() <= ROLLOUT_COLUMNS and all(term.local() for term in self.terms)
+        by_token = self.reads() <= ROLLOUT_COLUMNS and all(term.local() for term in self.terms)
+        return by_token and not self.rollouts.reads_measured()
 
     def advised(self) -> "Method | None":
         """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.
 
         The reduced method is for targets that already carry advantages.  It needs no teacher forward.
         """
-        terms = []
-        for term in self.terms:
-            if not isinstance(term, PolicyGradient) or term.estimator != Sampled():
-                return None
-            terms.append(replace(term, reward=One(), baseline=None, transforms=(), against=Teacher()))
-        return replace(self, terms=tuple(terms))
+        sampled = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Sampled()]
+        if len(sampled) < len(self.terms):
+            return None
+        reduced = (replace(t, reward=One(), baseline=None, transforms=(), against=Teacher()) for t in sampled)
+        return replace(self, terms=tuple(reduced))
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:

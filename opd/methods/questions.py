@@ -26,10 +26,7 @@ class Question:
 
     @property
     def changes_prompts(self) -> bool:
-        """Return whether the answers of earlier steps change the prompts of later steps.
-
-        A worker process cannot render such prompts.
-        """
+        """Return whether earlier answers change the prompts of later steps, which a worker process cannot render."""
         return False
 
 
@@ -177,10 +174,8 @@ class Stages(Question):
 
     @property
     def uses_teacher(self) -> bool:
-        """Return whether the judge also compares answers of the teacher."""
-        return self.references > 0
+        return self.references > 0  # the judge also compares answers of the teacher
 
     @property
     def changes_prompts(self) -> bool:
-        """Return whether prompts hold notes from the student's reflections."""
-        return self.reflect is not None
+        return self.reflect is not None  # prompts hold notes from the student's reflections

@@ -37,11 +37,9 @@ class Blend(RolloutPolicy):
             raise ValueError(f"steps={self.steps}: the trust region closes over steps >= 1")
 
     def needs(self) -> frozenset[str]:
-        """Return `decoding`: the teacher scores each token before it is sampled."""
-        return frozenset({"decoding"})
+        return frozenset({"decoding"})  # the teacher scores each token before it is sampled
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
-        """Raise ValueError for a term without a ratio to the distribution that was sampled."""
         if "sampler_logp" not in columns:
             raise ValueError(
                 f"{self} draws from a mixture of both models, and a policy gradient then needs the ratio "
@@ -49,7 +47,6 @@ class Blend(RolloutPolicy):
             )
 
     def decode_hook(self, state: RunState, logp: LogProbs) -> DecodeHook | None:
-        """Return the hook that blends the two models, or None once the radius is 0."""
         radius = self.radius(state.step)
         return BlendHook(radius) if radius else None
 
