@@ -33,10 +33,7 @@ class GroupAdvantage:
 def group_centred(
     x: PerRollout, group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
 ) -> PerRollout:
-    """Return x minus its mean over the marked rows of its group, divided by their deviation plus `eps` if given, [B].
-
-    The other rows are 0.
-    """
+    """Return x minus its group's mean over the marked rows, over their deviation + `eps` if given; 0 on other rows."""
     _, group_index = group.unique(return_inverse=True)
     group_sum = lambda y: y.new_zeros(len(group_index)).scatter_add(0, group_index, y.where(among, 0))[group_index]
     count = group_sum(torch.ones_like(x)).clamp(min=1)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from opd.losses.rewards import Reward
-from opd.losses.shapes import OverVocabulary, PerPosition
+from opd.losses.shapes import Marked, OverVocabulary, PerPosition
 
 
 def top(k: int, logp: OverVocabulary) -> Int[Tensor, "*N k"]:
@@ -30,11 +30,7 @@ class Value:
     """The mean reward E_p[f]; for the log ratio it is -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: OverVocabulary,
-        teacher_logp: OverVocabulary,
-        exact: Bool[Tensor, "*N V"] | None,
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
     ) -> PerPosition:
         return mean(student_logp.exp(), reward(student_logp, teacher_logp))
 
@@ -53,11 +49,7 @@ class TopKValue:
             raise ValueError(f"k={self.k}: the top-k baseline needs k >= 1 (k = 1 is `opd`, k = V is `vopd`)")
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: OverVocabulary,
-        teacher_logp: OverVocabulary,
-        exact: Bool[Tensor, "*N V"] | None,
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
     ) -> PerPosition:
         ids = top(self.k, student_logp)
         p, q = (x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp))
@@ -74,11 +66,7 @@ class Optimal:
     """
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: OverVocabulary,
-        teacher_logp: OverVocabulary,
-        exact: Bool[Tensor, "*N V"] | None,
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
     ) -> PerPosition:
         p = student_logp.exp()
         f = reward(student_logp, teacher_logp).where(p > 0, 0)

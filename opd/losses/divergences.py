@@ -44,10 +44,7 @@ class ForwardKL:
 
 @dataclass(frozen=True)
 class JSD:
-    """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.  GKD, arXiv:2306.13649, Eq. 1.
-
-    Requires 0 < beta < 1: at the ends the JSD is 0, not a KL.
-    """
+    """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.  GKD, arXiv:2306.13649, Eq. 1."""
 
     beta: float = 0.5
 
@@ -82,10 +79,7 @@ class Support:
 
 
 def outside(logp: OverVocabulary, ids: Int[Tensor, "*N k"]) -> PerPosition:
-    """Return the log of the probability mass outside a support, or -inf if none is left.
-
-    The mass is summed, not computed as 1 minus the support's mass, which would cancel.
-    """
+    """Return the log of the mass outside a support, or -inf.  It is summed: 1 minus the mass inside would cancel."""
     remaining_logp = logp.scatter(-1, ids, -math.inf)
     has_mass = (remaining_logp > -math.inf).any(-1)
     return remaining_logp.where(has_mass[..., None], 0).logsumexp(-1).where(has_mass, -math.inf)
@@ -112,10 +106,7 @@ class OnSupport:
 
 @dataclass(frozen=True)
 class BucketKL(OnSupport):
-    """Reverse KL over the support plus one bucket for the rest: a true KL of k + 1 classes, at most the full KL.
-
-    arXiv:2606.09471 and verl issue 7856 call it the tail bucket.
-    """
+    """Reverse KL over the support plus a bucket for others: at most the full KL.  arXiv:2606.09471, verl issue 7856."""
 
     support: Support = Support()
 

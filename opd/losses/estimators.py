@@ -3,27 +3,22 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from opd.losses.baselines import top
-from opd.losses.shapes import OverVocabulary
+from opd.losses.shapes import Marked, OverVocabulary
 
 
 @dataclass(frozen=True)
 class Sampled:
     """The REINFORCE estimator -A(y) log p(y), which uses only the sampled token."""
 
-    def exact(self, student_logp: OverVocabulary) -> Bool[Tensor, "*N V"] | None:
+    def exact(self, student_logp: OverVocabulary) -> Marked | None:
         return None
 
 
 @dataclass(frozen=True)
 class Stratified:
-    """An estimator that is exact on the student's top k and sampled elsewhere; its expectation is the same for every k.
-
-    k = 0 is `Sampled`, k = V is `Full`.
-    """
+    """Exact on the student's top k and sampled elsewhere, with one expectation: k = 0 is `Sampled`, k = V is `Full`."""
 
     k: int = 16
 
@@ -31,7 +26,7 @@ class Stratified:
         if self.k < 0:
             raise ValueError(f"k={self.k}: the stratified estimator needs k >= 0 (0 is `opd`)")
 
-    def exact(self, student_logp: OverVocabulary) -> Bool[Tensor, "*N V"]:
+    def exact(self, student_logp: OverVocabulary) -> Marked:
         none = torch.zeros_like(student_logp, dtype=torch.bool)
         return none.scatter(-1, top(self.k, student_logp), True) if self.k else none
 
@@ -40,7 +35,7 @@ class Stratified:
 class Full:
     """The exact estimator -sum_v p_v A_v log p_v over the whole vocabulary, with p_v A_v detached."""
 
-    def exact(self, student_logp: OverVocabulary) -> Bool[Tensor, "*N V"]:
+    def exact(self, student_logp: OverVocabulary) -> Marked:
         return torch.ones_like(student_logp, dtype=torch.bool)
 
 
@@ -51,7 +46,7 @@ class Several:
     It is `Sampled` with 1/m of the variance at a context.  m is `OnPolicy.samples`; the response continues with a_1.
     """
 
-    def exact(self, student_logp: OverVocabulary) -> Bool[Tensor, "*N V"] | None:
+    def exact(self, student_logp: OverVocabulary) -> Marked | None:
         return None
 
 

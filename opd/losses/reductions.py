@@ -23,10 +23,7 @@ class SequenceMean:
 
 @dataclass(frozen=True)
 class Constant:
-    """Reduction that divides by B x `length`, for any response lengths.  arXiv:2503.20783.
-
-    It is the only reduction that is unbiased with reward to go.
-    """
+    """Reduction that divides by B x `length`; only it is unbiased with reward to go.  arXiv:2503.20783."""
 
     length: int
 

@@ -6,6 +6,7 @@ from torch import Tensor
 PerToken = Float[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
 PerRollout = Float[Tensor, " B"]
+Marked = Bool[Tensor, "*N V"]
 Elementwise = Float[Tensor, "*A"]
 OverVocabulary = Float[Tensor, "*N V"]
 PerPosition = Float[Tensor, "*N"]

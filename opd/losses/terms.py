@@ -61,10 +61,7 @@ class Target:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y).
-
-    The reward never carries gradient.
-    """
+    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y)."""
 
     reward: Reward = LogRatio()
     baseline: Baseline | None = None
@@ -231,10 +228,7 @@ class Match(_Matching):
 
 @dataclass(frozen=True)
 class MatchHidden(_Matching):
-    """A term that matches hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.
-
-    The LM heads are not used.  Column t is about the states that predict token t.
-    """
+    """A term that matches hidden states without the LM heads: loss = w mean_l ||h_S - sg h_T||^2 / d."""
 
     layers: tuple[int, ...] = ()  # layers of the student, from 1; empty: all
     bridge: Bridge | None = None  # for a teacher of another width or depth; None: layer l is compared with layer l

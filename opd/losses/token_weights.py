@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.losses.shapes import Mask, PerRollout, PerToken
@@ -39,6 +39,16 @@ def highest(x: PerToken, mask: Mask, fraction: float) -> Mask:
 def row_mean(x: PerToken, mask: Mask) -> PerRollout:
     """Return the mean of x over the trained tokens of each row, [B]; 0 for a row without any."""
     return x.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def segment_means(
+    x: PerToken, segment: Int[Tensor, "B T"], mask: Mask, segments: int
+) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
+    """Return the mean of x over the marked tokens of segments 0 to K, 0 where there are none, and their number."""
+    number = segment.where(mask, 0)
+    zeros = x.new_zeros(len(x), segments + 1)
+    count = zeros.scatter_add(1, number, mask.to(x.dtype))
+    return zeros.scatter_add(1, number, x.where(mask, 0)) / count.clamp(min=1), count
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,7 @@ class TeacherEntropyAbove:
 class Confidence:
     """(1 + teacher c_T)(1 + student c_S), scaled to mean 1 in each rollout.  FiRe-OPD, arXiv:2606.02684, Eq. 5-8.
 
-    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  The maxima are over the trained tokens of the batch, so outliers
-    affect them.
+    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  Outliers affect the maxima, over the trained tokens of the batch.
     """
 
     teacher: float = 1.0
@@ -106,8 +115,7 @@ class Confidence:
 class PrefixAgreement:
     """1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|): early tokens count more.  IW-OPD, arXiv:2606.22600.
 
-    r = log q - log p over the trained tokens of a rollout.  The weight depends on the sampled token, so it excludes a
-    baseline.
+    r = log q - log p over a rollout's trained tokens.  It depends on the sampled token, so it excludes a baseline.
     """
 
     gamma: float = 0.5
@@ -125,8 +133,7 @@ class PrefixAgreement:
 
 @dataclass(frozen=True)
 class RightRollouts:
-    """Softmax of nll_S / tau over a group's correct rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq.
-    4.
+    """Softmax of nll_S / tau over a group's correct rollouts, of mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 4.
 
     Correct answers that are harder for the student count more; with `reverse` they count less.  Correct: outcome > 1/2.
     """
@@ -144,7 +151,7 @@ class RightRollouts:
 
 @dataclass(frozen=True)
 class WrongRollouts:
-    """Softmax of -nll_T / tau over a group's wrong rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 5.
+    """Softmax of -nll_T / tau over a group's wrong rollouts, of mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 5.
 
     Attempts that are more likely under the teacher, from which it can recover, count more.  Wrong: outcome <= 1/2.
     """
@@ -174,8 +181,7 @@ class Frozen:
 class FrozenWindow:
     """`Frozen`, with `weight` also on high-KL tokens near a listed token.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
-    Near: within `width` tokens.  High: above the `quantile` of the reverse KL over the batch's trained tokens.  The
-    paper gives neither value.
+    Near: within `width` tokens.  High: above the `quantile` of the batch's reverse KL.  The paper gives neither value.
     """
 
     ids: tuple[int, ...] = ()

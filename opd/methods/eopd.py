@@ -29,8 +29,7 @@ def eopd(quantile: float = 0.8, k: int = 16) -> Method:
     `eopd-sampled` is the published loss.
 
     Args:
-        quantile: Quantile of the teacher's entropy over the batch's tokens, in [0, 1).  Tokens above it get the forward
-            KL.
+        quantile: Quantile in [0, 1) of the teacher's entropy over the batch.  Tokens above it get the forward KL.
         k: Number of the teacher's most probable tokens in the forward KL.  The remaining tokens form one bucket.
     """
     if not 0 <= quantile < 1:
@@ -44,10 +43,8 @@ def eopd_sampled(nats: float = 0.8, k: int = 16, clip: float = 0.2) -> Method:
 
     Args:
         nats: Teacher entropy, in nats, above which the forward KL is added.
-        k: Number of the teacher's most probable tokens in the forward KL.  The teacher is renormalised on them, without
-            a tail bucket.
-        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
-            is 1.
+        k: Number of the teacher's most probable tokens in the forward KL, renormalised without a tail bucket.
+        clip: Clip range of the importance ratio, which is 1 with one update per rollout batch.
     """
     gated = Match(TopKForwardKL(k), weights=(TeacherEntropyAbove(nats),))
     return Method((PolicyGradient(surrogate=Clipped(clip, clip)), gated))

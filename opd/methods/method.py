@@ -133,10 +133,7 @@ class Method:
         return by_token and not self.rollouts.reads_measured()
 
     def advised(self) -> "Method | None":
-        """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.
-
-        The reduced method is for targets that already carry advantages.  It needs no teacher forward.
-        """
+        """Return the method for targets that carry advantages, without a teacher; None if a term is not sampled."""
         sampled = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Sampled()]
         if len(sampled) < len(self.terms):
             return None

@@ -72,8 +72,7 @@ def opd_optimal() -> Method:
 
 
 def opd_stratified(k: int = 16, baseline: Baselines = "none") -> Method:
-    """Sum over the student's top-k tokens, sample the rest: full gradient, top-k cost.  opd project,
-    docs/estimators.md.
+    """Sum over the student's top k, sample the rest: full gradient, top-k cost.  opd project, docs/estimators.md.
 
     Args:
         k: Number of tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).

@@ -44,8 +44,7 @@ def sdft() -> Method:
 
 
 def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
-    """Self-distillation from an average of the student that sees a correct answer of the group.  SDPO,
-    arXiv:2601.20802.
+    """Self-distillation from the averaged student, which sees a correct answer of the group.  SDPO, arXiv:2601.20802.
 
     The defaults follow the released configuration: a moving average of rate 0.05, and the answer without its thinking
     part.  The authors' runs on code use --k 20 --beta 1 --teacher ema:0.01 and add the verifier's feedback on each

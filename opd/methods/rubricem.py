@@ -16,6 +16,7 @@ from opd.losses.shapes import Mask, PerToken
 from opd.losses.surrogates import Clipped
 from opd.losses.target_distribution import Reference
 from opd.losses.terms import Match, PolicyGradient
+from opd.losses.token_weights import segment_means
 from opd.methods.method import Method
 from opd.methods.questions import REFLECT, REMEMBER, Reflect, Stages
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -68,16 +69,9 @@ class StageReturn:
 
 
 def stage_means(x: PerToken, stage: Int[Tensor, "B T"], mask: Mask, stages: int) -> Float[Tensor, "B K"]:
-    """Return the mean of x over the trained tokens of each stage, [B, K].
-
-    A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
-    """
-    number = stage.where(mask, 0)  # 0: not trained
-    zeros = x.new_zeros(len(x), stages + 1)
-    total = zeros.scatter_add(1, number, x.where(mask, 0))
-    count = zeros.scatter_add(1, number, mask.to(x.dtype))
-    mean = (total / count.clamp(min=1))[:, 1:]
-    return mean.where(count[:, 1:] > 0, mean[:, -1:])
+    """Return the mean of x over the trained tokens of each stage, [B, K]; without any, the last stage's mean, or 0."""
+    means, counts = segment_means(x, stage, mask, stages)
+    return means[:, 1:].where(counts[:, 1:] > 0, means[:, -1:])
 
 
 TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_plan>", "<answer>")

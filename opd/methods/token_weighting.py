@@ -15,8 +15,7 @@ def entropy(fraction: float = 0.2) -> Method:
     """OPD on the fraction of tokens with the highest student entropy.  arXiv:2506.01939; in OPD, 2606.01249.
 
     Args:
-        fraction: Share of the batch's trained tokens that keep their loss.  The other tokens still count in the
-            denominator.
+        fraction: Share of the batch's trained tokens that keep their loss.  The denominator still counts all.
     """
     return Method((PolicyGradient(weights=(TopEntropy(fraction),)),))
 
@@ -26,8 +25,7 @@ def iw_opd(gamma: float = 0.5, clip: float = 0.2) -> Method:
 
     Args:
         gamma: Weight of the first token minus the weight of the last (the released code's weight_max - 1).  0 is `opd`.
-        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
-            is 1.
+        clip: Clip range of the importance ratio, which is 1 with one update per rollout batch.
     """
     return Method((PolicyGradient(surrogate=Clipped(clip, clip), weights=(PrefixAgreement(gamma),)),))
 
@@ -61,8 +59,7 @@ def fire(drop: float = 0.2, alpha: float = 1.0, beta: float = 1.0, clip: float =
             which filters one rollout at a time and so removes none.
         alpha: Weight of the teacher's confidence.  Tokens where the teacher is certain count more.
         beta: Weight of the student's uncertainty.  Tokens where the student is uncertain count more.
-        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
-            is 1.
+        clip: Clip range of the importance ratio, which is 1 with one update per rollout batch.
     """
     term = PolicyGradient(surrogate=Clipped(clip, clip), weights=(Confidence(alpha, beta),))
     return Method((term,), filters=(LikelyRollouts(drop),) if drop else ())

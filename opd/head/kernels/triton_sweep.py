@@ -190,13 +190,7 @@ class _StopClass:
 
     @classmethod
     def of(
-        cls,
-        student: Float[Tensor, "n V"],
-        teacher: Float[Tensor, "n V"] | None,
-        ids: Int[Tensor, " n"],
-        sums: Float[Tensor, "9 n"],
-        heads: tuple[Head, Head | None],
-        vocabulary: Vocabulary,
+        cls, student: Tensor, teacher: Tensor | None, ids: Tensor, sums: Tensor, heads: tuple, vocabulary: Vocabulary
     ) -> "_StopClass":
         """Read the logits of the members, before the gradient overwrites them."""
         stop = torch.tensor(vocabulary.stop, device=ids.device)

@@ -20,8 +20,7 @@ HALVINGS = 30
 class Blend(RolloutPolicy):
     """The policy that samples from the distribution closest to the teacher within KL `eps` of the student (`blend`).
 
-    TRB, arXiv:2605.31159.  eps falls linearly from `eps0` nats to 0 over the first `steps` steps; then only the student
-    generates.
+    TRB, arXiv:2605.31159.  eps falls linearly from `eps0` nats to 0, the student alone, over the first `steps` steps.
     """
 
     eps0: float = 0.02

@@ -36,10 +36,7 @@ class OnPolicy(RolloutPolicy):
 
 @dataclass(frozen=True)
 class Mixture(RolloutPolicy):
-    """The policy in which the student generates with probability `share`; otherwise the teacher or the data's response.
-
-    This is GKD's lambda, arXiv:2306.13649, Algorithm 1.
-    """
+    """The policy in which the student generates with probability `share`, else `other`.  GKD, arXiv:2306.13649."""
 
     share: float = 0.5
     other: int = TEACHER
