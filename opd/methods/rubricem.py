@@ -1,7 +1,4 @@
-"""RubricEM: a judge's evolving rubrics reward each stage of a response and the student's reflections on it.
-
-arXiv:2605.10899.
-"""
+"""RubricEM: a judge's evolving rubrics reward stages of a response and reflections on it.  arXiv:2605.10899."""
 
 from dataclasses import dataclass
 
