@@ -18,7 +18,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Stratified:
-    """Exact on the student's top k and sampled elsewhere, with one expectation: k = 0 is `Sampled`, k = V is `Full`."""
+    """Exact on the student's top k, sampled elsewhere; its expectation is that of `Sampled` (k = 0), `Full` (all)."""
 
     k: int = 16
 
