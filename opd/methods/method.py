@@ -133,7 +133,7 @@ class Method:
         return by_token and not self.rollouts.reads_measured()
 
     def advised(self) -> "Method | None":
-        """Return the method for targets that carry advantages, without a teacher; None if a term is not sampled."""
+        """Return the method reduced to advantages, without a teacher; None if a term is not a sampled reward."""
         sampled = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Sampled()]
         if len(sampled) < len(self.terms):
             return None
