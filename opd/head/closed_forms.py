@@ -7,21 +7,60 @@ are close, a difference of the sums of e u and e v would keep few digits.  On a 
 across its passes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.head.sums import Sums
+from opd.core.tensors import map_tensors
 from opd.losses.baselines import Value
-from opd.losses.divergences import Bucketed, OnSupport, ReverseKL
+from opd.losses.divergences import OnSupport, ReverseKL
 from opd.losses.estimators import Sampled
 from opd.losses.rewards import LogRatio
 from opd.losses.target_distribution import Teacher
 from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
 from opd.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the vocabulary, not normalised, and both shifted logits of the sampled token."""
+
+    e: Float[Tensor, " n"]
+    eu: Float[Tensor, " n"]
+    euv: Float[Tensor, " n"]  # of e (u - v)
+    f: Float[Tensor, " n"]
+    fv: Float[Tensor, " n"]
+    u: Float[Tensor, " n"]
+    v: Float[Tensor, " n"]
+    d: Float[Tensor, " n"]  # the divergence that `ThroughSupport` computes
+
+    @classmethod
+    def empty(cls, n: int, like: Tensor) -> "Sums":
+        return cls(*like.new_empty(len(fields(cls)), n))
+
+    def __getitem__(self, tokens: slice) -> "Sums":
+        return map_tensors(lambda sums: sums[tokens], self)
+
+    def split(self, size: int) -> list["Sums"]:
+        """Return views of the sums, of `size` tokens each."""
+        return [self[tokens] for tokens in (slice(i, i + size) for i in range(0, len(self.e), size))]
+
+    def student(self) -> dict[str, Float[Tensor, " n"]]:
+        """Return the columns of the student only, by name."""
+        log_e = self.e.log()
+        return {"student_logp": self.u - log_e, "student_entropy": log_e - self.eu / self.e}
+
+    def columns(self) -> dict[str, Float[Tensor, " n"]]:
+        """Return the measured columns, by name."""
+        log_f = self.f.log()
+        return self.student() | {
+            "teacher_logp": self.v - log_f,
+            "teacher_entropy": log_f - self.fv / self.f,
+            "reverse_kl": self.euv / self.e - (self.e / self.f).log(),
+        }
 
 
 @dataclass(frozen=True)
@@ -36,14 +75,6 @@ class ThroughLogp:
         """Turn e into sums.e (p - 1_y); the one-hot is subtracted before any rounding, because p_y may be near 1."""
         e.scatter_add_(-1, ids[:, None], -sums.e[:, None])
 
-    def loss(self, terms: tuple[Term, ...], logp: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
-        """Return the weighted sum over terms, differentiable in log p(y)."""
-        parts = zip(terms, scores, targets, strict=True)
-        weighted_losses = (
-            x.weight * term.sampled_loss(logp, s, x) for term, s, x in parts if isinstance(term, PolicyGradient)
-        )
-        return reduce(torch.add, weighted_losses)
-
 
 @dataclass(frozen=True)
 class ThroughKL:
@@ -56,10 +87,6 @@ class ThroughKL:
     def gradient_(self, e: Tensor, u: Tensor, v: Tensor, ids: Int[Tensor, " r"], sums: Sums) -> None:
         """Turn e into sums.e p (u - v - E_p[u - v]); u is overwritten."""
         e.mul_(u.sub_(v).sub_((sums.euv / sums.e)[:, None]))
-
-    def loss(self, terms: tuple[Term, ...], kl: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
-        """Return the weighted sum over terms, differentiable in the KL."""
-        return reduce(torch.add, [x.weight * kl for t, x in zip(terms, targets, strict=True) if isinstance(t, Match)])
 
 
 @dataclass(frozen=True)
@@ -83,7 +110,7 @@ class ThroughSupport:
         teacher_outside_mass = v.scatter_(-1, support_ids, -torch.inf).exp_().sum(-1, keepdim=True)
         p = torch.cat((u, outside_mass.log()), -1) - student_mass.log()
         q = torch.cat((t, teacher_outside_mass.log()), -1) - sums.f.log()[:, None]
-        k = slice(None if isinstance(self.divergence, Bucketed) else -1)
+        k = slice(None if self.divergence.bucketed else -1)
         with torch.enable_grad():
             d = self.divergence.on(p.requires_grad_()[:, k], q[:, k])
             (g,) = torch.autograd.grad(d.sum(), p)
@@ -91,10 +118,6 @@ class ThroughSupport:
         total = g.sum(-1, keepdim=True)
         e.mul_((g[:, -1:] * student_mass / outside_mass).where(outside_mass > 0, 0) - total)
         e.scatter_(-1, support_ids, g[:, :-1] * student_mass - inside * total)
-
-    def loss(self, terms: tuple[Term, ...], d: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
-        """Return the weighted sum over terms, differentiable in the divergence."""
-        return reduce(torch.add, [x.weight * d for t, x in zip(terms, targets, strict=True) if isinstance(t, Match)])
 
 
 Form = ThroughLogp | ThroughKL | ThroughSupport
@@ -114,16 +137,24 @@ def closed_form(method: Method) -> Form | None:
     return None
 
 
+def weighted_loss(terms: tuple[Term, ...], value: Tensor, scores: tuple, targets: tuple[Target, ...]) -> Tensor:
+    """Return the weighted sum over terms, differentiable in `value`, through which alone they depend on the student."""
+    loss = lambda term, score, x: term.sampled_loss(value, score, x) if isinstance(term, PolicyGradient) else value
+    parts = zip(terms, scores, targets, strict=True)
+    return reduce(torch.add, [x.weight * loss(t, s, x) for t, s, x in parts if not isinstance(t, MatchHidden)])
+
+
 def scored(term: Term) -> bool:
     """Return True if a term scores the sampled token."""
     return isinstance(term, PolicyGradient) and isinstance(term.estimator, Sampled)
 
 
-def scored_by_sums(term: Term) -> bool:
-    """Return True if the score of the sampled token follows from the columns, without logits of other tokens."""
-    assert isinstance(term, PolicyGradient)
+def needs_vocabulary(term: Term) -> bool:
+    """Return True if the score of the sampled token does not follow from the columns."""
+    if not (isinstance(term, PolicyGradient) and scored(term)):
+        return False
     plain = term.baseline is None or (isinstance(term.baseline, Value) and isinstance(term.reward, LogRatio))
-    return plain and isinstance(term.against, Teacher)
+    return not (plain and isinstance(term.against, Teacher))
 
 
 def score(term: Term, columns: dict[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"]:

@@ -29,14 +29,14 @@ def measure(
     method: Method, student: Hidden, frozen: FrozenOutputs, ids: Int[Tensor, " N"], vocabulary: Vocabulary
 ) -> HeadColumns:
     """Compute all columns and the method's scores, a chunk at a time, without gradient."""
-    sweep = Sweep.of(method, student, frozen, vocabulary.canonical(ids), vocabulary)
+    sweep = Sweep(method, student, frozen, vocabulary.canonical(ids), vocabulary)
     with torch.autocast(ids.device.type, enabled=False):
         for rows in sweep.chunks():
             if sweep.linear:
                 sweep.closed_forms(rows, None)
             else:
                 sweep.autograd(rows, None)
-    return frozen.scored(sweep.columns)
+    return sweep.columns
 
 
 def head_pass(
@@ -57,7 +57,7 @@ def head_pass(
         student.head.bias,
         (method, student.head, frozen, vocabulary.canonical(ids), targets, vocabulary, out),
     )
-    return loss, frozen.scored(out[0])
+    return loss, out[0]
 
 
 class _HeadPass(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _HeadPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, work):
         method, head, frozen, ids, targets, vocabulary, out = work
-        sweep = Sweep.of(method, Hidden(states, head), frozen, ids, vocabulary)
+        sweep = Sweep(method, Hidden(states, head), frozen, ids, vocabulary)
         w, size = sweep.student.weight, vocabulary.size
         low_dtype, loss = w.dtype, states.new_zeros((), dtype=wide(w.dtype))
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None

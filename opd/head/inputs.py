@@ -1,4 +1,4 @@
-"""Inputs and outputs of the head pass: hidden states or a server's log-probs as input, per-token columns as output."""
+"""Inputs of the head pass: hidden states, or the log-probs of a server."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.core.tensors import map_tensors
-from opd.head.outputs import HeadColumns
 from opd.head.vocabulary import Head
 from opd.losses.hidden_states import Lens
 
@@ -25,7 +24,6 @@ class Hidden:
     views: tuple[Float[Tensor, "N D"], ...] = ()  # of the layers that a method matches, through the model's lens
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "Hidden":
-        """Return the hidden states at the marked tokens."""
         marked = tokens.to(self.states.device)
         return replace(self, states=self.states[marked], views=tuple(x[marked] for x in self.views))
 
@@ -44,7 +42,6 @@ class TeacherLogps:
     top: int = 0  # number of the teacher's most probable tokens among `ids`
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "TeacherLogps":
-        """Return the log-probs at the marked tokens."""
         marked = tokens.to(self.logp.device)
         return map_tensors(lambda column: column[marked], self)
 
@@ -77,15 +74,10 @@ class FrozenOutputs:
     lens: Lens | None = None  # maps the student's layers to views comparable with the teacher's
 
     def __getitem__(self, tokens: Bool[Tensor, " N"]) -> "FrozenOutputs":
-        """Return the outputs at the marked tokens."""
-        teacher = None if self.teacher is None else self.teacher[tokens]
-        return FrozenOutputs(teacher, None if self.reference is None else self.reference[tokens], self.lens)
+        marked = lambda outputs: None if outputs is None else outputs[tokens]
+        return FrozenOutputs(marked(self.teacher), marked(self.reference), self.lens)
 
     def nbytes(self) -> int:
         """Return the size of the hidden states and views, in bytes."""
         hidden_outputs = [x for x in (self.teacher, self.reference) if isinstance(x, Hidden)]
         return sum(x.nbytes for hidden in hidden_outputs for x in (hidden.states, *hidden.views))
-
-    def scored(self, columns: HeadColumns) -> HeadColumns:
-        """Return the columns, without `teacher_logp` if no teacher scored the tokens."""
-        return columns if self.teacher is not None else replace(columns, teacher_logp=None)

@@ -22,10 +22,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
-    """Compute out = a @ b.
-
-    If `out` is wider than a, the product is unrounded on CUDA and rounded once to a's dtype elsewhere.
-    """
+    """Compute out = a @ b; if `out` is wider than a, unrounded on CUDA, else rounded once to a's dtype."""
     if out.dtype == a.dtype and is_worthwhile(a, b.T):
         for rows, x in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             for part, columns in zip(rows.split(BLOCK, 1), b.split(BLOCK, 1), strict=True):
@@ -39,10 +36,7 @@ def mm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j
 
 
 def addmm(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"], out: Float[Tensor, "i j"]) -> Float[Tensor, "i j"]:
-    """Compute out += a @ b, with the rounding of `mm`.
-
-    Rounding the product of every chunk would bias their sum.
-    """
+    """Compute out += a @ b with the rounding of `mm`: to round the product of every chunk would bias their sum."""
     if out.dtype == a.dtype and is_worthwhile(a, b.T):
         for part, rows in zip(out.split(BLOCK), a.split(BLOCK), strict=True):
             part.add_(product(rows, b.T))

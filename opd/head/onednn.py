@@ -50,15 +50,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (x, weight), (gradient,) = ctx.saved_tensors, gradients
-        flat = gradient.reshape(-1, len(weight))
-        needs_gradient, d_x, d_weight, d_bias = ctx.needs_input_grad, None, None, None
-        if needs_gradient[0]:
-            d_x = product(flat, weight.T).view(x.shape)
-        if needs_gradient[1]:
-            d_weight = product(flat.T, x.reshape(-1, weight.shape[1]).T)
-        if needs_gradient[2]:
-            d_bias = flat.sum(0)
-        return d_x, d_weight, d_bias
+        (needs_x, needs_weight, needs_bias), flat = ctx.needs_input_grad, gradient.reshape(-1, len(weight))
+        d_x = product(flat, weight.T).view(x.shape) if needs_x else None
+        d_weight = product(flat.T, x.reshape(-1, weight.shape[1]).T) if needs_weight else None
+        return d_x, d_weight, flat.sum(0) if needs_bias else None
 
 
 class Linear(nn.Linear):

@@ -26,19 +26,15 @@ class HeadColumns:
 
     @classmethod
     def empty(cls, method: Method, n: int, like: Tensor, names: Iterable[str] = MEASURED) -> "HeadColumns":
-        """Return uninitialised columns for n tokens.
-
-        They share one allocation, because small tensors that outlive a chunk would keep freed memory below them from
-        reuse.
-        """
+        """Return uninitialised columns in one allocation: small tensors that outlive a chunk keep memory from reuse."""
         scores = tuple(like.new_empty(n) if scored(term) else None for term in method.terms)
         names = sorted(names)
         return cls(**dict(zip(names, like.new_empty(len(names), n), strict=True)), scores=scores)
 
     def fill(self, rows: slice, part: "HeadColumns") -> None:
-        """Copy the numbers of `part` into the given rows."""
-        for (_, column), (_, values) in zip(self.named(), part.named(), strict=True):
-            column[rows] = values
+        values = dict(part.named())
+        for name, column in self.named():
+            column[rows] = values[name]
 
     def named(self) -> Iterator[tuple[str, Float[Tensor, " N"]]]:
         """Yield (name, column) for each column that is present; scores are named scores.0, scores.1, ..."""
@@ -50,10 +46,7 @@ class HeadColumns:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """The most probable tokens at each position: the student's, then the teacher's, A in all.
-
-    They are shown to readers of reports; no loss uses them.
-    """
+    """The most probable tokens of each position, for reports: the student's, then the teacher's, A in all."""
 
     ids: Int[Tensor, "N A"]
     student_logp: Float[Tensor, "N A"]

@@ -3,23 +3,32 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.core.types import MEASURED
+from opd.core.types import MEASURED, STUDENT_COLUMNS
 from opd.head.backend import uses_triton
-from opd.head.closed_forms import Form, ThroughSupport, closed_form, score, scored, scored_by_sums
+from opd.head.closed_forms import (
+    Form,
+    Sums,
+    ThroughSupport,
+    closed_form,
+    needs_vocabulary,
+    score,
+    scored,
+    weighted_loss,
+)
 from opd.head.inputs import COLUMNS_WITHOUT_HEAD, FrozenOutputs, Hidden, TeacherLogps
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels.torch_sweep import sweep_, sweep_student_
 from opd.head.matmul import matmul_dtype, mm, wide
 from opd.head.outputs import HeadColumns
-from opd.head.sums import Sums
 from opd.head.vocabulary import Vocabulary
 from opd.losses.divergences import kl
-from opd.losses.terms import Positions, Target, Term
+from opd.losses.terms import Positions, Target
 from opd.methods.method import Method
 
 CACHE = 1 << 19  # bytes of [r, V] in a block of the closed forms on a CPU, so that its passes stay in the L2 cache
@@ -54,7 +63,6 @@ class ModelLogits:
         return cls(hidden, weight, weight.new_empty(0, vocabulary.size, dtype=vocabulary.tile(low, weight.device)))
 
     def with_buffer(self, n: int, name: str) -> "ModelLogits":
-        """Return a copy with a buffer for n tokens."""
         return replace(self, logits=_reused_buffer(name, n, self.logits))
 
     def fill(self, rows: slice) -> Float[Tensor, "n V"]:
@@ -63,73 +71,53 @@ class ModelLogits:
         return mm(states, self.weight.T, self.logits[: len(states)])
 
 
-@dataclass(frozen=True)
 class Sweep:
     """The buffers of a head pass, and the two ways to process a chunk; both write d loss / d (W h) to `gradient`."""
 
-    method: Method
-    vocabulary: Vocabulary
-    ids: Int[Tensor, " N"]  # canonical
-    student: ModelLogits
-    teacher: ModelLogits | None  # None for a teacher without an LM head
-    teacher_logps: TeacherLogps | None  # log-probs of a teacher without an LM head
-    reference: ModelLogits | None
-    gradient: Float[Tensor, "n V"]  # shares the student's rows, except in torch with differing dtypes
-    scratch: Float[Tensor, "3 r V"]  # buffers of a block in torch
-    columns: HeadColumns  # of all tokens, filled chunk by chunk
-    fused: bool  # True: the Triton kernels run
-    linear: bool  # True: `closed_forms` can compute the logits from W h
-
-    @classmethod
-    def of(cls, method: Method, student: Hidden, frozen: FrozenOutputs, ids: Tensor, vocabulary: Vocabulary) -> "Sweep":
-        """Allocate buffers for chunks as long as the budget allows."""
-        low = matmul_dtype(student.states)
-        student_logits = ModelLogits.from_hidden(student, low, vocabulary)
-        teacher_logits, reference_logits = (
-            ModelLogits.from_hidden(x, x.states.dtype, vocabulary) if isinstance(x, Hidden) else None
-            for x in (frozen.teacher, frozen.reference)
+    def __init__(
+        self, method: Method, student: Hidden, frozen: FrozenOutputs, ids: Int[Tensor, " N"], vocabulary: Vocabulary
+    ) -> None:
+        """Allocate buffers for chunks as long as the budget allows; the ids are canonical."""
+        self.method, self.ids, self.vocabulary = method, ids, vocabulary
+        low, size = matmul_dtype(student.states), vocabulary.size
+        logits_of = partial(ModelLogits.from_hidden, vocabulary=vocabulary)
+        self.student, teacher = logits_of(student, low), frozen.teacher
+        self.teacher, self.reference = (
+            logits_of(x, x.states.dtype) if isinstance(x, Hidden) else None for x in (teacher, frozen.reference)
         )
-        frozen_bytes = sum(x.logits.itemsize for x in (teacher_logits, reference_logits) if x is not None)
-        token_bytes = student_logits.logits.itemsize + frozen_bytes / FROZEN_PARTS
-        n = vocabulary.chunk(len(ids), round(vocabulary.size * token_bytes))
-        student_logits, frozen_rows = student_logits.with_buffer(n, "student"), -(-n // FROZEN_PARTS)
-        teacher_logits = teacher_logits and teacher_logits.with_buffer(frozen_rows, "teacher")
-        reference_logits = reference_logits and reference_logits.with_buffer(frozen_rows, "reference")
-        logits = student_logits.logits
-        needs_vocabulary = isinstance(closed_form(method), ThroughSupport) or any(map(_needs_vocabulary, method.terms))
-        fused = not needs_vocabulary and uses_triton(logits.device) and wide(low) == torch.float32
+        frozen_bytes = sum(x.logits.itemsize for x in (self.teacher, self.reference) if x is not None)
+        token_bytes = self.student.logits.itemsize + frozen_bytes / FROZEN_PARTS
+        n = vocabulary.chunk(len(ids), round(size * token_bytes))
+        frozen_rows = -(-n // FROZEN_PARTS)
+        self.student = self.student.with_buffer(n, "student")
+        self.teacher = self.teacher and self.teacher.with_buffer(frozen_rows, "teacher")
+        self.reference = self.reference and self.reference.with_buffer(frozen_rows, "reference")
+        logits = self.student.logits
+        looks_again = isinstance(closed_form(method), ThroughSupport) or any(map(needs_vocabulary, method.terms))
+        # whether the Triton kernels run
+        self.fused = not looks_again and uses_triton(logits.device) and wide(low) == torch.float32
+        # the gradient shares the student's rows, except in torch with differing dtypes
         if logits.dtype == low:
-            gradient = logits
-        elif fused and low.itemsize < logits.itemsize:
-            gradient = logits.view(low)[:, : vocabulary.size]
+            self.gradient = logits
+        elif self.fused and low.itemsize < logits.itemsize:
+            self.gradient = logits.view(low)[:, :size]
         else:
-            gradient = logits.new_empty(logits.shape, dtype=low)
-        block_rows = min(n, rows_per_block(CACHE, logits.new_empty(0, vocabulary.size, dtype=wide(low))))
-        scratch = logits.new_empty(3, 0 if fused else block_rows, vocabulary.size, dtype=wide(low))
-        # fp16 cannot represent a gradient times the sum of e.
-        has_softcap = student.head.softcap or (teacher_logits is not None and teacher_logits.hidden.head.softcap)
-        teacher_logps = frozen.teacher if isinstance(frozen.teacher, TeacherLogps) else None
-        if frozen.teacher is None:
-            teacher_logps = TeacherLogps(scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
-        names = MEASURED if teacher_logps is None else COLUMNS_WITHOUT_HEAD
-        without_ids = teacher_logps is None or teacher_logps.ids is None
-        return cls(
-            method=method,
-            vocabulary=vocabulary,
-            ids=ids,
-            student=student_logits,
-            teacher=teacher_logits,
-            teacher_logps=teacher_logps,
-            reference=reference_logits,
-            gradient=gradient,
-            scratch=scratch,
-            columns=HeadColumns.empty(method, len(ids), scratch, names),
-            fused=fused,
-            linear=(fused or (low != torch.float16 and not has_softcap)) and without_ids,
-        )
+            self.gradient = logits.new_empty(logits.shape, dtype=low)
+        block_rows = min(n, rows_per_block(CACHE, logits.new_empty(0, size, dtype=wide(low))))
+        self.scratch = logits.new_empty(3, 0 if self.fused else block_rows, size, dtype=wide(low))
+        # log-probs of a teacher without an LM head
+        self.teacher_logps = teacher if isinstance(teacher, TeacherLogps) else None
+        names = MEASURED if self.teacher_logps is None else COLUMNS_WITHOUT_HEAD
+        if teacher is None:
+            self.teacher_logps = TeacherLogps(self.scratch.new_full((len(ids),), torch.nan))  # no leaf may look there
+            names = STUDENT_COLUMNS
+        self.columns = HeadColumns.empty(method, len(ids), self.scratch, names)  # of all tokens, filled by chunks
+        # whether `closed_forms` can compute the logits from W h; fp16 cannot hold a gradient times the sum of e
+        has_softcap = student.head.softcap or (self.teacher is not None and self.teacher.hidden.head.softcap)
+        without_ids = self.teacher_logps is None or self.teacher_logps.ids is None
+        self.linear = (self.fused or (low != torch.float16 and not has_softcap)) and without_ids
 
     def chunks(self) -> Iterator[slice]:
-        """Return the tokens of each chunk."""
         return blocks(len(self.ids), len(self.gradient))
 
     def frozen_parts(self, rows: slice) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
@@ -146,7 +134,7 @@ class Sweep:
         """Compute a chunk by sums.  Returns the columns, the sums, and the factor that `gradient` still lacks."""
         z, ids, v = self.student.fill(rows), self.ids[rows], self.vocabulary
         sums = Sums.empty(len(z), self.scratch)
-        looked_up: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if _needs_vocabulary(x)}
+        looked_up: dict[int, list[Tensor]] = {i: [] for i, x in enumerate(self.method.terms) if needs_vocabulary(x)}
         plain = not looked_up and (form is None or not form.shifted)
         for part, t, reference in self.frozen_parts(rows):
             part_sums = sums[part]
@@ -233,7 +221,7 @@ class Sweep:
         columns, sums, factor = self.closed_forms(rows, form)
         with torch.enable_grad():
             loss_input = (dict(columns.named()) | {"d": sums.d})[form.column].detach().requires_grad_()
-            loss = form.loss(self.method.terms, loss_input, columns.scores, targets).sum()
+            loss = weighted_loss(self.method.terms, loss_input, columns.scores, targets).sum()
         (slope,) = torch.autograd.grad(loss, loss_input)
         return loss.detach(), (form.sign * slope * factor)[:, None]
 
@@ -283,11 +271,6 @@ def rows_per_block(budget: int, like: Float[Tensor, "*r V"]) -> int:
     return max(1, (budget if like.device.type == "cpu" else DEVICE) // (like.shape[-1] * like.itemsize))
 
 
-def _needs_vocabulary(term: Term) -> bool:
-    """Return True if the score of a term needs the log-probs of all tokens."""
-    return scored(term) and not scored_by_sums(term)
-
-
 def _widened(x: Float[Tensor, "r V"], scratch: Float[Tensor, "r V"]) -> Float[Tensor, "r V"]:
     """Return x if it has the dtype of the scratch, else its copy in the scratch."""
     return x if x.dtype == scratch.dtype else scratch.copy_(x)
@@ -296,16 +279,11 @@ def _widened(x: Float[Tensor, "r V"], scratch: Float[Tensor, "r V"]) -> Float[Te
 def _columns(method: Method, positions: Positions, *, with_teacher: bool) -> HeadColumns:
     p, q = positions.student_logp.detach(), positions.teacher_logp
     positions = replace(positions, student_logp=p)
-    if not with_teacher:
-        student_columns = positions.sampled(p), -(p.exp() * p).sum(-1)
-        return HeadColumns(
-            *student_columns, positions.sampled(q), scores=tuple(term.score(positions) for term in method.terms)
-        )
     return HeadColumns(
         student_logp=positions.sampled(p),
         student_entropy=-(p.exp() * p).sum(-1),
         teacher_logp=positions.sampled(q),
-        teacher_entropy=-(q.exp() * q).sum(-1),
-        reverse_kl=kl(p, q),
+        teacher_entropy=-(q.exp() * q).sum(-1) if with_teacher else None,
+        reverse_kl=kl(p, q) if with_teacher else None,
         scores=tuple(term.score(positions) for term in method.terms),
     )

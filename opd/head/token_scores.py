@@ -53,12 +53,10 @@ def scores(hidden: Hidden, ids: Int[Tensor, "N k"], vocabulary: Vocabulary, top:
     """Return the log-probs of chosen tokens at each position, -inf for an id of -1 (padding)."""
     weight = hidden.head.weight.detach()[: vocabulary.size]
     out = []
-    for rows in blocks(len(ids), vocabulary.chunk(len(ids), 4 * vocabulary.size)):
+    for rows in blocks(max(1, len(ids)), vocabulary.chunk(len(ids), 4 * vocabulary.size)):
         raw = torch.nn.functional.linear(hidden.states[rows], weight).to(wide(weight.dtype))
         logp, token_ids = vocabulary.logp(raw, hidden.head), ids[rows]
         chosen = logp.gather(-1, token_ids.clamp(min=0)).where(token_ids >= 0, -torch.inf)
         top_tokens = logp.topk(min(top, vocabulary.size), -1)
         out.append((chosen, 1 + (logp > chosen[:, :1]).sum(-1), top_tokens.indices, top_tokens.values))
-    empty = ids.new_empty(0, min(top, vocabulary.size))
-    parts = zip(*out, strict=True) if out else ([ids.float()], [ids[:, 0]], [empty], [empty.float()])
-    return TokenScores(*(torch.cat(list(x)) for x in parts))
+    return TokenScores(*map(torch.cat, zip(*out, strict=True)))

@@ -33,18 +33,12 @@ class Vocabulary:
     rounded: bool = False  # keep logits in at most bf16: halves memory traffic, changes the KL by some percent
 
     def chunk(self, tokens: int, token_bytes: int) -> int:
-        """Return the number of tokens per chunk, at `token_bytes` of logits per token.
-
-        Chunks are as even as possible and fit `chunk_bytes`.
-        """
+        """Return the tokens of a chunk at `token_bytes` of logits per token: even chunks that fit `chunk_bytes`."""
         max_tokens = max(1, self.chunk_bytes // token_bytes)
         return -(-tokens // max(1, -(-tokens // max_tokens)))
 
     def tile(self, low: torch.dtype, device: torch.device) -> torch.dtype:
-        """Return the dtype in which to keep a chunk of W h whose factors have dtype `low`.
-
-        On a GPU, matmuls can return the product unrounded.
-        """
+        """Return the dtype of a chunk of W h with factors of dtype `low`; matmuls on a GPU can return it unrounded."""
         if self.rounded:
             return torch.bfloat16 if low == torch.float32 else low
         return wide(low) if device.type == "cuda" or uses_triton(device) else low
@@ -102,10 +96,7 @@ class Vocabulary:
         return inside.softmax(-1)
 
     def spread_(self, gradient: Float[Tensor, "N V"], shares: Float[Tensor, "N M"] | None) -> None:
-        """Backpropagate through `logits_`, except for the scale, in place.
-
-        The gradient of the stop class is distributed to its members.
-        """
+        """Backpropagate through `logits_`, except for the scale, in place: members share the stop class's gradient."""
         if shares is not None:
             members = torch.tensor(self.stop, device=gradient.device)
             gradient.index_copy_(-1, members, gradient[:, members[:1]] * shares)

@@ -1,14 +1,15 @@
-"""Transforms from scores to advantages, with statistics of the batch: `(x [B T], columns) -> [B T]`, applied in order.
+"""Transforms from scores to advantages, `(x [B T], columns) -> [B T]`, which combine several tokens of the batch.
 
-Elementwise shaping (clip, tanh) is a reward (`rewards.py`); these functions combine several tokens.  Masked tokens may
-hold any value on entry, infinities included.
+They are applied in order.  Masked tokens may hold any value on entry, infinities included.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+
+from opd.losses.shapes import Mask, PerRollout, PerToken
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,16 @@ class GroupAdvantage:
     eps: float = 1e-6
 
     def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        verdict: Float[Tensor, " B"],
-        judged: Bool[Tensor, " B"],
-        group: Int[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+        self, x: PerToken, verdict: PerRollout, judged: Bool[Tensor, " B"], group: Int[Tensor, " B"], mask: Mask
+    ) -> PerToken:
         advantage = group_centred(verdict.to(x.dtype), group, judged & mask.any(1), self.eps if self.norm_std else None)
         return x.where(mask, 0) * advantage[:, None]
 
 
 def group_centred(
-    x: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
-) -> Float[Tensor, " B"]:
-    """Return x minus its mean over the marked rows of its group, [B]; 0 on the other rows.
-
-    If `eps` is given, divide by the deviation of the marked rows plus `eps`.
-    """
+    x: PerRollout, group: Int[Tensor, " B"], among: Bool[Tensor, " B"], eps: float | None = None
+) -> PerRollout:
+    """Return x minus its group's mean over the marked rows, over their deviation + `eps` if given; 0 on other rows."""
     _, group_index = group.unique(return_inverse=True)
     group_sum = lambda y: y.new_zeros(len(group_index)).scatter_add(0, group_index, y.where(among, 0))[group_index]
     count = group_sum(torch.ones_like(x)).clamp(min=1)
@@ -48,7 +41,7 @@ def group_centred(
     return centred if eps is None else centred / ((group_sum(centred.square()) / count).sqrt() + eps)
 
 
-def reward_to_go(x: Float[Tensor, "B T"], gamma: float) -> Float[Tensor, "B T"]:
+def reward_to_go(x: PerToken, gamma: float) -> PerToken:
     """Return the discounted sum sum_k gamma^k x_{t+k} for each position t, [B, T]."""
     out = [x[:, -1]]
     for column in x[:, :-1].flip(1).unbind(1):
@@ -62,7 +55,7 @@ class Discount:
 
     gamma: float = 1.0
 
-    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, mask: Mask) -> PerToken:
         return reward_to_go(x.where(mask, 0), self.gamma)
 
 
@@ -75,9 +68,7 @@ class DiscountExpected:
 
     gamma: float = 1.0
 
-    def __call__(
-        self, x: Float[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, reverse_kl: PerToken, mask: Mask) -> PerToken:
         future = reward_to_go(-reverse_kl.where(mask, 0), self.gamma)
         return x.where(mask, 0) + self.gamma * torch.nn.functional.pad(future[:, 1:], (0, 1))
 
@@ -88,7 +79,7 @@ class Whiten:
 
     eps: float = 1e-8
 
-    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, mask: Mask) -> PerToken:
         count = mask.sum().clamp(min=1)
         centred = (x - x.where(mask, 0).sum() / count).where(mask, 0)
         return centred / ((centred.square().sum() / count).sqrt() + self.eps)
@@ -98,7 +89,7 @@ class Whiten:
 class MeanFuture:
     """x_t plus the mean of x over the later trained tokens of its rollout.  TOP-D, arXiv:2607.04751."""
 
-    def __call__(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, mask: Mask) -> PerToken:
         x = x.where(mask, 0)
         later, count = reward_to_go(x, 1.0) - x, reward_to_go(mask.to(x.dtype), 1.0) - mask.to(x.dtype)
         return x + later / count.clamp(min=1)

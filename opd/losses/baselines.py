@@ -1,21 +1,26 @@
-"""Baselines: what is subtracted from a reward to lower the variance of its gradient."""
+"""Baselines, subtracted from a reward to lower the variance of its gradient.
+
+A baseline is `(reward, student_logp [*N V], teacher_logp [*N V], exact [*N V]) -> [*N]`, where `exact` marks the tokens
+that the estimator sums exactly.  It never sees the sampled token, so it is unbiased.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from opd.losses.rewards import Reward
+from opd.losses.shapes import Marked, OverVocabulary, PerPosition
 
 
-def top(k: int, logp: Float[Tensor, "*N V"]) -> Int[Tensor, "*N k"]:
+def top(k: int, logp: OverVocabulary) -> Int[Tensor, "*N k"]:
     """Return the ids of the k most probable tokens, or of all tokens if k exceeds the vocabulary."""
     return logp.topk(min(k, logp.shape[-1]), -1, sorted=False).indices
 
 
-def mean(p: Float[Tensor, "*N V"], f: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+def mean(p: OverVocabulary, f: OverVocabulary) -> PerPosition:
     """Return sum_v p_v f_v.  An infinite f on a token of probability 0 contributes 0."""
     return (p * f.where(p > 0, 0)).sum(-1)
 
@@ -25,12 +30,8 @@ class Value:
     """The mean reward E_p[f]; for the log ratio it is -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 9."""
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: Float[Tensor, "*N V"],
-        teacher_logp: Float[Tensor, "*N V"],
-        exact: Bool[Tensor, "*N V"] | None,
-    ) -> Float[Tensor, "*N"]:
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
+    ) -> PerPosition:
         return mean(student_logp.exp(), reward(student_logp, teacher_logp))
 
 
@@ -48,12 +49,8 @@ class TopKValue:
             raise ValueError(f"k={self.k}: the top-k baseline needs k >= 1 (k = 1 is `opd`, k = V is `vopd`)")
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: Float[Tensor, "*N V"],
-        teacher_logp: Float[Tensor, "*N V"],
-        exact: Bool[Tensor, "*N V"] | None,
-    ) -> Float[Tensor, "*N"]:
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
+    ) -> PerPosition:
         ids = top(self.k, student_logp)
         p, q = (x.gather(-1, ids).log_softmax(-1) for x in (student_logp, teacher_logp))
         return Value()(reward, p, q, None)
@@ -69,12 +66,8 @@ class Optimal:
     """
 
     def __call__(
-        self,
-        reward: Reward,
-        student_logp: Float[Tensor, "*N V"],
-        teacher_logp: Float[Tensor, "*N V"],
-        exact: Bool[Tensor, "*N V"] | None,
-    ) -> Float[Tensor, "*N"]:
+        self, reward: Reward, student_logp: OverVocabulary, teacher_logp: OverVocabulary, exact: Marked | None
+    ) -> PerPosition:
         p = student_logp.exp()
         f = reward(student_logp, teacher_logp).where(p > 0, 0)
         # 1 - p and |p|^2 - p_v^2 cancel for a dominant token: sum the other tokens instead.

@@ -39,10 +39,9 @@ class Bridge:
 
 
 def layer_map(student: int, teacher: int) -> tuple[int, ...]:
-    """Return the teacher's layer for each student layer: round((l-1)/(L_S-1) (L_T-1)) + 1, halves to even.
+    """Return the teacher's layer for each student layer, round((l-1)/(L_S-1) (L_T-1)) + 1.  arXiv:2606.06021, Eq. 11.
 
-    arXiv:2606.06021, Eq. 11, in exact fractions.  First and last layers are matched; a student of one layer gets the
-    last.
+    The fractions are exact, and halves go to even.  A student of one layer gets the last.
     """
     if student == 1:
         return (teacher,)
@@ -62,10 +61,7 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """The layers of one model to compare, with a projection per layer.
-
-    Without projections the states are compared directly.
-    """
+    """The layers of one model to compare, with a projection per layer, or directly without projections."""
 
     layers: tuple[int, ...]
     projections: tuple[Projection, ...] = ()  # one per layer
@@ -85,24 +81,17 @@ class Lenses:
 
     def to(self, student: torch.device, teacher: torch.device) -> "Lenses":
         """Return the lenses, each on its model's device."""
-        return Lenses(
-            map_tensors(lambda x: x.to(student), self.student), map_tensors(lambda x: x.to(teacher), self.teacher)
-        )
+        moved = lambda lens, device: map_tensors(lambda x: x.to(device), lens)
+        return Lenses(moved(self.student, student), moved(self.teacher, teacher))
 
 
 def distance(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
-    """Return || student - sg teacher ||^2 / D, [*N].  For views of length 1 it is (2 - 2 cos) / D.
-
-    arXiv:2606.06021, Eq. 6, 15.
-    """
+    """Return || student - sg teacher ||^2 / D, (2 - 2 cos) / D for views of length 1.  arXiv:2606.06021, Eq. 6, 15."""
     return (student - teacher.detach()).square().mean(-1)
 
 
 def pca(states: Float[Tensor, "N H"], rank: int) -> Projection:
-    """Return the projection on the `rank` directions of largest variance, with the mean.
-
-    The directions are eigenvectors of the covariance in float64.  The sign of each is arbitrary.
-    """
+    """Return the projection on the `rank` directions of largest variance (float64; the signs are arbitrary)."""
     wide = states.double()
     mean = wide.mean(0)
     vectors = torch.linalg.eigh((wide - mean).T @ (wide - mean)).eigenvectors.flip(1)[:, :rank].T

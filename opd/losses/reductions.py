@@ -2,48 +2,38 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
+from opd.losses.shapes import Mask, PerToken
 
 
 @dataclass(frozen=True)
 class TokenMean:
     """Reduction in which every trained token of the batch counts the same.  DAPO, arXiv:2503.14476."""
 
-    def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, mask: Mask) -> PerToken:
         return mask / mask.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """Reduction in which every sequence counts the same.  GRPO, arXiv:2402.03300.
+    """Reduction in which every sequence with a trained token counts the same.  GRPO, arXiv:2402.03300."""
 
-    Sequences without a trained token do not count.
-    """
-
-    def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, mask: Mask) -> PerToken:
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.any(1).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Reduction that divides by B x `length`, for any response lengths.  arXiv:2503.20783.
-
-    It is the only reduction that is unbiased with reward to go.
-    """
+    """Reduction that divides by B x `length`; only it is unbiased with reward to go.  arXiv:2503.20783."""
 
     length: int
 
-    def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, mask: Mask) -> PerToken:
         return mask / (len(mask) * self.length)
 
 
 @dataclass(frozen=True)
 class LastTokens:
-    """Weight that keeps the last `last` trained tokens of each rollout and is 0 elsewhere.
-
-    It is scaled so that a token mean becomes a mean over the kept tokens.
-    """
+    """Weight of each rollout's last `last` trained tokens, scaled so that a token mean is a mean over them; else 0."""
 
     last: int = 2000
 
@@ -51,6 +41,6 @@ class LastTokens:
         if self.last < 1:
             raise ValueError(f"last={self.last}: a number of tokens, 1 or more")
 
-    def __call__(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, mask: Mask) -> PerToken:
         is_last = mask & (mask.flip(1).cumsum(1).flip(1) <= self.last)
         return is_last * (mask.sum() / is_last.sum().clamp(min=1))

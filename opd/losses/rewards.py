@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from opd.losses.shapes import Elementwise
 
 Reward = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,7 +20,7 @@ Reward = Callable[[Tensor, Tensor], Tensor]
 class LogRatio:
     """The log ratio log q - log p, one sample of -KL(student || teacher).  vOPD, arXiv:2605.07865, Eq. 3."""
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return teacher_logp - student_logp
 
 
@@ -36,7 +37,7 @@ class Power:
         if not self.alpha > 0:
             raise ValueError(f"alpha={self.alpha}: the power reward needs alpha > 0 (alpha -> 0 is `opd`)")
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return (self.alpha * teacher_logp).exp() - (self.alpha * student_logp).exp()
 
 
@@ -52,7 +53,7 @@ class Clip:
         if not self.low < self.high:
             raise ValueError(f"low={self.low}, high={self.high}: a clip needs low < high")
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return self.of(student_logp, teacher_logp).clamp(self.low, self.high)
 
 
@@ -67,7 +68,7 @@ class Tanh:
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale}: tanh needs scale > 0")
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return (self.of(student_logp, teacher_logp) / self.scale).tanh()
 
 
@@ -75,7 +76,7 @@ class Tanh:
 class One:
     """The constant reward 1; its policy gradient is the negative log-likelihood of the sampled token."""
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return torch.ones_like(student_logp)
 
 
@@ -92,7 +93,7 @@ class Floor:
     def __post_init__(self) -> None:
         _inside_unit("share", self.share)
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return self.of(student_logp, teacher_logp).clamp(min=math.log(self.share) / (1 - self.share))
 
 
@@ -108,7 +109,7 @@ class Proximal:
     def __post_init__(self) -> None:
         _inside_unit("alpha", self.alpha)
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return _log_mixture(teacher_logp - student_logp, self.alpha)
 
 
@@ -118,7 +119,7 @@ class SignedLog:
 
     of: Reward = LogRatio()
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         reward = self.of(student_logp, teacher_logp)
         return reward.sign() * reward.abs().log1p()
 
@@ -127,7 +128,7 @@ class SignedLog:
 class Sign:
     """sign(log q - log p): descends twice the total variation in expectation.  TV-OPD, arXiv:2609.08341."""
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return (teacher_logp - student_logp).sign()
 
 
@@ -138,7 +139,7 @@ class Trusted:
     It is the mean over the coin of TrOPD's mask times its reward, arXiv:2606.01249, Eq. 5-6.  It is never below -1/e.
     """
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         ratio = teacher_logp - student_logp
         ratio = ratio.where(ratio > -math.inf, 0)  # u log u -> 0
         return ratio.clamp(max=0).exp() * ratio
@@ -148,7 +149,7 @@ class Trusted:
 class ReverseKLPlus:
     """log u - 1, from f = -log u, KL(student || teacher): `LogRatio` minus a constant.  OPD+, arXiv:2606.01039."""
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return teacher_logp - student_logp - 1
 
 
@@ -156,27 +157,24 @@ class ReverseKLPlus:
 class ForwardKLPlus:
     """u, from f = u log u, KL(teacher || student).  OPD+, arXiv:2606.01039.  Unbounded, with high variance."""
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return (teacher_logp - student_logp).clamp(max=85).exp()  # exp overflows fp32 beyond about 88
 
 
 @dataclass(frozen=True)
 class JSDPlus:
-    """(1 - beta) log(beta u + 1 - beta), from `JSD(beta)`.  OPD+, arXiv:2606.01039.
-
-    At beta = 1/2 it is 1/2 log((1 + u) / 2).
-    """
+    """(1 - beta) log(beta u + 1 - beta), from `JSD(beta)`.  OPD+, arXiv:2606.01039."""
 
     beta: float = 0.5
 
     def __post_init__(self) -> None:
         _inside_unit("beta", self.beta)
 
-    def __call__(self, student_logp: Float[Tensor, "*A"], teacher_logp: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, student_logp: Elementwise, teacher_logp: Elementwise) -> Elementwise:
         return (1 - self.beta) * _log_mixture(teacher_logp - student_logp, self.beta)
 
 
-def _log_mixture(ratio: Float[Tensor, "*A"], share: float) -> Float[Tensor, "*A"]:
+def _log_mixture(ratio: Elementwise, share: float) -> Elementwise:
     """Return log(share e^ratio + 1 - share)."""
     return torch.logaddexp(ratio + math.log(share), torch.full_like(ratio, math.log1p(-share)))
 

@@ -3,42 +3,34 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+
+from opd.losses.shapes import Elementwise
 
 
 @dataclass(frozen=True)
 class Reinforce:
     """The loss -A log p(y), which is exact for one optimizer step per rollout batch."""
 
-    def __call__(self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    def __call__(self, new: Elementwise, advantage: Elementwise) -> Elementwise:
         return -advantage * new
 
 
 @dataclass(frozen=True)
 class ImportanceSampling:
-    """The loss -(p / p_old) A, for several optimizer steps per rollout batch.
+    """The loss -(p / p_old) A, for several optimizer steps per batch; on policy its gradient is that of `Reinforce`."""
 
-    On policy its gradient equals that of `Reinforce`.
-    """
-
-    def __call__(
-        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], student_logp: Float[Tensor, "*A"]
-    ) -> Float[Tensor, "*A"]:
+    def __call__(self, new: Elementwise, advantage: Elementwise, student_logp: Elementwise) -> Elementwise:
         return -(new - student_logp).exp() * advantage
 
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """The loss -(p / mu) A, unclipped, where mu is the distribution that the token was sampled from.
+    """The loss -(p / mu) A, unclipped, where mu sampled the token.  AsyncOPD, arXiv:2606.24143.
 
-    It is unbiased for any sampling weights, at the contexts that mu visits: E_mu[(p / mu) A grad log p] = E_p[A grad
-    log p].  AsyncOPD, arXiv:2606.24143.
+    It is unbiased for any mu, at the contexts that mu visits: E_mu[(p / mu) A grad log p] = E_p[A grad log p].
     """
 
-    def __call__(
-        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], sampler_logp: Float[Tensor, "*A"]
-    ) -> Float[Tensor, "*A"]:
+    def __call__(self, new: Elementwise, advantage: Elementwise, sampler_logp: Elementwise) -> Elementwise:
         return -(new - sampler_logp).exp() * advantage
 
 
@@ -51,9 +43,7 @@ class TruncatedRatio:
 
     cap: float = 2.0
 
-    def __call__(
-        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], sampler_logp: Float[Tensor, "*A"]
-    ) -> Float[Tensor, "*A"]:
+    def __call__(self, new: Elementwise, advantage: Elementwise, sampler_logp: Elementwise) -> Elementwise:
         return -(new.detach() - sampler_logp).exp().clamp(max=self.cap) * advantage * new
 
 
@@ -64,8 +54,6 @@ class Clipped:
     low: float = 0.2
     high: float = 0.2
 
-    def __call__(
-        self, new: Float[Tensor, "*A"], advantage: Float[Tensor, "*A"], student_logp: Float[Tensor, "*A"]
-    ) -> Float[Tensor, "*A"]:
+    def __call__(self, new: Elementwise, advantage: Elementwise, student_logp: Elementwise) -> Elementwise:
         ratio = (new - student_logp).exp()
         return -torch.minimum(ratio * advantage, ratio.clamp(1 - self.low, 1 + self.high) * advantage)

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 
-from jaxtyping import Float
 from torch import Tensor
+
+from opd.losses.shapes import OverVocabulary
 
 
 @dataclass(frozen=True)
 class Teacher:
     """The teacher's distribution."""
 
-    def __call__(self, teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+    def __call__(self, teacher_logp: OverVocabulary) -> OverVocabulary:
         return teacher_logp
 
 
@@ -23,7 +24,7 @@ class Teacher:
 class Reference:
     """The distribution of a frozen third model: the initial student, or the teacher before its training."""
 
-    def __call__(self, reference_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+    def __call__(self, reference_logp: OverVocabulary) -> OverVocabulary:
         return reference_logp
 
 
@@ -36,9 +37,7 @@ class Extrapolated:
 
     strength: float = 1.25
 
-    def __call__(
-        self, teacher_logp: Float[Tensor, "*N V"], reference_logp: Float[Tensor, "*N V"]
-    ) -> Float[Tensor, "*N V"]:
+    def __call__(self, teacher_logp: OverVocabulary, reference_logp: OverVocabulary) -> OverVocabulary:
         return reference_logp + self.strength * (teacher_logp - reference_logp)
 
 

@@ -19,6 +19,7 @@ from opd.losses.divergences import Divergence, OnSupport, ReverseKL, Support
 from opd.losses.estimators import Estimator, Full, Sampled, Several, Stratified
 from opd.losses.hidden_states import Bridge, distance
 from opd.losses.rewards import LogRatio, One, Reward
+from opd.losses.shapes import OverVocabulary, PerPosition
 from opd.losses.surrogates import Reinforce
 from opd.losses.target_distribution import Against, Extrapolated, Teacher, models
 from opd.losses.token_weights import TruncatedImportance
@@ -31,15 +32,15 @@ class Positions:
     """The next-token distributions of all models: of a chunk in the head pass, or of a whole small model in tests."""
 
     ids: Int[Tensor, "*N"]  # the token that was sampled
-    student_logp: Float[Tensor, "*N V"]  # differentiable in the student's logits
-    teacher_logp: Float[Tensor, "*N V"]
-    reference_logp: Float[Tensor, "*N V"] | None = None  # set if a term compares with the reference model
+    student_logp: OverVocabulary  # differentiable in the student's logits
+    teacher_logp: OverVocabulary
+    reference_logp: OverVocabulary | None = None  # set if a term compares with the reference model
 
-    def sampled(self, x: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def sampled(self, x: OverVocabulary) -> PerPosition:
         """Return x at the sampled token, [*N]."""
         return x.gather(-1, self.ids[..., None])[..., 0]
 
-    def of(self, against: Against) -> Float[Tensor, "*N V"]:
+    def of(self, against: Against) -> OverVocabulary:
         """Return the log-probs [*N V] with which a term compares the student."""
         return against(**{name: getattr(self, name) for name in models(against)})
 
@@ -48,23 +49,19 @@ class Positions:
 class Target:
     """Per-token inputs of a term's loss: weight, advantage, and log-probs for importance ratios."""
 
-    weight: Float[Tensor, "*N"]
-    advantage: Float[Tensor, "*N"] | None  # None: the head pass computes it
-    old: Float[Tensor, "*N"] | None  # log p in the ratio's denominator: at measurement, or of the sampler
+    weight: PerPosition
+    advantage: PerPosition | None  # None: the head pass computes it
+    old: PerPosition | None  # log p in the ratio's denominator: at measurement, or of the sampler
     others: Int[Tensor, "*N k"] | None = None  # additional sampled tokens, for `Several`
     others_old: Float[Tensor, "*N k"] | None = None  # `old` of the additional tokens
 
     def __getitem__(self, index: slice | Tensor) -> "Target":
-        """Return the target restricted to some rows or tokens."""
         return map_tensors(lambda column: column[index], self)
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y).
-
-    The reward never carries gradient.
-    """
+    """A policy-gradient term, which raises the log-probs of rewarded tokens: loss = -w sg[A] log p(y)."""
 
     reward: Reward = LogRatio()
     baseline: Baseline | None = None
@@ -141,7 +138,7 @@ class PolicyGradient:
         return Support(k, "student") if k and has_support and self.against == Teacher() else None
 
     @torch.no_grad()
-    def score(self, positions: Positions) -> Float[Tensor, "*N"] | None:
+    def score(self, positions: Positions) -> PerPosition | None:
         """Return reward minus baseline at the sampled token, [*N]; None if the estimator uses more than that token."""
         return self._scored(positions, positions.ids[..., None])[..., 0] if self.estimator == Sampled() else None
 
@@ -153,18 +150,13 @@ class PolicyGradient:
             return value
         return value - self.baseline(self.reward, positions.student_logp, target_logp, None)[..., None]
 
-    def sampled_loss(
-        self, new: Float[Tensor, "*N"], score: Float[Tensor, "*N"] | None, target: Target
-    ) -> Float[Tensor, "*N"]:
-        """Return the unweighted loss [*N] of each token under `Sampled`, from its log p.
-
-        The target's advantage takes precedence over `score`.
-        """
+    def sampled_loss(self, new: PerPosition, score: PerPosition | None, target: Target) -> PerPosition:
+        """Return the unweighted loss [*N] of each token under `Sampled`; a target's advantage replaces `score`."""
         advantage = score if target.advantage is None else target.advantage
         old = {} if target.old is None else dict.fromkeys(reads(self.surrogate), target.old)
         return self.surrogate(new, advantage, **old)
 
-    def loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def loss(self, positions: Positions, target: Target) -> PerPosition:
         """Return the unweighted loss [*N] of each token."""
         if isinstance(self.estimator, Sampled):
             score = self.score(positions) if target.advantage is None else None
@@ -181,7 +173,7 @@ class PolicyGradient:
         exact_loss = -(coefficient * positions.student_logp.where(coefficient != 0, 0)).sum(-1)  # 0 * -inf is nan
         return exact_loss + self.sampled_loss(positions.sampled(positions.student_logp), tail_score, target)
 
-    def _several_loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def _several_loss(self, positions: Positions, target: Target) -> PerPosition:
         """Return the mean of the surrogate over all tokens sampled at each position, [*N]."""
         assert target.others is not None, "nobody drew more tokens than the response's"
         ids, old = torch.cat((positions.ids[..., None], target.others), -1), {}
@@ -190,8 +182,26 @@ class PolicyGradient:
         return self.surrogate(positions.student_logp.gather(-1, ids), self._scored(positions, ids), **old).mean(-1)
 
 
+class _Matching:
+    """A term that scores no token: only its weights read columns, and it never needs a measuring pass."""
+
+    weights: tuple[Column, ...]
+
+    def column_leaves(self) -> tuple[Column, ...]:
+        """Return the leaves that read [B, T] columns."""
+        return self.weights
+
+    def local(self) -> bool:
+        """Return True: the head pass computes this term without a measuring pass."""
+        return True
+
+    def score(self, positions: Positions) -> None:
+        """Return None: this term has no reward."""
+        return None
+
+
 @dataclass(frozen=True)
-class Match:
+class Match(_Matching):
     """A term that differentiates a divergence between student and teacher."""
 
     divergence: Divergence = ReverseKL()
@@ -203,39 +213,22 @@ class Match:
         if isinstance(self.against, Extrapolated):
             raise ValueError(f"{self.against} is not normalised: a divergence needs Teacher() or Reference()")
 
-    def column_leaves(self) -> tuple[Column, ...]:
-        """Return the leaves that read [B, T] columns."""
-        return self.weights
-
-    def local(self) -> bool:
-        """Return True: the head pass can always score this term without a measuring pass."""
-        return True
-
     def needs(self) -> frozenset[str]:
         """Return what a teacher must provide: its whole distribution, or nothing if `against` does not read it."""
         return frozenset({"vocabulary"} if "teacher_logp" in models(self.against) else ())
 
     def support(self) -> Support | None:
         """Return the support whose log q is sufficient, or None.  The mass outside it follows from those log q."""
-        if isinstance(self.divergence, OnSupport):
-            return self.divergence.support if self.against == Teacher() else None
-        return None
+        return self.divergence.support if isinstance(self.divergence, OnSupport) and self.against == Teacher() else None
 
-    def score(self, positions: Positions) -> None:
-        """Return None: this term has no reward."""
-        return None
-
-    def loss(self, positions: Positions, target: Target) -> Float[Tensor, "*N"]:
+    def loss(self, positions: Positions, target: Target) -> PerPosition:
         """Return the unweighted loss [*N] of each token."""
         return self.divergence(positions.student_logp, positions.of(self.against))
 
 
 @dataclass(frozen=True)
-class MatchHidden:
-    """A term that matches hidden states, layer by layer: loss = w mean_l ||h_S - sg h_T||^2 / d.
-
-    The LM heads are not used.  Column t is about the states that predict token t.
-    """
+class MatchHidden(_Matching):
+    """A term that matches hidden states without the LM heads: loss = w mean_l ||h_S - sg h_T||^2 / d."""
 
     layers: tuple[int, ...] = ()  # layers of the student, from 1; empty: all
     bridge: Bridge | None = None  # for a teacher of another width or depth; None: layer l is compared with layer l
@@ -246,24 +239,12 @@ class MatchHidden:
         if any(layer < 1 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers={self.layers}: different numbers from 1, or none of them for all")
 
-    def column_leaves(self) -> tuple[Column, ...]:
-        """Return the leaves that read [B, T] columns."""
-        return self.weights
-
-    def local(self) -> bool:
-        """Return True: this term never needs a measuring pass."""
-        return True
-
     def needs(self) -> frozenset[str]:
         """Return what a teacher must provide: the hidden states of its layers."""
         return frozenset({"layers"})
 
     def support(self) -> None:
         """Return None: this term needs no log q."""
-        return None
-
-    def score(self, positions: Positions) -> None:
-        """Return None: this term has no reward."""
         return None
 
     def loss(

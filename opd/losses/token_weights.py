@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.losses.shapes import Mask, PerRollout, PerToken
+
 
 @dataclass(frozen=True)
 class TruncatedImportance:
@@ -21,16 +23,11 @@ class TruncatedImportance:
 
     cap: float = 2.0
 
-    def __call__(
-        self,
-        student_logp: Float[Tensor, "B T"],
-        sampler_logp: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, sampler_logp: PerToken, mask: Mask) -> PerToken:
         return (student_logp - sampler_logp).where(mask, 0).exp().clamp(max=self.cap)
 
 
-def highest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], fraction: float) -> Bool[Tensor, "B T"]:
+def highest(x: PerToken, mask: Mask, fraction: float) -> Mask:
     """Return the mask [B, T] of the `fraction` of trained tokens with the highest x: at least one, ties included."""
     trained_x = x[mask]
     if not len(trained_x):
@@ -39,9 +36,19 @@ def highest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], fraction: float)
     return mask & (x >= trained_x.kthvalue(len(trained_x) + 1 - count).values)
 
 
-def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+def row_mean(x: PerToken, mask: Mask) -> PerRollout:
     """Return the mean of x over the trained tokens of each row, [B]; 0 for a row without any."""
     return x.where(mask, 0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def segment_means(
+    x: PerToken, segment: Int[Tensor, "B T"], mask: Mask, segments: int
+) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
+    """Return the mean of x over the marked tokens of segments 0 to K, 0 where there are none, and their number."""
+    number = segment.where(mask, 0)
+    zeros = x.new_zeros(len(x), segments + 1)
+    count = zeros.scatter_add(1, number, mask.to(x.dtype))
+    return zeros.scatter_add(1, number, x.where(mask, 0)) / count.clamp(min=1), count
 
 
 @dataclass(frozen=True)
@@ -56,23 +63,20 @@ class TopEntropy:
     def __post_init__(self) -> None:
         _fraction("fraction", self.fraction)
 
-    def __call__(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, student_entropy: PerToken, mask: Mask) -> PerToken:
         return highest(student_entropy, mask, self.fraction).to(student_entropy.dtype)
 
 
 @dataclass(frozen=True)
 class TopTeacherEntropy:
-    """Weight 1 on the fraction of tokens with the highest teacher entropy, else 0.
-
-    It is the gate of `eopd`, by batch quantile.
-    """
+    """Weight 1 on the fraction of tokens with the highest teacher entropy, else 0: the gate of `eopd`."""
 
     fraction: float = 0.2
 
     def __post_init__(self) -> None:
         _fraction("fraction", self.fraction)
 
-    def __call__(self, teacher_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, teacher_entropy: PerToken, mask: Mask) -> PerToken:
         return highest(teacher_entropy, mask, self.fraction).to(teacher_entropy.dtype)
 
 
@@ -82,7 +86,7 @@ class TeacherEntropyAbove:
 
     nats: float = 0.8
 
-    def __call__(self, teacher_entropy: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, teacher_entropy: PerToken) -> PerToken:
         return (teacher_entropy > self.nats).to(teacher_entropy.dtype)
 
 
@@ -90,8 +94,7 @@ class TeacherEntropyAbove:
 class Confidence:
     """(1 + teacher c_T)(1 + student c_S), scaled to mean 1 in each rollout.  FiRe-OPD, arXiv:2606.02684, Eq. 5-8.
 
-    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  The maxima are over the trained tokens of the batch, so outliers
-    affect them.
+    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  Outliers affect the maxima, over the trained tokens of the batch.
     """
 
     teacher: float = 1.0
@@ -102,12 +105,7 @@ class Confidence:
             if not value >= 0:
                 raise ValueError(f"{name}={value}: the strength of a confidence is 0 (off) or more")
 
-    def __call__(
-        self,
-        teacher_entropy: Float[Tensor, "B T"],
-        student_entropy: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, teacher_entropy: PerToken, student_entropy: PerToken, mask: Mask) -> PerToken:
         sure, confused = 1 - _of_largest(teacher_entropy, mask), _of_largest(student_entropy, mask)
         weight = (1 + self.teacher * sure) * (1 + self.student * confused)
         return weight / row_mean(weight, mask).clamp(min=torch.finfo(weight.dtype).tiny)[:, None]
@@ -117,8 +115,7 @@ class Confidence:
 class PrefixAgreement:
     """1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|): early tokens count more.  IW-OPD, arXiv:2606.22600.
 
-    r = log q - log p over the trained tokens of a rollout.  The weight depends on the sampled token, so it excludes a
-    baseline.
+    r = log q - log p over a rollout's trained tokens.  It depends on the sampled token, so it excludes a baseline.
     """
 
     gamma: float = 0.5
@@ -127,9 +124,7 @@ class PrefixAgreement:
         if not self.gamma >= 0:
             raise ValueError(f"gamma={self.gamma}: the strength of the prefix weight is 0 (off) or more")
 
-    def __call__(
-        self, student_logp: Float[Tensor, "B T"], teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, teacher_logp: PerToken, mask: Mask) -> PerToken:
         gap = (teacher_logp - student_logp).where(mask, 0).abs()
         earlier_gap = gap.cumsum(1) - gap
         total_gap = gap.sum(1, keepdim=True)
@@ -138,8 +133,7 @@ class PrefixAgreement:
 
 @dataclass(frozen=True)
 class RightRollouts:
-    """Softmax of nll_S / tau over a group's correct rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq.
-    4.
+    """Softmax of nll_S / tau over a group's correct rollouts, of mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 4.
 
     Correct answers that are harder for the student count more; with `reverse` they count less.  Correct: outcome > 1/2.
     """
@@ -150,20 +144,14 @@ class RightRollouts:
     def __post_init__(self) -> None:
         _temperature(self.tau)
 
-    def __call__(
-        self,
-        student_logp: Float[Tensor, "B T"],
-        outcome: Float[Tensor, " B"],
-        group: Int[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, outcome: PerRollout, group: Int[Tensor, " B"], mask: Mask) -> PerToken:
         score = row_mean(student_logp, mask) / (self.tau if self.reverse else -self.tau)
         return group_softmax(score, group, (outcome > 0.5) & mask.any(1))[:, None].expand(mask.shape)
 
 
 @dataclass(frozen=True)
 class WrongRollouts:
-    """Softmax of -nll_T / tau over a group's wrong rollouts, scaled to mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 5.
+    """Softmax of -nll_T / tau over a group's wrong rollouts, of mean 1; else 0.  SCOPE, arXiv:2604.10688, Eq. 5.
 
     Attempts that are more likely under the teacher, from which it can recover, count more.  Wrong: outcome <= 1/2.
     """
@@ -173,13 +161,7 @@ class WrongRollouts:
     def __post_init__(self) -> None:
         _temperature(self.tau)
 
-    def __call__(
-        self,
-        teacher_logp: Float[Tensor, "B T"],
-        outcome: Float[Tensor, " B"],
-        group: Int[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, teacher_logp: PerToken, outcome: PerRollout, group: Int[Tensor, " B"], mask: Mask) -> PerToken:
         score = row_mean(teacher_logp, mask) / self.tau
         return group_softmax(score, group, (outcome <= 0.5) & mask.any(1))[:, None].expand(mask.shape)
 
@@ -191,7 +173,7 @@ class Frozen:
     ids: tuple[int, ...] = ()
     weight: float = 0.0
 
-    def __call__(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, ids: Int[Tensor, "B T"]) -> PerToken:
         return torch.where(_listed(ids, self.ids), self.weight, 1.0)
 
 
@@ -199,8 +181,7 @@ class Frozen:
 class FrozenWindow:
     """`Frozen`, with `weight` also on high-KL tokens near a listed token.  Rock Tokens, arXiv:2605.09253, Eq. 18-19.
 
-    Near: within `width` tokens.  High: above the `quantile` of the reverse KL over the batch's trained tokens.  The
-    paper gives neither value.
+    Near: within `width` tokens.  High: above the `quantile` of the batch's reverse KL.  The paper gives neither value.
     """
 
     ids: tuple[int, ...] = ()
@@ -213,18 +194,14 @@ class FrozenWindow:
             raise ValueError(f"width={self.width}: a window needs width >= 1 (without one: Frozen)")
         _fraction("quantile", self.quantile)
 
-    def __call__(
-        self, ids: Int[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, ids: Int[Tensor, "B T"], reverse_kl: PerToken, mask: Mask) -> PerToken:
         rock = _listed(ids, self.ids) & mask
         near = torch.nn.functional.max_pool1d(rock.float(), 2 * self.width + 1, 1, self.width) > 0
         high = highest(reverse_kl, mask, 1 - self.quantile)
         return torch.where(rock | (near & high), self.weight, 1.0)
 
 
-def group_softmax(
-    score: Float[Tensor, " B"], group: Int[Tensor, " B"], among: Bool[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+def group_softmax(score: PerRollout, group: Int[Tensor, " B"], among: Bool[Tensor, " B"]) -> PerRollout:
     """Return the softmax over the marked rows of each group, times their number (mean 1); 0 on the other rows."""
     _, group_index = group.unique(return_inverse=True)
     score = score.where(among, -torch.inf)
@@ -234,11 +211,11 @@ def group_softmax(
     return weight * (group_sum(among.to(score.dtype)) / group_sum(weight).clamp(min=1))[group_index]
 
 
-def _listed(ids: Int[Tensor, "B T"], listed: tuple[int, ...]) -> Bool[Tensor, "B T"]:
+def _listed(ids: Int[Tensor, "B T"], listed: tuple[int, ...]) -> Mask:
     return torch.isin(ids, torch.tensor(listed, dtype=ids.dtype, device=ids.device))
 
 
-def _of_largest(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def _of_largest(x: PerToken, mask: Mask) -> PerToken:
     """Return x divided by the largest x of the trained tokens, in [0, 1]; 0 elsewhere."""
     x = x.where(mask, 0).clamp(min=0)  # an entropy of 0 may be rounded to a negative value
     return x / x.max().clamp(min=torch.finfo(x.dtype).tiny)

@@ -8,69 +8,31 @@ from collections.abc import Callable
 
 from opd.methods.async_opd import async_opd
 from opd.methods.classic import gkd, gkd_forward, gkd_reverse, opd, opd_clip, opd_full, opd_tanh, opd_topk, opd_zscore
-from opd.methods.entropy import entropy
 from opd.methods.eopd import eopd, eopd_sampled
-from opd.methods.fire import fire
-from opd.methods.gopd import g_opd
-from opd.methods.iw import iw_opd
 from opd.methods.kat import kat
 from opd.methods.method import Method
 from opd.methods.npd import npd
 from opd.methods.omniopd import omniopd
 from opd.methods.oprd import oprd
-from opd.methods.optimal import opd_optimal, opd_stratified
-from opd.methods.pg import pg
-from opd.methods.power import poweropd
+from opd.methods.pg import opd_optimal, opd_stratified, pg
 from opd.methods.privileged import opsd, sdft, sdpo
-from opd.methods.reward_shapes import opd_plus, opd_signlog, opd_tv, reopold, topd
+from opd.methods.reward_shapes import g_opd, opd_plus, opd_signlog, opd_tv, poweropd, reopold, topd
 from opd.methods.rock import rock_freeze
 from opd.methods.ropd import ropd
 from opd.methods.rubricem import rubricem
-from opd.methods.scope import scope
+from opd.methods.token_weighting import entropy, fire, iw_opd, scope
 from opd.methods.trb import trb
 from opd.methods.tropd import tropd
 from opd.methods.vopd import vopd, vopd_topk
 
 FACTORIES: tuple[Callable[..., Method], ...] = (
-    vopd,
-    vopd_topk,
-    poweropd,
-    opd,
-    opd_full,
-    opd_topk,
-    gkd,
-    gkd_forward,
-    gkd_reverse,
-    opd_clip,
-    opd_tanh,
-    opd_zscore,
-    reopold,
-    topd,
-    opd_signlog,
-    opd_tv,
-    opd_plus,
-    g_opd,
-    fire,
-    iw_opd,
-    entropy,
-    eopd,
-    eopd_sampled,
-    scope,
-    rock_freeze,
-    kat,
-    trb,
-    tropd,
-    oprd,
-    opsd,
-    sdft,
-    sdpo,
-    omniopd,
-    ropd,
-    rubricem,
-    opd_optimal,
-    opd_stratified,
-    async_opd,
-    npd,
-    pg,
-)
+    vopd, vopd_topk, poweropd,
+    opd, opd_full, opd_topk, gkd, gkd_forward, gkd_reverse, opd_clip, opd_tanh, opd_zscore,
+    reopold, topd, opd_signlog, opd_tv, opd_plus, g_opd,
+    fire, iw_opd, entropy, eopd, eopd_sampled, scope, rock_freeze,
+    kat, trb, tropd, oprd,
+    opsd, sdft, sdpo,
+    omniopd, ropd, rubricem,
+    opd_optimal, opd_stratified, async_opd, npd, pg,
+)  # fmt: skip
 METHODS: dict[str, Callable[..., Method]] = {f.__name__.replace("_", "-"): f for f in FACTORIES}

@@ -112,8 +112,7 @@ def opd_tanh(scale: float = 5.0) -> Method:
     """Log-ratio reward r compressed to tanh(r / scale).  Post-hoc baseline of PowerOPD, arXiv:2606.17199, Table 1.
 
     Args:
-        scale: Reward at which tanh begins to saturate, in nats.  5 is the value in the authors' code; the paper gives
-            none.
+        scale: Reward at which tanh begins to saturate, in nats.  5 is from the authors' code; the paper gives none.
     """
     return Method((PolicyGradient(Tanh(scale)),))
 

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from opd.losses.baselines import top
 from opd.losses.divergences import BucketForwardKL, ReverseKL, Support, kl
+from opd.losses.shapes import OverVocabulary, PerPosition
 from opd.losses.surrogates import Clipped
 from opd.losses.terms import Match, PolicyGradient
 from opd.losses.token_weights import TeacherEntropyAbove, TopTeacherEntropy
@@ -15,13 +13,11 @@ from opd.methods.method import Method
 
 @dataclass(frozen=True)
 class TopKForwardKL:
-    """KL(teacher || student), the teacher renormalised on its top k.  It is not stationary where the models agree.
-    EOPD, Eq. 10.
-    """
+    """KL(teacher || student), the teacher renormalised on its top k: not stationary where the models agree.  Eq. 10."""
 
     k: int = 16
 
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def __call__(self, student_logp: OverVocabulary, teacher_logp: OverVocabulary) -> PerPosition:
         ids = top(self.k, teacher_logp)
         return kl(teacher_logp.gather(-1, ids).log_softmax(-1), student_logp.gather(-1, ids))
 
@@ -33,8 +29,7 @@ def eopd(quantile: float = 0.8, k: int = 16) -> Method:
     `eopd-sampled` is the published loss.
 
     Args:
-        quantile: Quantile of the teacher's entropy over the batch's tokens, in [0, 1).  Tokens above it get the forward
-            KL.
+        quantile: Quantile in [0, 1) of the teacher's entropy over the batch.  Tokens above it get the forward KL.
         k: Number of the teacher's most probable tokens in the forward KL.  The remaining tokens form one bucket.
     """
     if not 0 <= quantile < 1:
@@ -48,10 +43,8 @@ def eopd_sampled(nats: float = 0.8, k: int = 16, clip: float = 0.2) -> Method:
 
     Args:
         nats: Teacher entropy, in nats, above which the forward KL is added.
-        k: Number of the teacher's most probable tokens in the forward KL.  The teacher is renormalised on them, without
-            a tail bucket.
-        clip: Clip range of the importance ratio.  It has no effect with one update per rollout batch, where the ratio
-            is 1.
+        k: Number of the teacher's most probable tokens in the forward KL, renormalised without a tail bucket.
+        clip: Clip range of the importance ratio, which is 1 with one update per rollout batch.
     """
     gated = Match(TopKForwardKL(k), weights=(TeacherEntropyAbove(nats),))
     return Method((PolicyGradient(surrogate=Clipped(clip, clip)), gated))

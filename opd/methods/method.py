@@ -12,13 +12,12 @@ from functools import reduce
 from operator import mul
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from opd.core.types import ANSWER_COLUMNS, MEASURED, ROLLOUT_COLUMNS, Batch, Column, call, reads
 from opd.losses.estimators import Sampled, Several
 from opd.losses.reductions import TokenMean
 from opd.losses.rewards import One
+from opd.losses.shapes import PerPosition
 from opd.losses.target_distribution import Teacher, models
 from opd.losses.terms import MatchHidden, PolicyGradient, Positions, Target, Term
 from opd.methods.questions import Question
@@ -91,10 +90,10 @@ class Method:
         return frozenset().union(text, self.rollouts.needs(), self.reads() & MEASURED, *terms)
 
     def supports(self) -> dict[str, int]:
-        """Return how many top-k tokens a teacher server must score so that every term can be computed.
+        """Return how many tokens a teacher server must score, or nothing if a term needs the full vocabulary.
 
-        The result is `{"student": k}`, `{"teacher": k}` or both, by the model whose top k is meant.  `{"drawn": n}`
-        means n tokens sampled beside the response's token.  It is empty if some term needs the full vocabulary.
+        `{"student": k}`, `{"teacher": k}` or both name the model whose top k is meant, `{"drawn": n}` n tokens sampled
+        beside the response's token.
         """
         out: dict[str, int] = {}
         for term in self.terms:
@@ -130,21 +129,16 @@ class Method:
 
     def local(self) -> bool:
         """Return True if every leaf is token-local; then one head pass measures, prepares and computes the loss."""
-        if self.rollouts.reads_measured():
-            return False
-        return self.reads() <= ROLLOUT_COLUMNS and all(term.local() for term in self.terms)
+        by_token = self.reads() <= ROLLOUT_COLUMNS and all(term.local() for term in self.terms)
+        return by_token and not self.rollouts.reads_measured()
 
     def advised(self) -> "Method | None":
-        """Return the method reduced to its precomputed advantages, or None if a term is not a sampled policy gradient.
-
-        The reduced method is for targets that already carry advantages.  It needs no teacher forward.
-        """
-        terms = []
-        for term in self.terms:
-            if not isinstance(term, PolicyGradient) or term.estimator != Sampled():
-                return None
-            terms.append(replace(term, reward=One(), baseline=None, transforms=(), against=Teacher()))
-        return replace(self, terms=tuple(terms))
+        """Return the method reduced to advantages, without a teacher; None if a term is not a sampled reward."""
+        sampled = [t for t in self.terms if isinstance(t, PolicyGradient) and t.estimator == Sampled()]
+        if len(sampled) < len(self.terms):
+            return None
+        reduced = (replace(t, reward=One(), baseline=None, transforms=(), against=Teacher()) for t in sampled)
+        return replace(self, terms=tuple(reduced))
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:
@@ -166,7 +160,7 @@ class Method:
             out.append(Target(weight, score, batch.sampler_logp if wrote else batch.student_logp, *others))
         return tuple(out)
 
-    def loss(self, at: Positions, targets: tuple[Target, ...]) -> Float[Tensor, "*N"]:
+    def loss(self, at: Positions, targets: tuple[Target, ...]) -> PerPosition:
         """Return the weighted sum [*N] of the terms on distributions.  The denominators are inside the weights."""
         pairs = zip(self.terms, targets, strict=True)
         parts = [x.weight * term.loss(at, x) for term, x in pairs if not isinstance(term, MatchHidden)]

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from opd.losses.divergences import BucketForwardKL, Support
 from opd.losses.rewards import One
+from opd.losses.shapes import Mask, PerRollout, PerToken
 from opd.losses.terms import Match, PolicyGradient
 from opd.losses.token_weights import row_mean
 from opd.methods.method import Method
@@ -31,12 +29,12 @@ class DeltaIFD:
 
     def __call__(
         self,
-        sampler_logp: Float[Tensor, "B T"],
-        teacher_logp: Float[Tensor, "B T"],
-        student_alone: Float[Tensor, " B"],
-        teacher_alone: Float[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
+        sampler_logp: PerToken,
+        teacher_logp: PerToken,
+        student_alone: PerRollout,
+        teacher_alone: PerRollout,
+        mask: Mask,
+    ) -> Mask:
         delta = row_mean(sampler_logp, mask) / student_alone - row_mean(teacher_logp, mask) / teacher_alone
         passes = (delta >= self.low) & (delta <= self.high) & (student_alone > 0) & (teacher_alone > 0)
         return mask & passes[:, None]

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.losses.divergences import ForwardKL
 from opd.losses.rewards import One
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.target_distribution import Reference
 from opd.losses.terms import Match, PolicyGradient
+from opd.losses.token_weights import segment_means
 from opd.methods.method import Method
 from opd.methods.questions import Continue
 
@@ -29,15 +31,10 @@ class Posterior:
         if not self.alpha >= 0:
             raise ValueError(f"alpha={self.alpha}: the student's own weight in texts, 0 (none) or more")
 
-    def __call__(
-        self,
-        chunk: Int[Tensor, "B T"],
-        agreement: Float[Tensor, "B T"],
-        student_logp: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], agreement: PerToken, student_logp: PerToken, mask: Mask) -> PerToken:
         audited = mask & (chunk > 0)
-        prior = _chunk_mean(student_logp, chunk, audited).exp()
+        means, _ = segment_means(student_logp, chunk, audited, int(chunk.max()) if chunk.numel() else 0)
+        prior = means.gather(1, chunk.where(audited, 0)).exp()
         posterior = (agreement.to(prior.dtype) + self.alpha * prior) / (self.texts + self.alpha)
         return posterior.where(audited, 0) * _mean_factor(audited, mask, self.apart)
 
@@ -48,7 +45,7 @@ class Audited:
 
     apart: bool = False
 
-    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Mask) -> PerToken:
         audited = mask & (chunk > 0)
         return audited * _mean_factor(audited, mask, self.apart)
 
@@ -59,18 +56,17 @@ class Unaudited:
 
     apart: bool = False
 
-    def __call__(self, chunk: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, chunk: Int[Tensor, "B T"], mask: Mask) -> PerToken:
         unaudited = mask & (chunk == 0)
         return unaudited * _mean_factor(unaudited, mask, self.apart)
 
 
 @dataclass(frozen=True)
 class CentredPosterior:
-    """x times OmniOPD's posterior minus its mean over the batch's audited tokens; 0 outside the chunks.
+    """x times OmniOPD's posterior minus its mean over the batch's audited tokens; 0 outside the chunks.  opd project.
 
     The paper's posterior is positive for every chunk.  The mean part of its gradient is noise of mean 0, which grows
-    with the length of a chunk while the part that distinguishes chunks shrinks (docs/LOG.md).  This variant is from the
-    opd project.
+    with the length of a chunk while the part that distinguishes chunks shrinks (docs/LOG.md).
     """
 
     texts: int = 10
@@ -80,31 +76,15 @@ class CentredPosterior:
         Posterior(self.texts, self.alpha)  # raises ValueError for an invalid alpha
 
     def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        chunk: Int[Tensor, "B T"],
-        agreement: Float[Tensor, "B T"],
-        student_logp: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+        self, x: PerToken, chunk: Int[Tensor, "B T"], agreement: PerToken, student_logp: PerToken, mask: Mask
+    ) -> PerToken:
         audited = mask & (chunk > 0)
         posterior = Posterior(self.texts, self.alpha)(chunk, agreement, student_logp, mask)  # 0 outside the chunks
         mean = posterior.sum() / audited.sum().clamp(min=1)
         return (x * (posterior - mean)).where(audited, 0)
 
 
-def _chunk_mean(
-    x: Float[Tensor, "B T"], chunk: Int[Tensor, "B T"], audited: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """Return, for each token, the mean of x over its chunk, [B, T]."""
-    number = chunk.where(audited, 0)
-    zeros = x.new_zeros(len(x), int(number.max()) + 1 if number.numel() else 1)
-    total = zeros.scatter_add(1, number, x.where(audited, 0))
-    count = zeros.scatter_add(1, number, audited.to(x.dtype))
-    return (total / count.clamp(min=1)).gather(1, number)
-
-
-def _mean_factor(selected: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], apart: bool) -> float | Float[Tensor, ""]:
+def _mean_factor(selected: Mask, mask: Mask, apart: bool) -> float | Float[Tensor, ""]:
     """Return the factor that turns a token mean into a mean over the selected tokens, or 1 without `apart`."""
     return mask.sum() / selected.sum().clamp(min=1) if apart else 1.0
 
@@ -118,8 +98,7 @@ def omniopd(
     apart: bool = False,
     centred: bool = False,
 ) -> Method:
-    """Likelihood of chunks, weighted by similarity to a text-only teacher's continuations.  OmniOPD, arXiv:2606.01476,
-    Eq. 3-8.
+    """Likelihood of chunks, weighted by similarity to a teacher's texts.  OmniOPD, arXiv:2606.01476, Eq. 3-8.
 
     Chunks start where the student's entropy is highest.  Similarity is 1 - edit distance / the longer length, in
     characters, so the teacher may have any tokenizer.  Outside the chunks a KL keeps the student close to the

@@ -1,42 +1,18 @@
-"""A configurable policy gradient: any reward, any baseline, any estimator."""
+"""Methods of the opd project: any reward, baseline and estimator; the optimal baseline; the stratified estimator."""
 
 from collections.abc import Callable
 from typing import Literal
 
+from opd.losses import rewards
 from opd.losses.baselines import Baseline, Optimal, TopKValue, Value
 from opd.losses.estimators import Estimator, Full, Sampled, Stratified
-from opd.losses.rewards import (
-    Clip,
-    Floor,
-    ForwardKLPlus,
-    JSDPlus,
-    LogRatio,
-    Power,
-    Proximal,
-    ReverseKLPlus,
-    Reward,
-    Sign,
-    SignedLog,
-    Tanh,
-    Trusted,
-)
 from opd.losses.terms import PolicyGradient
 from opd.methods.method import Method
 
 Rewards = Literal[
-    "log-ratio",
-    "power",
-    "clip",
-    "tanh",
-    "reopold",
-    "topd",
-    "signlog",
-    "sign",
-    "trusted",
-    "jsd-plus",
-    "forward-kl-plus",
-    "reverse-kl-plus",
-]
+    "log-ratio", "power", "clip", "tanh", "reopold", "topd", "signlog", "sign", "trusted",
+    "jsd-plus", "forward-kl-plus", "reverse-kl-plus",
+]  # fmt: skip
 Baselines = Literal["none", "value", "topk", "optimal"]
 Estimators = Literal["sampled", "stratified", "full"]
 
@@ -67,24 +43,39 @@ def pg(
         beta: The teacher's share of --reward jsd-plus.
         k: Number of tokens of --baseline topk and --estimator stratified.
     """
-    rewards: dict[str, Callable[[], Reward]] = {
-        "log-ratio": LogRatio,
-        "power": lambda: Power(alpha),
-        "clip": lambda: Clip(-clip, clip),
-        "tanh": lambda: Tanh(scale),
-        "reopold": lambda: Floor(share),
-        "topd": lambda: Proximal(mix),
-        "signlog": SignedLog,
-        "sign": Sign,
-        "trusted": Trusted,
-        "jsd-plus": lambda: JSDPlus(beta),
-        "forward-kl-plus": ForwardKLPlus,
-        "reverse-kl-plus": ReverseKLPlus,
+    of: dict[str, Callable[[], rewards.Reward]] = {
+        "log-ratio": rewards.LogRatio,
+        "power": lambda: rewards.Power(alpha),
+        "clip": lambda: rewards.Clip(-clip, clip),
+        "tanh": lambda: rewards.Tanh(scale),
+        "reopold": lambda: rewards.Floor(share),
+        "topd": lambda: rewards.Proximal(mix),
+        "signlog": rewards.SignedLog,
+        "sign": rewards.Sign,
+        "trusted": rewards.Trusted,
+        "jsd-plus": lambda: rewards.JSDPlus(beta),
+        "forward-kl-plus": rewards.ForwardKLPlus,
+        "reverse-kl-plus": rewards.ReverseKLPlus,
     }
     how: dict[str, Callable[[], Estimator]] = {"sampled": Sampled, "stratified": lambda: Stratified(k), "full": Full}
-    return Method((PolicyGradient(rewards[reward](), baseline_of(baseline, k), how[estimator]()),))
+    return Method((PolicyGradient(of[reward](), baseline_of(baseline, k), how[estimator]()),))
 
 
 def baseline_of(name: Baselines, k: int) -> Baseline | None:
     """Return the baseline of that name; only `topk` uses k."""
     return {"none": lambda: None, "value": Value, "topk": lambda: TopKValue(k), "optimal": Optimal}[name]()
+
+
+def opd_optimal() -> Method:
+    """Log-ratio reward minus the baseline of least variance in logit space.  opd project, docs/estimators.md."""
+    return Method((PolicyGradient(baseline=Optimal()),))
+
+
+def opd_stratified(k: int = 16, baseline: Baselines = "none") -> Method:
+    """Sum over the student's top k, sample the rest: full gradient, top-k cost.  opd project, docs/estimators.md.
+
+    Args:
+        k: Number of tokens summed exactly (0 is `opd`, the vocabulary size is `opd-full`).
+        baseline: Baseline subtracted from the reward of every token.
+    """
+    return Method((PolicyGradient(baseline=baseline_of(baseline, k), estimator=Stratified(k)),))

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from opd.losses.divergences import JSD, BucketForwardKL, BucketJSD, BucketKL, Divergence, ReverseKL, Support
+from opd.losses.shapes import OverVocabulary, PerPosition
 from opd.losses.terms import Match
 from opd.methods.method import Method, Privileged
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -21,7 +19,7 @@ class ClippedForwardKL:
         if not self.bound > 0:
             raise ValueError(f"bound={self.bound}: the clip of one token's share of the KL is above 0")
 
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def __call__(self, student_logp: OverVocabulary, teacher_logp: OverVocabulary) -> PerPosition:
         q = teacher_logp.exp()
         return (q * (teacher_logp - student_logp).where(q > 0, 0)).clamp(max=self.bound).sum(-1)
 
@@ -46,8 +44,7 @@ def sdft() -> Method:
 
 
 def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
-    """Self-distillation from an average of the student that sees a correct answer of the group.  SDPO,
-    arXiv:2601.20802.
+    """Self-distillation from the averaged student, which sees a correct answer of the group.  SDPO, arXiv:2601.20802.
 
     The defaults follow the released configuration: a moving average of rate 0.05, and the answer without its thinking
     part.  The authors' runs on code use --k 20 --beta 1 --teacher ema:0.01 and add the verifier's feedback on each

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
+
+from opd.losses.shapes import Mask, PerToken
 
 
 class Question:
@@ -24,10 +26,7 @@ class Question:
 
     @property
     def changes_prompts(self) -> bool:
-        """Return whether the answers of earlier steps change the prompts of later steps.
-
-        A worker process cannot render such prompts.
-        """
+        """Return whether earlier answers change the prompts of later steps, which a worker process cannot render."""
         return False
 
 
@@ -52,7 +51,7 @@ class Continue(Question):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: above 0, or all texts of a chunk are one")
 
-    def chunk_numbers(self, student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    def chunk_numbers(self, student_entropy: PerToken, mask: Mask) -> Int[Tensor, "B T"]:
         """Return each token's chunk, [B, T]: numbered from 1 by falling entropy of the chunk's first token, 0 outside.
 
         A chunk starts where the student's entropy is highest, so that the teacher decides that token again.  Chunks do
@@ -175,10 +174,8 @@ class Stages(Question):
 
     @property
     def uses_teacher(self) -> bool:
-        """Return whether the judge also compares answers of the teacher."""
-        return self.references > 0
+        return self.references > 0  # the judge also compares answers of the teacher
 
     @property
     def changes_prompts(self) -> bool:
-        """Return whether prompts hold notes from the student's reflections."""
-        return self.reflect is not None
+        return self.reflect is not None  # prompts hold notes from the student's reflections

@@ -1,12 +1,24 @@
-"""Alternatives to the log-ratio reward: bounded from below, compressed, reduced to a sign, or of any f-divergence."""
+"""Alternatives to the log-ratio reward: bounded, compressed, a sign, extrapolated, or of any f-divergence."""
 
 from collections.abc import Callable
 from typing import Literal
 
 from opd.losses.advantages import MeanFuture
-from opd.losses.rewards import Floor, ForwardKLPlus, JSDPlus, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
+from opd.losses.rewards import Floor, ForwardKLPlus, JSDPlus, Power, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
+from opd.losses.target_distribution import Extrapolated
 from opd.losses.terms import PolicyGradient
 from opd.methods.method import Method
+from opd.methods.pg import Baselines, baseline_of
+
+
+def poweropd(alpha: float = 5.0) -> Method:
+    """Bounded reward q^alpha - p^alpha instead of the log ratio.  PowerOPD, arXiv:2606.17199, Eq. 4.
+
+    Args:
+        alpha: Exponent, above 0.  Larger values focus on tokens to which either model gives a high probability (paper:
+            0.1 to 500; the authors' script: 5).
+    """
+    return Method((PolicyGradient(Power(alpha)),))
 
 
 def reopold(share: float = 0.3) -> Method:
@@ -52,3 +64,14 @@ def opd_plus(f: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd", beta: float 
         "reverse-kl": ReverseKLPlus,
     }
     return Method((PolicyGradient(rewards[f]()),))
+
+
+def g_opd(strength: float = 1.25, baseline: Baselines = "none") -> Method:
+    """Reward strength (log q - log b) - (log p - log b), b the --reference model.  G-OPD, arXiv:2602.12125.
+
+    Args:
+        strength: Extrapolation factor, the paper's lambda.  1 is `opd`, above 1 goes beyond the teacher (ExOPD, 1.25),
+            below 1 stays closer to the reference.
+        baseline: Baseline subtracted from the reward.
+    """
+    return Method((PolicyGradient(baseline=baseline_of(baseline, 16), against=Extrapolated(strength)),))

@@ -4,10 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from opd.losses.divergences import ReverseKL
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.terms import Match
 from opd.losses.token_weights import Frozen, FrozenWindow
 from opd.methods.method import Method
@@ -25,7 +26,7 @@ class Released:
     ids: tuple[int, ...] = ()
     weight: float = 0.0
 
-    def __call__(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, ids: Int[Tensor, "B T"], mask: Mask) -> PerToken:
         listed = Frozen(self.ids, self.weight)(ids)
         after = listed.roll(1, 1)
         after[:, 0] = 1

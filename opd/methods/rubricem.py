@@ -1,7 +1,4 @@
-"""RubricEM: a judge's evolving rubrics reward each stage of a response and the student's reflections on it.
-
-arXiv:2605.10899.
-"""
+"""RubricEM: a judge's evolving rubrics reward stages of a response and reflections on it.  arXiv:2605.10899."""
 
 from dataclasses import dataclass
 
@@ -12,9 +9,11 @@ from torch import Tensor
 from opd.losses.advantages import group_centred
 from opd.losses.divergences import ForwardKL
 from opd.losses.rewards import One
+from opd.losses.shapes import Mask, PerToken
 from opd.losses.surrogates import Clipped
 from opd.losses.target_distribution import Reference
 from opd.losses.terms import Match, PolicyGradient
+from opd.losses.token_weights import segment_means
 from opd.methods.method import Method
 from opd.methods.questions import REFLECT, REMEMBER, Reflect, Stages
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -28,12 +27,8 @@ class StageScore:
     """
 
     def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        stage: Int[Tensor, "B T"],
-        stage_scores: Float[Tensor, "B K"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+        self, x: PerToken, stage: Int[Tensor, "B T"], stage_scores: Float[Tensor, "B K"], mask: Mask
+    ) -> PerToken:
         scores = stage_scores.to(x.dtype)
         scores = scores.where(scores.isfinite(), scores[:, -1:]).nan_to_num(0.0)
         return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
@@ -62,13 +57,7 @@ class StageReturn:
         if any(x for i, row in enumerate(self.matrix) for x in row[:i]):
             raise ValueError(f"matrix={self.matrix}: 0 below the diagonal, for no stage earns what came before it")
 
-    def __call__(
-        self,
-        x: Float[Tensor, "B T"],
-        stage: Int[Tensor, "B T"],
-        group: Int[Tensor, " B"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, x: PerToken, stage: Int[Tensor, "B T"], group: Int[Tensor, " B"], mask: Mask) -> PerToken:
         # In float64: a small deviation would amplify rounding differences between rows of equal returns.
         returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
         trained = mask.any(1)
@@ -76,19 +65,10 @@ class StageReturn:
         return advantages.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
 
 
-def stage_means(
-    x: Float[Tensor, "B T"], stage: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], stages: int
-) -> Float[Tensor, "B K"]:
-    """Return the mean of x over the trained tokens of each stage, [B, K].
-
-    A stage without tokens gets the last stage's mean, which is 0 if the last stage has no tokens either.
-    """
-    number = stage.where(mask, 0)  # 0: not trained
-    zeros = x.new_zeros(len(x), stages + 1)
-    total = zeros.scatter_add(1, number, x.where(mask, 0))
-    count = zeros.scatter_add(1, number, mask.to(x.dtype))
-    mean = (total / count.clamp(min=1))[:, 1:]
-    return mean.where(count[:, 1:] > 0, mean[:, -1:])
+def stage_means(x: PerToken, stage: Int[Tensor, "B T"], mask: Mask, stages: int) -> Float[Tensor, "B K"]:
+    """Return the mean of x over the trained tokens of each stage, [B, K]; without any, the last stage's mean, or 0."""
+    means, counts = segment_means(x, stage, mask, stages)
+    return means[:, 1:].where(counts[:, 1:] > 0, means[:, -1:])
 
 
 TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_plan>", "<answer>")
@@ -98,7 +78,7 @@ TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_pla
 class JudgedRollouts:
     """Filter that keeps the trained tokens of rollouts that a judge scored."""
 
-    def __call__(self, judged: Bool[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    def __call__(self, judged: Bool[Tensor, " B"], mask: Mask) -> Mask:
         return mask & judged[:, None]
 
 

@@ -7,8 +7,7 @@ from opd.methods.rollout_policies.kl_ball import Blend
 
 
 def trb(eps0: float = 0.02, anneal: int = 50, k: int = 16, per_prompt: int = 4) -> Method:
-    """Top-k OPD on rollouts generated as close to the teacher as a KL ball around the student allows.  TRB,
-    arXiv:2605.31159.
+    """Top-k OPD on rollouts as close to the teacher as a KL ball around the student allows.  TRB, arXiv:2605.31159.
 
     Tokens are sampled from mu ~ p^(1-b) q^b with the largest b such that KL(mu || p) <= eps at each token; eps falls
     from eps0 to 0.

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from opd.losses.baselines import top
 from opd.losses.divergences import kl
 from opd.losses.rewards import One, Trusted
+from opd.losses.shapes import Mask, OverVocabulary, PerPosition, PerToken
 from opd.losses.terms import Match, PolicyGradient
 from opd.methods.method import Method
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -22,7 +23,7 @@ class RawForwardKL:
 
     k: int = 64
 
-    def __call__(self, student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
+    def __call__(self, student_logp: OverVocabulary, teacher_logp: OverVocabulary) -> PerPosition:
         ids = top(self.k, teacher_logp)
         return kl(teacher_logp.gather(-1, ids), student_logp.gather(-1, ids))
 
@@ -31,9 +32,7 @@ class RawForwardKL:
 class Outlier:
     """1 - min(q/p, 1) at the sampled token: the chance that the teacher rejects it.  Its mean is TV(p, q).  Eq. 6."""
 
-    def __call__(
-        self, student_logp: Float[Tensor, "B T"], teacher_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, teacher_logp: PerToken, mask: Mask) -> PerToken:
         return -(teacher_logp - student_logp).where(mask, math.inf).clamp(max=0).expm1()
 
 
@@ -41,13 +40,7 @@ class Outlier:
 class Accepted:
     """Weight 1 if a random coin accepts the sampled token, which has probability min(q/p, 1); else 0.  Eq. 6."""
 
-    def __call__(
-        self,
-        student_logp: Float[Tensor, "B T"],
-        teacher_logp: Float[Tensor, "B T"],
-        coin: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, teacher_logp: PerToken, coin: PerToken, mask: Mask) -> PerToken:
         return (coin < 1 - Outlier()(student_logp, teacher_logp, mask)).to(student_logp.dtype)
 
 
@@ -55,13 +48,7 @@ class Accepted:
 class Rejected:
     """Weight 1 - `Accepted`, computed from the same coin."""
 
-    def __call__(
-        self,
-        student_logp: Float[Tensor, "B T"],
-        teacher_logp: Float[Tensor, "B T"],
-        coin: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, student_logp: PerToken, teacher_logp: PerToken, coin: PerToken, mask: Mask) -> PerToken:
         return 1 - Accepted()(student_logp, teacher_logp, coin, mask)
 
 
@@ -69,7 +56,7 @@ class Rejected:
 class StudentTokens:
     """Weight 1 on the tokens that the student generated, 0 on the teacher's prefix."""
 
-    def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, prefix: Int[Tensor, " B"], mask: Mask) -> PerToken:
         return 1 - PrefixTokens()(prefix, mask)
 
 
@@ -77,18 +64,13 @@ class StudentTokens:
 class PrefixTokens:
     """Weight 1 on the teacher's prefix, 0 on the tokens that the student generated.  Eq. 8."""
 
-    def __call__(self, prefix: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, prefix: Int[Tensor, " B"], mask: Mask) -> PerToken:
         positions = torch.arange(mask.shape[1], device=mask.device)
         return (positions < prefix[:, None]).to(torch.get_default_dtype())
 
 
 def tropd(
-    k: int = 64,
-    per_prompt: int = 4,
-    soft: bool = False,
-    prefix: bool = True,
-    length: int = 0,
-    beta: float = 0.001,
+    k: int = 64, per_prompt: int = 4, soft: bool = False, prefix: bool = True, length: int = 0, beta: float = 0.001
 ) -> Method:
     """Log-ratio reward where the teacher accepts the token, forward KL elsewhere.  TrOPD, arXiv:2606.01249, Eq. 5-9.
 

@@ -19,8 +19,8 @@ from opd.losses.terms import Match, PolicyGradient, Positions
 from opd.methods import METHODS, vopd
 from opd.methods.classic import gkd, gkd_forward, opd, opd_clip, opd_full, opd_tanh, opd_topk, opd_zscore
 from opd.methods.method import Method
-from opd.methods.optimal import opd_optimal, opd_stratified
-from opd.methods.power import poweropd
+from opd.methods.pg import opd_optimal, opd_stratified
+from opd.methods.reward_shapes import poweropd
 from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.methods.vopd import vopd_topk
 from tests.reference_losses import DensityPower, token_gradients

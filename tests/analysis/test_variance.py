@@ -20,8 +20,8 @@ from opd.losses.terms import Match, PolicyGradient, Positions
 from opd.methods import METHODS, vopd
 from opd.methods.classic import gkd, opd, opd_full
 from opd.methods.method import Method
-from opd.methods.optimal import opd_optimal, opd_stratified
-from opd.methods.power import poweropd
+from opd.methods.pg import opd_optimal, opd_stratified
+from opd.methods.reward_shapes import poweropd
 from opd.methods.vopd import vopd_topk
 from opd.models.batching import Rows
 from opd.models.forward import final_states

@@ -10,13 +10,12 @@ import torch
 
 from opd.core.types import reads
 from opd.head import sweep
-from opd.head.closed_forms import ThroughKL, ThroughLogp, ThroughSupport, closed_form
+from opd.head.closed_forms import Sums, ThroughKL, ThroughLogp, ThroughSupport, closed_form
 from opd.head.head_pass import head_pass, measure
 from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels.torch_sweep import sweep_
 from opd.head.outputs import HeadColumns
-from opd.head.sums import Sums
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import Optimal, TopKValue, Value
 from opd.losses.divergences import (

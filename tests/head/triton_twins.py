@@ -9,12 +9,11 @@ import torch
 from opd.head import head_pass as head_pass_module
 from opd.head import sweep
 from opd.head.backend import backend_name, uses_triton
-from opd.head.closed_forms import Form, ThroughKL, ThroughLogp
+from opd.head.closed_forms import Form, Sums, ThroughKL, ThroughLogp
 from opd.head.head_pass import head_pass, measure
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.kernels import c_sweep as native
 from opd.head.kernels import triton_sweep as fused
-from opd.head.sums import Sums
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.rewards import LogRatio, One
 from opd.losses.terms import PolicyGradient

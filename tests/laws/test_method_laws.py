@@ -20,7 +20,7 @@ from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS, omniopd, pg
 from opd.methods.classic import gkd, gkd_forward, opd, opd_topk
 from opd.methods.method import Method
-from opd.methods.optimal import opd_stratified
+from opd.methods.pg import opd_stratified
 from opd.methods.privileged import opsd, sdpo
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.methods.vopd import vopd_topk

@@ -29,10 +29,9 @@ from opd.losses.terms import Match, PolicyGradient, Positions
 from opd.methods import METHODS, pg, tropd
 from opd.methods.classic import opd
 from opd.methods.eopd import TopKForwardKL
-from opd.methods.gopd import g_opd
 from opd.methods.method import Method
 from opd.methods.privileged import ClippedForwardKL
-from opd.methods.reward_shapes import opd_plus
+from opd.methods.reward_shapes import g_opd, opd_plus
 from opd.methods.tropd import Outlier, RawForwardKL
 from tests.by_hand import INF, NAN, close, logp, tensor
 from tests.reference_losses import Plus, token_gradients

@@ -27,10 +27,9 @@ from opd.losses.token_weights import (
 from opd.methods import METHODS, entropy, eopd, scope
 from opd.methods.classic import opd, opd_full
 from opd.methods.eopd import eopd_sampled
-from opd.methods.fire import LikelyRollouts
-from opd.methods.iw import iw_opd
 from opd.methods.method import Method
 from opd.methods.rock import rock_freeze
+from opd.methods.token_weighting import LikelyRollouts, iw_opd
 from tests.by_hand import INF, NAN, POISON, close, tensor
 
 pytestmark = pytest.mark.usefixtures("float64")

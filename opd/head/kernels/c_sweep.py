@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.head.sums import Sums
+from opd.head.closed_forms import Sums
 
 MIN_COLUMNS = 2048  # for fewer columns, the half second of compilation costs more than it saves
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC"]

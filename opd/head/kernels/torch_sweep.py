@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.head.sums import Sums
+from opd.head.closed_forms import Sums
 
 
 def sweep_(

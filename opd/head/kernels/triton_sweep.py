@@ -13,8 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.head.closed_forms import Form
-from opd.head.sums import Sums
+from opd.head.closed_forms import Form, Sums
 from opd.head.vocabulary import Head, Vocabulary
 
 WARPS, DEPTH = 4, 4  # warps of a program; logits that a lane reads at once.  Not tuned on a GPU
@@ -191,13 +190,7 @@ class _StopClass:
 
     @classmethod
     def of(
-        cls,
-        student: Float[Tensor, "n V"],
-        teacher: Float[Tensor, "n V"] | None,
-        ids: Int[Tensor, " n"],
-        sums: Float[Tensor, "9 n"],
-        heads: tuple[Head, Head | None],
-        vocabulary: Vocabulary,
+        cls, student: Tensor, teacher: Tensor | None, ids: Tensor, sums: Tensor, heads: tuple, vocabulary: Vocabulary
     ) -> "_StopClass":
         """Read the logits of the members, before the gradient overwrites them."""
         stop = torch.tensor(vocabulary.stop, device=ids.device)

@@ -45,11 +45,7 @@ class DecodeHook:
         return self
 
     def mix(
-        self,
-        student: Float[Tensor, "B V"],
-        teacher: Float[Tensor, "B V"],
-        sampling: Sampling,
-        stop: Int[Tensor, " S"],
+        self, student: Float[Tensor, "B V"], teacher: Float[Tensor, "B V"], sampling: Sampling, stop: Int[Tensor, " S"]
     ) -> tuple[Float[Tensor, "B V"], Sampling, dict[str, Float[Tensor, " B"]]]:
         """Return the logits to sample the next token from, how to sample from them, and the token's notes."""
         return student, sampling, {}

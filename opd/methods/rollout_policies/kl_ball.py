@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd.core.sampling import Sampling
 from opd.losses.divergences import kl
+from opd.losses.shapes import OverVocabulary, PerPosition, PerRollout
 from opd.losses.terms import PolicyGradient
 from opd.methods.rollout_policies.base import DecodeHook, LogProbs, RolloutPolicy, RunState
 
@@ -19,8 +20,7 @@ HALVINGS = 30
 class Blend(RolloutPolicy):
     """The policy that samples from the distribution closest to the teacher within KL `eps` of the student (`blend`).
 
-    TRB, arXiv:2605.31159.  eps falls linearly from `eps0` nats to 0 over the first `steps` steps; then only the student
-    generates.
+    TRB, arXiv:2605.31159.  eps falls linearly from `eps0` nats to 0, the student alone, over the first `steps` steps.
     """
 
     eps0: float = 0.02
@@ -36,11 +36,9 @@ class Blend(RolloutPolicy):
             raise ValueError(f"steps={self.steps}: the trust region closes over steps >= 1")
 
     def needs(self) -> frozenset[str]:
-        """Return `decoding`: the teacher scores each token before it is sampled."""
-        return frozenset({"decoding"})
+        return frozenset({"decoding"})  # the teacher scores each token before it is sampled
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
-        """Raise ValueError for a term without a ratio to the distribution that was sampled."""
         if "sampler_logp" not in columns:
             raise ValueError(
                 f"{self} draws from a mixture of both models, and a policy gradient then needs the ratio "
@@ -48,7 +46,6 @@ class Blend(RolloutPolicy):
             )
 
     def decode_hook(self, state: RunState, logp: LogProbs) -> DecodeHook | None:
-        """Return the hook that blends the two models, or None once the radius is 0."""
         radius = self.radius(state.step)
         return BlendHook(radius) if radius else None
 
@@ -58,8 +55,8 @@ class Blend(RolloutPolicy):
 
 
 def blend(
-    student_logp: Float[Tensor, "*N V"], teacher_logp: Float[Tensor, "*N V"], eps: float
-) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+    student_logp: OverVocabulary, teacher_logp: OverVocabulary, eps: float
+) -> tuple[OverVocabulary, PerPosition, PerPosition]:
     """Return (log mu, b, KL(mu || p)) for mu ~ p^(1-b) q^b with the largest b in [0, 1] such that KL(mu || p) <= eps.
 
     Of all mu in that ball it has the least KL(mu || q).  KL grows with b, so b is computed by bisection from below.  If
@@ -68,7 +65,7 @@ def blend(
     possible = (student_logp > -math.inf) & (teacher_logp > -math.inf)
     step = (teacher_logp - student_logp).where(possible, 0)
 
-    def mixture(b: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N"]]:
+    def mixture(b: PerPosition) -> tuple[OverVocabulary, PerPosition]:
         mixed = (student_logp + b[..., None] * step).where(possible | (b == 0)[..., None], -math.inf).log_softmax(-1)
         return mixed, kl(mixed, student_logp)
 
@@ -89,12 +86,8 @@ class BlendHook(DecodeHook):
     eps: float
 
     def mix(
-        self,
-        student: Float[Tensor, "B V"],
-        teacher: Float[Tensor, "B V"],
-        sampling: Sampling,
-        stop: Int[Tensor, " S"],
-    ) -> tuple[Float[Tensor, "B V"], Sampling, dict[str, Float[Tensor, " B"]]]:
+        self, student: Float[Tensor, "B V"], teacher: Float[Tensor, "B V"], sampling: Sampling, stop: Int[Tensor, " S"]
+    ) -> tuple[Float[Tensor, "B V"], Sampling, dict[str, PerRollout]]:
         """Return log mu, to be sampled at temperature 1, with its weight `beta` and its KL from the student in nats.
 
         The stop ids are merged into one token, the stop id that the student prefers.

@@ -12,10 +12,7 @@ from opd.methods.rollout_policies.base import RolloutPolicy
 
 @dataclass(frozen=True)
 class OnPolicy(RolloutPolicy):
-    """The policy in which the student generates.
-
-    `samples` tokens are sampled at each position; the response continues with the first of them.
-    """
+    """The policy in which the student generates; a response continues with the first of `samples` tokens."""
 
     per_prompt: int = 1
     updates: int = 1
@@ -29,11 +26,9 @@ class OnPolicy(RolloutPolicy):
             raise ValueError(f"samples={self.samples}: at least the response's own token is drawn at each position")
 
     def worker_refusal(self) -> str:
-        """Return "": a worker has the student, which is sufficient."""
-        return ""
+        return ""  # a worker has the student, which is sufficient
 
     def engine_refusal(self) -> str:
-        """Return the reason for hf if several tokens are sampled at each position, else ""."""
         if self.samples == 1:
             return ""
         return "draws more tokens at each position, which hf alone does: take --engine hf, or leave --samples out"
@@ -41,10 +36,7 @@ class OnPolicy(RolloutPolicy):
 
 @dataclass(frozen=True)
 class Mixture(RolloutPolicy):
-    """The policy in which the student generates with probability `share`; otherwise the teacher or the data's response.
-
-    This is GKD's lambda, arXiv:2306.13649, Algorithm 1.
-    """
+    """The policy in which the student generates with probability `share`, else `other`.  GKD, arXiv:2306.13649."""
 
     share: float = 0.5
     other: int = TEACHER
@@ -60,21 +52,17 @@ class Mixture(RolloutPolicy):
             raise ValueError(f"other={self.other}: the rest comes from TEACHER ({TEACHER}) or DATA ({DATA})")
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
-        """Raise ValueError: a policy gradient is a sum over the student's own tokens."""
         raise ValueError(
             f"{self} lets others speak, and a policy gradient is a sum over the student's own "
             "tokens: use OnPolicy(), or match distributions instead (opd-full, opd-topk, gkd)"
         )
 
     def worker_refusal(self) -> str:
-        """Return "" for a mixture with the data, which a worker reads with the prompts."""
-        return "" if self.other == DATA else super().worker_refusal()
+        return "" if self.other == DATA else super().worker_refusal()  # a worker reads the data with the prompts
 
     def source(self, step: int, rollout: int, seed: int) -> int:
-        """Return STUDENT if the rollout's coin is below `share`, else `other`."""
         coin = uniform(seed, step, rollout, -1)  # key -1: no token uses this noise
         return STUDENT if coin < self.share else self.other
 
     def source_shares(self) -> Mapping[int, float]:
-        """Return `share` for the student, and the rest for `other`."""
         return {STUDENT: self.share, self.other: 1 - self.share}

@@ -41,7 +41,6 @@ class Snapshot(RolloutPolicy):
             raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
-        """Raise ValueError for a term without a ratio to the snapshot."""
         if not term.corrected():
             raise ValueError(
                 f"{self} lets an older student speak, and a policy gradient then needs the ratio to it: "
@@ -49,55 +48,44 @@ class Snapshot(RolloutPolicy):
             )
 
     def worker_refusal(self) -> str:
-        """Return "": a worker has the snapshot, which is sufficient."""
-        return ""
+        return ""  # a worker has the snapshot, which is sufficient
 
     def tempering_refusal(self) -> str:
-        """Return a reason: the sampler's log-probs stand for the snapshot's."""
         return "takes the log-probs of the draw for the snapshot's own, in its drift and in Delta-IFD"
 
     def batch_number(self, step: int, memory: Memory) -> int:
-        """Return the number of the pool's batch that a step trains on; each epoch uses the batches in order."""
         start = self.start(step, memory)
-        return start + (step - start) % self.pool
+        return start + (step - start) % self.pool  # each epoch uses the batches in order
 
     def open_batches(self, step: int, memory: Memory) -> range:
-        """Return the numbers of all batches of the pool if a snapshot is taken before `step`, else none."""
         if self.start(step, memory) < step:
             return range(0)
         return range(step, min(step + self.pool, self._next_scheduled(step)))
 
     def prompt_step(self, batch_number: int) -> int:
-        """Return the step whose prompts a batch uses; the epochs of a cycle use the same prompts."""
+        # the epochs of a cycle use the same prompts
         return (batch_number - 1) // (self.pool * self.epochs) * self.pool + (batch_number - 1) % self.pool + 1
 
     def oldest_valid(self, step: int, memory: Memory) -> int:
-        """Return a batch number; before `step`, batches with lower numbers come from a snapshot older than required."""
         if int(memory.get("snapshot", 0)) == step:  # an early snapshot reuses the numbers of the unused batches
             return self._next_scheduled(step)
         return self.start(step, memory)
 
     def oldest_needed(self, step: int, memory: Memory) -> int:
-        """Return the number of the first batch of the snapshot, because later epochs train on it again."""
-        return self.start(step, memory)
+        return self.start(step, memory)  # later epochs train on all batches of the snapshot again
 
     def reads_measured(self) -> bool:
-        """Return True unless `drift` is inf, which needs no measured drift."""
         return self.drift < math.inf
 
     def after_scoring(
         self, batch: Batch, step: int, memory: Memory, lengths: Int[Tensor, " B"]
     ) -> tuple[Batch, Memory]:
-        """Return the batch, and the memory with the next snapshot's step if this snapshot has drifted too far."""
         drift = measured_drift(batch)
         early = drift is not None and drift > self.drift
         return batch, {"snapshot": torch.tensor(step + 1)} if early else memory
 
     def scheduled(self, step: int) -> list[int]:
-        """Return the steps before which a snapshot is scheduled, in the cycle of `step`.
-
-        The first step of the next cycle is included.
-        """
+        """Return the steps before which a snapshot is scheduled: the cycle of `step`, and the next cycle's first."""
         cycle = self.pool * self.epochs
         first = (step - 1) // cycle * cycle + 1
         return [first + self.pool * epoch for epoch in (0, *sorted(self.refresh), self.epochs)]

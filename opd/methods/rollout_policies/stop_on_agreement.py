@@ -58,26 +58,21 @@ class StopOnAgreement(RolloutPolicy):
             )
 
     def needs(self) -> frozenset[str]:
-        """Return `reverse_kl`, and `decoding` if the teacher scores the tokens during generation."""
         return frozenset({"reverse_kl", "decoding"} if self.online else {"reverse_kl"})
 
     def decode_hook(self, state: RunState, logp: LogProbs) -> DecodeHook | None:
-        """Return the hook that ends responses during generation, or None if they are cut afterwards."""
         return AgreementHook(self, self.threshold(state.step, state.memory), logp) if self.online else None
 
     def notes(self, state: RunState) -> dict[str, float]:
-        """Return the threshold, in nats, once it is finite."""
         threshold = self.threshold(state.step, state.memory)
         return {"threshold": threshold} if math.isfinite(threshold) else {}
 
     def reads_measured(self) -> bool:
-        """Return True if rollouts are cut after they are measured."""
-        return not self.online
+        return not self.online  # rollouts are cut after they are measured
 
     def after_scoring(
         self, batch: Batch, step: int, memory: Memory, lengths: Int[Tensor, " B"]
     ) -> tuple[Batch, Memory]:
-        """Return the batch, cut if that was not done during generation, and the memory of its lowest window means."""
         if not self.online:
             batch = self.cut(batch, lengths, self.threshold(step, memory))
         return batch, self.remember(memory, batch)
@@ -96,7 +91,6 @@ class StopOnAgreement(RolloutPolicy):
         return {"least": (new if earlier is None else torch.cat((earlier, new)))[-self.buffer :]}
 
     def begin(self, rollouts: int) -> AgreementState:
-        """Return the state before the first token."""
         recent = np.zeros((rollouts, self.window))
         return AgreementState(recent, np.zeros(rollouts, dtype=np.int64), np.full(rollouts, math.inf))
 
@@ -116,17 +110,13 @@ class StopOnAgreement(RolloutPolicy):
         return AgreementState(recent, low, np.where(counted, np.minimum(state.lowest, mean), state.lowest))
 
     def remaining(self, count: int) -> int:
-        """Return the number of tokens to keep when a rollout of `count` tokens ends.
-
-        These are the tokens before the first low window, at least `floor`.
-        """
+        """Return how many tokens a rollout that ends at `count` keeps: those before the first low window."""
         return count - (self.patience - 1) - self.window
 
     def cut(self, batch: Batch, lengths: Int[Tensor, " B"], threshold: float) -> Batch:
         """Return the measured batch as if its rollouts had been stopped during generation.
 
-        This is the offline twin of the online path.  Like the online path it processes the trained tokens in order,
-        without the terminal token of a response.
+        Like the online path it processes the trained tokens in order, without the terminal token of a response.
         """
         assert batch.reverse_kl is not None
         mask, terminal = batch.mask, torch.arange(batch.mask.shape[1]) == lengths[:, None] - 1
@@ -153,7 +143,6 @@ class AgreementHook(DecodeHook):
     state: AgreementState | None = None  # None before `begin`
 
     def begin(self, count: int) -> DecodeHook:
-        """Return the hook with the state of `count` responses before their first token."""
         return replace(self, state=self.policy.begin(count))
 
     def observe(
@@ -164,7 +153,6 @@ class AgreementHook(DecodeHook):
         active: Bool[np.ndarray, " B"],
         counts: Int[np.ndarray, " n"],
     ) -> DecodeHook:
-        """Return the hook with the KL between the two models at the new tokens of the active responses."""
         assert self.state is not None
         token_kl, is_active = np.zeros(len(counts)), np.zeros(len(counts), dtype=bool)
         token_kl[rows] = kl(self.logp(student), self.logp(teacher)).double().cpu().numpy()
@@ -172,12 +160,10 @@ class AgreementHook(DecodeHook):
         return replace(self, state=self.policy.updated(self.state, token_kl, is_active, counts, self.threshold))
 
     def ended(self) -> Bool[np.ndarray, " n"]:
-        """Return which responses have had enough windows below the threshold in a row."""
         assert self.state is not None
         return self.state.low >= self.policy.patience
 
     def finish(self, response: int, count: int) -> tuple[int, dict[str, float]]:
-        """Return the tokens before the first low window, with the notes `least` and `cut`."""
         assert self.state is not None
         remaining = self.policy.remaining(count) if self.ended()[response] else count
         return remaining, {"least": float(self.state.lowest[response]), "cut": float(count - remaining)}

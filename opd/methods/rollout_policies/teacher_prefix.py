@@ -24,7 +24,6 @@ class TeacherPrefix(RolloutPolicy):
             raise ValueError(f"length={self.length}: a teacher's prefix has length >= 1 token (0: --max-new-tokens)")
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
-        """Raise ValueError for a term that does not tell the teacher's tokens from the student's."""
         if "prefix" not in columns:
             raise ValueError(
                 f"{self} lets the teacher write the first tokens, and a policy gradient is a sum over the "
@@ -32,21 +31,17 @@ class TeacherPrefix(RolloutPolicy):
             )
 
     def teacher_takes_part(self) -> bool:
-        """Return True: the teacher generates the prefix."""
-        return True
+        return True  # it generates the prefix
 
     def moving_teacher_refusal(self) -> str:
-        """Return a reason: a prompt has the same prefix at every step."""
-        return (
+        return (  # a prompt has the same prefix at every step
             "would begin each response once for all steps: switch "
             "the prefix off (tropd --no-prefix), or name base or another model"
         )
 
     def prefix_limit(self, state: RunState) -> int:
-        """Return the length of the longest prefix, which falls from `length` to 0 tokens as a cosine."""
         length = min(self.length or state.longest, state.longest)
         return round(length * (1 + math.cos(math.pi * (state.step - 1) / state.total)) / 2)
 
     def notes(self, state: RunState) -> dict[str, float]:
-        """Return the prefix limit, in tokens."""
         return {"prefix_limit": float(self.prefix_limit(state))}
