@@ -128,7 +128,5 @@ class Served:
     def _rows(self, sequences: Sequence[ScoredSequence]) -> Rows:
         device = self.model.device
         ids = [torch.tensor(a.ids) for a in sequences]
-        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in sequences]
-        for mask, a in zip(trained, sequences, strict=True):
-            mask[list(a.positions)] = True
+        trained = [torch.isin(torch.arange(len(a.ids)), torch.tensor(a.positions, dtype=torch.long)) for a in sequences]
         return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))
