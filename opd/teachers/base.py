@@ -1,14 +1,14 @@
-"""The base class of all teachers.
+"""The base class of all teachers, and the check of what a method needs against what a teacher provides: `require`."""
 
-`provides` names what a teacher can compute.  The other methods do nothing unless a subclass needs them.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from opd.core.errors import Refusal
 from opd.core.types import Rollout
+from opd.methods import METHODS
+from opd.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class TeacherState:
 
 
 class BaseTeacher:
-    """A model that scores tokens or generates text."""
+    """A model that scores tokens or generates text.  Methods do nothing unless a subclass needs them."""
 
-    provides: frozenset[str]
+    provides: frozenset[str]  # what it can compute, in the terms of `Method.needs`
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
         """Announce the batch of the next `hidden` call.  Server teachers send their requests early."""
@@ -31,7 +31,7 @@ class BaseTeacher:
         """Update the teacher after an optimizer step of the student."""
 
     def traffic(self) -> dict[str, float]:
-        """Return the network traffic since the last call, for perf.jsonl."""
+        """Return the counters of requests and bytes since the last call, for perf.jsonl."""
         return {}
 
     def state(self) -> TeacherState:
@@ -43,3 +43,27 @@ class BaseTeacher:
 
     def close(self) -> None:
         """Release resources at the end of the run."""
+
+
+def require(
+    method: Method,
+    provides: frozenset[str],
+    *,
+    flag: str,
+    model: object,
+    gives: str,
+    remedy: str,
+    needs: Callable[[Method], frozenset[str]] = Method.needs,
+) -> None:
+    """Refuse a teacher that does not provide what a method needs.
+
+    `flag` (without dashes) and `model` name the teacher, and `gives` says in words what it returns.  `remedy` is what
+    the user can do, beside taking a method for which it is enough.  `needs` finds a method's needs of such a teacher.
+    """
+    missing = needs(method) - provides
+    if missing:
+        methods = [name for name, factory in METHODS.items() if needs(factory()) <= provides]
+        raise Refusal(
+            f"--{flag} {model}: it gives {gives}, and the method needs more of the teacher "
+            f"({', '.join(sorted(missing))}): {remedy}, or use one of {', '.join(methods)}"
+        )

@@ -20,7 +20,7 @@ from opd.head.vocabulary import Vocabulary
 from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.remote.vllm_protocol import OPD_SERVE_COLUMNS, Server, connect
-from opd.teachers.capabilities import require
+from opd.teachers.base import require
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 
@@ -38,10 +38,8 @@ class ModelInfo:
 
 def local_info(source: models.ModelSource, *, field: str) -> ModelInfo:
     """Return tokenizer, config and stop ids of a model with local files."""
-    tokenizer = models.tokenizer(source, field=field)
-    return ModelInfo(
-        tokenizer, models.config(source, field=field).get_text_config(), models.stop_ids(source, tokenizer)
-    )
+    tokenizer, config = models.tokenizer(source, field=field), models.config(source, field=field)
+    return ModelInfo(tokenizer, config.get_text_config(), models.stop_ids(source, tokenizer))
 
 
 def server_info(server: Server, student: ModelInfo, config: Train) -> ModelInfo:
@@ -105,10 +103,7 @@ def verify_local_copy(
 
 @torch.no_grad()
 def compare(remote: HiddenTeacher | LogpTeacher, local: LocalTeacher, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the absolute difference of log q, in nats, between a server and a local teacher, for each token of texts.
-
-    The first token of a text has no prediction.
-    """
+    """Return |log q of a server - log q of a local teacher|, in nats, for each token of texts but their first ones."""
     rollouts = [
         Rollout(
             prompt_ids=(),

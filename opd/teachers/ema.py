@@ -27,16 +27,13 @@ class Average(LocalTeacher):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move the averages towards the student's weights."""
         for average, current in self._pairs().values():
             average.lerp_(current, self.rate)
 
     def state(self) -> TeacherState:
-        """Return the averages."""
         return TeacherState({name: average for name, (average, _) in self._pairs().items()})
 
     @torch.no_grad()
     def restore(self, state: TeacherState) -> None:
-        """Set the averages to those of a checkpoint."""
         for name, (average, _) in self._pairs().items():
             average.copy_(state.tensors[name])

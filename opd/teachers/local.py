@@ -1,7 +1,4 @@
-"""Teachers in this process.
-
-A teacher is another model, the student's current weights, its weights without the adapter, or their moving average.
-"""
+"""Teachers in this process: another model, or the student's current weights, with or without the adapter."""
 
 import contextlib
 from collections.abc import Sequence
@@ -62,6 +59,5 @@ class WithoutAdapter(LocalTeacher):
 
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
-        """Return the hidden states at the trained tokens, computed with the adapter disabled."""
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext():
             return super().hidden(rollouts, masks, lens)

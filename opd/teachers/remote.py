@@ -6,7 +6,7 @@ at once.  If a chunk fails, only that chunk is sent again.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -59,17 +59,13 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
         self.pool = ThreadPoolExecutor(server.client.settings.teacher_concurrency, "teacher")
         self.ahead_pool = ThreadPoolExecutor(1, "teacher-ahead")
         self.pending: tuple[object, Future] | None = None
-        self.reported = Traffic()
 
     def ahead(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> None:
         """Send the requests of the next `hidden` call now, so that the server works while the student does."""
         self.pending = (_key(rollouts, masks), self.ahead_pool.submit(self._ask, rollouts, masks))
 
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> K:
-        """Return what the server computes at the trained tokens, after the teacher's prompt.
-
-        `lens` must be None, because a server does not send the states of inner layers.
-        """
+        """Return what the server computes at the trained tokens, after the teacher's prompt."""
         assert lens is None, "a server shows no layers"
         pending, self.pending = self.pending, None
         if pending is not None and pending[0] == _key(rollouts, masks):
@@ -80,11 +76,9 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
         raise NotImplementedError
 
     def state(self) -> TeacherState:
-        """Return the id of the server's weights."""
         return TeacherState(server_weights=self.server.weights)
 
     def restore(self, state: TeacherState) -> None:
-        """Raise Refusal if the server has other weights than those of the checkpoint."""
         if state.server_weights and state.server_weights != self.server.weights:
             raise self.changed()
 
@@ -102,33 +96,24 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
         self.ahead_pool.shutdown(wait=False, cancel_futures=True)
 
     def traffic(self) -> dict[str, float]:
-        """Return the network traffic since the last call, for perf.jsonl."""
         with self.client.lock:
-            total = Traffic(**asdict(self.client.traffic))
-        new = {name: value - getattr(self.reported, name) for name, value in asdict(total).items()}
-        self.reported = total
+            new, self.client.traffic = self.client.traffic, Traffic()
         return {
-            "teacher_sent_mb": new["sent"] / 2**20,
-            "teacher_received_mb": new["received"] / 2**20,
-            "teacher_requests": float(new["requests"]),
-            "teacher_retries": float(new["retries"]),
+            "teacher_sent_mb": new.sent / 2**20,
+            "teacher_received_mb": new.received / 2**20,
+            "teacher_requests": float(new.requests),
+            "teacher_retries": float(new.retries),
         }
 
     def _each(self, rows: Sequence[_Row], max_tokens: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
         """Return the answer for each row that has a trained token.
 
-        Chunks of at most `max_tokens` padded tokens are sent in parallel.
+        Chunks of at most `max_tokens` padded tokens are sent in parallel.  If one fails, `map` cancels the others.
         """
-        out: dict[int, R] = {}
-        groups = list(_chunks(rows, max_tokens))
-        jobs = [self.pool.submit(ask, [rows[i] for i in group]) for group in groups]
-        try:
-            for group, job in zip(groups, jobs, strict=True):
-                out |= zip(group, job.result(), strict=True)
-        finally:
-            for job in jobs:
-                job.cancel()
-        return [out[i] for i in range(len(rows)) if i in out]
+        groups, out = list(_chunks(rows, max_tokens)), dict[int, R]()
+        for group, answers in zip(groups, self.pool.map(ask, [[rows[i] for i in g] for g in groups]), strict=True):
+            out |= zip(group, answers, strict=True)
+        return [out[i] for i in sorted(out)]
 
 
 class HiddenTeacher(_ServerTeacher[Hidden]):
@@ -211,7 +196,7 @@ class LogpTeacher(_ServerTeacher[TeacherLogps]):
         if self.top:
             self._prompted([_Row((1, 1), 1, (1,))])
         elif named := self.likeliest or self.drawn:
-            self._chosen([(_Row((1, 1), 1, (1,)), torch.ones(1, named, dtype=torch.long))])
+            self._chosen(_Row((1, 1), 1, (1,)), torch.ones(1, named, dtype=torch.long))
 
     def hidden(
         self,
@@ -233,22 +218,19 @@ class LogpTeacher(_ServerTeacher[TeacherLogps]):
             sizes = [len(row.positions) for row in rows]
             named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
             ids_of = dict(zip(rows, named.split(sizes), strict=True))
-            answers = self._each(rows, 1, lambda chunk: self._chosen([(row, ids_of[row]) for row in chunk]))
+            answers = self._each(rows, 1, lambda chunk: [self._chosen(row, ids_of[row]) for row in chunk])
         logp = torch.cat([torch.empty(0), *(answer.logp for answer in answers)]).to(self.to)
-        pairs = [
-            (answer.ids, answer.others) for answer in answers if answer.ids is not None and answer.others is not None
-        ]
+        pairs = [(x.ids, x.others) for x in answers if x.ids is not None and x.others is not None]
         if not pairs:
             return TeacherLogps(logp)
         ids, ids_logp = (torch.cat(list(x)).to(self.to) for x in zip(*pairs, strict=True))
         return TeacherLogps(logp, ids, ids_logp, min(self.top, self.size))
 
-    def _chosen(self, rows: list[tuple[_Row, Int[Tensor, "n k"]]]) -> list[TeacherLogps]:
+    def _chosen(self, row: _Row, named: Int[Tensor, "n k"]) -> TeacherLogps:
         """Score named ids with vLLM's fixed-token scoring, one sequence per request.
 
         The probability of the stop class is the sum over its members, which are requested one by one.
         """
-        ((row, named),) = rows
         named_at = {t: ids.tolist() for t, ids in zip(row.positions, named, strict=True)}
         start = max(1, row.start)  # nothing predicts the first token
         k, s = named.shape[1], len(self.stop)
@@ -265,7 +247,7 @@ class LogpTeacher(_ServerTeacher[TeacherLogps]):
         if self.stop:
             is_stop = torch.isin(ids, torch.tensor(self.stop))
             logp = torch.where(is_stop, table[:, 1 : 1 + s].logsumexp(-1, keepdim=True), logp)
-        return [TeacherLogps(logp[:, 0], named, logp[:, 1:]) if k else TeacherLogps(logp[:, 0])]
+        return TeacherLogps(logp[:, 0], named, logp[:, 1:]) if k else TeacherLogps(logp[:, 0])
 
     def _prompted(self, rows: list[_Row]) -> list[TeacherLogps]:
         """Score tokens with vLLM's prompt_logprobs, many sequences per request.
@@ -314,9 +296,9 @@ def open_teacher(
     `stop` are the ids merged into one class.  `size` is the number of ids that both models have.  `tops` says how many
     of the most probable tokens of which model a method must know (`Method.supports`).
     """
-    return (
-        HiddenTeacher(server, to=to) if server.identity else LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
-    )
+    if server.identity:
+        return HiddenTeacher(server, to=to)
+    return LogpTeacher(server, to=to, stop=stop, size=size, tops=tops)
 
 
 def _key(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> object:
@@ -334,10 +316,7 @@ def _rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> list[
 
 
 def _chunks(rows: Sequence[_Row], max_tokens: int) -> Iterator[list[int]]:
-    """Yield groups of the rows that have a trained token, longest first, with at most `max_tokens` padded tokens each.
-
-    A row longer than that forms a group by itself.
-    """
+    """Group the rows with a trained token, longest first, at most `max_tokens` padded tokens (or one row) a group."""
     group: list[int] = []
     for i in sorted((i for i, row in enumerate(rows) if row.positions), key=lambda i: -len(rows[i].ids)):
         if group and (len(group) + 1) * len(rows[group[0]].ids) > max_tokens:

@@ -32,14 +32,13 @@ from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect
-from opd.teachers.base import BaseTeacher
-from opd.teachers.capabilities import require
+from opd.teachers.base import BaseTeacher, require
 from opd.teachers.ema import Average
 from opd.teachers.judges.annotator import Annotator
 from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
 from opd.teachers.text.answer_cache import AnswerCache
-from opd.teachers.text.text_models import AbsentModel, EndpointModel, InProcessModel
+from opd.teachers.text.text_models import EndpointModel, InProcessModel
 from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 
 
@@ -79,8 +78,8 @@ def source_of(
 
 def text_model(
     model: ModelName, plan: Plan, on: torch.device, *, field: str, main: bool
-) -> EndpointModel | InProcessModel | AbsentModel:
-    """Return a model that generates text: behind an endpoint, or loaded in the main process.
+) -> EndpointModel | InProcessModel | None:
+    """Return a model that generates text: behind an endpoint, or loaded in the main process and None in the others.
 
     Raises Refusal for the student's own weights and for a server that is not OpenAI-compatible.
     """
@@ -94,7 +93,7 @@ def text_model(
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {name}")
     source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
-        return AbsentModel(model.name)
+        return None
     text = models.tokenizer(source, field=field)
     weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
         False

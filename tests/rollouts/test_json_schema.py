@@ -24,8 +24,8 @@ from opd.teachers.judges.rubric_judge import AnswerGroup, Criterion, ModelJudge,
 from opd.teachers.judges.rubric_memory import StageCriterion
 from opd.teachers.judges.stage_judge import Contrast, Evolved, Marking, ModelStageJudge, Proposed
 from opd.teachers.text.answer_cache import AnswerCache
-from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, InProcessModel
-from opd.teachers.text.text_teacher import Failure, FailureLimit, TextTeacher
+from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, Failure, InProcessModel
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 from scripts.soak import serving
 
 pytest.importorskip("llguidance")
@@ -141,10 +141,10 @@ def test_the_openai_client_gets_filled_forms_from_a_server(folder):
 def graded(writer, tmp_path, *, schemas):
     """What a random model says of five answers by a rubric of three, and of two stages' marks."""
     model = TextTeacher(writer, AnswerCache(tmp_path / f"{schemas}.sqlite"), FailureLimit("judge x", 1.0))
-    judge = ModelJudge(FormModel(model, 400, shared=False, schemas=schemas))
+    judge = ModelJudge(FormModel(model, 400, schemas=schemas))
     rubric = Rubric(criteria=tuple(Criterion(criterion=f"says {i}", points=i) for i in (1, 2, 3)))
     groups = [AnswerGroup(Prompt(text=f"question {i}"), ("one",), ("two", "three", "four", "five")) for i in range(2)]
-    return judge.grades(groups, [rubric] * 2, 0), judge.traffic()
+    return judge.grades(groups, [rubric] * 2, 0), judge.model.traffic()
 
 
 def test_a_local_judge_that_knows_nothing_fills_its_form_in(folder, pair, tmp_path):
@@ -189,7 +189,7 @@ def test_criteria_by_the_schema_pass_the_judges_own_check(pair, tmp_path, monkey
     text = pair[1]
     writer = InProcessModel("here", HFEngine(pair[0], len(text), (256,)), text, 4096, {})
     model = TextTeacher(writer, AnswerCache(tmp_path / "answers.sqlite"), FailureLimit("judge x", 1.0))
-    judge = ModelStageJudge(FormModel(model, 400, shared=False), ("<plan>", "<work>", "<check>", "<answer>"))
+    judge = ModelStageJudge(FormModel(model, 400), ("<plan>", "<work>", "<check>", "<answer>"))
     kept = (StageCriterion(2, "old", 1, False),)
     judge.evolve([Contrast(Prompt(text="q"), (), (), ()), Contrast(Prompt(text="q"), (), (), kept)], 0)
     ((check, lists),) = asked

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import opd
 from opd.cli import main
+from opd.config.commands import Serve
 from opd.config.servers import Remote
 from opd.core.sampling import Sampling
 from opd.core.types import Rollout
@@ -47,7 +48,6 @@ from opd.teachers.connect import compare
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.serve.app import build
-from opd.teachers.serve.gate import Limits
 from opd.teachers.serve.model import Served
 from scripts.soak import Proxy, free_port, serving
 from tests.tiny_models import logged, small, started, tiny
@@ -804,10 +804,8 @@ def test_a_server_whose_threads_all_wait_is_healthy():
             waits.wait(60)
             return {}
 
-    limits = Limits(body_bytes=1 << 20, sequences=1, logprobs=1)
-
     async def ask() -> int:
-        whole = httpx.ASGITransport(build(Busy(), limits, token=""))
+        whole = httpx.ASGITransport(build(Busy(), Serve(model="busy"), token=""))
         async with httpx.AsyncClient(transport=whole, base_url="http://busy") as client:
             others = [asyncio.create_task(client.get("/opd/identity")) for _ in range(60)]
             await asyncio.to_thread(lambda: [held.acquire(timeout=10) for _ in range(40)])

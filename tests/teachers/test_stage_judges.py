@@ -40,7 +40,7 @@ from opd.teachers.judges.rubric_memory import DeferredReflection, RubricMemory, 
 from opd.teachers.judges.stage_annotator import column_criteria
 from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflection, StagedResponse
 from opd.teachers.judges.verifier_judge import ROUND, SUMS, VerifierStageJudge
-from opd.teachers.text.text_teacher import Failure
+from opd.teachers.text.text_models import Failure
 from opd.training.checkpoint import load as load_state
 from scripts.grader import Grader, Scripted
 from tests.data.test_tokenizers import byte_level
@@ -483,7 +483,7 @@ def ledger(count=2):
 
 def stage_judge(url, folder, **how):
     told = replace(QUICK, **{"teacher_concurrency": 1, "teacher_retries": 0} | how)
-    return ModelStageJudge(FormModel(endpoint(url, folder, told, "grader"), 512, shared=False), FOUR)
+    return ModelStageJudge(FormModel(endpoint(url, folder, told, "grader"), 512), FOUR)
 
 
 def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
@@ -503,13 +503,13 @@ def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
         weigh = [Reflection(g.prompt, g.answers[1].text(), g.answers[k].text()) for g in groups for k in (0, 2)]
         assert judge.worth(weigh, 0) == direct.worth(weigh, 0)
         assert grader.turns == {"evolve": 2, "marks": 6, "worth": 4}  # equal responses are one question
-        spent = judge.traffic()
+        spent = judge.model.traffic()
         assert spent["judge_calls"] == 12 and spent["judge_read_tokens"] == 7 * 12
         for turns in grader.texts[:2]:
             assert "reference" not in turns[0].partition("<question>")[2]
     nobody = stage_judge("http://127.0.0.1:9", tmp_path)  # all of it is on disk
     assert nobody.evolve(groups, 0) == found and nobody.worth(weigh, 0) == direct.worth(weigh, 0)
-    assert nobody.traffic()["judge_calls"] == 0
+    assert nobody.model.traffic()["judge_calls"] == 0
 
 
 SPOILT = {
@@ -552,9 +552,9 @@ def test_a_failing_server_loses_its_own_responses_alone(fault, tmp_path):
         )  # n = 3: it is asked once more, and fails again
         one, none, three = judge.marks(group.answers[:3], [found] * 3, 0)
         assert [one, three] == [wanted[0], wanted[2]] and isinstance(none, Failure)
-        assert judge.traffic()["judge_failed"] == 2
+        assert judge.model.traffic()["judge_failed"] == 2
         again = stage_judge(grader.url, tmp_path)
-        assert again.marks(group.answers[:3], [found] * 3, 0) == wanted and again.traffic()["judge_calls"] == 1
+        assert again.marks(group.answers[:3], [found] * 3, 0) == wanted and again.model.traffic()["judge_calls"] == 1
 
 
 def test_no_stage_begins_another(tmp_path):

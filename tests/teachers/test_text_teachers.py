@@ -45,8 +45,16 @@ from opd.teachers.judges.judge_requests import FormModel, parse
 from opd.teachers.judges.rubric_judge import GRADE, RUBRIC, AnswerGroup, ModelJudge, Rubric
 from opd.teachers.judges.verifier_judge import VerifierJudge
 from opd.teachers.text.answer_cache import AnswerCache
-from opd.teachers.text.text_models import CONTINUE_REQUEST, AbsentModel, EndpointModel, InProcessModel, run_parallel
-from opd.teachers.text.text_teacher import Failure, FailureLimit, TextRequest, TextSampling, TextTeacher
+from opd.teachers.text.text_models import (
+    CONTINUE_REQUEST,
+    EndpointModel,
+    Failure,
+    InProcessModel,
+    TextRequest,
+    TextSampling,
+    run_parallel,
+)
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 from opd.training import build as session
 from opd.training import build_teachers as opening
 from scripts.grader import Grader, Scripted
@@ -194,7 +202,7 @@ def test_a_server_goes_on_as_the_model_here(server, here, tmp_path):
     assert there == local.continuations(asked, 1, 64, 0, temperature=0.0)
     for begun, (text,) in zip(asked, there, strict=True):
         assert begun.prefix + text == begun.prompt.response  # the embedded teacher is right, and went on where it was
-    answers = remote.chat([q.prompt for q in asked], TextSampling(1, 64, 0.0, "--x"), 0)
+    answers = remote.texts([TextRequest(q.prompt) for q in asked], TextSampling(1, 64, 0.0, "--x"), 0)
     assert answers == [[q.prompt.response] for q in asked]
 
 
@@ -510,7 +518,7 @@ def test_the_main_process_alone_asks(tmp_path, monkeypatch):
     monkeypatch.setattr(opening.models, "load", lambda *args, **more: pytest.fail("weights are loaded"))
     plan, cpu = resolved(config), torch.device("cpu")
     other = opening.text_teacher(model_names.parse("embedded:teacher"), plan, cpu, field="teacher", main=False)
-    assert not any(other.traffic().values()) and other.model == AbsentModel("embedded:teacher")
+    assert not any(other.traffic().values()) and other.model is None
     with pytest.raises(Refusal, match="--judge embedded:nobody"):
         opening.text_teacher(model_names.parse("embedded:nobody"), plan, cpu, field="judge", main=False)
     waits = [
@@ -671,7 +679,7 @@ def groups(count=3):
 
 def model_judge(url, folder):
     how = replace(QUICK, teacher_concurrency=1, teacher_retries=0)
-    return ModelJudge(FormModel(endpoint(url, folder, how, "grader"), 512, shared=False))
+    return ModelJudge(FormModel(endpoint(url, folder, how, "grader"), 512))
 
 
 def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
@@ -683,7 +691,7 @@ def test_a_judge_in_words_is_the_judge_it_asks(tmp_path):
         rubrics = judge.rubrics(asked, 4, 12, 0)
         assert rubrics == direct.rubrics(asked, 4, 12, 0)
         assert judge.grades(asked, rubrics, 0) == direct.grades(asked, rubrics, 0)
-        spent = judge.traffic()
+        spent = judge.model.traffic()
         assert spent["judge_calls"] == 6 and spent["judge_read_tokens"] == 42 and spent["judge_written_tokens"] == 18
         for (text,) in grader.texts[3:]:  # blind: whose an answer is, is not said
             assert "reference" not in text
@@ -759,7 +767,7 @@ def test_a_judge_that_is_mended_is_asked_again(tmp_path):
     with Grader() as grader:
         judge = model_judge(grader.url, tmp_path)
         assert judge.rubrics(asked, 4, 12, 0) == VerifierJudge(task.verify).rubrics(asked, 4, 12, 0)
-        assert grader.turns["rubric"] == 1 and judge.traffic()["judge_cached"] == 2
+        assert grader.turns["rubric"] == 1 and judge.model.traffic()["judge_cached"] == 2
 
 
 ROPD = [*PAIR, "--limit", "40", *SMALL, "--steps", "2", "--batch", "16", "--max-new-tokens", "128"]
@@ -878,7 +886,7 @@ def test_marks_go_back_to_whose_they_are(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     local = InProcessModel("judge", HFEngine(model, len(text), (256,)), text, 16384, {})
     model = TextTeacher(local, AnswerCache(tmp_path / "a"), FailureLimit("x", 0.4))
-    judge = ModelJudge(FormModel(model, 64, shared=False))
+    judge = ModelJudge(FormModel(model, 64))
     (rubric,) = judge.rubrics([group], 4, 12, 0)
     assert [c.points for c in rubric.criteria] == list(POINTS)
     (met,) = judge.grades([group], [rubric], 0)

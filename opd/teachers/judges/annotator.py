@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
@@ -17,7 +17,8 @@ from opd.data.prompt_stream import Prompts
 from opd.data.prompts import Rendered
 from opd.data.verifiers.extract import without_thinking
 from opd.methods.rollout_policies.base import Memory
-from opd.teachers.text.text_teacher import TextSampling, TextTeacher
+from opd.teachers.text.text_models import TextRequest, TextSampling
+from opd.teachers.text.text_teacher import TextTeacher
 
 T = TypeVar("T")
 
@@ -38,16 +39,15 @@ class Annotator:
     """An annotator for methods without a question: it changes nothing."""
 
     prompt_stream: Prompts
+    # counters of a judge since the last call, for perf.jsonl
+    traffic: Callable[[], dict[str, float]] = field(default=dict, kw_only=True)
 
     def prompts(self, step: int, count: int, memory: Memory) -> list[Rendered]:
         """Return the `count` prompts of a step."""
         return self.prompt_stream.batch(step, count)
 
     def extra_rollouts(self, memory: Memory, first: int) -> list[Rollout]:
-        """Return rollouts of the previous step that are trained on beside those of this step.
-
-        `first` is the index of the first extra rollout, and the number of its group.
-        """
+        """Return rollouts of the previous step to train on, too; the index and group of the first are `first`."""
         return []
 
     def annotate(
@@ -61,10 +61,6 @@ class Annotator:
 
     def metrics(self, batch: Batch, extra: Batch) -> dict[str, float]:
         """Return the metrics of the answers: those of the step's own rollouts, and those of the extra rollouts."""
-        return {}
-
-    def traffic(self) -> dict[str, float]:
-        """Return the judge's counters since the last call, for perf.jsonl."""
         return {}
 
 
@@ -94,9 +90,8 @@ class TeacherTexts:
         answers: dict[int, list[str]] = {group: [] for group in rollout_by_group}
         sampling = TextSampling(count, self.max_tokens, temperature, "--max-new-tokens")
         for name, teacher in self.teachers.items() if count else ():
-            groups = [group for group, r in rollout_by_group.items() if r.teacher == name]
-            texts = teacher.chat([rollout_by_group[group].prompt for group in groups], sampling, self.seed)
-            answers |= dict(zip(groups, texts, strict=True))
+            requests = {group: TextRequest(r.prompt) for group, r in rollout_by_group.items() if r.teacher == name}
+            answers |= zip(requests, teacher.texts(list(requests.values()), sampling, self.seed), strict=True)
         return answers
 
     def span(self, rollout: Rollout, start: int, end: int) -> str:

@@ -1,7 +1,4 @@
-"""The annotator of `Continue`: a text-only teacher continues the response before each audited chunk.
-
-OmniOPD, arXiv:2606.01476.
-"""
+"""The annotator of `Continue`: a teacher continues the response before each chunk.  OmniOPD, arXiv:2606.01476."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +11,7 @@ from opd.core.types import Batch, Rollout
 from opd.methods.questions import Continue
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep
-from opd.teachers.text.text_teacher import TextRequest, import_extra
+from opd.teachers.text.text_models import TextRequest, import_extra
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,6 @@ class ChunkAnnotator(Annotator):
     def annotate(
         self, batch: Batch, rollouts: Sequence[Rollout], memory: Memory, step: TrainingStep
     ) -> tuple[Batch, Memory]:
-        """Fill the columns `chunk` and `agreement`."""
         with step.clock("ask"):
             columns = self.texts.on_main(lambda: self.columns(batch, rollouts))
         return replace(batch, **columns), memory
@@ -43,18 +39,17 @@ class ChunkAnnotator(Annotator):
         chunk = question.chunk_numbers(batch.student_entropy, batch.mask)
         agreement = torch.zeros(chunk.shape)
         for name, teacher in texts.teachers.items():
-            spans = [span for span in chunk_spans(chunk) if rollouts[span.row].teacher == name]
+            spans = [(row, tokens) for row, tokens in chunk_spans(chunk) if rollouts[row].teacher == name]
             prefixes = [
-                TextRequest(rollouts[span.row].prompt, texts.span(rollouts[span.row], 0, span.start)) for span in spans
+                TextRequest(rollouts[i].prompt, texts.span(rollouts[i], 0, tokens.start)) for i, tokens in spans
             ]
             answers = teacher.continuations(prefixes, question.texts, question.length, texts.seed, question.temperature)
-            for span, continuations in zip(spans, answers, strict=True):
-                student_text = texts.span(rollouts[span.row], span.start, span.end)
-                tokens = (span.row, slice(span.start, span.end))
+            for (row, tokens), continuations in zip(spans, answers, strict=True):
+                student_text = texts.span(rollouts[row], tokens.start, tokens.stop)
                 if continuations:
-                    agreement[tokens] = sum(similarity(student_text, text) for text in continuations)
+                    agreement[row, tokens] = sum(similarity(student_text, text) for text in continuations)
                 else:
-                    chunk[tokens] = 0
+                    chunk[row, tokens] = 0
         return {"chunk": chunk, "agreement": agreement}
 
     def metrics(self, batch: Batch, extra: Batch) -> dict[str, float]:
@@ -68,20 +63,11 @@ class ChunkAnnotator(Annotator):
         return metrics
 
 
-@dataclass(frozen=True)
-class ChunkSpan:
-    """A chunk of a response: the row of the batch, and the token range [start, end)."""
-
-    row: int
-    start: int
-    end: int
-
-
-def chunk_spans(chunk: Tensor) -> list[ChunkSpan]:
-    """Return the chunks of a batch [B, T], ordered by row and number."""
+def chunk_spans(chunk: Tensor) -> list[tuple[int, slice]]:
+    """Return the row and the tokens of each chunk of a batch [B, T], ordered by row and number."""
     spans = []
     for row, numbers in enumerate(chunk):
         for number in range(1, int(numbers.max()) + 1):
             tokens = (numbers == number).nonzero()[:, 0]
-            spans.append(ChunkSpan(row, int(tokens[0]), int(tokens[-1]) + 1))
+            spans.append((row, slice(int(tokens[0]), int(tokens[-1]) + 1)))
     return spans

@@ -10,7 +10,8 @@ from opd.methods.questions import Continue, Grade, Stages
 from opd.teachers.base import BaseTeacher
 from opd.teachers.judges.annotator import Annotator, TeacherTexts
 from opd.teachers.judges.chunk_annotator import ChunkAnnotator
-from opd.teachers.text.text_teacher import FailureLimit, TextTeacher, import_extra
+from opd.teachers.text.text_models import import_extra
+from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 
 
 def open_annotator(
@@ -21,15 +22,7 @@ def open_annotator(
     *,
     main: bool,
 ) -> Annotator:
-    """Return the annotator of the method's question.
-
-    Args:
-        plan: the run's plan.
-        prompt_stream: the training prompts.
-        teachers: the teachers of the run, by route name.
-        open_judge: loads or connects to the model that --judge names.
-        main: whether this is the main process.
-    """
+    """Return the annotator of the method's question.  `open_judge` opens a judge that is no teacher of the run."""
     config, question = plan.config, plan.method.asks
     if question is None:
         return Annotator(prompt_stream)
@@ -46,19 +39,19 @@ def open_annotator(
     from opd.teachers.judges.stage_judge import ModelStageJudge
     from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
 
-    task, model = prompt_stream.task, None
+    task, remote, model = prompt_stream.task, config.remote, None
     if not isinstance(plan.judge, Verifier):
         judge_model = open_judge(plan.judge) if plan.judge else text_teachers[""]
-        remote = config.remote
-        model = FormModel(judge_model, remote.judge_tokens, shared=plan.judge is None, schemas=remote.judge_schema)
+        model = FormModel(judge_model, remote.judge_tokens, schemas=remote.judge_schema)
     elif not task.scored:
         raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
-    failure_limit = FailureLimit(f"judge {plan.judge or plan.teachers['']}", config.remote.judge_failures, "judgements")
+    traffic = model.traffic if model and plan.judge else dict  # a judge that is also the teacher is counted there
+    failure_limit = FailureLimit(f"judge {plan.judge or plan.teachers['']}", remote.judge_failures, "judgements")
     match question:
         case Grade():
             judge = ModelJudge(model) if model else VerifierJudge(task.verify)
-            return RubricAnnotator(prompt_stream, question, texts, judge, failure_limit)
+            return RubricAnnotator(prompt_stream, question, texts, judge, failure_limit, traffic=traffic)
         case Stages():
             stage_judge = ModelStageJudge(model, question.tags) if model else VerifierStageJudge(task.verify)
-            return StageAnnotator(prompt_stream, question, texts, stage_judge, failure_limit)
+            return StageAnnotator(prompt_stream, question, texts, stage_judge, failure_limit, traffic=traffic)
     raise AssertionError(f"no annotator for {question}")

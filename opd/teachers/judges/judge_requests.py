@@ -5,7 +5,7 @@ A form is a pydantic class.  Its docstrings are part of the JSON schema that is 
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from opd.core.sampling import Prompt
 from opd.data.verifiers.extract import without_thinking
-from opd.teachers.text.text_teacher import Failure, TextRequest, TextSampling, TextTeacher
+from opd.teachers.text.text_models import Failure, TextRequest, TextSampling
+from opd.teachers.text.text_teacher import TextTeacher
 
 F = TypeVar("F", bound=BaseModel)
 AGAIN = "That was not as asked ({why}). Return the one json object and nothing else."
@@ -48,19 +49,16 @@ def schema(form: type[BaseModel], bounds: Bounds) -> str:
     """
     root = form.model_json_schema()
     definitions = root.get("$defs", {})
-    objects = (*definitions.values(), root)
-    for part in objects:
+    for part in (*definitions.values(), root):
         part["additionalProperties"] = False
-    for part in objects:
-        for name, field in part["properties"].items():
-            if name in bounds:
-                bound = bounds[name]
-                field |= {"minItems": bound.shortest, "maxItems": bound.longest}
-                if bound.field:
-                    item = definitions[field["items"]["$ref"].rpartition("/")[2]]
-                    field["prefixItems"] = [_with(item, bound.field, {"const": value}) for value in bound.values]
-                    if bound.later_values:
-                        field["items"] = _with(item, bound.field, {"enum": list(bound.later_values)})
+        for name in part["properties"].keys() & bounds.keys():
+            field, bound = part["properties"][name], bounds[name]
+            field |= {"minItems": bound.shortest, "maxItems": bound.longest}
+            if bound.field:
+                item = definitions[field["items"]["$ref"].rpartition("/")[2]]
+                field["prefixItems"] = [_with(item, bound.field, {"const": value}) for value in bound.values]
+                if bound.later_values:
+                    field["items"] = _with(item, bound.field, {"enum": list(bound.later_values)})
     return json.dumps(root)
 
 
@@ -74,7 +72,6 @@ class FormModel:
 
     model: TextTeacher
     max_tokens: int
-    shared: bool  # the model is also the teacher, whose counters include its calls
     schemas: bool = False  # whether decoding is constrained to the form's JSON schema
 
     def fill(
@@ -96,30 +93,27 @@ class FormModel:
         sampling = TextSampling(1, self.max_tokens, temperature, "--judge-tokens")
         turns: list[tuple[dict[str, str], ...]] = [({"role": "user", "content": text},) for text in requests]
         rejected: list[list[TextRequest]] = [[] for _ in requests]
-        forms: list[F | None] = [None] * len(requests)
-        errors = dict.fromkeys(range(len(requests)), "no answer")  # of the requests without a valid answer
+        results: list[F | Failure] = [Failure("no answer") for _ in requests]
         for _ in range(2):
-            open_requests = sorted(errors)
+            open_requests = [i for i, result in enumerate(results) if isinstance(result, Failure)]
             questions = [TextRequest(Prompt(messages=turns[i]), schema=schemas[i]) for i in open_requests]
             answers = self.model.texts(questions, sampling, seed)
             for i, question, texts in zip(open_requests, questions, answers, strict=True):
                 if not texts:
                     continue
-                forms[i], errors[i] = parse(texts[0], form, partial(check, i))
-                if not errors[i]:
-                    del errors[i]
-                    continue
-                rejected[i].append(question)
-                again = {"role": "user", "content": AGAIN.format(why=errors[i])}
-                turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
+                filled, reason = parse(texts[0], form, partial(check, i))
+                results[i] = Failure(reason) if filled is None else filled
+                if filled is None:
+                    rejected[i].append(question)
+                    again = {"role": "user", "content": AGAIN.format(why=reason)}
+                    turns[i] = (*turns[i], {"role": "assistant", "content": texts[0]}, again)
         # Rejected answers leave the cache, so that a later run requests them from a repaired judge.
-        self.model.forget([question for i in errors for question in rejected[i]], sampling, seed)
-        return [Failure(errors[i]) if filled is None else filled for i, filled in enumerate(forms)]
+        failed = [i for i, result in enumerate(results) if isinstance(result, Failure)]
+        self.model.forget([question for i in failed for question in rejected[i]], sampling, seed)
+        return results
 
     def traffic(self) -> dict[str, float]:
-        """Return the counters under the names judge_*; empty if the teacher counts them."""
-        if self.shared:
-            return {}
+        """Return the counters since the last call, under the names judge_*."""
         return {f"judge_{name.removeprefix('teacher_')}": x for name, x in self.model.traffic().items()}
 
 
@@ -157,18 +151,10 @@ def escaped(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a criterion as one escaped line.
-
-    A judge may quote an answer in its criterion, and the answer may hold tags.
-    """
+    """Return a criterion as one escaped line: a judge may quote an answer in it, and the answer may hold tags."""
     return " ".join(escaped(text).splitlines())
 
 
-def tagged(name: str, escaped_texts: Sequence[str]) -> str:
-    """Return texts, which are escaped already, between numbered tags."""
+def tagged(name: str, escaped_texts: Iterable[str]) -> str:
+    """Return texts, which are escaped so that none can open or close a tag, between numbered tags."""
     return "\n".join(f'<{name} number="{i}">\n{text}\n</{name}>' for i, text in enumerate(escaped_texts, 1))
-
-
-def escaped_and_tagged(name: str, texts: Sequence[str]) -> str:
-    """Return texts between numbered tags, escaped so that no text can open or close a tag."""
-    return tagged(name, [escaped(text) for text in texts])

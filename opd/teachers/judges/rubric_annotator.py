@@ -11,8 +11,10 @@ from opd.data.verifiers.extract import without_thinking
 from opd.methods.questions import Grade
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep, rows_by_group
-from opd.teachers.judges.rubric_judge import AnswerGroup, Judge
-from opd.teachers.text.text_teacher import Failure, FailureLimit
+from opd.teachers.judges.rubric_judge import AnswerGroup, ModelJudge
+from opd.teachers.judges.verifier_judge import VerifierJudge
+from opd.teachers.text.text_models import Failure
+from opd.teachers.text.text_teacher import FailureLimit
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,18 @@ class RubricAnnotator(Annotator):
 
     question: Grade
     texts: TeacherTexts
-    judge: Judge
+    judge: ModelJudge | VerifierJudge
     failure_limit: FailureLimit  # of the judge, counted over groups
 
     def annotate(
         self, batch: Batch, rollouts: Sequence[Rollout], memory: Memory, step: TrainingStep
     ) -> tuple[Batch, Memory]:
-        """Fill the columns `verdict` and `judged`."""
         with step.clock("ask"):
             columns = self.texts.on_main(lambda: self._columns(batch, rollouts))
         return replace(batch, **columns), memory
 
     def _columns(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """Return the judge's score of each response: `verdict` [B] and `judged` [B].
+        """Return the columns of the judge's scores: `verdict` [B], and `judged` [B].
 
         If the teacher or the judge failed for a group, its responses have no score and `judged` is false.
         """
@@ -57,7 +58,7 @@ class RubricAnnotator(Annotator):
         no_reference = Failure("the teacher gave no answer to compare with")
         for key, members in rows.items():
             met = grades.get(key, rubric_or_failure.get(key, no_reference))
-            self.failure_limit.note(str(met) if isinstance(met, Failure) else "")
+            self.failure_limit.note(met)
             if isinstance(met, tuple):
                 scores = [rubrics[key].score(criteria) for criteria in met]
                 first = len(groups[key].references)  # the references' scores come first
@@ -74,11 +75,6 @@ class RubricAnnotator(Annotator):
         metrics = {"unjudged": float(1 - batch.judged.float().mean())}  # share of rollouts without a verdict
         if batch.judged.any():
             verdict, reference = (x[batch.judged] for x in (batch.verdict, batch.notes["reference_verdict"]))
-            metrics["verdict"] = float(verdict.mean())
-            metrics["reference_verdict"] = float(reference.mean())
+            metrics |= {"verdict": float(verdict.mean()), "reference_verdict": float(reference.mean())}
             metrics["above_reference"] = float((verdict > reference).float().mean())
         return metrics
-
-    def traffic(self) -> dict[str, float]:
-        """Return the judge's counters since the last call, for perf.jsonl."""
-        return self.judge.traffic()

@@ -1,28 +1,20 @@
 """Judges that write a rubric for the answers to a question, and grade each answer by it.
 
-A judge returns `Failure` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
-a judge that needs no model.
+A judge returns `Failure` with the reason where it failed.  Here a language model judges; `VerifierJudge` in
+`verifier_judge.py` has the same methods and needs no model.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
 from opd.core.sampling import Prompt
-from opd.teachers.judges.judge_requests import (
-    Bounds,
-    FormModel,
-    ListBounds,
-    escaped,
-    escaped_and_tagged,
-    one_line,
-    question_text,
-)
-from opd.teachers.text.text_teacher import Failure
+from opd.teachers.judges.judge_requests import Bounds, FormModel, ListBounds, escaped, one_line, question_text, tagged
+from opd.teachers.text.text_models import Failure
 
 Met = tuple[tuple[bool, ...], ...]  # [answer][criterion]
 
@@ -121,20 +113,6 @@ class AnswerGroup:
         return (*self.references, *self.answers)
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """A judge that writes rubrics and grades answers by them."""
-
-    def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failure]:
-        """Return a rubric of `minimum` to `maximum` criteria for each group."""
-
-    def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
-        """Return for each group which criteria each answer meets, the teacher's answers first."""
-
-    def traffic(self) -> dict[str, float]:
-        """Return the counters since the last call, for perf.jsonl."""
-
-
 @dataclass(frozen=True)
 class ModelJudge:
     """A language model that writes rubrics and grades answers."""
@@ -142,7 +120,7 @@ class ModelJudge:
     model: FormModel
 
     def rubrics(self, groups: Sequence[AnswerGroup], minimum: int, maximum: int, seed: int) -> list[Rubric | Failure]:
-        """Return a rubric for each group.  Temperature 0.7, as in ROPD."""
+        """Return a rubric of `minimum` to `maximum` criteria for each group.  Temperature 0.7, as in ROPD."""
 
         def check(i: int, rubric: Rubric) -> str:
             n = len(rubric.criteria)
@@ -153,8 +131,8 @@ class ModelJudge:
                 least=minimum,
                 most=maximum,
                 question=escaped(question_text(group.prompt)),
-                references=escaped_and_tagged("reference", group.references),
-                answers=escaped_and_tagged("answer", group.answers),
+                references=tagged("reference", map(escaped, group.references)),
+                answers=tagged("answer", map(escaped, group.answers)),
             )
             for group in groups
         ]
@@ -162,7 +140,10 @@ class ModelJudge:
         return self.model.fill(requests, Rubric, check, seed, temperature=0.7, bounds=lambda i: bounds)
 
     def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
-        """Return the grades of each group.  A request holds all answers of a group, shuffled.  Temperature 0."""
+        """Return for each group which criteria each answer meets, the teacher's answers first.
+
+        A request holds all answers of a group, shuffled.  Temperature 0.
+        """
         orders = [group.shuffled() for group in groups]
 
         def check(i: int, sheet: Sheet) -> str:
@@ -175,29 +156,20 @@ class ModelJudge:
             n, k = len(orders[i]), len(rubrics[i].criteria)
             return {"answers": ListBounds(n, n, "index", tuple(range(1, n + 1))), "met": ListBounds(k, k)}
 
-        requests = []
-        for group, rubric, order in zip(groups, rubrics, orders, strict=True):
-            answers = group.all_answers()
-            lines = [f"{i}. ({c.points}) {one_line(c.criterion)}" for i, c in enumerate(rubric.criteria, 1)]
-            requests.append(
-                GRADE.format(
-                    question=escaped(question_text(group.prompt)),
-                    rubric="\n".join(lines),
-                    answers=escaped_and_tagged("answer", [answers[i] for i in order]),
-                    count=len(answers),
-                    criteria=len(rubric.criteria),
-                )
+        requests = [
+            GRADE.format(
+                question=escaped(question_text(group.prompt)),
+                rubric="\n".join(
+                    f"{i}. ({c.points}) {one_line(c.criterion)}" for i, c in enumerate(rubric.criteria, 1)
+                ),
+                answers=tagged("answer", [escaped(group.all_answers()[i]) for i in order]),
+                count=len(order),
+                criteria=len(rubric.criteria),
             )
-        grades: list[Met | Failure] = []
+            for group, rubric, order in zip(groups, rubrics, orders, strict=True)
+        ]
         sheets = self.model.fill(requests, Sheet, check, seed, temperature=0.0, bounds=bounds)
-        for sheet, order in zip(sheets, orders, strict=True):
-            if isinstance(sheet, Failure):
-                grades.append(sheet)
-                continue
-            met_by_answer = {i: sheet.answers[k].met for k, i in enumerate(order)}
-            grades.append(tuple(met_by_answer[i] for i in range(len(order))))
-        return grades
-
-    def traffic(self) -> dict[str, float]:
-        """Return the counters since the last call, for perf.jsonl."""
-        return self.model.traffic()
+        return [
+            sheet if isinstance(sheet, Failure) else tuple(sheet.answers[order.index(i)].met for i in range(len(order)))
+            for sheet, order in zip(sheets, orders, strict=True)
+        ]

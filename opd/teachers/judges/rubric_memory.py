@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from statistics import pvariance
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from opd.core.sampling import Prompt
 from opd.core.types import Rollout
@@ -54,11 +55,8 @@ def score(criteria: Sequence[StageCriterion], marks: Sequence[int]) -> float:
 
 def stage_scores(criteria: Sequence[StageCriterion], marks: Sequence[int], stages: int) -> list[float]:
     """Return the score of each stage, from the criteria of that stage."""
-    scores = []
-    for stage in range(1, stages + 1):
-        pairs = [(c, mark) for c, mark in zip(criteria, marks, strict=True) if c.stage == stage]
-        scores.append(score([c for c, _ in pairs], [mark for _, mark in pairs]))
-    return scores
+    chosen = [[c.stage == stage for c in criteria] for stage in range(1, stages + 1)]
+    return [score(list(compress(criteria, of_stage)), list(compress(marks, of_stage))) for of_stage in chosen]
 
 
 def extended(criteria: Criteria, new: Sequence[StageCriterion]) -> Criteria:
@@ -127,18 +125,11 @@ class RubricMemory:
         """Return the rubric memory in a run's memory, or an empty one before the first step."""
         if KEY not in memory:
             return cls()
-        raw: dict[str, Any] = json.loads(memory[KEY].numpy().tobytes())
-        rubrics = {key: tuple(StageCriterion(**row) for row in rows) for key, rows in raw["rubrics"].items()}
-        deferred: list[dict[str, Any]] = [
-            {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()} for row in raw["deferred"]
-        ]
-        return cls(rubrics, raw["notes"], tuple(DeferredReflection(**row) for row in deferred))
+        return TypeAdapter(cls).validate_json(memory[KEY].numpy().tobytes())
 
     def dump(self) -> Memory:
         """Return this memory as JSON bytes in a tensor.  `load` restores floats exactly."""
-        rubrics = {key: [asdict(c) for c in criteria] for key, criteria in self.rubrics.items()}
-        raw = {"rubrics": rubrics, "notes": dict(self.notes), "deferred": [asdict(d) for d in self.deferred]}
-        return {KEY: torch.from_numpy(np.frombuffer(json.dumps(raw).encode(), dtype=np.uint8).copy())}
+        return {KEY: torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8)}
 
     def with_rubrics(self, rubrics: Mapping[str, Criteria], limit: int) -> "RubricMemory":
         """Return the memory with these rubrics as the newest.  Only the newest `limit` questions are kept."""
@@ -147,10 +138,7 @@ class RubricMemory:
     def with_reflections(
         self, notes: Mapping[str, str], deferred: Sequence[DeferredReflection], limit: int
     ) -> "RubricMemory":
-        """Return the memory with these notes as the newest, and with the reflections of this step.
-
-        Only the newest `limit` notes are kept.  The reflections of the previous step are replaced.
-        """
+        """Return the memory with these notes as the newest, of which `limit` are kept, and only these reflections."""
         return replace(self, notes=_newest(self.notes, notes, limit), deferred=tuple(deferred))
 
 

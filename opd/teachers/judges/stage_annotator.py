@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -21,7 +22,7 @@ from opd.methods.questions import Reflect, Stages
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.judges import stage_tags
 from opd.teachers.judges.annotator import Annotator, TeacherTexts, TrainingStep, rows_by_group
-from opd.teachers.judges.reflections import choose_attempts, judge_reflections, with_notes
+from opd.teachers.judges.reflections import choose_attempts, with_notes
 from opd.teachers.judges.rubric_memory import (
     Criteria,
     DeferredReflection,
@@ -32,8 +33,10 @@ from opd.teachers.judges.rubric_memory import (
     pruned,
     stage_scores,
 )
-from opd.teachers.judges.stage_judge import Contrast, StagedResponse, StageJudge
-from opd.teachers.text.text_teacher import Failure, FailureLimit
+from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflection, StagedResponse
+from opd.teachers.judges.verifier_judge import VerifierStageJudge
+from opd.teachers.text.text_models import Failure
+from opd.teachers.text.text_teacher import FailureLimit
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class StageAnnotator(Annotator):
 
     question: Stages
     texts: TeacherTexts
-    judge: StageJudge
+    judge: ModelStageJudge | VerifierStageJudge
     failure_limit: FailureLimit  # of the judge, counted over rollouts and reflections
 
     def prompts(self, step: int, count: int, memory: Memory) -> list[Rendered]:
@@ -54,7 +57,6 @@ class StageAnnotator(Annotator):
         return with_notes(rendered_prompts, RubricMemory.load(memory).notes, reflect.remember, self.prompt_stream)
 
     def extra_rollouts(self, memory: Memory, first: int) -> list[Rollout]:
-        """Return the reflections of the previous step."""
         return [d.rollout(first + i, first) for i, d in enumerate(RubricMemory.load(memory).deferred)]
 
     def annotate(
@@ -136,18 +138,17 @@ class StageAnnotator(Annotator):
                 rubrics.get(digest(prompt)) or column_criteria(prompt, question.column, len(question.tags)),
             )
         evolved = dict(zip(contrasts, self.judge.evolve(list(contrasts.values()), seed), strict=True))
-        criteria: dict[int, Criteria] = {}
-        for group, contrast in contrasts.items():
-            new = evolved[group]
-            criteria[group] = extended(contrast.criteria, () if isinstance(new, Failure) else new)
+        criteria = {
+            group: extended(contrasts[group].criteria, () if isinstance(new, Failure) else new)
+            for group, new in evolved.items()
+        }
         to_mark = [i for group, members in rows.items() if criteria[group] for i in members]
         marked = self.judge.marks([responses[i] for i in to_mark], [criteria[rollouts[i].group] for i in to_mark], seed)
         marks_or_failure = dict(zip(to_mark, marked, strict=True))
         for i in range(len(responses)):
-            answer = marks_or_failure.get(i, evolved[rollouts[i].group])  # a rollout without criteria gets no marks
-            failure = str(answer) if isinstance(answer, Failure) else "no criteria"
-            is_marked = i in marks_or_failure and not isinstance(answer, Failure)
-            self.failure_limit.note("" if is_marked else failure)
+            new = evolved[rollouts[i].group]
+            without_criteria = new if isinstance(new, Failure) else Failure("no criteria")
+            self.failure_limit.note(marks_or_failure.get(i, without_criteria))
         return {i: marks for i, marks in marks_or_failure.items() if not isinstance(marks, Failure)}, criteria
 
     def _staged(self, rollout: Rollout, stage_numbers: Sequence[int]) -> StagedResponse:
@@ -163,16 +164,53 @@ class StageAnnotator(Annotator):
         assert batch.judged is not None
         count = len(rollouts) - len(memory.deferred)
         judged = [r for r, is_judged in zip(rollouts[:count], batch.judged.tolist(), strict=False) if is_judged]
-        attempts = choose_attempts(judged, reflect, self.prompt_stream, self.texts, step.number)
-        requests = [attempt.request for attempt in attempts]
+        attempts, requests = choose_attempts(judged, reflect, self.prompt_stream, self.texts, step.number)
         written = step.generate(requests, reflect.samples, reflect.temperature, len(batch.ids))
         if not written:
             return {}, []
         logp = step.measure(written).student_logp
         assert logp is not None
-        return self.texts.on_main(
-            lambda: judge_reflections(attempts, written, logp, self.judge, self.failure_limit, self.texts)
-        )
+        return self.texts.on_main(lambda: self._judged_reflections(attempts, written, logp))
+
+    def _judged_reflections(
+        self, attempts: Sequence[Rollout], reflections: Sequence[Rollout], logp: Tensor
+    ) -> tuple[dict[str, str], list[DeferredReflection]]:
+        """Return the notes that reflections give, by question, and the reflections to train on.
+
+        `reflections` holds equally many for each attempt, in order; `logp` has a row per reflection.  The best
+        reflection on an attempt becomes the note of its question.  One on which the judge failed is dropped.
+        """
+        samples = len(reflections) // len(attempts)
+        pairs = [
+            Reflection(attempt.prompt, self.texts.response(attempt), self.texts.response(reflection))
+            for k, attempt in enumerate(attempts)
+            for reflection in reflections[k * samples : (k + 1) * samples]
+        ]
+        notes: dict[str, str] = {}
+        best: dict[int, float] = {}  # worth of the best reflection by attempt
+        deferred = []
+        worths = self.judge.worth(pairs, self.texts.seed)
+        for i, (reflection, pair, worth) in enumerate(zip(reflections, pairs, worths, strict=True)):
+            self.failure_limit.note(worth)
+            if isinstance(worth, Failure):
+                continue
+            group = i // samples
+            if worth > best.get(group, -1.0):
+                best[group], notes[digest(pair.prompt)] = worth, pair.text
+            deferred.append(
+                DeferredReflection(
+                    messages=reflection.prompt.messages,
+                    text=reflection.prompt.text,
+                    teacher=reflection.teacher,
+                    group=group,
+                    prompt_ids=reflection.prompt_ids,
+                    ids=reflection.ids,
+                    logp=tuple(logp[i][: len(reflection.ids)].tolist()),
+                    stopped=reflection.stopped,
+                    worth=worth,
+                )
+            )
+        return notes, deferred
 
     def metrics(self, batch: Batch, extra: Batch) -> dict[str, float]:
         """Return the mean score and the share of tokens of each stage, and the scores of the reflections."""
@@ -187,22 +225,13 @@ class StageAnnotator(Annotator):
             metrics[f"staged_{k}"] = float(tokens / batch.mask.sum().clamp(min=1))  # share of trained tokens
         if len(extra.ids) and extra.stage_scores is not None:
             worth = extra.stage_scores[:, -1]
-            metrics["reflections"] = float(len(extra.ids))
-            metrics["reflection_tokens"] = float(extra.mask.sum())
-            metrics["reflection"] = float(worth.mean())
-            metrics["reflection_std"] = float(worth.std(correction=0))
+            metrics |= {"reflections": float(len(extra.ids)), "reflection_tokens": float(extra.mask.sum())}
+            metrics |= {"reflection": float(worth.mean()), "reflection_std": float(worth.std(correction=0))}
         return metrics
-
-    def traffic(self) -> dict[str, float]:
-        """Return the judge's counters since the last call, for perf.jsonl."""
-        return self.judge.traffic()
 
 
 def column_criteria(prompt: Prompt, column: str, last: int) -> Criteria:
-    """Parse the answer's criteria in a prompt's row: a list of texts or of {criterion, weight, negative}.
-
-    Raises Refusal if the column holds anything else.
-    """
+    """Parse the answer's criteria in a prompt's row, texts or {criterion, weight, negative}, or raise Refusal."""
     raw: Any = prompt.columns.get(column) or ()
     try:
         rows = json.loads(raw) if isinstance(raw, str) else raw

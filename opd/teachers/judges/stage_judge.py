@@ -1,28 +1,19 @@
 """Judges that score the stages of a response, and reflections on it.  RubricEM, arXiv:2605.10899.
 
-A judge returns `Failure` with the reason where it failed.  Here a language model judges; `verifier_judge.py` has
-a judge that needs no model.
+A judge returns `Failure` with the reason where it failed.  Here a language model judges; `VerifierStageJudge` in
+`verifier_judge.py` has the same methods and needs no model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
 from opd.core.sampling import Prompt
-from opd.teachers.judges.judge_requests import (
-    Bounds,
-    FormModel,
-    ListBounds,
-    escaped,
-    escaped_and_tagged,
-    one_line,
-    question_text,
-    tagged,
-)
+from opd.teachers.judges.judge_requests import Bounds, FormModel, ListBounds, escaped, one_line, question_text, tagged
 from opd.teachers.judges.rubric_memory import MAX_MARK, Criteria, Marks, StageCriterion
-from opd.teachers.text.text_teacher import Failure
+from opd.teachers.text.text_models import Failure
 
 # (fewest, most) new criteria of a stage, and of the last stage, the answer.
 STAGE_CRITERIA, ANSWER_CRITERIA = (1, 4), (2, 5)
@@ -169,64 +160,34 @@ class Reflection:
     text: str
 
 
-@runtime_checkable
-class StageJudge(Protocol):
-    """A judge that writes criteria for stages and marks responses by them."""
-
-    def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
-        """Return new criteria for each question."""
-
-    def marks(
-        self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
-    ) -> list[Marks | Failure]:
-        """Return the marks of each response for its criteria."""
-
-    def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
-        """Return the worth of each reflection, in [0, 1]."""
-
-    def traffic(self) -> dict[str, float]:
-        """Return the counters since the last call, for perf.jsonl."""
-
-
 @dataclass(frozen=True)
 class ModelStageJudge:
-    """A language model as judge of stages.
-
-    It gets one request per group for criteria, one per response for marks, and one per reflection for its worth.
-    """
+    """A language model as judge of stages: a request per group (criteria), response (marks) and reflection (worth)."""
 
     model: FormModel
     tags: tuple[str, ...]
 
     def evolve(self, groups: Sequence[Contrast], seed: int) -> list[Criteria | Failure]:
-        """Return new criteria for each question.  Temperature 0.7.
-
-        If a stage gets too many or too few criteria, they are requested once more.
-        """
+        """Return new criteria for each question; the number per stage is checked.  Temperature 0.7."""
         last = len(self.tags)
-
-        def limits(i: int, stage: int) -> tuple[int, int]:
-            """Return the fewest and the most new criteria of a stage.  A stage that has criteria needs no new ones."""
-            minimum, maximum = ANSWER_CRITERIA if stage == last else STAGE_CRITERIA
-            return 0 if any(c.stage == stage for c in groups[i].criteria) else minimum, maximum
+        limits: list[dict[int, tuple[int, int]]] = []  # of each group and stage: the fewest and the most new criteria
+        for group in groups:
+            served = {c.stage for c in group.criteria}  # a stage that has criteria needs no new ones
+            both = {stage: ANSWER_CRITERIA if stage == last else STAGE_CRITERIA for stage in range(1, last + 1)}
+            limits.append({stage: (0 if stage in served else least, most) for stage, (least, most) in both.items()})
 
         def check(i: int, evolved: Evolved) -> str:
-            for stage in range(1, last + 1):
+            for stage, (least, most) in limits[i].items():
                 n = sum(c.stage == stage for c in evolved.criteria)
-                minimum, maximum = limits(i, stage)
-                if not minimum <= n <= maximum:
-                    return f"{n} criteria of stage {stage}, not {minimum} to {maximum}"
+                if not least <= n <= most:
+                    return f"{n} criteria of stage {stage}, not {least} to {most}"
             return "" if all(c.stage <= last for c in evolved.criteria) else f"there are {last} stages"
 
         def bounds(i: int) -> Bounds:
-            """Constrain the list: first the fewest criteria of each stage, then extra ones of any stage.
-
-            Their number is such that no stage can get too many.
-            """
-            stages = tuple(range(1, last + 1))
-            required = tuple(stage for stage in stages for _ in range(limits(i, stage)[0]))
-            extra = min(maximum - minimum for minimum, maximum in (limits(i, stage) for stage in stages))
-            return {"criteria": ListBounds(len(required), len(required) + extra, "stage", required, stages)}
+            """Constrain the list: the fewest criteria of each stage, then extra ones, not too many for any stage."""
+            required = tuple(stage for stage, (least, _) in limits[i].items() for _ in range(least))
+            extra = min(most - least for least, most in limits[i].values())
+            return {"criteria": ListBounds(len(required), len(required) + extra, "stage", required, tuple(limits[i]))}
 
         names = ", ".join(f"{k} ({tag.replace('|', ' or ')})" for k, tag in enumerate(self.tags, 1))
         requests = [
@@ -247,7 +208,7 @@ class ModelStageJudge:
     def marks(
         self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
     ) -> list[Marks | Failure]:
-        """Return the marks of each response.  Temperature 0."""
+        """Return the marks of each response for its criteria.  Temperature 0."""
         indices = [tuple(range(1, len(listed) + 1)) for listed in criteria]
 
         def check(i: int, marking: Marking) -> str:
@@ -270,7 +231,7 @@ class ModelStageJudge:
         return [form if isinstance(form, Failure) else tuple(m.mark for m in form.marks) for form in forms]
 
     def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
-        """Return the worth of each reflection.  Temperature 0."""
+        """Return the worth of each reflection, in [0, 1].  Temperature 0."""
         requests = [
             WEIGH.format(
                 question=escaped(question_text(x.prompt)), attempt=escaped(x.attempt), reflection=escaped(x.text)
@@ -280,20 +241,13 @@ class ModelStageJudge:
         forms = self.model.fill(requests, Weighed, lambda i, form: "", seed, temperature=0.0)
         return [form if isinstance(form, Failure) else form.worth() for form in forms]
 
-    def traffic(self) -> dict[str, float]:
-        """Return the judge's counters since the last call."""
-        return self.model.traffic()
-
 
 def _tagged_stages(response: StagedResponse) -> str:
     """Return a response as the judge reads it: stages between tags, escaped so that no stage can open another."""
-    return escaped_and_tagged("stage", [text or "(missing)" for text in response.stages])
+    return tagged("stage", [escaped(text or "(missing)") for text in response.stages])
 
 
 def _numbered(criteria: Criteria) -> str:
     """Return criteria as the judge reads them: a numbered list."""
-    lines = []
-    for i, c in enumerate(criteria, 1):
-        fault = "(fault) " if c.negative else ""
-        lines.append(f"{i}. [stage {c.stage}] {fault}{one_line(c.text)}")
-    return "\n".join(lines)
+    lines = [f"[stage {c.stage}] {'(fault) ' if c.negative else ''}{one_line(c.text)}" for c in criteria]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))

@@ -6,7 +6,7 @@ response without a tag consists only of the last stage, the answer.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,7 +22,7 @@ def starts(text: str, tags: Sequence[str]) -> list[tuple[int, int]]:
         (offset, -len(word), stage)
         for stage, tag in enumerate(tags, 1)
         for word in tag.split("|")
-        for offset in _offsets(text, word)
+        for offset in (match.start() for match in re.finditer(re.escape(word), text))
     )
     chains: dict[int, list[tuple[int, int]]] = {}  # stage -> the longest chain that ends with it
     end = 0  # offset after the last tag: of two tags at one offset the longer counts
@@ -58,18 +58,11 @@ def numbered(tokenizer: Tokenizer, ids: Sequence[int], tags: Sequence[str]) -> l
         first = list(ids[:n])
         return str(tokenizer.decode(first, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def first_token(offset: int) -> int:
+        """Return the index of the first token up to which the decoded ids have the text up to a character."""
+        return bisect_left(range(len(ids) + 1), True, key=lambda n: decode(n).startswith(text[: offset + 1])) - 1
+
     text = decode(len(ids))
     stages = starts(text, tags) or [(len(tags), 0)]
-    first_tokens = [_token(decode, len(ids), text[: offset + 1]) for _, offset in stages[1:]]
-    spans = pairwise([0, *first_tokens, len(ids)])
+    spans = pairwise([0, *(first_token(offset) for _, offset in stages[1:]), len(ids)])
     return [stage for (stage, _), (start, end) in zip(stages, spans, strict=True) for _ in range(start, end)]
-
-
-def _token(decode: Callable[[int], str], count: int, text: str) -> int:
-    """Return the index of the first token up to which the decoded ids start with `text`."""
-    return bisect_left(range(count + 1), True, key=lambda n: decode(n).startswith(text)) - 1
-
-
-def _offsets(text: str, word: str) -> list[int]:
-    """Return the offsets of all non-overlapping occurrences of a word."""
-    return [match.start() for match in re.finditer(re.escape(word), text)]

@@ -23,7 +23,7 @@ from opd.teachers.judges.stage_judge import (
     StagedResponse,
     Weighed,
 )
-from opd.teachers.text.text_teacher import Failure
+from opd.teachers.text.text_models import Failure
 
 RIGHT_ANSWER = "The final answer is right."
 CLOSES = "It closes with an answer."
@@ -39,10 +39,8 @@ _SUM = re.compile(r"(?<![\w.^])(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)(?![\w.])")
 class VerifierJudge:
     """A judge of answers that uses the task's verifier.
 
-    Its rubric has four fixed criteria: the final answer is right, an answer exists, the question's numbers are used,
-    and no line is repeated three times.  Further criteria are the lines that most right references contain; if no
-    reference is right, those of the student's right answers.  Lines that about half of the student's answers contain
-    come first.
+    Its rubric has four fixed criteria (the constants above), and the lines that most right references contain; if no
+    reference is right, most right answers of the student.  Lines that half of the student's answers contain come first.
     """
 
     verify: Callable[[str, Prompt], float]
@@ -69,7 +67,6 @@ class VerifierJudge:
         return Rubric(criteria=tuple(Criterion(criterion=text, points=points) for text, points in criteria))
 
     def grades(self, groups: Sequence[AnswerGroup], rubrics: Sequence[Rubric], seed: int) -> list[Met | Failure]:
-        """Return which criteria each answer meets, by fixed rules."""
         return [
             tuple(
                 tuple(self._meets(c.criterion, text, group.prompt) for c in rubric.criteria)
@@ -81,29 +78,22 @@ class VerifierJudge:
     def _meets(self, criterion: str, text: str, prompt: Prompt) -> bool:
         if criterion.startswith(STATES):
             return criterion.removeprefix(STATES) in lines(text)
-        question = prompt.text + " ".join(turn["content"] for turn in prompt.messages)
         rules: Mapping[str, Callable[[], bool]] = {
             RIGHT_ANSWER: lambda: self.verify(text, prompt) > RIGHT,
             CLOSES: lambda: bool(marked(text) or stated(text)) or number(text.rpartition("\n")[2]) is not None,
-            NUMBERS: lambda: _numbers(question) <= _numbers(text),
+            NUMBERS: lambda: _numbers(question_text(prompt)) <= _numbers(text),
             ONCE: lambda: not _repeats(text),
         }
         return rules[criterion]()
-
-    def traffic(self) -> dict[str, float]:
-        """Return nothing: this judge sends no request."""
-        return {}
 
 
 @dataclass(frozen=True)
 class VerifierStageJudge:
     """A judge of stages that uses the task's verifier and checks sums.
 
-    Its criteria: the final answer is right; the sums of a stage are right; a line of a stage is repeated three times
-    (a fault); the stage states a line that most right references contain.  If no reference is right, the student's
-    right answers take their place.  Criteria whose marks vary most over the student's answers come first.  A reflection
-    is marked by three things: it reaches the right answer, it uses the question's numbers, and it is no copy of a wrong
-    attempt.
+    Its criteria are fixed (the constants above), and the lines of a stage that most right references contain; if no
+    reference is right, most right answers of the student.  Criteria whose marks vary most over the student's answers
+    come first.  A good reflection reaches the right answer with the question's numbers and copies no wrong attempt.
     """
 
     verify: Callable[[str, Prompt], float]
@@ -133,7 +123,6 @@ class VerifierStageJudge:
     def marks(
         self, answers: Sequence[StagedResponse], criteria: Sequence[Criteria], seed: int
     ) -> list[Marks | Failure]:
-        """Return the marks of each response, by fixed rules."""
         return [tuple(self._mark(c, x) for c in listed) for x, listed in zip(answers, criteria, strict=True)]
 
     def _mark(self, criterion: StageCriterion, response: StagedResponse) -> int:
@@ -150,7 +139,6 @@ class VerifierStageJudge:
         return self.verify(response.text(), response.prompt) > RIGHT
 
     def worth(self, reflections: Sequence[Reflection], seed: int) -> list[float | Failure]:
-        """Return the worth of each reflection, by fixed rules."""
         return [self.weigh(reflection).worth() for reflection in reflections]
 
     def weigh(self, reflection: Reflection) -> Weighed:
@@ -162,18 +150,10 @@ class VerifierStageJudge:
         share = len(numbers & _numbers(reflection.text)) / max(1, len(numbers))
         is_copy = reflection.text.strip() == reflection.attempt.strip()
         is_useless = _repeats(reflection.text) or (is_copy and not attempt_is_right)
+        marks = {"accuracy": MAX_MARK * is_right, "specificity": _mark_of_share(share)}
         return Weighed.model_validate(
-            {
-                "reason": "by what it comes to",
-                "accuracy": MAX_MARK * is_right,
-                "specificity": _mark_of_share(share),
-                "scope": 0 if is_useless else MAX_MARK,
-            }
+            {"reason": "by what it comes to", **marks, "scope": 0 if is_useless else MAX_MARK}
         )
-
-    def traffic(self) -> dict[str, float]:
-        """Return nothing: this judge sends no request."""
-        return {}
 
 
 def lines(text: str) -> list[str]:
@@ -193,7 +173,6 @@ def _repeats(text: str) -> bool:
 
 
 def _numbers(text: str) -> set[str]:
-    """Return the whole numbers in a text."""
     return set(re.findall(r"\d+", text))
 
 

@@ -1,15 +1,12 @@
 """Response bodies of vLLM's OpenAI-compatible protocol (0.33): samples and scores become plain json."""
 
-import secrets
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.head.token_scores import TokenScores
 from opd.rollouts.engines.base import Sample
-from opd.teachers.serve.model import ScoredSequence
 from opd.teachers.serve.protocol import SamplingFields
 
 LIMIT = 9999.0  # vLLM sends -9999 for -inf, which json cannot represent
@@ -22,10 +19,10 @@ def choice(tokenizer: Tokenizer, sample: Sample, request: SamplingFields, *, ind
     response = str(tokenizer.decode(list(ids), skip_special_tokens=request.skip_special_tokens))
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     ends = {response.find(stop): stop for stop in stops if stop and stop in response}
+    reason: int | str | None = None
     if ends:
-        response = response[: min(ends)]
-    reason: int | str | None = ends[min(ends)] if ends else None
-    if sample.stopped and not ends and sample.ids[-1] in (request.stop_token_ids or []):
+        response, reason = response[: min(ends)], ends[min(ends)]
+    elif sample.stopped and sample.ids[-1] in (request.stop_token_ids or []):
         reason = sample.ids[-1]
     out: Json = {
         "index": index,
@@ -54,15 +51,11 @@ def rollout(sample: Sample, *, index: int, version: str) -> Json:
     }
 
 
-def prompt_logprobs(tokenizer: Tokenizer, sequence: ScoredSequence, scores: TokenScores) -> list[Json | None]:
-    """Return for each prompt token the log-probs of it and of the most probable tokens, by id.
-
-    The first token has no prediction, so its entry is None.
-    """
+def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: TokenScores) -> list[Json | None]:
+    """Return for each prompt token the log-probs of it and of the most probable tokens, by id; None for the first."""
     out: list[Json | None] = [None]
     columns = (scores.logp[:, 0], scores.rank, scores.top_ids, scores.top_logp)
-    token_ids = (sequence.ids[t] for t in sequence.positions)
-    for i, logp, rank, top_ids, top_logp in zip(token_ids, *(x.tolist() for x in columns), strict=True):
+    for i, logp, rank, top_ids, top_logp in zip(ids[1:], *(x.tolist() for x in columns), strict=True):
         entries = {j: (value, place) for place, (j, value) in enumerate(zip(top_ids, top_logp, strict=True), 1)}
         entries.setdefault(i, (logp, rank))
         ordered = {i: entries.pop(i), **entries}  # the prompt's token comes first
@@ -87,21 +80,3 @@ def response_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: TokenSco
         top.setdefault(str(token), logp)
     offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     return {"tokens": tokens, "token_logprobs": logps, "top_logprobs": tops, "text_offset": offsets}
-
-
-def response_body(
-    kind: tuple[str, str], model: str, choices: Sequence[Mapping[str, object]], *, read: int, written: int
-) -> Json:
-    """Return the response body around its choices.
-
-    `kind` is the name of the object and the prefix of its id.  `read` and `written` count prompt and response tokens.
-    """
-    name, prefix = kind
-    return {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
-        "object": name,
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-    }

@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from opd.config.commands import Serve
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.data import prompts
 from opd.head.token_scores import TokenScores
 from opd.models.remote import opd_protocol as wire
-from opd.rollouts.engines.base import Sample
+from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.teachers.serve import answers
-from opd.teachers.serve.gate import Gate, Limits, error
+from opd.teachers.serve.answers import Json
+from opd.teachers.serve.gate import Gate, error
 from opd.teachers.serve.model import ScoredSequence, Served
 from opd.teachers.serve.protocol import (
     Chat,
@@ -42,53 +44,44 @@ from opd.teachers.serve.protocol import (
 
 
 class Routes:
-    """The request handlers, one method per route."""
+    """The request handlers, one method per route; `build` has the routes."""
 
-    def __init__(self, served: Served, limits: Limits) -> None:
-        self.served, self.limits = served, limits
+    def __init__(self, served: Served, config: Serve) -> None:
+        self.served, self.config = served, config
         self.started = int(time.time())
 
-    def models(self) -> dict[str, object]:
-        """Handle GET /v1/models."""
+    def models(self) -> Json:
         name, context = self.served.name, self.served.context
         card = {"id": name, "object": "model", "created": self.started, "owned_by": "opd", "root": name}
         return {"object": "list", "data": [card | {"parent": None, "max_model_len": context}]}
 
-    def completions(self, request: Completion) -> dict[str, object]:
-        """Handle POST /v1/completions."""
+    def completions(self, request: Completion) -> Json:
         self._check_model(request.model)
         rows, tokenizer = self._prompts(request), self.served.tokenizer
         max_tokens = 16 if request.max_tokens is None else request.max_tokens
         for row in rows:
             self._check_row(row, max_tokens)
         for field, k in (("prompt_logprobs", request.prompt_logprobs), ("logprobs", request.logprobs)):
-            if k is not None and k > self.limits.logprobs:
-                raise Refusal(f"{field}: {k} requested, and this server gives at most {self.limits.logprobs}")
-        prompt_logprobs: list[list[dict[str, object] | None] | None] = [None] * len(rows)
+            if k is not None and k > self.config.max_logprobs:
+                raise Refusal(f"{field}: {k} requested, and this server gives at most {self.config.max_logprobs}")
+        prompt_logprobs: list[list[Json | None] | None] = [None] * len(rows)
         if request.prompt_logprobs is not None:
-            sequences = [ScoredSequence(row, tuple(range(1, len(row)))) for row in rows]
-            scores = self._scores(sequences, request.prompt_logprobs)
-            prompt_logprobs = [
-                answers.prompt_logprobs(tokenizer, sequence, score)
-                for sequence, score in zip(sequences, scores, strict=True)
-            ]
+            scores = self._scores([ScoredSequence(row, range(1, len(row))) for row in rows], request.prompt_logprobs)
+            prompt_logprobs = [answers.prompt_logprobs(tokenizer, *pair) for pair in zip(rows, scores, strict=True)]
         samples = self._sample([row for row in rows for _ in range(request.n)], request, max_tokens)
-        choices = [
-            answers.choice(tokenizer, sample, request, index=i, row=rows[i // request.n])
-            for i, sample in enumerate(samples)
-        ]
-        for i, choice in enumerate(choices):
-            choice["prompt_logprobs"] = prompt_logprobs[i // request.n]
+        choices = []
+        for i, sample in enumerate(samples):
+            choice = answers.choice(tokenizer, sample, request, index=i, row=rows[i // request.n])
+            choices.append(choice | {"prompt_logprobs": prompt_logprobs[i // request.n]})
         if request.logprobs is not None:
             pairs = [(rows[i // request.n], sample.ids) for i, sample in enumerate(samples)]
-            sequences = [ScoredSequence(row + ids, tuple(range(len(row), len(row) + len(ids)))) for row, ids in pairs]
+            sequences = [ScoredSequence(row + ids, range(len(row), len(row) + len(ids))) for row, ids in pairs]
             scores = self._scores(sequences, request.logprobs)
-            for choice, (_, ids), score in zip(choices, pairs, scores, strict=True):
-                choice["logprobs"] = answers.response_logprobs(tokenizer, ids, score)
+            for choice, sample, score in zip(choices, samples, scores, strict=True):
+                choice["logprobs"] = answers.response_logprobs(tokenizer, sample.ids, score)
         return self._answer(("text_completion", "cmpl"), choices, rows, samples)
 
-    def chat(self, request: Chat) -> dict[str, object]:
-        """Handle POST /v1/chat/completions."""
+    def chat(self, request: Chat) -> Json:
         self._check_model(request.model)
         turns = tuple({"role": m.role, "content": m.text()} for m in request.messages)
         prefix = str(turns[-1]["content"]) if request.continue_final_message else ""
@@ -104,11 +97,8 @@ class Routes:
             choices.append(choice | {"message": {"role": "assistant", "content": choice.pop("text")}})
         return self._answer(("chat.completion", "chatcmpl"), choices, [row], samples)
 
-    def generate(self, request: Generate) -> dict[str, object]:
-        """Handle POST /inference/v1/generate.
-
-        Return rollouts, or the log-probs of chosen ids at each position as float32 .npy in base64.
-        """
+    def generate(self, request: Generate) -> Json:
+        """Handle POST /inference/v1/generate: rollouts, or log-probs of chosen ids as float32 .npy in base64."""
         self._check_model(request.model)
         row, parameters = tuple(request.token_ids), request.sampling_params
         self._check_row(row, parameters.max_tokens)
@@ -121,28 +111,25 @@ class Routes:
                 f"{start} has {len(row) - 1 - start}"
             )
         widest = max(map(len, ids))
-        if not 0 < widest <= self.limits.logprobs:
+        if not 0 < widest <= self.config.max_logprobs:
             raise Refusal(
-                f"prompt_logprob_token_ids: {widest} ids in a row; this server gives 1 to {self.limits.logprobs}"
+                f"prompt_logprob_token_ids: {widest} ids in a row; this server gives 1 to {self.config.max_logprobs}"
             )
         if max(map(max, filter(None, ids))) >= self.served.rows:
             raise Refusal(f"prompt_logprob_token_ids: an id beyond the vocabulary of {self.served.rows}")
         table = torch.tensor([[*candidates, *[-1] * (widest - len(candidates))] for candidates in ids])
-        (scores,) = self.served.scores([ScoredSequence(row, tuple(range(start + 1, len(row))))], [table], 0)
-        (sample,) = self.served.generate(
-            [row], Sampling(temperature=0.0, max_new_tokens=parameters.max_tokens), seed=0, stop=()
-        )
+        (scores,) = self.served.scores([ScoredSequence(row, range(start + 1, len(row)))], [table], 0)
+        greedy = Sampling(temperature=0.0, max_new_tokens=parameters.max_tokens)
+        completion = GenerateRequest([row], greedy, seed=0, step=0, index=[0])
+        (sample,) = self.served.generate(completion, self.served.stop)
         file = io.BytesIO()
         np.save(file, scores.logp.float().cpu().numpy())
         choice = {"index": 0, "token_ids": list(sample.ids), "finish_reason": "stop" if sample.stopped else "length"}
         answer = self._answer(("generate", "gen"), [choice], [row], [sample])
         return answer | {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
 
-    def _rollouts(self, row: tuple[int, ...], parameters: DrawingParameters) -> dict[str, object]:
-        """Return n rollouts as ids, with log-probs under the sampled distribution.
-
-        The j-th rollout has the seed plus j, as in vLLM.
-        """
+    def _rollouts(self, row: tuple[int, ...], parameters: DrawingParameters) -> Json:
+        """Return n rollouts with log-probs of the sampled distribution; the j-th has the seed + j, as in vLLM."""
         if max(parameters.stop_token_ids) >= self.served.rows:
             raise Refusal(f"stop_token_ids: an id beyond the vocabulary of {self.served.rows}")
         if len(parameters.stop_token_ids) > 1:
@@ -154,41 +141,31 @@ class Routes:
             max_new_tokens=parameters.max_tokens,
         )
         seeds = range(parameters.seed, parameters.seed + parameters.n)
-        samples = self.served.draw(row, sampling, seeds, parameters.stop_token_ids)
+        generation = GenerateRequest([row] * parameters.n, sampling, seed=0, step=0, index=seeds)
+        samples = self.served.generate(generation, parameters.stop_token_ids)
         choices = [answers.rollout(x, index=i, version=self.served.version) for i, x in enumerate(samples)]
         return self._answer(("generate", "gen"), choices, [row], samples)
 
-    def world(self) -> dict[str, int]:
-        """Handle GET /get_world_size."""
-        return {"world_size": 1}
-
-    def called(self) -> dict[str, str]:
-        """Handle the POST routes that only vLLM needs before and after new weights.  This server does nothing."""
-        return {"message": "nothing to do"}
-
     def take(self, request: NewWeights) -> dict[str, str]:
-        """Handle POST /update_weights."""
         self.served.take(request.update_info.files)
         return {"message": "taken"}
 
-    def rename(self, request: Version) -> dict[str, object]:
-        """Handle POST /update_weight_version."""
+    def rename(self, request: Version) -> Json:
         self.served.version = request.new_version
         return {"success": True, "new_version": request.new_version}
 
     def hidden(self, request: HiddenRows) -> Response:
-        """Handle POST /opd/hidden."""
         for row in request.rows:
             self._check_row(row.ids, 0)
             if any(b <= a for a, b in zip(row.at, row.at[1:], strict=False)) or max(row.at, default=0) >= len(row.ids):
                 raise Refusal(f"at: positions must ascend from 1 to {len(row.ids) - 1}, the last of this sequence")
         self._check_count(len(request.rows))
-        states = self.served.states([ScoredSequence(tuple(row.ids), tuple(row.at)) for row in request.rows])
+        states = self.served.states([ScoredSequence(tuple(row.ids), row.at) for row in request.rows])
         return self._tensors({"states": torch.cat(states)})
 
     def head(self) -> Response:
-        """Handle GET /opd/head."""
-        return self._tensors(self.served.tensors_of_head())
+        bias = {} if self.served.head.bias is None else {"bias": self.served.head.bias}
+        return self._tensors({"weight": self.served.head.weight, **bias})
 
     def _tensors(self, tensors: dict[str, torch.Tensor]) -> Response:
         stamp = {wire.FINGERPRINT: self.served.fingerprint}
@@ -199,8 +176,8 @@ class Routes:
             raise HTTPException(404, f"The model `{name}` does not exist; this server has `{self.served.name}`.")
 
     def _check_count(self, count: int) -> None:
-        if count > self.limits.sequences:
-            raise Refusal(f"{count} sequences in one request; this server takes at most {self.limits.sequences}")
+        if count > self.config.max_sequences:
+            raise Refusal(f"{count} sequences in one request; this server takes at most {self.config.max_sequences}")
 
     def _check_row(self, row: Sequence[int], new_tokens: int) -> None:
         if max(row) >= self.served.rows:
@@ -223,11 +200,7 @@ class Routes:
         return [tuple(row) for row in rows]
 
     def _sample(
-        self,
-        rows: Sequence[Sequence[int]],
-        request: SamplingFields,
-        max_tokens: int,
-        schema: Mapping[str, object] | None = None,
+        self, rows: Sequence[Sequence[int]], request: SamplingFields, max_tokens: int, schema: Json | None = None
     ) -> list[Sample]:
         if max_tokens == 0:
             return [Sample((), (), False)] * len(rows)
@@ -242,30 +215,37 @@ class Routes:
             max_new_tokens=max_tokens,
         )
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        return self.served.generate(rows, sampling, seed=seed, stop=request.stop_token_ids or (), schema=schema)
+        generation = GenerateRequest(rows, sampling, seed=seed, step=0, index=range(len(rows)))
+        return self.served.generate(generation, (*self.served.stop, *(request.stop_token_ids or ())), schema)
 
     def _answer(
-        self,
-        kind: tuple[str, str],
-        choices: Sequence[Mapping[str, object]],
-        rows: Sequence[Sequence[int]],
-        samples: Sequence[Sample],
-    ) -> dict[str, object]:
+        self, kind: tuple[str, str], choices: Sequence[Json], rows: Sequence[Sequence[int]], samples: Sequence[Sample]
+    ) -> Json:
+        """Return the response body around its choices.  `kind` is the name of the object and the prefix of its id."""
+        name, prefix = kind
         read, written = sum(map(len, rows)), sum(len(sample.ids) for sample in samples)
-        return answers.response_body(kind, self.served.name, choices, read=read, written=written)
+        return {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": name,
+            "created": int(time.time()),
+            "model": self.served.name,
+            "choices": choices,
+            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+        }
 
     def _scores(self, sequences: Sequence[ScoredSequence], top: int) -> list[TokenScores]:
         sampled = [torch.tensor(s.ids)[list(s.positions)][:, None] for s in sequences]
         return self.served.scores(sequences, sampled, top)
 
 
+# the POST routes that only vLLM needs before and after new weights
 IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pause resume reset_prefix_cache"
 
 
-def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = False) -> ASGIApp:
+def build(served: Served, config: Serve, *, token: str) -> ASGIApp:
     """Build the ASGI application, with the checks of `Gate` around it."""
     app = FastAPI(title="opd serve", openapi_url=None)
-    routes = Routes(served, limits)
+    routes = Routes(served, config)
 
     @app.get("/health")
     async def health() -> Response:  # async: requests that wait for the model occupy every thread
@@ -280,31 +260,26 @@ def build(served: Served, limits: Limits, *, token: str, takes_weights: bool = F
     app.get("/opd/identity")(served.identity)
     app.get("/opd/tokenizer")(lambda: wire.pack_tokenizer(served.tokenizer))
 
-    if takes_weights:  # vLLM's routes for new weights, with the backend `opd`
-        app.get("/get_world_size")(routes.world)
+    if config.takes_weights:  # vLLM's routes for new weights, with the backend `opd`
+        app.get("/get_world_size")(lambda: {"world_size": 1})
         app.post("/update_weights")(routes.take)
         app.post("/update_weight_version")(routes.rename)
         for path in IDLE.split():
-            app.post(f"/{path}")(routes.called)
+            app.post(f"/{path}")(lambda: {"message": "nothing to do"})
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, mistake: RequestValidationError) -> JSONResponse:
-        first = mistake.errors()[0]
-        where = ".".join(str(x) for x in first["loc"][1:]) or "body"
-        reason = "not served by opd" if first["type"] == "extra_forbidden" else first["msg"]
-        return error(400, f"{where}: {reason}")
-
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, mistake: Refusal) -> JSONResponse:
-        return error(400, str(mistake))
-
-    @app.exception_handler(HTTPException)
-    async def known(request: Request, mistake: HTTPException) -> JSONResponse:
-        return error(mistake.status_code, str(mistake.detail))
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, mistake: Exception) -> JSONResponse:
+    async def failed(request: Request, mistake: Exception) -> JSONResponse:
+        if isinstance(mistake, RequestValidationError):
+            first = mistake.errors()[0]
+            where = ".".join(str(x) for x in first["loc"][1:]) or "body"
+            reason = "not served by opd" if first["type"] == "extra_forbidden" else first["msg"]
+            return error(400, f"{where}: {reason}")
+        if isinstance(mistake, Refusal):
+            return error(400, str(mistake))
+        if isinstance(mistake, HTTPException):
+            return error(mistake.status_code, str(mistake.detail))
         traceback.print_exception(mistake)
         return error(500, f"{type(mistake).__name__}: {json.dumps(str(mistake)[:200])}; the server's log has more")
 
-    return Gate(app, token=token, max_bytes=limits.body_bytes)
+    for kind in (RequestValidationError, Refusal, HTTPException, Exception):
+        app.add_exception_handler(kind, failed)
+    return Gate(app, token=token, max_bytes=config.max_request_mb << 20)

@@ -1,21 +1,11 @@
 """The checks before every request, token and body size, and the format of error responses."""
 
 import secrets
-from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLarge"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits on a single request."""
-
-    body_bytes: int
-    sequences: int
-    logprobs: int
 
 
 def error(status: int, text: str) -> JSONResponse:
@@ -25,10 +15,7 @@ def error(status: int, text: str) -> JSONResponse:
 
 
 class Gate:
-    """ASGI middleware that checks the bearer token and the body size before the application reads a request.
-
-    /health needs no token.
-    """
+    """ASGI middleware that checks the bearer token (except of /health) and the body size of a request."""
 
     def __init__(self, app: ASGIApp, *, token: str, max_bytes: int) -> None:
         self.app, self.token, self.max_bytes = app, token, max_bytes
@@ -37,6 +24,7 @@ class Gate:
         """Check a request, then pass it to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        too_large = error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")
         headers = dict(scope["headers"])
         is_authorized = not self.token or secrets.compare_digest(
             headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
@@ -46,7 +34,7 @@ class Gate:
             return await refusal(scope, receive, send)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.max_bytes:
-            return await self._too_large(scope, receive, send)
+            return await too_large(scope, receive, send)
         body, is_open = bytearray(), scope["method"] == "POST"
         while is_open:  # count the bytes, because a body may come without a length
             message = await receive()
@@ -54,7 +42,7 @@ class Gate:
                 return None
             body += message.get("body", b"")
             if len(body) > self.max_bytes:
-                return await self._too_large(scope, receive, send)
+                return await too_large(scope, receive, send)
             is_open = message.get("more_body", False)
         unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
@@ -62,8 +50,3 @@ class Gate:
             return unread.pop() if unread else await receive()
 
         return await self.app(scope, replay, send)
-
-    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")(
-            scope, receive, send
-        )

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from opd.config.commands import Serve
 from opd.core.errors import Refusal
-from opd.core.sampling import Sampling
 from opd.core.types import pad
 from opd.head.inputs import Hidden
 from opd.head.token_scores import TokenScores, scores
@@ -35,28 +35,21 @@ class ScoredSequence:
     """A sequence of token ids, and the positions of the tokens to score."""
 
     ids: tuple[int, ...]
-    positions: tuple[int, ...]  # ascending positions >= 1: the first token has no prediction
+    positions: Sequence[int]  # ascending positions >= 1: the first token has no prediction
 
 
 class Served:
     """A frozen model that many requests share.  A lock lets one request compute at a time."""
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: Tokenizer,
-        *,
-        name: str,
-        stop: tuple[int, ...],
-        max_batch_tokens: int,
-        decode_rows: int,
+        self, model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, stop: tuple[int, ...], config: Serve
     ) -> None:
-        self.model, self.tokenizer, self.name, self.stop = model.requires_grad_(False), tokenizer, name, stop
-        self.budget = max_batch_tokens
+        self.model, self.tokenizer, self.stop = model.requires_grad_(False), tokenizer, stop
+        self.name, self.budget = config.name or config.model, config.max_batch_tokens
         self.head = head(model)
         self.rows = len(self.head.weight)
         self.context = int(base(model).config.get_text_config().max_position_embeddings)
-        self.engine = HFEngine(model, self.rows, stop, decode_rows)
+        self.engine = HFEngine(model, self.rows, stop, config.decode_rows)
         self.lock = threading.Lock()
         self.fingerprint = wire.weights_hash(model)
         self.version = "as loaded"  # name of the weights, set by the client that sends them
@@ -78,11 +71,6 @@ class Served:
             "scale": self.head.scale,
             "softcap": self.head.softcap,
         }
-
-    def tensors_of_head(self) -> dict[str, Tensor]:
-        """Return weight and bias of the LM head.  A client fetches them once."""
-        bias = {} if self.head.bias is None else {"bias": self.head.bias}
-        return {"weight": self.head.weight, **bias}
 
     @torch.no_grad()
     def states(self, sequences: Sequence[ScoredSequence]) -> list[Float[Tensor, "n H"]]:
@@ -111,34 +99,13 @@ class Served:
         return GrammarCompiler.of(self.tokenizer, self.rows, self.stop)
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        stop: Sequence[int],
-        schema: Mapping[str, object] | None = None,
+        self, request: GenerateRequest, stop: Sequence[int], schema: Mapping[str, object] | None = None
     ) -> list[Sample]:
-        """Generate one response per prompt, constrained by a schema if given.
-
-        Token t of the i-th response uses the noise of (seed, 0, i, t).
-        """
-        engine = replace(self.engine, stop=tuple(dict.fromkeys((*self.stop, *stop))))
+        """Generate one response per prompt, constrained by a schema if given.  Only the ids `stop` end a response."""
         with self.lock:
-            grammars = [] if schema is None else [self.grammar_compiler.grammar(schema) for _ in prompts]
-            index = range(len(prompts))
-            return engine.generate(
-                GenerateRequest(prompts, sampling, seed=seed, step=0, index=index, grammars=grammars)
-            )
-
-    def draw(self, ids: Sequence[int], sampling: Sampling, seeds: Sequence[int], stop: Sequence[int]) -> list[Sample]:
-        """Generate a response to one prompt for each seed.  Only the ids `stop` end it.
-
-        The response for a seed does not depend on the other seeds.
-        """
-        with self.lock:
-            engine = replace(self.engine, stop=tuple(stop))
-            return engine.generate(GenerateRequest([ids] * len(seeds), sampling, seed=0, step=0, index=seeds))
+            if schema is not None:
+                request = replace(request, grammars=[self.grammar_compiler.grammar(schema) for _ in request.prompts])
+            return replace(self.engine, stop=tuple(dict.fromkeys(stop))).generate(request)
 
     @torch.no_grad()
     def take(self, files: Sequence[str]) -> None:
@@ -161,7 +128,5 @@ class Served:
     def _rows(self, sequences: Sequence[ScoredSequence]) -> Rows:
         device = self.model.device
         ids = [torch.tensor(a.ids) for a in sequences]
-        trained = [torch.zeros(len(a.ids), dtype=torch.bool) for a in sequences]
-        for mask, a in zip(trained, sequences, strict=True):
-            mask[list(a.positions)] = True
+        trained = [torch.isin(torch.arange(len(a.ids)), torch.tensor(a.positions, dtype=torch.long)) for a in sequences]
         return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))

@@ -127,10 +127,7 @@ class DrawingParameters(RequestBody):
 
 
 class Generate(RequestBody):
-    """The body of POST /inference/v1/generate: it scores chosen tokens, or generates rollouts.
-
-    Other uses are not supported.
-    """
+    """The body of POST /inference/v1/generate, which only scores chosen tokens, or generates rollouts."""
 
     model: str | None = None
     token_ids: Ids

@@ -16,24 +16,16 @@ def serve(config: Serve) -> None:
         import uvicorn
 
         from opd.teachers.serve.app import build
-        from opd.teachers.serve.gate import Limits
     except ImportError as error:
         raise Refusal(f"opd serve: {error.name} is not installed; pip install 'opd[serve]'") from error
     with _listen(config.host, config.port) as listening:
         served = _open(config)
-        limits = Limits(
-            body_bytes=config.max_request_mb << 20, sequences=config.max_sequences, logprobs=config.max_logprobs
-        )
         listening.listen()  # from here on clients wait in the queue instead of being rejected
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"serving {served.name} at http://{address}:{port}" + (" with a token" if token else ""), flush=True)
         # uvicorn's access log would have a line for each request of a run.
-        options = uvicorn.Config(
-            build(served, limits, token=token, takes_weights=config.takes_weights),
-            access_log=False,
-            log_level="warning",
-        )
+        options = uvicorn.Config(build(served, config, token=token), access_log=False, log_level="warning")
         uvicorn.Server(options).run(sockets=[listening])
 
 
@@ -45,14 +37,7 @@ def _open(config: Serve) -> Served:
     model = models.load(source, field="model", dtype=dtype_of(config.precision), device=on)
     models.verify_head(model, field="model")
     models.small_threads(model)
-    return Served(
-        model,
-        text,
-        name=config.name or config.model,
-        stop=stop,
-        max_batch_tokens=config.max_batch_tokens,
-        decode_rows=config.decode_rows,
-    )
+    return Served(model, text, stop, config)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,14 +1,19 @@
-"""Models that generate a text teacher's answers: behind an endpoint, in this process, or on another rank."""
+"""Requests to models that generate text, and these models: behind an endpoint, or in this process.
 
+A model has a `name`, which is part of each cache key, and `model_input` returns what it reads, as json.
+"""
+
+import importlib
 import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -16,25 +21,63 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd.config.model_names import ChatEndpoint
 from opd.config.servers import Remote, secret
 from opd.core.errors import Refusal, one_line
-from opd.core.sampling import Sampling
+from opd.core.sampling import Prompt, Sampling
 from opd.data import prompts
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import GrammarCompiler
-from opd.teachers.text.text_teacher import (
-    Failure,
-    RequestCounters,
-    T,
-    TextRequest,
-    TextResults,
-    TextSampling,
-    import_extra,
-)
 
+T = TypeVar("T")
 CONTINUE_REQUEST = (
     "Below, an answer to the last question has begun. Write what comes next, from the very character where it breaks "
     "off. Repeat none of it, and say nothing else.\n\n"
 )
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request: a prompt, and the prefix of its answer."""
+
+    prompt: Prompt
+    prefix: str = ""
+    schema: str = ""  # JSON schema of the answer; empty: free text
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """The generation parameters of a request."""
+
+    n: int
+    max_tokens: int
+    temperature: float
+    flag: str  # the flag that sets max_tokens, for error messages
+
+
+@dataclass
+class RequestCounters:
+    """Counters of requests and tokens.  Threads update them under the lock."""
+
+    calls: int = 0  # requests sent to the model
+    cached: int = 0  # requests answered from the cache
+    failed: int = 0
+    read_tokens: int = 0
+    written_tokens: int = 0
+    seconds: float = 0.0  # sum over the calls, parallel ones included
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **increments: float | int) -> None:
+        """Add to the counters."""
+        with self.lock:
+            for name, value in increments.items():
+                setattr(self, name, getattr(self, name) + value)
+
+
+class Failure(Exception):
+    """A request without an answer, with the reason."""
+
+
+TextResults = list[tuple[int, list[str] | Failure]]
+"""Pairs (index of a request, its texts or its failure)."""
 
 
 class EndpointModel:
@@ -63,13 +106,12 @@ class EndpointModel:
         )
 
     def model_input(self, request: TextRequest) -> object:
-        """Return the conversation with the extra fields of the request, or the plain text."""
         return self._turns(request) if request.prompt.messages else request.prompt.text + request.prefix
 
     def generate(
         self, requests: Sequence[tuple[TextRequest, int]], sampling: TextSampling, counters: RequestCounters
     ) -> Iterator[TextResults]:
-        """Send the requests in parallel, at most --teacher-concurrency at once."""
+        """Send pairs (request, seed) in parallel, at most --teacher-concurrency at once.  Yields what has come."""
         jobs = [partial(self._texts, request, seed, sampling, counters) for request, seed in requests]
         return run_parallel(jobs, self.settings.teacher_concurrency)
 
@@ -103,12 +145,7 @@ class EndpointModel:
         self, request: TextRequest, seed: int, sampling: TextSampling, counters: RequestCounters
     ) -> list[str] | Failure:
         """Send one request and return its texts, at least one and possibly fewer than `sampling.n`."""
-        parameters: dict[str, Any] = {
-            "model": self.model,
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "seed": seed,
-        }
+        parameters = dict[str, Any](model=self.model, n=sampling.n, temperature=sampling.temperature, seed=seed)
         if request.prompt.messages:
             turns, extra_body = self._turns(request)
             # OpenAI's current models accept max_completion_tokens, older servers only max_tokens.
@@ -119,8 +156,7 @@ class EndpointModel:
             prompt = request.prompt.text + request.prefix
             response = self.client.completions.create(prompt=prompt, max_tokens=sampling.max_tokens, **parameters)
             texts = [(choice.text or "", choice.finish_reason) for choice in response.choices]
-        if response.usage is not None:
-            usage = response.usage
+        if (usage := response.usage) is not None:
             counters.add(read_tokens=usage.prompt_tokens, written_tokens=usage.completion_tokens)
         return texts_or_failure(texts, sampling) if texts else Failure(f"{self.name} gave no text")
 
@@ -155,7 +191,6 @@ class InProcessModel:
         return GrammarCompiler.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
 
     def model_input(self, request: TextRequest) -> object:
-        """Return the token ids after the chat template, and the schema if the request has one."""
         return [self._ids(request), request.schema] if request.schema else self._ids(request)
 
     def generate(
@@ -194,23 +229,6 @@ class InProcessModel:
         return prompts.prefilled_ids(self.tokenizer, request.prompt, request.prefix, self.arguments)
 
 
-@dataclass(frozen=True)
-class AbsentModel:
-    """A placeholder for a text model that only the main process (rank 0) holds: it has a name and no weights."""
-
-    name: str
-
-    def model_input(self, request: TextRequest) -> object:
-        """Raise AssertionError: only the main process generates."""
-        raise AssertionError("only the main process generates")
-
-    def generate(
-        self, requests: Sequence[tuple[TextRequest, int]], sampling: TextSampling, counters: RequestCounters
-    ) -> Iterator[TextResults]:
-        """Raise AssertionError: only the main process generates."""
-        raise AssertionError("only the main process generates")
-
-
 def texts_or_failure(texts: Sequence[tuple[str, str | None]], sampling: TextSampling) -> list[str] | Failure:
     """Return the texts of pairs (text, finish_reason), or a failure if one is empty for another reason than "stop".
 
@@ -229,19 +247,16 @@ def run_parallel(jobs: Sequence[Callable[[], T]], max_threads: int) -> Iterator[
     caller stops reading, a call that still waits delays neither the caller nor the end of the process.
     """
     queue = deque(enumerate(jobs))
-    done, errors = SimpleQueue[tuple[int, T] | None](), list[BaseException]()
+    done = SimpleQueue[tuple[int, T] | BaseException]()
 
     def work() -> None:
-        while queue:
-            try:
+        with suppress(IndexError):  # no job is left
+            while True:
                 i, job = queue.popleft()
-            except IndexError:  # another thread took the last job
-                return
-            try:
-                done.put((i, job()))
-            except BaseException as error:
-                errors.append(error)
-                done.put(None)
+                try:
+                    done.put((i, job()))
+                except BaseException as error:
+                    done.put(error)
 
     for _ in range(min(max_threads, len(jobs))):
         threading.Thread(target=work, name="text", daemon=True).start()
@@ -252,8 +267,17 @@ def run_parallel(jobs: Sequence[Callable[[], T]], max_threads: int) -> Iterator[
             while not done.empty():
                 results.append(done.get())
             waiting -= len(results)
-            yield [result for result in results if result is not None]
-            if errors:
-                raise errors[0]
+            yield [result for result in results if not isinstance(result, BaseException)]
+            for error in results:
+                if isinstance(error, BaseException):
+                    raise error
     finally:
         queue.clear()
+
+
+def import_extra(package: str, user: str) -> Any:
+    """Import a package of the extra `text`.  Raises Refusal, which names the `user`, if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise Refusal(f"{user}: needs {package}, which is not installed; pip install 'opd[text]'") from error
