@@ -13,7 +13,6 @@ from rich.text import Text
 from opd.cli.method_names import factory_of, method_of
 from opd.cli.method_sources import summary
 from opd.config.presets import arguments, settings, spelled
-from opd.core.errors import Refusal
 from opd.methods import METHODS
 
 
@@ -69,7 +68,7 @@ def _explained(name: str) -> dict[str, object]:
     presets = {
         p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
         for p in ("paper", "embedded")
-        if _has(p, name)
+        if spelled(p, name)
     }
     return {
         "name": name,
@@ -82,11 +81,3 @@ def _explained(name: str) -> dict[str, object]:
         "reads": sorted(method.reads()),
         "presets": presets,
     }
-
-
-def _has(preset: str, name: str) -> bool:
-    try:
-        settings(preset, name)
-    except Refusal:
-        return False
-    return True

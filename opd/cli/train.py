@@ -100,18 +100,16 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> An
     check_name(name)
     check_flags(name, method_words, words.names())
     from opd.cli.method_names import add_terms, factory_of, method_of
-    from opd.config.presets import arguments, settings
+    from opd.config.presets import arguments, run_arguments
 
     factory_of(name)  # a module that cannot be imported is refused before the flags of the run
     flags = run_tyro(kind, words.own_words, prog=prog, description=description)
     method = method_of(name, [*arguments(flags.preset, name), *method_words], words.names())
     for other in flags.also:
         method = add_terms(method, other)
-    if flags.preset != "none":
-        # Parse again over the preset, so that the user's flags win.  Repeated flags are appended: start them empty.
-        run = replace(flags.run, **settings(flags.preset, name), route=(), trackers=())
-        default = replace(flags, run=run, also=())
-        flags = run_tyro(kind, words.own_words, prog=prog, description=description, default=default)
+    if flags.preset != "none":  # parse again behind the preset's flags, so that the user's flags win
+        preset_words = run_arguments(flags.preset, name)
+        flags = run_tyro(kind, [*preset_words, *words.own_words], prog=prog, description=description)
     return replace(flags, run=replace(flags.run, method=method))
 
 
