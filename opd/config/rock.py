@@ -4,7 +4,7 @@ This module does not import torch, so that the command line can read flags and r
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from opd.config.data import Data
@@ -100,10 +100,9 @@ class Rock:
 
     def run(self) -> Train:
         """Return the settings of a run, whose measuring pass is used."""
-        same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
-        more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in Train.__dataclass_fields__}
         data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
-        return Train(**{name: getattr(self, name) for name in (*same, *more)}, data=data)
+        return Train(**{**shared, "data": data})
 
 
 def _is_rock_list(path: Path) -> bool:
