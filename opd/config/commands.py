@@ -1,7 +1,4 @@
-"""Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each.
-
-This module does not import torch, so that the command line can read flags and refuse mistakes at once.
-"""
+"""Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each."""
 
 import ipaddress
 import math

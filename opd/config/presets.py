@@ -18,14 +18,8 @@ _LORA = dict(lora_rank=64, lora_alpha=128.0, lora_targets=_EVERY_LAYER)
 _VOPD = dict(lr=1e-5, schedule="cosine", **_LORA, batch=256, max_new_tokens=2048)
 _POWER = dict(lr=5e-7, batch=32, steps=1500, stop_token="mask", top_p=0.95, top_k=20, max_new_tokens=1024)
 PAPER: Mapping[str, Mapping[str, Any]] = {
-    "vopd": _VOPD,
-    "vopd-topk": _VOPD,
-    "opd": _VOPD,
-    "opd-full": _VOPD,
-    "poweropd": _POWER,
-    "opd-clip": _POWER,
-    "opd-tanh": _POWER,
-    "opd-zscore": _POWER,
+    **dict.fromkeys(("vopd", "vopd-topk", "opd", "opd-full"), _VOPD),
+    **dict.fromkeys(("poweropd", "opd-clip", "opd-tanh", "opd-zscore"), _POWER),
     # Rethinking OPD, arXiv:2604.13016, released code: 64 prompts x 4.
     "opd-topk": dict(batch=256, per_prompt=4, max_new_tokens=7168),
     # TOP-D, arXiv:2607.04751: 512 prompts x 8.  The paper makes 16 clipped updates per batch; here it is 1, because
@@ -90,18 +84,15 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
 }
 
 _EMBEDDED = dict(lr=1e-3, betas=(0.9, 0.95), schedule="linear", warmup=10, steps=45, batch=64, max_new_tokens=256)
-# The template uses only characters of the embedded tokenizer.  The embedded models cannot read a solution in a prompt:
-# these runs demonstrate a step, but they degrade the student (docs/LOG.md).
-_TOLD = {"context_template": "{context} {prompt}"}
 EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "async-opd": {"staleness": 4, "lr": 3e-4},  # 1e-3 degrades the student (docs/LOG.md)
     "omniopd": {"lr": 5e-4},
     "oprd": {"lr": 1e-4},
-    "opsd": _TOLD,
     "ropd": {"judge": "verifier", "lr": 5e-4},  # the embedded teacher cannot generate JSON
     "rubricem": {"judge": "verifier", "lr": 5e-4},
-    "sdft": _TOLD,
-    "sdpo": _TOLD,
+    # The template uses only characters of the embedded tokenizer.  The embedded models cannot read a solution in a
+    # prompt: these runs demonstrate a step, but they degrade the student (docs/LOG.md).
+    **{name: {"context_template": "{context} {prompt}"} for name in ("opsd", "sdft", "sdpo")},
 }
 EMBEDDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # flags of the methods themselves
     "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens

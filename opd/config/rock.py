@@ -1,7 +1,4 @@
-"""Settings of `opd rock`: `Rock`, with those of its context filter, `Context`.
-
-This module does not import torch, so that the command line can read flags and refuse mistakes at once.
-"""
+"""Settings of `opd rock`: `Rock`, with those of its context filter, `Context`."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
