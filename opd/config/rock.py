@@ -44,7 +44,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Rock:
-    """Whose rollouts are looked at, and what makes a token a rock."""
+    """The frequent tokens whose KL stays large, and a control list, for `opd train ... rock-freeze`."""
 
     student: str
     """The model that speaks, best after a plain OPD run: hub id, folder, .gguf file, run folder, or embedded:NAME."""
