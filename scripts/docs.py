@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from opd.cli import main as opd
-from opd.cli.explain import argument_helps as arguments
+from opd.cli.methods import argument_helps as arguments
 from opd.cli.parse import TRL_FLAGS
 from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Serve, Size, Variance
 from opd.config.data import Data
@@ -115,7 +115,7 @@ def section(row: dict[str, Any]) -> str:
     for part, of in attributes_by_label.items():
         if getattr(method, of) != getattr(shared, of):
             lines += [f"- {part}: {said(getattr(method, of))}", ""]
-    helps, parameters = arguments(text), inspect.signature(factory).parameters.values()
+    helps, parameters = arguments(row["arguments"]), inspect.signature(factory).parameters.values()
     if parameters:
         lines += ["| flag | default | |", "|---|---|---|"]
         for p in parameters:

@@ -80,7 +80,7 @@ def test_every_flag_is_documented():
         hidden = {"method", "data", "sampling", "remote", "speaker", "consistency"}
         assert docs.attributes(owner).keys() >= {f.name for f in fields(owner)} - hidden
     for name, factory in METHODS.items():
-        told = docs.arguments(inspect.getdoc(factory))
+        told = docs.arguments(inspect.getdoc(factory).partition("Args:\n")[2])
         assert told.keys() == inspect.signature(factory).parameters.keys(), f"{name}: its Args say {sorted(told)}"
 
 

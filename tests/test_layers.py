@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import opd
+from opd import methods
 
 ROOT = Path(opd.__file__).parent
 ORDER = [
@@ -68,5 +69,7 @@ def test_the_reader_of_imports(tmp_path):
 def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    names = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    found = [(node.module, alias) for node in block.body for alias in node.names]
+    assert [module for module, alias in found if alias.name == "*"] == ["opd.methods"]
+    names = {alias.asname for _, alias in found if alias.name != "*"} | {*methods.__all__}
     assert names == {*dir(opd)} and all(getattr(opd, name) is not None for name in names)

@@ -51,10 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match args:
             case [] | ["-h" | "--help"] | ["help"]:
                 print(USAGE)
-                return 0
             case ["--version"]:
                 print(f"opd {version('opd')}")
-                return 0
             case ["help", *words]:
                 return main([*words, "--help"])
             case [name, *words] if name in COMMANDS:

@@ -24,6 +24,7 @@ from opd.core.disk import AGAIN, OutputFolder, disk
 from opd.core.errors import Refusal
 from opd.core.intervals import Estimate, interval
 from opd.core.sampling import Sampling
+from opd.core.types import pad
 from opd.data import prompts
 from opd.data.tasks.load import load
 from opd.methods import METHODS
@@ -108,17 +109,12 @@ def supervised(config: Train, folder: Path) -> Path:
     for step in range(1, config.steps + 1):
         rows = [task.prompts[i] for i in range((step - 1) * config.batch, step * config.batch)]
         prompt_ids = [prompts.render(tokenizer, p, chat_template_kwargs={}) for p in rows]
-        answer_ids = [
-            [*tokenizer(p.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for p in rows
-        ]
+        encoded = tokenizer([p.response for p in rows], add_special_tokens=False)
+        answer_ids = [[*answer, tokenizer.eos_token_id] for answer in encoded["input_ids"]]
         ids = [torch.tensor([*a, *g]) for a, g in zip(prompt_ids, answer_ids, strict=True)]
         labels = [torch.tensor([-100] * len(a) + g) for a, g in zip(prompt_ids, answer_ids, strict=True)]
-        pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-        padded_ids, padded_labels = pad(ids, 0), pad(labels, -100)
-        logits = model(input_ids=padded_ids, attention_mask=(pad([torch.ones_like(x) for x in ids], 0))).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), padded_labels[:, 1:].flatten(), ignore_index=-100
-        )
+        present = [torch.ones_like(row) for row in ids]
+        loss = model(pad(ids, 0), attention_mask=pad(present, 0), labels=pad(labels, -100)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -137,10 +133,8 @@ def draw(runs: list[Path], picture: Path, method: str) -> None:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         evaluations = [r for r in rows if "eval_accuracy" in r]
         steps = [r["step"] for r in evaluations]
-        (line,) = top.plot(
-            steps, [100 * r["eval_accuracy"] for r in evaluations], marker="o", ms=3, label=f"seed {seed}"
-        )
-        low, high = ([100 * r[k] for r in evaluations] for k in ("eval_low", "eval_high"))
+        accuracies, low, high = ([100 * r[f"eval_{k}"] for r in evaluations] for k in ("accuracy", "low", "high"))
+        (line,) = top.plot(steps, accuracies, marker="o", ms=3, label=f"seed {seed}")
         top.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         trained = [r for r in rows if "reverse_kl" in r]
         kl_axis.plot([r["step"] for r in trained], [r["reverse_kl"] for r in trained], color=line.get_color(), lw=1)

@@ -84,10 +84,7 @@ def parse_methods(text: str) -> dict[str, Method]:
         first, *flags = word.split(":")
         if flags and first not in METHODS and "=" not in flags[0]:  # module:factory
             first, flags = f"{first}:{flags[0]}", flags[1:]
-        pairs = (part.partition("=") for part in flags)
-        out[word] = method_of(
-            first, [x for key, is_, value in pairs for x in ((f"--{key}", value) if is_ else (f"--{key}",))]
-        )
+        out[word] = method_of(first, [f"--{flag}" for flag in flags])
     if not out:
         raise Refusal(f"--methods {text}: names no method; write vopd,vopd-topk:k=1, say")
     return out

@@ -15,30 +15,13 @@ from opd.core.errors import Refusal
 
 @cache
 def listing() -> dict[str, ast.FunctionDef]:
-    """Return the factory of each method in the order of `opd.methods.FACTORIES`, as the source files define it."""
+    """Return the factory of each method in the order of `opd.methods.__all__`, as the source files define it."""
     package = find_spec("opd.methods")
     assert package is not None and package.origin is not None
-    tree = ast.parse(Path(package.origin).read_text())
-    modules = {
-        alias.name: node.module
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    }
-    (factories,) = (
-        node.value.elts
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.value, ast.Tuple)
-        and ast.unparse(node.target) == "FACTORIES"
-    )
-    names = [ast.unparse(factory) for factory in factories]
-    functions = {
-        x.name: x
-        for module in {modules[name] for name in names}
-        for x in ast.parse(Path(package.origin).with_name(module.rpartition(".")[2] + ".py").read_text()).body
-        if isinstance(x, ast.FunctionDef)
-    }
+    trees = {path.stem: ast.parse(path.read_text()) for path in Path(package.origin).parent.glob("*.py")}
+    functions = {x.name: x for tree in trees.values() for x in tree.body if isinstance(x, ast.FunctionDef)}
+    assignments = (x for x in trees["__init__"].body if isinstance(x, ast.Assign))
+    (names,) = (ast.literal_eval(x.value) for x in assignments if ast.unparse(x.targets[0]) == "__all__")
     return {name.replace("_", "-"): functions[name] for name in names}
 
 

@@ -187,11 +187,9 @@ def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
 
 def scan_words(what: Any, args: Sequence[str]) -> Words:
     """Split the words of a command line; refuse values that are missing, superfluous or of another type."""
-    flags = flags_of(what)
+    flags = tuple(flags_of(what))
     names = {f.name: f for f in flags if not f.positional} | {_negated(f.name): f for f in flags if f.count == 0}
-    present: list[str] = []
-    own_words: list[str] = []
-    remaining: list[str] = []
+    present, own_words, remaining = list[str](), list[str](), list[str]()
     queue = deque(args)
     while queue:
         word = queue.popleft()
@@ -200,11 +198,9 @@ def scan_words(what: Any, args: Sequence[str]) -> Words:
             remaining.append(word)
             continue
         flag = names[name]
-        if flag.count == 0:
-            _refuse_value(flag, value if equals else queue[0] if queue and queue[0].lower() in BOOLEANS else None)
-            present.append(flag.name)
-            own_words.append(name)
-            continue
+        if flag.count == 0 and (equals or (queue and queue[0].lower() in BOOLEANS)):
+            given = f"{flag.name} {value if equals else queue[0]}"
+            raise Refusal(f"{given}: the flag takes no value; write {flag.name} for yes, {_negated(flag.name)} for no")
         values = [value] if equals else []
         while queue and (flag.count is None or len(values) < flag.count) and not _is_flag(queue[0], names):
             values.append(queue.popleft())
@@ -251,29 +247,21 @@ def _is_flag(word: str, names: Mapping[str, Flag]) -> bool:
     return False
 
 
-def _refuse_value(flag: Flag, value: str | None) -> None:
-    if value is not None:
-        negated = _negated(flag.name)
-        raise Refusal(f"{flag.name} {value}: the flag takes no value; write {flag.name} for yes, {negated} for no")
-
-
 def _too_few(flag: Flag, count: int, following: str, names: Mapping[str, Flag]) -> Refusal:
     """Return the refusal of a flag with fewer values than it takes."""
-    dashed = f"; write {flag.name}={following} if that is its value" if following.startswith("-") else ""
-    if _split_flag(following)[0] in names:
-        dashed = ""
+    dashed = ""
+    if following.startswith("-") and _split_flag(following)[0] not in names:
+        dashed = f"; write {flag.name}={following} if that is its value"
     if flag.count == 1:
         return Refusal(f"{flag.name}: its value is missing{dashed}")
     return Refusal(f"{flag.name}: takes {flag.count} values, not {count}{dashed}")
 
 
-def flags_of(what: Any) -> tuple[Flag, ...]:
-    """Return the flags that tyro derives from a dataclass or a function.  Raises OpaqueType for an unknown type."""
-    return tuple(_declared_flags(what, has_instance=False))
+def flags_of(what: Any, *, has_instance: bool = False) -> Iterator[Flag]:
+    """Yield the flags that tyro derives from a dataclass with its nested ones, or from a function.
 
-
-def _declared_flags(what: Any, *, has_instance: bool) -> Iterator[Flag]:
-    """Yield the flags of a dataclass and its nested dataclasses; none is required if `has_instance`."""
+    None is required if `has_instance`.  Raises OpaqueType for an unknown type.
+    """
     try:
         hints = get_type_hints(what, include_extras=True)
     except (NameError, TypeError) as error:
@@ -291,7 +279,7 @@ def _declared_flags(what: Any, *, has_instance: bool) -> Iterator[Flag]:
         if tyro.conf.Suppress in marks or tyro.conf.Fixed in marks:
             continue
         if is_dataclass(base):
-            yield from _declared_flags(base, has_instance=has_instance or has_default)
+            yield from flags_of(base, has_instance=has_instance or has_default)
             continue
         kind, count = _value_type(base, marks, has_default)
         required = not (has_instance or has_default)

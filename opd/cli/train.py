@@ -12,6 +12,7 @@ from rich.console import Console
 
 from opd.cli.method_sources import check_flags, check_name, listing
 from opd.cli.parse import asks_for_help, refuse_missing, run_tyro, scan_words, unknown_flag
+from opd.config.presets import arguments, run_arguments
 from opd.config.train import Train
 from opd.core.errors import Refusal
 
@@ -93,30 +94,22 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> An
     if name not in method_names and (later := next((word for word in method_words if word in method_names), None)):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
     absent = words.missing()
-    if name in method_names and "--teacher" not in words.present and not _teaches_itself(name):
-        absent.append("--teacher")
+    if name in method_names and "--teacher" not in words.present:
+        from opd.methods import METHODS
+
+        absent += [] if METHODS[name]().teacher else ["--teacher"]
     absent += [] if name else ["METHOD (`opd methods` lists them)"]
     refuse_missing(absent, EXAMPLE.format(prog))
     check_name(name)
     check_flags(name, method_words, words.names())
     from opd.cli.method_names import add_terms, factory_of, method_of
-    from opd.config.presets import arguments, settings
 
     factory_of(name)  # a module that cannot be imported is refused before the flags of the run
     flags = run_tyro(kind, words.own_words, prog=prog, description=description)
     method = method_of(name, [*arguments(flags.preset, name), *method_words], words.names())
     for other in flags.also:
         method = add_terms(method, other)
-    if flags.preset != "none":
-        # Parse again over the preset, so that the user's flags win.  Repeated flags are appended: start them empty.
-        run = replace(flags.run, **settings(flags.preset, name), route=(), trackers=())
-        default = replace(flags, run=run, also=())
-        flags = run_tyro(kind, words.own_words, prog=prog, description=description, default=default)
+    if flags.preset != "none":  # parse again behind the preset's flags, so that the user's flags win
+        preset_words = run_arguments(flags.preset, name)
+        flags = run_tyro(kind, [*preset_words, *words.own_words], prog=prog, description=description)
     return replace(flags, run=replace(flags.run, method=method))
-
-
-def _teaches_itself(name: str) -> bool:
-    """Return whether a method of the list has a default teacher."""
-    from opd.methods import METHODS
-
-    return METHODS[name]().teacher is not None

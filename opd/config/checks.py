@@ -45,19 +45,18 @@ def check(plan: Plan) -> None:
 def _check_worker(plan: Plan) -> None:
     """Refuse rollouts that a worker process cannot generate, because it has only the student."""
     config = plan.config
-    apart = "--worker" if config.worker and not config.staleness else f"--staleness {config.staleness}"
-    policy = plan.method.rollouts
-    if (config.worker or config.staleness) and (reason := policy.worker_refusal()):
+    apart = f"--staleness {config.staleness}" if config.staleness else "--worker" if config.worker else ""
+    policy, question = plan.method.rollouts, plan.method.asks
+    if apart and (reason := policy.worker_refusal()):
         raise Refusal(
             f"{apart}: rollouts of {policy} {reason}: leave the flag out, or take a method on the student's own "
             "rollouts"
         )
-    question = plan.method.asks
-    if (config.worker or config.staleness) and question is not None and question.changes_prompts:
+    if apart and question is not None and question.changes_prompts:
         raise Refusal(f"{apart}: the prompts of {question} hold what earlier steps reflected: leave it out")
     if config.exact_staleness and not config.staleness:
         raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
-    if config.worker_device != "same" and not (config.worker or config.staleness):
+    if config.worker_device != "same" and not apart:
         raise Refusal(f"--worker-device {config.worker_device}: there is no worker; add --staleness 1, or --worker")
 
 

@@ -1,7 +1,4 @@
-"""Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each.
-
-This module does not import torch, so that the command line can read flags and refuse mistakes at once.
-"""
+"""Settings of the commands beside `opd train` and `opd eval`: a frozen dataclass for each."""
 
 import ipaddress
 import math
@@ -41,7 +38,7 @@ LAYERS = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Settings of `opd prune`: the model, the layers to keep and the folder of the smaller model."""
+    """A smaller model made of some layers of a model."""
 
     model: str
     """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
@@ -56,7 +53,7 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Settings of `opd report`: the runs and the page."""
+    """Runs as one page: curves with bands over seeds, intervals, paired comparisons, alarms, configurations."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders; those that differ by their seed alone are drawn as one line with a band."""
@@ -70,7 +67,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Settings of `opd inspect`: the run, the step and the page."""
+    """Saved rollouts as one page: every token with its numbers, and what both models would rather have said."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder."""
@@ -162,7 +159,7 @@ class Variance:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Settings of `opd serve`: the model, its address and the limits of requests."""
+    """A model behind HTTP: a teacher or judge for other machines, OpenAI-compatible."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Hub id (owner/name or owner/name@revision), local folder, .gguf file, run folder (its last checkpoint), LoRA
@@ -221,7 +218,7 @@ def _loopback(host: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Settings of `opd demo`."""
+    """Watch the embedded student learn from its teacher."""
 
     out: Path = Path("outputs/demo")
     """Folder for the runs and the picture."""

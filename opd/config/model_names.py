@@ -37,7 +37,6 @@ class ScoringServer(ModelName):
     """A server that returns log-probs or hidden states of given tokens: http://HOST:PORT."""
 
     def host(self) -> str:
-        """Return scheme, name and port of the server."""
         return _host(self.name)
 
 
@@ -49,7 +48,6 @@ class ChatEndpoint(ModelName):
     url: str  # empty: OpenAI's own server
 
     def host(self) -> str:
-        """Return scheme, name and port of the server."""
         return _host(self.url or OPENAI)
 
 
@@ -84,21 +82,14 @@ def parse(name: str) -> ModelName:
         return ScoringServer(name)
     if name.startswith("openai:"):
         return ChatEndpoint(name, *_endpoint(name.removeprefix("openai:")))
-    if name == "verifier":
-        return Verifier(name)
-    if name == "self":
-        return CurrentStudent(name)
-    if name == "base":
-        return InitialStudent(name)
-    kind, colon, rate = name.partition(":")
-    return (
-        AveragedStudent(name, _rate(name, rate) if colon else DEFAULT_EMA_RATE) if kind == "ema" else ModelFiles(name)
-    )
+    if name == "ema" or name.startswith("ema:"):
+        return AveragedStudent(name, _rate(name) if ":" in name else DEFAULT_EMA_RATE)
+    return {"verifier": Verifier, "self": CurrentStudent, "base": InitialStudent}.get(name, ModelFiles)(name)
 
 
-def _rate(name: str, text: str) -> float:
+def _rate(name: str) -> float:
     try:
-        rate = float(text)
+        rate = float(name.removeprefix("ema:"))
     except ValueError:
         rate = -1.0
     if not 0 < rate <= 1:

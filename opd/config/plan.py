@@ -1,6 +1,6 @@
 """A run whose settings are resolved: `resolved(Train(...)) -> Plan`, once, at the top of `train` and of the doctor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -53,18 +53,17 @@ def resolved(config: Train) -> Plan:
 def _method(config: Train) -> Method:
     """Return the method with the run's overrides."""
     policy = config.method.rollouts
-    policy = replace(
-        policy, per_prompt=config.per_prompt or policy.per_prompt, updates=config.updates or policy.updates
-    )
-    reductions: dict[str, Callable[[], Column]] = {
-        "method": lambda: config.method.reduction,
-        "token": TokenMean,
-        "sequence": SequenceMean,
-        "constant": lambda: Constant(config.sampling.max_new_tokens),
+    per_prompt, updates = config.per_prompt or policy.per_prompt, config.updates or policy.updates
+    policy = replace(policy, per_prompt=per_prompt, updates=updates)
+    reductions: dict[str, Column] = {
+        "method": config.method.reduction,
+        "token": TokenMean(),
+        "sequence": SequenceMean(),
+        "constant": Constant(config.sampling.max_new_tokens),
     }
     try:
         terms = tuple(_capped(config, term) for term in config.method.terms)
-        return replace(config.method, terms=terms, rollouts=policy, reduction=reductions[config.reduction]())
+        return replace(config.method, terms=terms, rollouts=policy, reduction=reductions[config.reduction])
     except ValueError as error:
         raise Refusal(str(error)) from error
 

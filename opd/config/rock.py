@@ -1,10 +1,7 @@
-"""Settings of `opd rock`: `Rock`, with those of its context filter, `Context`.
-
-This module does not import torch, so that the command line can read flags and refuse mistakes at once.
-"""
+"""Settings of `opd rock`: `Rock`, with those of its context filter, `Context`."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from opd.config.data import Data
@@ -47,7 +44,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Rock:
-    """Whose rollouts are looked at, and what makes a token a rock."""
+    """The frequent tokens whose KL stays large, and a control list, for `opd train ... rock-freeze`."""
 
     student: str
     """The model that speaks, best after a plain OPD run: hub id, folder, .gguf file, run folder, or embedded:NAME."""
@@ -100,10 +97,9 @@ class Rock:
 
     def run(self) -> Train:
         """Return the settings of a run, whose measuring pass is used."""
-        same = ("student", "teacher", "prompts", "sampling", "precision", "teacher_precision", "micro_batch_tokens")
-        more = ("decode_rows", "seed", "trust_remote_code", "quiet", "out")
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in Train.__dataclass_fields__}
         data = replace(self.data, source=self.prompts, seed=self.seed, verifier="none")  # answers are not looked at
-        return Train(**{name: getattr(self, name) for name in (*same, *more)}, data=data)
+        return Train(**{**shared, "data": data})
 
 
 def _is_rock_list(path: Path) -> bool:

@@ -1,7 +1,4 @@
-"""Settings of a training run, for Python and for the command line: `Train`.
-
-This module does not import torch, so that the command line can read flags and refuse mistakes at once.
-"""
+"""Settings of a training run, for Python and for the command line: `Train`."""
 
 import math
 from dataclasses import dataclass, field

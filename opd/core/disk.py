@@ -31,19 +31,13 @@ def disk(doing: str, remedy: str = RESUME) -> Iterator[None]:
         raise Refusal(f"{doing}: {error}; {remedy}") from error
 
 
-def umask() -> int:
-    """Return the permission bits that new files of this process do not get."""
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
-
-
-def follow_umask(folder: Path) -> None:
-    """Give every file below a folder the mode of the umask, because safetensors creates files of mode 0600."""
-    mode = 0o666 & ~umask()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+def follow_umask(path: Path) -> None:
+    """Give a file, or every file below a folder, the mode of the umask; safetensors and tempfile give 0600."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +91,7 @@ class OutputFile:
             try:
                 with os.fdopen(number, "wb") as file:
                     yield file
-                Path(part).chmod(0o666 & ~umask())
+                follow_umask(Path(part))
                 os.replace(part, target)
             except BaseException:
                 Path(part).unlink(missing_ok=True)
@@ -105,17 +99,13 @@ class OutputFile:
 
     def _check_replacement(self, path: Path) -> None:
         """Refuse to replace an input, or, without --overwrite, a file of another origin."""
-        target = _target(path)
-        for source in (Path(name).expanduser() for name in self.inputs):
-            if source.is_file() and source.samefile(target):
-                raise Refusal(f"{self.flag} {self.path}: is read by the same command; name another file")
-        try:
-            replaceable = target.stat().st_size == 0 or self.ours(target)
-        except ValueError:  # neither text nor json
-            replaceable = False
-        if replaceable:
-            return
-        for source in (Path(name).expanduser() for name in self.inputs):
+        target, inputs = _target(path), [Path(name).expanduser() for name in self.inputs]
+        if any(source.is_file() and source.samefile(target) for source in inputs):
+            raise Refusal(f"{self.flag} {self.path}: is read by the same command; name another file")
+        with contextlib.suppress(ValueError):  # of `ours`: neither text nor json
+            if target.stat().st_size == 0 or self.ours(target):
+                return
+        for source in inputs:
             if source.is_dir() and target.is_relative_to(source.resolve()):
                 raise Refusal(f"{self.flag} {self.path}: is part of {source}, which is read; name another file")
         if not self.overwrite:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd.core.disk import umask
+from opd.core.disk import follow_umask
 
 T = TypeVar("T")
 
@@ -29,11 +29,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file, which appears under its name only once it is complete.
-
-    The file gets the mode of the umask; safetensors alone would make it readable by its owner only.
-    """
+    """Write tensors to a safetensors file, which appears under its name only once it is complete."""
     part = path.with_name(f"{path.name}.part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-    part.chmod(0o666 & ~umask())
+    follow_umask(part)
     os.replace(part, path)

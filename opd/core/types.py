@@ -22,8 +22,6 @@ from opd.core.sampling import Prompt
 from opd.core.tensors import map_tensors
 
 STUDENT_COLUMNS = frozenset({"student_logp", "student_entropy"})  # columns that need no teacher
-
-
 STUDENT, TEACHER, DATA = 0, 1, 2  # values of the `source` column: the generator of a response
 RIGHT = 0.5  # outcomes above it are right
 
@@ -116,13 +114,13 @@ class Batch:
 
 
 UNPROMPTED_COLUMNS = frozenset({"student_alone", "teacher_alone"})  # columns that need a pass without the prompt
+# known before any scoring
 ROLLOUT_COLUMNS = UNPROMPTED_COLUMNS | frozenset(
     {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
-)  # known before any scoring
+)
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
-ANSWER_COLUMNS = frozenset(
-    {"chunk", "agreement", "verdict", "judged", "stage", "stage_scores"}
-)  # filled from the answers of a text-only teacher or a judge
+# filled from the answers of a text-only teacher or a judge
+ANSWER_COLUMNS = frozenset({"chunk", "agreement", "verdict", "judged", "stage", "stage_scores"})
 COLUMNS = ROLLOUT_COLUMNS | MEASURED | ANSWER_COLUMNS
 
 Column = Callable[..., Tensor]  # a pure function; its parameters name the columns it reads

@@ -25,14 +25,14 @@ from opd.methods.trb import trb
 from opd.methods.tropd import tropd
 from opd.methods.vopd import vopd, vopd_topk
 
-FACTORIES: tuple[Callable[..., Method], ...] = (
-    vopd, vopd_topk, poweropd,
-    opd, opd_full, opd_topk, gkd, gkd_forward, gkd_reverse, opd_clip, opd_tanh, opd_zscore,
-    reopold, topd, opd_signlog, opd_tv, opd_plus, g_opd,
-    fire, iw_opd, entropy, eopd, eopd_sampled, scope, rock_freeze,
-    kat, trb, tropd, oprd,
-    opsd, sdft, sdpo,
-    omniopd, ropd, rubricem,
-    opd_optimal, opd_stratified, async_opd, npd, pg,
-)  # fmt: skip
-METHODS: dict[str, Callable[..., Method]] = {f.__name__.replace("_", "-"): f for f in FACTORIES}
+__all__ = [  # in the order of `opd methods`
+    "vopd", "vopd_topk", "poweropd",
+    "opd", "opd_full", "opd_topk", "gkd", "gkd_forward", "gkd_reverse", "opd_clip", "opd_tanh", "opd_zscore",
+    "reopold", "topd", "opd_signlog", "opd_tv", "opd_plus", "g_opd",
+    "fire", "iw_opd", "entropy", "eopd", "eopd_sampled", "scope", "rock_freeze",
+    "kat", "trb", "tropd", "oprd",
+    "opsd", "sdft", "sdpo",
+    "omniopd", "ropd", "rubricem",
+    "opd_optimal", "opd_stratified", "async_opd", "npd", "pg",
+]  # fmt: skip  # noqa: RUF022
+METHODS: dict[str, Callable[..., Method]] = {name.replace("_", "-"): globals()[name] for name in __all__}

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from transformers import AutoTokenizer
 
 from opd.cli import main
 from opd.cli.method_names import add_terms
-from opd.cli.train import TrainFlags
 from opd.config.presets import PAPER, settings
-from opd.config.train import Train
+from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.models.load import EMBEDDED
+from tests.test_docs import parse
 from tests.tiny_models import tiny
 
 MODELS = ["--student", "embedded:student", "--teacher", "embedded:teacher"]
@@ -248,21 +249,15 @@ def test_eval_prints_json(capsys):
     assert "--temperature" in refused(capsys, "eval", *flags, "--samples", "4")
 
 
-def test_presets_hold_for_what_the_user_does_not_set():
-    import tyro
-
-    base = Train(student="s", teacher="t", prompts="p")
-    for name in PAPER:
-        known = {f: getattr(base, f) for f in settings("paper", name)}
-        assert known.keys() == settings("paper", name).keys()
-    flags, _ = tyro.cli(
-        TrainFlags,
-        args=["--student", "s", "--teacher", "t", "--prompts", "p", "--lr", "3"],
-        default=TrainFlags(run=Train(student="", teacher="", prompts="", batch=256)),
-        config=(tyro.conf.OmitArgPrefixes,),
-        return_unknown_args=True,
-    )
-    assert flags.run.lr == 3 and flags.run.batch == 256
+@pytest.mark.parametrize(("preset", "name"), [*(("paper", name) for name in PAPER), ("embedded", "sdft")])
+def test_presets_hold_for_what_the_user_does_not_set(preset, name, monkeypatch):
+    words = ["train", *MODELS, *LEDGER, "--preset", preset]
+    run, chosen = parse([*words, name], monkeypatch), settings(preset, name)
+    assert {field: getattr(run, field) for field in chosen} == chosen
+    run = parse([*words, "--lr", "3", "--top-k", "7", "--trackers", "wandb", name], monkeypatch)
+    assert (run.lr, run.sampling.top_k, run.trackers) == (3, 7, ("wandb",))
+    kept = chosen.get("sampling", Sampling())
+    assert run.batch == chosen.get("batch", 64) and run.sampling == replace(kept, top_k=7)
 
 
 def test_also_adds_terms_at_a_weight():
