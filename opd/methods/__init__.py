@@ -25,7 +25,7 @@ from opd.methods.trb import trb
 from opd.methods.tropd import tropd
 from opd.methods.vopd import vopd, vopd_topk
 
-__all__ = [  # in the order of `opd methods`
+__all__ = [  # noqa: RUF022  (in the order of `opd methods`)
     "vopd", "vopd_topk", "poweropd",
     "opd", "opd_full", "opd_topk", "gkd", "gkd_forward", "gkd_reverse", "opd_clip", "opd_tanh", "opd_zscore",
     "reopold", "topd", "opd_signlog", "opd_tv", "opd_plus", "g_opd",
@@ -34,5 +34,5 @@ __all__ = [  # in the order of `opd methods`
     "opsd", "sdft", "sdpo",
     "omniopd", "ropd", "rubricem",
     "opd_optimal", "opd_stratified", "async_opd", "npd", "pg",
-]  # fmt: skip  # noqa: RUF022
+]  # fmt: skip
 METHODS: dict[str, Callable[..., Method]] = {name.replace("_", "-"): globals()[name] for name in __all__}
