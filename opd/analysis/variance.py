@@ -50,7 +50,7 @@ from opd.models.batching import Rows, rows
 from opd.models.forward import final_states
 from opd.models.load import head
 from opd.models.student import Student
-from opd.rollouts.request import RolloutRequest
+from opd.rollouts.collector import RolloutRequest
 from opd.training.build import open_session
 
 ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from opd.core.rng import uniform
 from opd.core.sampling import Sampling
 from opd.models.load import head
-from opd.rollouts.engines.base import GenerateRequest, Sample
+from opd.rollouts.engines.base import Engine, GenerateRequest, Sample
 
 SEEDS = -4  # a key that no rollout has: its noise gives the first seed of a step
 
@@ -86,10 +86,8 @@ def sample(
     return Sample(tuple(ids), tuple(logp), stopped)
 
 
-class WeightSyncedEngine:
+class WeightSyncedEngine(Engine):
     """The common part of both vLLM engines: it sends requests, restores their order, and sends changed weights."""
-
-    merged: tuple[int, ...] | None = None  # as in `HFEngine`
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
         self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
@@ -106,9 +104,6 @@ class WeightSyncedEngine:
             start = time.perf_counter()
             self._send()
             self.stale, self.seconds = False, self.seconds + time.perf_counter() - start
-
-    def close(self) -> None:
-        """Release resources."""
 
     def generate(self, request: GenerateRequest) -> list[Sample]:
         """Generate one response per prompt, after its prefix.  Each rollout `index[i]` has a different seed."""
