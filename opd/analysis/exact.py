@@ -73,10 +73,6 @@ class Slopes:
     always: Float[Tensor, "N V"]
     drawn: Float[Tensor, "N V"]
 
-    def double(self) -> "Slopes":
-        """Return a copy in float64."""
-        return Slopes(self.always.double(), self.drawn.double())
-
     def mean(self, p: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Return the mean over y ~ p of the gradient in the logits."""
         return to_logits(self.always + p * self.drawn, p)
@@ -90,9 +86,10 @@ class Slopes:
         return (p * (along - (p * along).sum(-1, keepdim=True)).square()).sum(-1)
 
     def variance(self, p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """Return the total variance over y ~ p of the gradient in the logits."""
+        """Return the total variance over y ~ p of the gradient in the logits, in float64."""
+        p, drawn = p.double(), self.drawn.double()
         norm2 = (1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()  # |1_y - p|^2
-        return (p * self.drawn.square() * norm2).sum(-1) - to_logits(p * self.drawn, p).square().sum(-1)
+        return (p * drawn.square() * norm2).sum(-1) - to_logits(p * drawn, p).square().sum(-1)
 
 
 def to_logits(slope: Float[Tensor, "*N V"], p: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
@@ -121,9 +118,8 @@ def slopes(method: Method, positions: Positions) -> Slopes:
     if reason := dependence_reason(method):
         raise Refusal(f"{reason}, and one position alone has none")
     logp = positions.student_logp.detach()
-    p, nothing = logp.exp(), torch.zeros_like(logp)
-    student_logp = logp.clone().requires_grad_()
-    always, drawn = nothing, nothing
+    p, student_logp = logp.exp(), logp.clone().requires_grad_()
+    always = drawn = torch.zeros_like(logp)
     for term in method.terms:
         if isinstance(term, Match):
             with torch.enable_grad():

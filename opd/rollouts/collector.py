@@ -58,8 +58,8 @@ class Collector:
         policy, first = request.policy, request.first
         prompts = [prompt for prompt in request.prompts for _ in range(policy.per_prompt)]
         sources = [policy.source(request.step, first + i, request.seed) for i in range(len(prompts))]
-        limit = policy.prefix_limit(request.run_state())
-        prefixes = self.prefix_cache.get(self.teachers, prompts, request.sampling, request.seed, limit)
+        prefix_sampling = replace(request.sampling, max_new_tokens=policy.prefix_limit(request.run_state()))
+        prefixes = self.prefix_cache.get(self.teachers, prompts, prefix_sampling, request.seed)
         samples = self._samples(request, prompts, sources, prefixes)
         notes, rollouts = policy.notes(request.run_state()), list[Rollout]()
         for i, (prompt, source, prefix) in enumerate(zip(prompts, sources, prefixes, strict=True)):

@@ -118,7 +118,6 @@ class WorkerBuffer(RolloutBuffer):
             self.rest()
 
     def rest(self) -> None:
-        """Wait until all queued batches are generated."""
         self._wait(lambda: not self.waiting and self.running is None)
 
     def numbers(self) -> dict[str, float]:
