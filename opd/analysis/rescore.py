@@ -137,10 +137,7 @@ def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
 def targets_of(
     other: Method, batch: Batch, run_method: Method | None, own_terms: Sequence[Target]
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Return the targets of a method, and the reasons why something is missing.
-
-    The targets are empty if the method reads a column that was not measured.
-    """
+    """Return a method's targets (none if it reads an unmeasured column) and the reasons why something is missing."""
     absent = sorted(name for name in other.reads() if getattr(batch, name) is None)
     if absent:
         return (), (f"it reads {', '.join(absent)}, which this run did not measure",)
@@ -227,10 +224,7 @@ def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def most_different(
     first: Float[Tensor, " n"], second: Float[Tensor, " n"], limit: int
 ) -> list[tuple[int, float, float]]:
-    """Return (n, own, other) for the trained tokens whose pulls differ most, pulls scaled to root mean square 1.
-
-    The n-th trained token is meant, in row-major order of the mask.
-    """
+    """Return (n, own, other) for trained tokens n, in row-major order, whose pulls (scaled to RMS 1) differ most."""
     a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (first, second))
     gaps, indices = (a - b).abs().topk(min(limit, len(a)))
     return [(int(i), float(a[i]), float(b[i])) for s, i in zip(gaps, indices, strict=True) if s > 1e-6]

@@ -54,18 +54,12 @@ class Corpus:
         return Corpus(self.ids[inside], self.kl[inside], self.rollout[inside])
 
     def tally(self) -> tuple[Int[Tensor, " V"], Float[Tensor, " V"]]:
-        """Return the count and the summed KL of each type, up to the largest id.
-
-        The summed KL is the rock score R(v) = mean KL x frequency.
-        """
+        """Return count and summed KL, the rock score R(v) = mean KL x frequency, of each type up to the largest id."""
         return self.ids.bincount(), self.ids.bincount(self.kl)
 
 
 def rock(config: Rock) -> Path:
-    """Generate, measure, rank and write the lists; return the path of the first.
-
-    Raises Refusal for errors that the user can fix.
-    """
+    """Generate, measure, rank and write the lists; return the path of the first.  Raises Refusal for user errors."""
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
         session = open_session(resolved(replace(config.run(), method=Method())))
@@ -128,10 +122,7 @@ def _measure_corpus(config: Rock, trainer: Trainer) -> tuple[list[Rollout], Corp
 
 
 def _ratios(config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
-    """Return the CCR of every type.
-
-    Runs a second pass over the rollouts for the contexts, and with --before a third pass with the earlier student.
-    """
+    """Return the CCR of every type: a second pass for the contexts, with --before a third with the earlier student."""
     filter_settings, session = config.consistency, trainer.session
     persists = is_above_quantile(corpus.kl, filter_settings.high)
     if filter_settings.before:

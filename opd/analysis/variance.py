@@ -338,10 +338,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 
 
 def quantile(p: float, freedom: int) -> float:
-    """Return the p-quantile of Student's t with 5 or more degrees of freedom, to 0.3 %.
-
-    Abramowitz and Stegun, 26.7.5.
-    """
+    """Return Student's t p-quantile with 5 or more degrees of freedom, to 0.3 %: Abramowitz and Stegun, 26.7.5."""
     z = NormalDist().inv_cdf(p)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

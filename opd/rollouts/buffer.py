@@ -32,10 +32,7 @@ Batches = dict[int, list[Rollout]]  # rollouts by batch number, without prompts 
 
 
 class RolloutBuffer:
-    """A buffer that generates rollout batches and holds them until the steps that train on them.
-
-    By default nothing is generated in the background, and nothing has to be released.
-    """
+    """A buffer that generates rollout batches, by default inside `take`, and holds them until steps train on them."""
 
     batches: Batches
 
@@ -62,10 +59,7 @@ class RolloutBuffer:
 
 @dataclass
 class InProcessBuffer(RolloutBuffer):
-    """A buffer that generates in the training process, in turns with training.
-
-    A batch is generated with the weights before the step that first trains on it.
-    """
+    """A buffer in the training process: it generates a batch with the weights before the step that first uses it."""
 
     policy: RolloutPolicy
     generate: Callable[[int, Memory], list[Rollout]]  # generates this process's share of a batch
@@ -102,10 +96,7 @@ def with_staleness(rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
 
 
 def without_prompts(rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
-    """Remove the prompts, which the receiver can add again, and set the version of the weights that generated them.
-
-    The version is the number of steps that these weights had been trained.
-    """
+    """Remove the prompts, which the receiver can add again; `version` is how many steps the weights were trained."""
     removed: dict[str, Any] = {"prompt_ids": (), "teacher_prompt_ids": (), "teacher": "", "prompt": Prompt()}
     return [replace(r, version=version, **removed) for r in rollouts]
 

@@ -120,10 +120,7 @@ class Collector:
 
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Add the note `student_alone`: the cross entropy of each response without its prompt, in nats per token.
-
-        It is computed with the student's current weights.
-        """
+        """Add the note `student_alone`: the current student's cross entropy without the prompt, in nats per token."""
         assert isinstance(self.student, HFEngine), "a run refuses other engines here"
         model, out = self.student.model, list[Rollout]()
         for start in range(0, len(rollouts), self.student.rows):

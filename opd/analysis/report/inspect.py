@@ -42,10 +42,7 @@ def inspect(config: Inspect) -> Path:
 def payload(
     run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> dict[str, object]:
-    """Return the rollouts and their columns, flat over all response tokens.
-
-    The tokens of row b are at [start[b], start[b + 1]).
-    """
+    """Return the rollouts and their columns, flat over response tokens; row b has those at [start[b], start[b + 1])."""
     mask = columns["mask"]
     lengths = torch.tensor([row["tokens"] for row in rows])
     is_response = torch.arange(mask.shape[1]) < lengths[:, None]

@@ -70,10 +70,7 @@ class ResponseGenerator(Protocol):
 
 
 class Engine:
-    """An engine that samples from the student.
-
-    It shares the student's weights, or receives them before it generates.
-    """
+    """An engine that samples from the student: it shares its weights, or receives them before it generates."""
 
     model: PreTrainedModel | PeftModel  # the student
     vocabulary: int  # ids 0 .. vocabulary - 1 may be sampled

@@ -67,10 +67,7 @@ class VLLMServer(WeightSyncedEngine):
         self._post("/resume", {}, tries=2)  # vLLM drops the connection after such a refusal
 
     def processed(self) -> bool:
-        """Return whether the server's log-probs are those of the sampled distribution (`processed_logprobs`).
-
-        At temperature 0.01 they are then near 0 for the sampled tokens.
-        """
+        """Return whether log-probs are of the sampled distribution: at temperature 0.01 they are then near 0."""
         return all(sum(x.logp) > -0.5 for x in self._probe(Sampling(temperature=0.01, max_new_tokens=8)) or ())
 
     def _probe(self, sampling: Sampling) -> list[Sample] | None:
