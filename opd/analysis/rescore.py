@@ -116,9 +116,9 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
             differing = most_different(pulls[beside], pulls[name], config.tokens)
             agreement = compare_pulls(pulls[beside], pulls[name], [_token(batch, rows, text_of, *p) for p in differing])
         is_weighted = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
-        other = methods.get(name)
-        differs = other is not None and not other.rollouts.on_policy
-        note = f"its rollouts are {other.rollouts!r}; these are the run's" if differs else ""
+        note = ""
+        if name in methods and not methods[name].rollouts.on_policy:
+            note = f"its rollouts are {methods[name].rollouts!r}; these are the run's"
         verdicts[name] = Verdict(int(is_weighted.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
     return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, verdicts)
 
