@@ -2,18 +2,20 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from opd.config.evaluate import Evaluate
 from opd.config.precision import dtype_of
 from opd.core.disk import OutputFile
 from opd.core.errors import Refusal, at_least
-from opd.core.intervals import INTERVALS
+from opd.core.intervals import INTERVALS, Paired, paired
 from opd.core.sampling import Prompt
 from opd.data import prompts
-from opd.data.prompts import digest
 from opd.data.tasks import benchmarks as sets
 from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
@@ -40,15 +42,11 @@ def majority(answers: Sequence[str], outcomes: Sequence[float], same: Callable[[
 
     `same(i, j)` returns True if samples i and j give the same answer.  An empty answer has no vote.
     """
-    classes: list[list[int]] = []
+    votes: Counter[int] = Counter()  # votes for an answer, by the first sample that gives it
     for j, answer in enumerate(answers):
-        answer_class = next((c for c in classes if answers[c[0]] == answer or same(c[0], j)), None) if answer else []
-        if answer_class is None:
-            classes.append([j])
-        else:
-            answer_class.append(j)
-    largest = max(map(len, classes), default=0)
-    leading = [outcomes[c[0]] for c in classes if len(c) == largest]
+        if answer:
+            votes[next((i for i in votes if answers[i] == answer or same(i, j)), j)] += 1
+    leading = [outcomes[i] for i, count in votes.items() if count == max(votes.values())]
     return sum(leading) / len(leading) if leading else 0.0
 
 
@@ -74,15 +72,18 @@ class EvaluationScores:
         k = len(self.outcomes[0])
         right = [sum(x >= 1 for x in row) for row in self.outcomes]  # pass@k counts outcomes of 1 or more as correct
         measures = {f"avg@{k}": [sum(row) / k for row in self.outcomes]}
-        measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in _powers(k) if k > 1}
-        return measures | ({f"maj@{k}": list(self.majorities)} if k > 1 else {})
+        if k > 1:
+            sizes = sorted({2**i for i in range(k.bit_length())} | {k})
+            measures |= {f"pass@{j}": [pass_at_k(n, k, j) for n in right] for j in sizes}
+            measures[f"maj@{k}"] = list(self.majorities)
+        return measures
 
     def problems(self) -> list[dict[str, object]]:
         """Return a json row for each problem: question, answer, outcomes, lengths and responses."""
         k = len(self.outcomes[0])
         return [
             {
-                "prompt": digest(prompt),
+                "prompt": prompts.digest(prompt),
                 "question": prompt.text or prompt.messages[-1]["content"],
                 "answer": prompt.answer,
                 "outcomes": row,
@@ -96,19 +97,21 @@ class EvaluationScores:
 
     def table(self, interval: str = "wilson") -> dict[str, object]:
         """Return all numbers for json; `interval` is a key of INTERVALS."""
-        k = len(self.outcomes[0])
-        rows = {name: INTERVALS[interval](values) for name, values in self.each().items()}
         return {
             "prompts": len(self.outcomes),
-            "samples": k,
-            **{name: {"value": e.value, "low": e.low, "high": e.high} for name, e in rows.items()},
+            "samples": len(self.outcomes[0]),
+            **{name: asdict(INTERVALS[interval](values)) for name, values in self.each().items()},
             "length": sum(self.lengths) / len(self.lengths),
             "stopped": sum(self.stopped) / len(self.stopped),
         }
 
 
-def _powers(k: int) -> list[int]:
-    return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+def compare_scores(a: tuple[str, EvaluationScores], b: tuple[str, EvaluationScores]) -> dict[str, Paired]:
+    """Return the paired difference of two models on the same problems, for each measure by name."""
+    (first_name, first), (second_name, second) = a, b
+    assert first.prompts == second.prompts
+    measures = ((name, values, second.each()[name]) for name, values in first.each().items())
+    return {name: paired(np.array([x]), np.array([y]), (first_name, second_name)) for name, x, y in measures}
 
 
 def evaluate(config: Evaluate) -> EvaluationScores:
@@ -145,17 +148,17 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     request = GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))
     samples = engine.generate(request)
     responses = tuple(str(tokenizer.decode(list(s.ids), skip_special_tokens=True)) for s in samples)
-    k, questions = config.samples, tuple(task.prompts)
-    parts = [slice(i * k, (i + 1) * k) for i in range(len(questions))]
-    outcomes = [tuple(task.verify(x, p) for x in responses[part]) for p, part in zip(questions, parts, strict=True)]
+    outcomes, majorities = [], []
+    for i, prompt in enumerate(task.prompts):
+        part = responses[i * config.samples : (i + 1) * config.samples]
+        outcomes.append(tuple(task.verify(response, prompt) for response in part))
+        majorities.append(majority_score(task, prompt, part, outcomes[-1]))
     return EvaluationScores(
         tuple(outcomes),
         tuple(len(s.ids) for s in samples),
         tuple(s.stopped for s in samples),
-        tuple(
-            majority_score(task, p, responses[part], o) for p, part, o in zip(questions, parts, outcomes, strict=True)
-        ),
-        questions,
+        tuple(majorities),
+        tuple(task.prompts),
         responses,
     )
 

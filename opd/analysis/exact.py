@@ -65,34 +65,25 @@ def gradient_moments(
 
 @dataclass(frozen=True)
 class Slopes:
-    """The gradient of the token loss in the student's log-probs, for every token y that may be sampled.
-
-    Component v of the gradient is always_v + [v = y] drawn_y.
-    """
+    """The gradient of the token loss in log p, for each sampled token y: component v is always_v + [v = y] drawn_y."""
 
     always: Float[Tensor, "N V"]
     drawn: Float[Tensor, "N V"]
-
-    def double(self) -> "Slopes":
-        """Return a copy in float64."""
-        return Slopes(self.always.double(), self.drawn.double())
 
     def mean(self, p: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Return the mean over y ~ p of the gradient in the logits."""
         return to_logits(self.always + p * self.drawn, p)
 
     def spread(self, p: Float[Tensor, "N V"], tangent: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """Return the variance over y ~ p of the gradient's component along a direction.
-
-        `tangent` is the derivative of log p along this direction.
-        """
+        """Return the variance over y ~ p of the gradient along a direction in which log p has derivative `tangent`."""
         along = (self.drawn * tangent).where(p > 0, 0)
         return (p * (along - (p * along).sum(-1, keepdim=True)).square()).sum(-1)
 
     def variance(self, p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """Return the total variance over y ~ p of the gradient in the logits."""
+        """Return the total variance over y ~ p of the gradient in the logits, in float64."""
+        p, drawn = p.double(), self.drawn.double()
         norm2 = (1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()  # |1_y - p|^2
-        return (p * self.drawn.square() * norm2).sum(-1) - to_logits(p * self.drawn, p).square().sum(-1)
+        return (p * drawn.square() * norm2).sum(-1) - to_logits(p * drawn, p).square().sum(-1)
 
 
 def to_logits(slope: Float[Tensor, "*N V"], p: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
@@ -121,9 +112,8 @@ def slopes(method: Method, positions: Positions) -> Slopes:
     if reason := dependence_reason(method):
         raise Refusal(f"{reason}, and one position alone has none")
     logp = positions.student_logp.detach()
-    p, nothing = logp.exp(), torch.zeros_like(logp)
-    student_logp = logp.clone().requires_grad_()
-    always, drawn = nothing, nothing
+    p, student_logp = logp.exp(), logp.clone().requires_grad_()
+    always = drawn = torch.zeros_like(logp)
     for term in method.terms:
         if isinstance(term, Match):
             with torch.enable_grad():
@@ -146,10 +136,7 @@ def slopes(method: Method, positions: Positions) -> Slopes:
 
 
 def source_shares(method: Method) -> Mapping[int, float]:
-    """Return the probability with which each source (student, teacher) generates a rollout of the method.
-
-    The mapping is empty if some rollouts come from the data.
-    """
+    """Return the probability with which each source generates a rollout; empty if some come from the data."""
     shares = method.rollouts.source_shares()
     return {} if DATA in shares else shares
 
@@ -228,10 +215,7 @@ class World:
         return torch.autograd.grad(loss.sum(), self.student)[0]
 
     def moments(self, method: Method) -> tuple[Float[Tensor, "S V"], Float[Tensor, ""]]:
-        """Return the mean and the total variance of the gradient of a step on one sequence.
-
-        The gradient is multiplied by T, so it is per sequence, not per token.
-        """
+        """Return mean and total variance of T times the gradient of a step on one sequence: that is per sequence."""
         ids, probabilities, gradients = self.sequences(), [], []
         for speaker, share in source_shares(method).items():
             probabilities.append(share * self.probability(ids, speaker).detach())

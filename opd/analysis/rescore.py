@@ -9,7 +9,6 @@ import ast
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,18 +98,13 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
     step, path = saved_at(config.run, config.step, "config.json")
     rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
     method_text = str(json.loads((config.run / "config.json").read_text())["method"])
-    batch, terms = batch_of(columns), own_targets(columns)
-    run_method = parse_method(method_text)
+    batch, terms, run_method = batch_of(columns), own_targets(columns), parse_method(method_text)
+    own_lacks = (NO_ADVANTAGE,) * any(t.advantage is None for t in terms)
+    targets_by_method = {OWN_METHOD: (terms, own_lacks)}
+    targets_by_method |= {name: targets_of(other, batch, run_method, terms) for name, other in methods.items()}
     pulls: dict[str, Float[Tensor, " n"]] = {}
-    if (own_pull := pull(terms, batch.mask)) is not None:
-        pulls[OWN_METHOD] = own_pull
-    silent = any(t.advantage is None for t in terms)
-    targets_by_method: dict[str, tuple[tuple[Target, ...], tuple[str, ...]]] = {
-        OWN_METHOD: (terms, (NO_ADVANTAGE,) * silent)
-    }
-    for name, other in methods.items():
-        targets_by_method[name] = targets_of(other, batch, run_method, terms)
-        if not targets_by_method[name][1] and (method_pull := pull(targets_by_method[name][0], batch.mask)) is not None:
+    for name, (targets, lacks) in targets_by_method.items():
+        if not lacks and (method_pull := pull(targets, batch.mask)) is not None:
             pulls[name] = method_pull
     beside = next(iter(pulls), "")
     texts = json.loads(path.with_suffix(".tokens.json").read_text())
@@ -122,15 +116,16 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
             differing = most_different(pulls[beside], pulls[name], config.tokens)
             agreement = compare_pulls(pulls[beside], pulls[name], [_token(batch, rows, text_of, *p) for p in differing])
         is_weighted = torch.stack([batch.mask & False, *((t.weight != 0) & batch.mask for t in targets)]).any(0)
-        note = rollout_note(methods[name]) if name in methods else ""
+        note = ""
+        if name in methods and not methods[name].rollouts.on_policy:
+            note = f"its rollouts are {methods[name].rollouts!r}; these are the run's"
         verdicts[name] = Verdict(int(is_weighted.any(1).sum()), spreads(targets, batch.mask), agreement, lacks, note)
     return Rescored(str(config.run), step, len(rows), int(batch.mask.sum()), beside, verdicts)
 
 
 def batch_of(columns: Mapping[str, Tensor]) -> Batch:
     """Return the saved batch; columns that were not measured are None."""
-    values: dict[str, Any] = {f.name: columns[f.name] for f in fields(Batch) if f.name in columns}
-    return Batch(**values)
+    return Batch(**{f.name: columns[f.name] for f in fields(Batch) if f.name in columns})  # type: ignore[arg-type]
 
 
 def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
@@ -142,10 +137,7 @@ def own_targets(columns: Mapping[str, Tensor]) -> tuple[Target, ...]:
 def targets_of(
     other: Method, batch: Batch, run_method: Method | None, own_terms: Sequence[Target]
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Return the targets of a method, and the reasons why something is missing.
-
-    The targets are empty if the method reads a column that was not measured.
-    """
+    """Return a method's targets (none if it reads an unmeasured column) and the reasons why something is missing."""
     absent = sorted(name for name in other.reads() if getattr(batch, name) is None)
     if absent:
         return (), (f"it reads {', '.join(absent)}, which this run did not measure",)
@@ -170,13 +162,10 @@ def term_scores(
         case Match():
             return f"differentiates {term.divergence!r}: {NO_ADVANTAGE}"
     assert isinstance(term, PolicyGradient)
-    for own_term, target in zip(run_method.terms if run_method else (), own_terms, strict=False):
-        if (
-            isinstance(own_term, PolicyGradient)
-            and not own_term.transforms
-            and target.advantage is not None
-            and same_scores(own_term, term)
-        ):
+    scored_by = lambda t: (t.reward, t.baseline, t.estimator, t.against)
+    for own, target in zip(run_method.terms if run_method else (), own_terms, strict=False):
+        same = isinstance(own, PolicyGradient) and not own.transforms and scored_by(own) == scored_by(term)
+        if same and target.advantage is not None:
             return target.advantage
     p, q = batch.student_logp, batch.teacher_logp
     if term.estimator != Sampled():
@@ -190,16 +179,11 @@ def term_scores(
         return value
     if term.baseline == Value() and term.reward == One():
         return value - 1
-    if term.baseline == Value() and term.reward in EXPECTED:
-        if batch.reverse_kl is None:
-            return f"{term.baseline!r} needs reverse_kl, which this run did not measure"
-        return value + batch.reverse_kl - EXPECTED[term.reward]
-    return f"{term.baseline!r} of {term.reward!r} needs both models' vocabulary at each token"
-
-
-def same_scores(a: PolicyGradient, b: PolicyGradient) -> bool:
-    """Return True if two terms give tokens the same scores."""
-    return all(getattr(a, name) == getattr(b, name) for name in ("reward", "baseline", "estimator", "against"))
+    if term.baseline != Value() or term.reward not in EXPECTED:
+        return f"{term.baseline!r} of {term.reward!r} needs both models' vocabulary at each token"
+    if batch.reverse_kl is None:
+        return f"{term.baseline!r} needs reverse_kl, which this run did not measure"
+    return value + batch.reverse_kl - EXPECTED[term.reward]
 
 
 def pull(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " n"] | None:
@@ -240,10 +224,7 @@ def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def most_different(
     first: Float[Tensor, " n"], second: Float[Tensor, " n"], limit: int
 ) -> list[tuple[int, float, float]]:
-    """Return (n, own, other) for the trained tokens whose pulls differ most, pulls scaled to root mean square 1.
-
-    The n-th trained token is meant, in row-major order of the mask.
-    """
+    """Return (n, own, other) for trained tokens n, in row-major order, whose pulls (scaled to RMS 1) differ most."""
     a, b = (x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny) for x in (first, second))
     gaps, indices = (a - b).abs().topk(min(limit, len(a)))
     return [(int(i), float(a[i]), float(b[i])) for s, i in zip(gaps, indices, strict=True) if s > 1e-6]
@@ -254,11 +235,6 @@ def _token(batch: Batch, rows: Sequence[Mapping], spell: Callable, nth: int, fir
     ids = batch.ids[row, : rows[row]["tokens"]].tolist()
     context, continuation = ids[max(0, t - BEFORE) : t], ids[t + 1 : t + 1 + AFTER]
     return Token(rows[row]["index"], t, spell(context), spell(ids[t : t + 1]), spell(continuation), first, second)
-
-
-def rollout_note(other: Method) -> str:
-    """Return a note if the method would have used other rollouts than those of the student, else ""."""
-    return "" if other.rollouts.on_policy else f"its rollouts are {other.rollouts!r}; these are the run's"
 
 
 def parse_method(text: str) -> Method | None:

@@ -1,24 +1,24 @@
 """Rock tokens: token types with large and frequent KL, `rock(Rock(...)) -> file` for `rock-freeze --tokens`.
 
 Generates rollouts of the student, measures the exact KL at every position, and ranks the predicted tokens by summed KL.
-Writes the list and a control list with as many occurrences.  arXiv:2605.09253.
+Writes the list and a control list with as many occurrences.  arXiv:2605.09253.  An occurrence is a response position
+with the token *predicted* there; a type is a token of the vocabulary.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
-from opd.analysis.token_occurrences import Corpus, consistency, control_types, is_above_quantile, rank, stability
 from opd.config.plan import resolved
 from opd.config.precision import dtype_of
 from opd.config.rock import Rock
@@ -36,13 +36,30 @@ from opd.training.run_folder import Run
 from opd.training.trainer import Trainer
 
 NUM_SHOWN = 20  # types printed on the terminal
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the rollouts: the paper's 50 to 400 of 500, and all
+BLOCK = 1024  # occurrences compared at a time, which bounds memory
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus of token occurrences, in flat tensors [N]."""
+
+    ids: Int[Tensor, " N"]
+    kl: Float[Tensor, " N"]  # KL(student || teacher) of the full distributions at the position, nats
+    rollout: Int[Tensor, " N"]
+
+    def part(self, rollouts: Int[Tensor, " R"]) -> "Corpus":
+        """Return the occurrences in the given rollouts."""
+        inside = torch.isin(self.rollout, rollouts)
+        return Corpus(self.ids[inside], self.kl[inside], self.rollout[inside])
+
+    def tally(self) -> tuple[Int[Tensor, " V"], Float[Tensor, " V"]]:
+        """Return count and summed KL, the rock score R(v) = mean KL x frequency, of each type up to the largest id."""
+        return self.ids.bincount(), self.ids.bincount(self.kl)
 
 
 def rock(config: Rock) -> Path:
-    """Generate, measure, rank and write the lists; return the path of the first.
-
-    Raises Refusal for errors that the user can fix.
-    """
+    """Generate, measure, rank and write the lists; return the path of the first.  Raises Refusal for user errors."""
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
         session = open_session(resolved(replace(config.run(), method=Method())))
@@ -54,15 +71,16 @@ def rock(config: Rock) -> Path:
     rocks = rank(counts, score, top=config.top, min_count=config.min_count)
 
     def table(ids: Sequence[int]) -> dict[str, Any]:
-        type_ids, totals = list(ids), (float(sums.sum()), int(counts.sum()))
+        type_ids = list(ids)
         types = [
             {"id": i, "token": str(session.collector.tokenizer.decode([i])), "count": int(counts[i])}
             | {"mean_kl": float(sums[i] / counts[i]), "score": float(score[i])}
             | ({} if ratio is None else {"consistency": float(ratio[i])})
             for i in type_ids
         ]
-        shares = {"kl": float(sums[type_ids].sum()) / totals[0], "tokens": int(counts[type_ids].sum()) / totals[1]}
-        return {"ids": type_ids, "occurrences": int(counts[type_ids].sum()), "coverage": shares, "types": types}
+        occurrences = int(counts[type_ids].sum())
+        shares = {"kl": float(sums[type_ids].sum()) / float(sums.sum()), "tokens": occurrences / int(counts.sum())}
+        return {"ids": type_ids, "occurrences": occurrences, "coverage": shares, "types": types}
 
     settings = {name: str(getattr(config, name)) for name in ("student", "teacher", "prompts", "sampling", "seed")}
     info = {"rollouts": len(rollouts), "tokens": len(corpus.ids), "types": int((counts > 0).sum()), **settings}
@@ -84,8 +102,7 @@ def _measure_corpus(config: Rock, trainer: Trainer) -> tuple[list[Rollout], Corp
             f"--rollouts {config.rollouts}: there are {len(prompts.task.prompts)} prompts, and greedy rollouts of one "
             "are all the same; lower it, or sample at --temperature 1"
         )
-    rollouts: list[Rollout] = []
-    kl: list[Tensor] = []
+    rollouts, kl = list[Rollout](), list[Tensor]()
     quiet = config.quiet or not sys.stderr.isatty()
     steps = range(1, -(-config.rollouts // config.decode_rows) + 1)
     for step in track(steps, "rollouts", console=Console(stderr=True), transient=True, disable=quiet):
@@ -105,10 +122,7 @@ def _measure_corpus(config: Rock, trainer: Trainer) -> tuple[list[Rollout], Corp
 
 
 def _ratios(config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], corpus: Corpus) -> Float[Tensor, " V"]:
-    """Return the CCR of every type.
-
-    Runs a second pass over the rollouts for the contexts, and with --before a third pass with the earlier student.
-    """
+    """Return the CCR of every type: a second pass for the contexts, with --before a third with the earlier student."""
     filter_settings, session = config.consistency, trainer.session
     persists = is_above_quantile(corpus.kl, filter_settings.high)
     if filter_settings.before:
@@ -159,25 +173,22 @@ def _show(listed: dict[str, Any], control: dict[str, Any]) -> None:
     """Print the top of the list, its coverage of KL and tokens, its stability, and its control."""
     corpus, types = listed["corpus"], listed["types"]
     total = sum(x["count"] * x["mean_kl"] for x in types) / listed["coverage"]["kl"]
-    table = Table("", "token", "id", "count", "mean KL", "of all KL", box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for place, x in enumerate(listed["types"][:NUM_SHOWN], 1):
-        share = x["count"] * x["mean_kl"] / total
-        table.add_row(
-            str(place), repr(x["token"]), str(x["id"]), str(x["count"]), f"{x['mean_kl']:.4f}", f"{share:.1%}"
-        )
+    numbers = (Column(title, justify="right") for title in ("id", "count", "mean KL", "of all KL"))
+    table = Table("", "token", *numbers, box=None, pad_edge=False)
+    for place, x in enumerate(types[:NUM_SHOWN], 1):
+        kl_cells = f"{x['mean_kl']:.4f}", f"{x['count'] * x['mean_kl'] / total:.1%}"
+        table.add_row(str(place), repr(x["token"]), str(x["id"]), str(x["count"]), *kl_cells)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table, markup=False)
-    if len(listed["types"]) > NUM_SHOWN:
-        console.print(f"... and {len(listed['types']) - NUM_SHOWN} more")
+    if len(types) > NUM_SHOWN:
+        console.print(f"... and {len(types) - NUM_SHOWN} more")
     shares = listed["coverage"]
     console.print(
         f"{len(listed['ids'])} of {corpus['types']} types in {corpus['rollouts']} rollouts cover "
         f"{shares['kl']:.1%} of the KL and {shares['tokens']:.1%} of {corpus['tokens']} tokens"
     )
     jaccards = "  ".join(f"{float(share):.0%}: {value:.2f}" for share, value in listed["stability"].items())
-    plain = ", without the context filter" if any("consistency" in x for x in listed["types"]) else ""
+    plain = ", without the context filter" if any("consistency" in x for x in types) else ""
     console.print(f"same list from a share of the rollouts (Jaccard{plain})  {jaccards}")
     console.print(
         f"control: {len(control['ids'])} other types, {control['occurrences']} occurrences against "
@@ -185,3 +196,71 @@ def _show(listed: dict[str, Any], control: dict[str, Any]) -> None:
     )
     if control["occurrences"] < 0.98 * listed["occurrences"]:
         console.print("warning: the other tokens do not occur as often as the list; lower --top for an equal control")
+
+
+def rank(counts: Int[Tensor, " V"], score: Float[Tensor, " V"], *, top: int, min_count: int) -> tuple[int, ...]:
+    """Return up to `top` types with the highest scores and at least `min_count` occurrences, best first."""
+    score = score.where(counts >= min_count, -torch.inf)
+    best = score.argsort(descending=True, stable=True)[:top]
+    return tuple(best[score[best] > -torch.inf].tolist())
+
+
+def stability(corpus: Corpus, *, top: int, min_count: int, seed: int, draws: int = 10) -> dict[float, float]:
+    """Return the Jaccard index of the list from a random share of the rollouts with the full list, by share.
+
+    Each value is the mean over `draws` random subsets.  A subset is part of the whole corpus, so disjoint halves would
+    agree less.
+    """
+    ranked = lambda part: set(rank(*part.tally(), top=top, min_count=min_count))
+    full_list, rollouts = ranked(corpus), corpus.rollout.unique()
+    generator, out = torch.Generator().manual_seed(seed), {}
+    for share in SHARES:
+        size = max(1, round(share * len(rollouts)))
+        samples = [rollouts[torch.randperm(len(rollouts), generator=generator)[:size]] for _ in range(draws)]
+        lists = [ranked(corpus.part(sample)) for sample in samples]
+        out[share] = sum(len(x & full_list) / max(1, len(x | full_list)) for x in lists) / draws
+    return out
+
+
+def control_types(counts: Int[Tensor, " V"], types: Sequence[int]) -> tuple[int, ...]:
+    """Return other types with as many occurrences in total as `types`, and with similar frequencies if possible.
+
+    For each of `types`, from the most frequent down, take the unused type nearest in log frequency that fits into the
+    remaining number of occurrences.  Then fill up with the most frequent types that fit.  The total never exceeds that
+    of `types`; it is smaller if the rest of the corpus is too small.
+    """
+    type_ids = list(types)
+    budget, unused_counts = int(counts[type_ids].sum()), counts.clone()
+    unused_counts[type_ids] = 0
+    log_counts, out = counts[type_ids].sort(descending=True).values.double().log(), list[int]()
+    while bool((fits := (unused_counts > 0) & (unused_counts <= budget)).any()):
+        size = unused_counts.double().log()
+        distance = (size - log_counts[len(out)]).abs() if len(out) < len(log_counts) else -size
+        best = int(distance.where(fits, torch.inf).argmin())
+        out.append(best)
+        budget -= int(unused_counts[best])
+        unused_counts[best] = 0
+    return tuple(out)
+
+
+def consistency(
+    ids: Int[Tensor, " M"], contexts: Float[Tensor, "M H"], counts: Int[Tensor, " V"], *, similar: float, share: float
+) -> Float[Tensor, " V"]:
+    """Return the paper's CCR: for each type, the share of its occurrences whose KL persists in recurring contexts.
+
+    `ids` and `contexts` describe the persistent occurrences.  An occurrence recurs if at least `share` of the other
+    occurrences of its type have a context with cosine `similar` or more.  A single occurrence does not recur.
+    """
+    unit = torch.nn.functional.normalize(contexts, dim=-1)
+    persistent = torch.zeros_like(counts)
+    for token in ids.unique().tolist():
+        same = unit[ids == token]
+        if len(same) > 1:
+            num_similar = torch.cat([((part @ same.T) >= similar).sum(1) for part in same.split(BLOCK)])
+            persistent[token] = (num_similar - 1 >= share * (len(same) - 1)).sum()  # not counting itself
+    return persistent.double() / counts.clamp(min=1)
+
+
+def is_above_quantile(kl: Float[Tensor, " N"], quantile: float) -> Bool[Tensor, " N"]:
+    """Return a mask of the occurrences at or above a quantile (in [0, 1)) of the KL."""
+    return kl >= kl.sort().values[min(len(kl) - 1, int(quantile * len(kl)))]  # torch.quantile is limited to 2^24 values

@@ -50,7 +50,7 @@ from opd.models.batching import Rows, rows
 from opd.models.forward import final_states
 from opd.models.load import head
 from opd.models.student import Student
-from opd.rollouts.request import RolloutRequest
+from opd.rollouts.collector import RolloutRequest
 from opd.training.build import open_session
 
 ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal
@@ -96,25 +96,22 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     student = session.plain()
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad and re.search(config.parameters, n)}
     if not trained:
-        examples = ", ".join(list(dict(student.named_parameters()))[:3])
-        raise Refusal(
-            f"--parameters {config.parameters}: no trained parameter has such a name; there are {examples}, ..."
-        )
+        some = ", ".join(list(dict(student.named_parameters()))[:3])
+        raise Refusal(f"--parameters {config.parameters}: no trained parameter has such a name; there are {some}, ...")
     prompts = session.prompts.batch(1, config.rollouts)
     request = RolloutRequest(prompts=prompts, policy=OnPolicy(), sampling=config.sampling, seed=config.seed, step=1)
     rollouts = session.collector.collect(request, lambda text, prompt: 0.0)
     means, all_sums, total_kl = Means(), [], 0.0
     for rollout in track(rollouts, "rollouts", console=Console(stderr=True), transient=True):
-        response_rows = rows([rollout], [[True] * len(rollout.ids)], teacher=False, device=student.model.device)
-        teacher_hidden = session.teachers[rollout.teacher].hidden([rollout], [[True] * len(rollout.ids)])
-        if not isinstance(teacher_hidden, Hidden):
+        mask = [[True] * len(rollout.ids)]
+        response_rows = rows([rollout], mask, teacher=False, device=student.model.device)
+        teacher = session.teachers[rollout.teacher].hidden([rollout], mask)
+        if not isinstance(teacher, Hidden):
             raise Refusal(
                 f"--teacher {config.teacher}: gives log-probs of some tokens, and the exact sum needs them all"
             )
-        signs = directions(trained, config, rollout.index)
-        sums, divergence = measure_rollout(
-            student, response_rows, teacher_hidden, session.vocabulary, trained, signs, methods, means
-        )
+        signs, vocabulary = directions(trained, config, rollout.index), session.vocabulary
+        sums, divergence = measure_rollout(student, response_rows, teacher, vocabulary, trained, signs, methods, means)
         all_sums.append(sums)
         total_kl += divergence
     lengths = [float(len(rollout.ids)) for rollout in rollouts]
@@ -216,9 +213,8 @@ def measure_rollout(
     `methods` contains `opd` and `opd-full`.
     """
     lm_head, ids = head(student.model), vocabulary.canonical(response_rows.ids[response_rows.trained])
-    head_parameters = {
-        part: n for part in ("weight", "bias") for n, p in trained.items() if p is getattr(lm_head, part)
-    }
+    parts = ("weight", "bias")
+    head_parameters = {part: n for part in parts for n, p in trained.items() if p is getattr(lm_head, part)}
     derivatives = []
     for direction in sign_directions:
         inside = {part: direction[n] for part, n in head_parameters.items()}
@@ -235,14 +231,12 @@ def measure_rollout(
             q = _logp(vocabulary, teacher.head, {"states": teacher.states[part]})
         positions = Positions(ids[part], logp, q)
         summed_kl += float(kl(logp, q).sum())
-        tangents = [
-            _tangent(vocabulary, lm_head, leaf.detach(), states_[part], inside) for states_, inside in derivatives
-        ]
+        tangents = [_tangent(vocabulary, lm_head, leaf.detach(), x[part], inside) for x, inside in derivatives]
         full = slopes(METHODS["opd-full"](), positions).mean(p)
-        opd_variance = slopes(METHODS["opd"](), positions).double().variance(p.double())
+        opd_variance = slopes(METHODS["opd"](), positions).variance(p)
         for name, method in methods.items():
             s = slopes(method, positions)
-            logits = s.double().variance(p.double())
+            logits = s.variance(p)
             out[name].variance += sum(float(s.spread(p, x).sum()) for x in tangents) / len(tangents)
             out[name].logits += float(logits.sum())
             out[name].raised += float((logits > (1 + ROUNDING) * opd_variance).sum())
@@ -254,9 +248,8 @@ def measure_rollout(
             means.add(name, dict(zip(head_parameters.values(), head_gradients, strict=True)))
             gradients_by_method.setdefault(name, torch.zeros_like(states))[part] = state_gradient
     for name, state_gradient in gradients_by_method.items():
-        gradients = torch.autograd.grad(
-            states, list(trained.values()), state_gradient, retain_graph=True, allow_unused=True
-        )
+        inputs = list(trained.values())
+        gradients = torch.autograd.grad(states, inputs, state_gradient, retain_graph=True, allow_unused=True)
         means.add(name, dict(zip(trained, gradients, strict=True)))
     return out, summed_kl
 
@@ -293,12 +286,10 @@ def _padding_frozen(model: nn.Module) -> Iterator[None]:
         return torch.where(args[0].eq(module.padding_idx)[..., None], out.detach(), out)
 
     padded = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
-    hooks = [m.register_forward_hook(still) for m in padded]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in padded:
+            hooks.enter_context(module.register_forward_hook(still))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _States(nn.Module):
@@ -347,14 +338,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 
 
 def quantile(p: float, freedom: int) -> float:
-    """Return the p-quantile of Student's t with 5 or more degrees of freedom, to 0.3 %.
-
-    Abramowitz and Stegun, 26.7.5.
-    """
+    """Return Student's t p-quantile with 5 or more degrees of freedom, to 0.3 %: Abramowitz and Stegun, 26.7.5."""
     z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3

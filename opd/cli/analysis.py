@@ -157,7 +157,7 @@ def eval_(args: list[str]) -> int:
 
 def _show_scores(what: Evaluate, scores: Mapping[str, Any], *, json: bool) -> None:
     """Print the measures of a model, or of two models and their difference."""
-    from opd.analysis.report.compare import compare_scores
+    from opd.analysis.evaluate import compare_scores
 
     task = {"task": what.prompts, **({"set": what.set} if what.set else {})}
     tables = [{"model": name, **task, **score.table(what.interval)} for name, score in scores.items()]

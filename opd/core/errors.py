@@ -19,7 +19,7 @@ def at_least(settings: object, **bounds: int) -> None:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {bound}")
 
 
-def one_line(message: object) -> str:
-    """Return a message as one line, cut to 200 characters."""
+def one_line(message: object, limit: int = 200) -> str:
+    """Return a message as one line of at most `limit` characters."""
     text = " ".join(str(message).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -51,10 +51,7 @@ def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:
 
 
 def assemble(batch: Batch, parts: Sequence[tuple[Sequence[int], HeadColumns]]) -> Batch:
-    """Scatter flat per-token columns, measured for some rows at a time, into the batch as [B, T] columns.
-
-    Rows that are in no part keep their previous values.
-    """
+    """Scatter flat columns, measured for some rows at a time, into [B, T] columns; other rows keep their values."""
     previous = vars(batch) | {f"scores.{i}": x for i, x in enumerate(batch.scores)}
     columns: dict[str, Any] = {}
     for row_numbers, flat_columns in parts:

@@ -5,13 +5,15 @@ generating a batch again with the same weights gives the same rollouts.  Checkpo
 """
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd.core.sampling import Prompt
 from opd.core.types import Others, Rollout
 from opd.data.prompts import Rendered
 from opd.methods.rollout_policies.base import Memory, RolloutPolicy
@@ -25,14 +27,12 @@ SCALARS = {
     "outcome": torch.float64,
     "prefix": torch.int64,
 }
-STORED = ("ids", "sampler_logp", "others", "notes", *SCALARS)  # fields of a rollout without its prompts
 
 Batches = dict[int, list[Rollout]]  # rollouts by batch number, without prompts (see `without_prompts`)
 
 
-@runtime_checkable
-class RolloutBuffer(Protocol):
-    """A buffer that generates rollout batches and holds them until the steps that train on them."""
+class RolloutBuffer:
+    """A buffer that generates rollout batches, by default inside `take`, and holds them until steps train on them."""
 
     batches: Batches
 
@@ -41,6 +41,7 @@ class RolloutBuffer(Protocol):
 
     def take(self, step: int, memory: Memory) -> list[Rollout]:
         """Return the rollouts that `step` trains on."""
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Wait before a checkpoint for the batches that a resumed run could not generate again."""
@@ -50,25 +51,20 @@ class RolloutBuffer(Protocol):
 
     def numbers(self) -> dict[str, float]:
         """Return the buffer's columns of perf.jsonl, measured since the last call."""
+        return {}
 
     def close(self) -> None:
         """Stop the generation and release its resources."""
 
 
 @dataclass
-class InProcessBuffer:
-    """A buffer that generates in the training process, in turns with training.
-
-    A batch is generated with the weights before the step that first trains on it.
-    """
+class InProcessBuffer(RolloutBuffer):
+    """A buffer in the training process: it generates a batch with the weights before the step that first uses it."""
 
     policy: RolloutPolicy
     generate: Callable[[int, Memory], list[Rollout]]  # generates this process's share of a batch
     total: int  # number of steps in the run
     batches: Batches = field(default_factory=dict)
-
-    def advance(self, step: int, memory: Memory) -> None:
-        """Do nothing: batches are generated in `take`."""
 
     def take(self, step: int, memory: Memory) -> list[Rollout]:
         """Generate the batches that belong to the weights before `step`; return the rollouts that `step` trains on."""
@@ -80,19 +76,6 @@ class InProcessBuffer:
         rollouts = self.batches[number]
         discard(self.batches, self.policy.oldest_needed(step, memory))
         return rollouts
-
-    def settle(self) -> None:
-        """Do nothing: no batch is generated in the background."""
-
-    def rest(self) -> None:
-        """Do nothing: no batch is generated in the background, so none can be unfinished."""
-
-    def numbers(self) -> dict[str, float]:
-        """Return no columns: the step's rollout phase already measures the time."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing: the buffer holds no resources."""
 
 
 def discard(batches: Batches, first: int) -> None:
@@ -113,12 +96,9 @@ def with_staleness(rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
 
 
 def without_prompts(rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
-    """Remove the prompts, which the receiver can add again, and set the version of the weights that generated them.
-
-    The version is the number of steps that these weights had been trained.
-    """
-    columns = ({name: getattr(r, name) for name in STORED} for r in rollouts)
-    return [Rollout(**x | {"version": version}, prompt_ids=(), teacher_prompt_ids=()) for x in columns]
+    """Remove the prompts, which the receiver can add again; `version` is how many steps the weights were trained."""
+    removed: dict[str, Any] = {"prompt_ids": (), "teacher_prompt_ids": (), "teacher": "", "prompt": Prompt()}
+    return [replace(r, version=version, **removed) for r in rollouts]
 
 
 def with_prompts(rollouts: Sequence[Rollout], prompts: Sequence[Rendered], per_prompt: int) -> list[Rollout]:
@@ -134,53 +114,55 @@ def to_tensors(batches: Mapping[int, Sequence[Rollout]]) -> dict[str, Tensor]:
     """Return batches, without their prompts, as tensors for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     for number, rollouts in batches.items():
-        for name, dtype in SCALARS.items():
-            tensors[f"{number}.{name}"] = torch.tensor([getattr(r, name) for r in rollouts], dtype=dtype)
-        tensors[f"{number}.length"] = torch.tensor([len(r.ids) for r in rollouts])
-        tensors[f"{number}.ids"] = torch.tensor([x for r in rollouts for x in r.ids], dtype=torch.int64)
-        logp = [x for r in rollouts for x in r.sampler_logp]
-        tensors[f"{number}.sampler_logp"] = torch.tensor(logp, dtype=torch.float64)
+        columns = {name: torch.tensor([getattr(r, name) for r in rollouts], dtype=x) for name, x in SCALARS.items()}
+        columns["length"] = torch.tensor([len(r.ids) for r in rollouts])
+        columns["ids"] = _flat((r.ids for r in rollouts), torch.int64)
+        columns["sampler_logp"] = _flat((r.sampler_logp for r in rollouts), torch.float64)
         if rollouts and rollouts[0].others is not None:
             extra = [r.others or Others.none() for r in rollouts]
-            tensors[f"{number}.others"] = torch.tensor([x for o in extra for x in o.ids], dtype=torch.int32)
-            tensors[f"{number}.others_logp"] = torch.tensor([x for o in extra for x in o.logp])
+            columns["others"] = _flat((x.ids for x in extra), torch.int32)
+            columns["others_logp"] = _flat((x.logp for x in extra), torch.float32)
         for name, first in (rollouts[0].notes if rollouts else {}).items():
-            kind = "note" if isinstance(first, float) else "notes"
-            values = [r.notes[name] for r in rollouts]
-            flat = values if kind == "note" else [x for v in values for x in v]  # type: ignore[union-attr]
-            tensors[f"{number}.{kind}.{name}"] = torch.tensor(flat, dtype=torch.float64)
+            values: list[Any] = [r.notes[name] for r in rollouts]
+            if isinstance(first, float):
+                columns[f"note.{name}"] = torch.tensor(values, dtype=torch.float64)
+            else:
+                columns[f"notes.{name}"] = _flat(values, torch.float64)
+        tensors |= {f"{number}.{name}": column for name, column in columns.items()}
     return tensors
+
+
+def _flat(parts: Iterable[Iterable[float]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([*chain(*parts)], dtype=dtype)
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Batches:
     """Return the batches that `to_tensors` stored, by batch number."""
-    numbers = sorted({int(k.partition(".")[0]) for k in tensors})
-    return {
-        n: _rollouts({k.removeprefix(f"{n}."): x for k, x in tensors.items() if k.startswith(f"{n}.")}) for n in numbers
-    }
+    columns: dict[int, dict[str, Tensor]] = {}
+    for key, x in tensors.items():
+        number, _, name = key.partition(".")
+        columns.setdefault(int(number), {})[name] = x
+    return {number: _rollouts(columns[number]) for number in sorted(columns)}
 
 
 def _rollouts(columns: Mapping[str, Tensor]) -> list[Rollout]:
     """Return the rollouts of a batch from its saved columns."""
     lengths = columns["length"].tolist()
-    ragged = {k: [tuple(part.tolist()) for part in columns[k].split(lengths)] for k in ("ids", "sampler_logp")}
-    scalars = {name: columns[name].tolist() for name in SCALARS}
+    per_token = lambda x: [tuple(part.tolist()) for part in x.split(lengths)]
+    fields = {name: columns[name].tolist() for name in SCALARS}
+    fields |= {name: per_token(columns[name]) for name in ("ids", "sampler_logp")}
     notes = {k.removeprefix("note."): x.tolist() for k, x in columns.items() if k.startswith("note.")}
-    for k, x in columns.items():
-        if k.startswith("notes."):
-            notes[k.removeprefix("notes.")] = [tuple(part.tolist()) for part in x.split(lengths)]
-    others: list[Others | None] = [None] * len(lengths)
+    notes |= {k.removeprefix("notes."): per_token(x) for k, x in columns.items() if k.startswith("notes.")}
     if "others" in columns:
         sizes = [len(columns["others"]) // max(1, sum(lengths)) * n for n in lengths]
         parts = zip(columns["others"].split(sizes), columns["others_logp"].split(sizes), strict=True)
-        others = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
+        fields["others"] = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
     return [
         Rollout(
             prompt_ids=(),
             teacher_prompt_ids=(),
-            others=others[i],
             notes={name: values[i] for name, values in notes.items()},
-            **{name: values[i] for name, values in (scalars | ragged).items()},
+            **{name: values[i] for name, values in fields.items()},
         )
         for i in range(len(lengths))
     ]

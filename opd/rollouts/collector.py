@@ -8,21 +8,39 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
-from opd.core.sampling import Prompt
+from opd.core.sampling import Prompt, Sampling
 from opd.core.types import DATA, STUDENT, TEACHER, Rollout
 from opd.data.prompts import Rendered
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Head, Vocabulary
-from opd.methods.rollout_policies.base import DecodeHook
+from opd.methods.rollout_policies.base import Memory, RolloutPolicy, RunState
 from opd.models.batching import rows
 from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
 from opd.rollouts.engines.base import Engine, GenerateRequest, ResponseGenerator, Sample, TeacherDecoding
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.prefix_cache import Prefix, PrefixCache
-from opd.rollouts.request import RolloutRequest
 
 AS_IS = Head(torch.empty(0, 0))  # no scale or softcap: the model has applied them to the logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """A request to generate `policy.per_prompt` rollouts for each prompt."""
+
+    prompts: Sequence[Rendered]  # this process's share of the prompts
+    policy: RolloutPolicy
+    sampling: Sampling
+    seed: int  # the run's seed
+    step: int  # the batch number, which keys the noise
+    first: int = 0  # batch index of the first rollout
+    total: int = 1  # number of steps in the run
+    memory: Memory = field(default_factory=dict)  # what the run carries from step to step
+    unprompted: bool = False  # also note the student's cross entropy of each response without its prompt
+
+    def run_state(self) -> RunState:
+        """Return the values that the policy's answers depend on."""
+        return RunState(self.step, self.total, self.sampling.max_new_tokens, self.memory)
 
 
 @dataclass(frozen=True)
@@ -40,8 +58,8 @@ class Collector:
         policy, first = request.policy, request.first
         prompts = [prompt for prompt in request.prompts for _ in range(policy.per_prompt)]
         sources = [policy.source(request.step, first + i, request.seed) for i in range(len(prompts))]
-        limit = policy.prefix_limit(request.run_state())
-        prefixes = self.prefix_cache.get(self.teachers, prompts, request.sampling, request.seed, limit)
+        prefix_sampling = replace(request.sampling, max_new_tokens=policy.prefix_limit(request.run_state()))
+        prefixes = self.prefix_cache.get(self.teachers, prompts, prefix_sampling, request.seed)
         samples = self._samples(request, prompts, sources, prefixes)
         notes, rollouts = policy.notes(request.run_state()), list[Rollout]()
         for i, (prompt, source, prefix) in enumerate(zip(prompts, sources, prefixes, strict=True)):
@@ -82,36 +100,27 @@ class Collector:
             if not places:
                 continue
             chosen, index = [prompts[i] for i in places], [request.first + i for i in places]
-            generate = GenerateRequest(
-                [p.ids if source == STUDENT else p.teacher_ids for p in chosen],
-                sampling,
-                seed=request.seed,
-                step=request.step,
-                index=index,
-            )
-            if source == STUDENT:
-                teacher = None if hook is None else self._decoding(names[0], chosen, hook)
+            request_of = partial(GenerateRequest, sampling=sampling, seed=request.seed, step=request.step, index=index)
+            if source == TEACHER:
+                generated = self.teachers[names[0]].generate(request_of([p.teacher_ids for p in chosen]))
+            else:
+                teacher = None
+                if hook is not None:
+                    engine = self.teachers[names[0]]
+                    assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
+                    teacher = TeacherDecoding(engine.model, [p.teacher_ids for p in chosen], hook)
                 prefix_ids = [prefixes[i].ids for i in places]
-                generate = replace(generate, prefixes=prefix_ids, teacher=teacher, samples=request.policy.samples)
-            engine = self.student if source == STUDENT else self.teachers[names[0]]
-            samples |= zip(places, engine.generate(generate), strict=True)
+                generate = request_of([p.ids for p in chosen], prefixes=prefix_ids, teacher=teacher)
+                generated = self.student.generate(replace(generate, samples=request.policy.samples))
+            samples |= zip(places, generated, strict=True)
         for i, source in enumerate(sources):
             if source == DATA:
                 samples[i] = self._reference(prompts[i], sampling.max_new_tokens)
         return samples
 
-    def _decoding(self, name: str, prompts: Sequence[Rendered], hook: DecodeHook) -> TeacherDecoding:
-        """Return the teacher `name`, to decode beside the student."""
-        engine = self.teachers[name]
-        assert isinstance(engine, HFEngine), "a session refuses teachers that cannot read along"
-        return TeacherDecoding(engine.model, [p.teacher_ids for p in prompts], hook)
-
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Add the note `student_alone`: the cross entropy of each response without its prompt, in nats per token.
-
-        It is computed with the student's current weights.
-        """
+        """Add the note `student_alone`: the current student's cross entropy without the prompt, in nats per token."""
         assert isinstance(self.student, HFEngine), "a run refuses other engines here"
         model, out = self.student.model, list[Rollout]()
         for start in range(0, len(rollouts), self.student.rows):

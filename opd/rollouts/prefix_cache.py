@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
@@ -38,17 +38,10 @@ class PrefixCache:
     prefixes: dict[tuple[str, tuple[int, ...]], Prefix] = field(default_factory=dict)
 
     def get(
-        self,
-        teachers: Mapping[str, ResponseGenerator],
-        prompts: Sequence[Rendered],
-        sampling: Sampling,
-        seed: int,
-        limit: int,
+        self, teachers: Mapping[str, ResponseGenerator], prompts: Sequence[Rendered], sampling: Sampling, seed: int
     ) -> list[Prefix]:
-        """Return the first `limit` tokens of the teacher's response to each prompt.
-
-        A prompt gets the same response at every step.
-        """
+        """Return the first `max_new_tokens` tokens of the teacher's response to each prompt, the same at every step."""
+        limit = sampling.max_new_tokens
         if not limit:
             return [Prefix()] * len(prompts)
         for name, teacher in teachers.items():
@@ -56,10 +49,8 @@ class PrefixCache:
             new = [x for x in prompt_ids if not self.prefixes.get((name, x), Prefix()).reaches(limit)]
             # The noise is keyed by the prompt, so that a resumed run regenerates the same prefixes without saving them.
             keys = [int.from_bytes(blake2b(np.array(x).tobytes(), digest_size=8).digest()) >> 1 for x in new]
-            short = replace(sampling, max_new_tokens=limit)
-            samples = teacher.generate(
-                GenerateRequest(new, short, seed=seed, step=NoiseStep.TEACHER_PREFIX, index=keys)
-            )
+            request = GenerateRequest(new, sampling, seed=seed, step=NoiseStep.TEACHER_PREFIX, index=keys)
+            samples = teacher.generate(request)
             for ids, sample in zip(new, samples, strict=True):
                 self.prefixes[name, ids] = Prefix(array("i", sample.ids), sample.stopped)
         prefixes = [self.prefixes[p.teacher, p.teacher_ids].first(limit) for p in prompts]

@@ -25,7 +25,7 @@ from opd.models import adapters
 from opd.models import load as models
 from opd.rollouts import buffer
 from opd.rollouts.buffer import Batches, InProcessBuffer, RolloutBuffer, share
-from opd.rollouts.request import RolloutRequest
+from opd.rollouts.collector import RolloutRequest
 from opd.rollouts.worker.client import UNSHARDED, WorkerBuffer
 from opd.rollouts.worker.messages import Job, WorkerSetup
 from opd.training.forward_backward import Passes

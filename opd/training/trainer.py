@@ -29,7 +29,7 @@ from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models import adapters
 from opd.models.batching import micro_batches
 from opd.rollouts.batch import collate
-from opd.rollouts.engines.vllm_requests import WeightSyncedEngine
+from opd.rollouts.engines.vllm import WeightSyncedEngine
 from opd.teachers.judges.annotator import TrainingStep
 from opd.teachers.local import LocalTeacher
 from opd.training import checkpoint

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.analysis.evaluate import EvaluationScores, evaluate, final_answer, majority, pass_at_k
-from opd.analysis.report.compare import compare_scores
+from opd.analysis.evaluate import EvaluationScores, compare_scores, evaluate, final_answer, majority, pass_at_k
 from opd.cli import main
 from opd.config.data import Data
 from opd.config.evaluate import Evaluate

@@ -15,8 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import opd
-from opd.analysis.report.compare import differing_settings, group_differences, training_effects
-from opd.analysis.report.figures import payload, phases, positions
+from opd.analysis.report.figures import (
+    differing_settings,
+    group_differences,
+    payload,
+    phases,
+    positions,
+    training_effects,
+)
 from opd.analysis.report.inspect import inspect, rock_shares
 from opd.analysis.report.page import finite, report
 from opd.config.commands import Inspect, Report

@@ -9,14 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.analysis.exact import World
-from opd.analysis.rock_tokens import _contexts, _measure_corpus, rock
-from opd.analysis.token_occurrences import (
+from opd.analysis.rock_tokens import (
     SHARES,
     Corpus,
+    _contexts,
+    _measure_corpus,
     consistency,
     control_types,
     is_above_quantile,
     rank,
+    rock,
     stability,
 )
 from opd.cli import main
@@ -118,7 +120,7 @@ def test_consistency_counts_occurrences_whose_context_recurs():
 def test_consistency_in_blocks(monkeypatch):
     ids, contexts = torch.randint(3, (50,)), torch.randn(50, 4)
     whole = consistency(ids, contexts, ids.bincount(), similar=0.3, share=0.3)
-    monkeypatch.setattr("opd.analysis.token_occurrences.BLOCK", 4)
+    monkeypatch.setattr("opd.analysis.rock_tokens.BLOCK", 4)
     close(consistency(ids, contexts, ids.bincount(), similar=0.3, share=0.3), whole)
     assert 0 < whole.mean() < 1
 

@@ -38,10 +38,9 @@ from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
 from opd.methods.tropd import PrefixTokens, StudentTokens
 from opd.models.load import EMBEDDED
 from opd.rollouts.batch import collate
-from opd.rollouts.collector import Collector
+from opd.rollouts.collector import Collector, RolloutRequest
 from opd.rollouts.engines.base import GenerateRequest, TeacherDecoding
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.request import RolloutRequest
 from opd.training.build import open_session
 from opd.training.metrics import rollout_metrics
 from opd.training.run_folder import Run

@@ -35,8 +35,7 @@ from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.models.load import EMBEDDED, ModelSource
 from opd.rollouts.engines.base import GenerateRequest, Sample
-from opd.rollouts.engines.vllm import VLLMEngine
-from opd.rollouts.engines.vllm_requests import WeightSyncedEngine, grouped, parameters, sample
+from opd.rollouts.engines.vllm import VLLMEngine, WeightSyncedEngine, grouped, parameters, sample
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.rollouts.weight_sync.vllm_plugin import Update, weights
 from opd.training.metrics import mismatch

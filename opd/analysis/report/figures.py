@@ -1,44 +1,45 @@
 """Data of the report page: `payload(groups)` returns curves, tables, comparisons, KL by position, time by phase."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
+from statistics import median_low
+from typing import Any, NamedTuple
 
-import torch
-
-from opd.analysis.report.compare import differing_settings, group_differences, training_effects
-from opd.core.intervals import Paired
+from opd.core.intervals import Paired, paired
+from opd.core.types import pad
 from opd.training.alarms import alarms
-from opd.training.run_log import Log, RunGroup, saved
+from opd.training.run_log import INCIDENTAL, Log, RunGroup, saved
 
 PICTURE_MARK = "opd report"  # in the metadata of each picture
-CURVES: Mapping[str, tuple[str, str, float]] = {  # name -> (title, unit, factor from the logged number to the unit)
-    "eval_accuracy": ("Held-out accuracy", "%", 100),
-    "eval_reverse_kl": ("Held-out reverse KL", "nats per token", 1),
-    "reverse_kl": ("Reverse KL on rollouts", "nats per token", 1),
-    "outcome": ("Outcome of rollouts", "%", 100),
-    "student_entropy": ("Student entropy", "nats", 1),
-    "teacher_entropy": ("Teacher entropy", "nats", 1),
-    "length": ("Response length", "tokens", 1),
-    "stopped": ("Ended by themselves", "%", 100),
-    "advantage_std": ("Advantage, standard deviation", "nats", 1),
-    "grad_norm": ("Gradient norm before clipping", "", 1),
-    "tokens_per_s": ("Throughput", "trained tokens / s", 1),
-    "peak_mb": ("Peak memory", "MB", 1),
-}
-EXPLANATIONS: Mapping[str, str] = {  # name -> explanation, one line under the title
-    "eval_accuracy": "right answers to prompts that are not trained on",
-    "eval_reverse_kl": "distance to the teacher on those; 0: one model",
-    "reverse_kl": "the same on each training batch: falls, and is noisy",
-    "outcome": "right answers of the training batch",
-    "student_entropy": "how unsure the student is; near 0: it has one answer",
-    "teacher_entropy": "how unsure the teacher is on the student's text",
-    "length": "a steady climb to the limit is a fault",
-    "stopped": "the rest was cut at --max-new-tokens",
-    "advantage_std": "how far the tokens' rewards spread: the noise of a step",
-    "grad_norm": "clipped to --max-grad-norm where it is above",
-    "tokens_per_s": "sampling, scoring and update together",
-    "peak_mb": "of the process, or of the GPU",
+
+
+class Curve(NamedTuple):
+    """A chart of a logged number."""
+
+    title: str
+    unit: str = ""  # shares are logged as fractions and shown in %
+    explanation: str = ""  # one line under the title
+
+
+CURVES: Mapping[str, Curve] = {
+    "eval_accuracy": Curve("Held-out accuracy", "%", "right answers to prompts that are not trained on"),
+    "eval_reverse_kl": Curve("Held-out reverse KL", "nats per token", "distance to the teacher on those; 0: one model"),
+    "reverse_kl": Curve(
+        "Reverse KL on rollouts", "nats per token", "the same on each training batch: falls, and is noisy"
+    ),
+    "outcome": Curve("Outcome of rollouts", "%", "right answers of the training batch"),
+    "student_entropy": Curve("Student entropy", "nats", "how unsure the student is; near 0: it has one answer"),
+    "teacher_entropy": Curve("Teacher entropy", "nats", "how unsure the teacher is on the student's text"),
+    "length": Curve("Response length", "tokens", "a steady climb to the limit is a fault"),
+    "stopped": Curve("Ended by themselves", "%", "the rest was cut at --max-new-tokens"),
+    "advantage_std": Curve(
+        "Advantage, standard deviation", "nats", "how far the tokens' rewards spread: the noise of a step"
+    ),
+    "grad_norm": Curve("Gradient norm before clipping", "", "clipped to --max-grad-norm where it is above"),
+    "tokens_per_s": Curve("Throughput", "trained tokens / s", "sampling, scoring and update together"),
+    "peak_mb": Curve("Peak memory", "MB", "of the process, or of the GPU"),
 }
 # numbers shown elsewhere on the page
 NOT_CHARTED = frozenset({"eval_low", "eval_high", "eval_reverse_kl_se", "refused", "seconds"})
@@ -81,6 +82,7 @@ def label(group: RunGroup, run: Log) -> str:
 
 def summary(group: RunGroup) -> dict[str, object]:
     """Return a group's row in the table of results: its settings, cost, first and last evaluation with intervals."""
+    speeds = [v for run in group.runs for v in run.series("tokens_per_s").values()]
     out: dict[str, object] = {
         "name": group.name,
         "folders": [str(run.folder) for run in group.runs],
@@ -92,7 +94,7 @@ def summary(group: RunGroup) -> dict[str, object]:
         "steps": min(max((r["step"] for r in run.steps), default=0) for run in group.runs),
         "asked": group.setting("steps"),
         "seconds": sum(r["seconds"] for run in group.runs for r in run.perf) / len(group.runs),
-        "tokens_per_s": median([v for run in group.runs for v in run.series("tokens_per_s").values()]),
+        "tokens_per_s": median_low(speeds) if speeds else 0.0,
         "tokens": sum(sum(run.series("tokens").values()) for run in group.runs) / len(group.runs),
         "evaluated": len(group.shared(group.last())),
     }
@@ -109,22 +111,16 @@ def summary(group: RunGroup) -> dict[str, object]:
     return out
 
 
-def median(values: Sequence[float]) -> float:
-    """Return the median; 0 if the sequence is empty."""
-    return float(torch.tensor(values).median()) if values else 0.0
-
-
-def curve(groups: Sequence[RunGroup], name: str) -> dict[str, object]:
+def curve(groups: Sequence[RunGroup], name: str) -> dict[str, Any]:
     """Return one chart: a line for each group that logged the number."""
-    title, unit, factor = CURVES.get(name, (name.replace("_", " "), "", 1.0))
-    lines = []
+    title, unit, means = CURVES.get(name, Curve(name.replace("_", " ")))
+    factor, lines = 100 if unit == "%" else 1, []
     for i, g in enumerate(groups):
         s = g.series(name)
         if s.x:
             scaled = {end: [v * factor for v in getattr(s, end)] for end in ("mean", "low", "high")}
             runs = [[list(r), [v * factor for v in r.values()]] for r in s.runs] if len(s.runs) > 1 else []
             lines.append({"group": i, "x": s.x, **scaled, "runs": runs})
-    means = EXPLANATIONS.get(name, "")
     return {"name": name, "title": title, "unit": unit, "means": means, "main": name in CURVES, "lines": lines}
 
 
@@ -143,6 +139,38 @@ def comparisons(
     return out
 
 
+Evaluation = tuple[RunGroup, int, str]  # an evaluation of a group at a step, and its label
+
+
+def training_effects(groups: Sequence[RunGroup], name: str) -> list[Paired]:
+    """Return the effect of training: the last evaluation of each group minus its evaluation at step 0."""
+    trained = [g for g in groups if g.last()]
+    return _differences([((g, g.last(), g.name), (g, 0, "before training")) for g in trained], name)
+
+
+def group_differences(groups: Sequence[RunGroup], name: str) -> list[Paired]:
+    """Compare every pair of groups at their last evaluations, on the prompts that both have."""
+    return _differences(combinations([(g, g.last(), g.name) for g in groups], 2), name)
+
+
+def _differences(pairs: Iterable[tuple[Evaluation, Evaluation]], name: str) -> list[Paired]:
+    out = []
+    for (a, a_step, a_label), (b, b_step, b_label) in pairs:
+        second_prompts = set(b.shared(b_step))
+        common_prompts = [p for p in a.shared(a_step) if p in second_prompts]
+        first, second = a.held_out(name, a_step, common_prompts), b.held_out(name, b_step, common_prompts)
+        if common_prompts and first is not None and second is not None:
+            out.append(paired(first, second, (a_label, b_label)))
+    return out
+
+
+def differing_settings(tables: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
+    """Return the names whose values differ between tables, and the remaining names."""
+    names = [k for k in dict.fromkeys(k for t in tables for k in t) if k not in INCIDENTAL]
+    differ = [k for k in names if any(t.get(k) != tables[0].get(k) for t in tables)]
+    return differ, [k for k in names if k not in differ]
+
+
 def positions(group: RunGroup) -> list[dict[str, object]]:
     """Return reverse KL by position in the response, at the first and the last saved step, over all seeds."""
     steps = sorted(set.intersection(*(set(saved(run.folder)) for run in group.runs)))
@@ -151,25 +179,19 @@ def positions(group: RunGroup) -> list[dict[str, object]]:
         columns_by_run = [run.columns(step, ("reverse_kl", "mask")) for run in group.runs]
         if not all("reverse_kl" in c for c in columns_by_run):
             continue
-        rows = [(kl, m) for c in columns_by_run for kl, m in zip(c["reverse_kl"], c["mask"], strict=True)]
-        width = max(len(m) for _, m in rows)
-        kl_rows, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, (kl, m) in enumerate(rows):
-            kl_rows[i, : len(kl)], mask[i, : len(m)] = kl, m
-        bin_size = max(1, width // 32)
-        x, mean, error, share = [], [], [], []
-        for start in range(0, width, bin_size):
-            in_bin = mask[:, start : start + bin_size]
+        kl, mask = (pad([row for c in columns_by_run for row in c[name]], 0) for name in ("reverse_kl", "mask"))
+        bin_size = max(1, mask.shape[1] // 32)
+        x, mean, error, share, start = [], [], [], [], 0
+        for kl_bin, in_bin in zip(kl.float().split(bin_size, 1), mask.split(bin_size, 1), strict=True):
             reaches_bin = in_bin.any(1)
-            if int(reaches_bin.sum()) < max(2, 0.1 * len(rows)):
+            if int(reaches_bin.sum()) < max(2, 0.1 * len(mask)):
                 break  # too few responses are this long for a mean
-            row_means = (
-                kl_rows[:, start : start + bin_size].where(in_bin, 0).sum(1)[reaches_bin] / in_bin.sum(1)[reaches_bin]
-            )
-            x.append(start + (min(bin_size, width - start) - 1) / 2)
+            row_means = (kl_bin.where(in_bin, 0).sum(1) / in_bin.sum(1))[reaches_bin]
+            x.append(start + (in_bin.shape[1] - 1) / 2)
             mean.append(float(row_means.mean()))
             error.append(1.96 * float(row_means.std()) / len(row_means) ** 0.5)
             share.append(float(reaches_bin.float().mean()))
+            start += bin_size
         low, high = ([max(0.0, m + s * e) for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
         out.append({"name": group.name, "step": step, "x": x, "mean": mean, "low": low, "high": high, "share": share})
     return out

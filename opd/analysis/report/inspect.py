@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.analysis.report.page import page_file, write
-from opd.analysis.token_occurrences import Corpus
 from opd.config.commands import Inspect
 from opd.core.errors import Refusal
 from opd.training.run_log import lines, saved_at
@@ -43,16 +42,13 @@ def inspect(config: Inspect) -> Path:
 def payload(
     run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> dict[str, object]:
-    """Return the rollouts and their columns, flat over all response tokens.
-
-    The tokens of row b are at [start[b], start[b + 1]).
-    """
+    """Return the rollouts and their columns, flat over response tokens; row b has those at [start[b], start[b + 1])."""
     mask = columns["mask"]
     lengths = torch.tensor([row["tokens"] for row in rows])
     is_response = torch.arange(mask.shape[1]) < lengths[:, None]
-    names = list(texts)
-    token_index = torch.zeros(1 + max(map(int, names)), dtype=torch.long)
-    token_index[torch.tensor([int(n) for n in names])] = torch.arange(len(names))
+    names = [int(name) for name in texts]
+    token_index = torch.zeros(1 + max(names), dtype=torch.long)
+    token_index[torch.tensor(names)] = torch.arange(len(names))
     columns_by_title = {title: columns[name] for name, title in TITLES.items() if name in columns}
     if "student_logp" in columns and "teacher_logp" in columns:
         columns_by_title = {"log ratio r": columns["teacher_logp"] - columns["student_logp"], **columns_by_title}
@@ -63,15 +59,14 @@ def payload(
         number = f" {i + 1}" if terms > 1 else ""
         if f"advantage.{i}" in columns:
             columns_by_title[f"advantage{number}"] = columns[f"advantage.{i}"]
-        # 1: weight of a token in the mean over tokens
-        columns_by_title[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()
+        columns_by_title[f"weight{number}"] = columns[f"weight.{i}"] * mask.sum()  # 1 in the mean over tokens
     data: dict[str, object] = {
         "run": str(run),
         "step": step,
         "rollouts": rows,
         "start": [0, *lengths.cumsum(0).tolist()],
         "tokens": list(texts.values()),
-        "names": [int(n) for n in names],
+        "names": names,
         "ids": packed(token_index[columns["ids"].long()][is_response].to(torch.int32)),
         "trained": packed(mask[is_response].to(torch.uint8)),
         "columns": {
@@ -80,9 +75,8 @@ def payload(
         },
     }
     if "alternatives_ids" in columns:
-        ids = columns["alternatives_ids"]
-        data["width"] = ids.shape[-1]
-        data["alternatives"] = packed(token_index[ids.long()][is_response].to(torch.int32))
+        ids = columns["alternatives_ids"].long()
+        data |= {"width": ids.shape[-1], "alternatives": packed(token_index[ids][is_response].to(torch.int32))}
         for name in ("student_logp", "teacher_logp"):
             data[f"alternatives_{name}"] = packed(columns[f"alternatives_{name}"][is_response].to(torch.bfloat16))
     return data
@@ -92,10 +86,8 @@ def rock_shares(
     ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], reverse_kl: Float[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     """Return each token type's share of the summed reverse KL of the trained tokens.  Rock Tokens, arXiv:2605.09253."""
-    _, score = Corpus(ids[mask], reverse_kl[mask].double(), mask.nonzero()[:, 0]).tally()
-    share_by_id = score.new_zeros(int(ids.max()) + 1)
-    share_by_id[: len(score)] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
-    return share_by_id[ids].float()
+    score = ids[mask].bincount(reverse_kl[mask].double(), minlength=int(ids.max()) + 1)
+    return (score / score.sum().clamp(min=torch.finfo(score.dtype).tiny))[ids].float()
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

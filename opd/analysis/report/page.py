@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,11 @@ def picture_files(config: Report) -> dict[str, OutputFile]:
     """Return the files of --static by their names; none without that flag."""
     if config.static is None:
         return {}
-    folder = config.static
     names = [f"{name}.{kind}" for name in ("curves", "positions", "phases") for kind in ("png", "svg")]
-    return {
-        name: OutputFile(
-            path=folder / name,
-            flag="--static",
-            ours=has_mark(PICTURE_MARK),
-            overwrite=config.overwrite,
-            inputs=config.runs,
-        )
-        for name in names
-    }
+    picture = partial(
+        OutputFile, flag="--static", ours=has_mark(PICTURE_MARK), overwrite=config.overwrite, inputs=config.runs
+    )
+    return {name: picture(path=config.static / name) for name in names}
 
 
 def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:

@@ -13,7 +13,6 @@ from opd.training.run_log import RunGroup
 
 matplotlib.use("Agg")
 
-
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555b64", "#7a4fb5")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
@@ -36,8 +35,7 @@ def curves(groups: Sequence[RunGroup]) -> Figure:
     rows = -(-len(charts) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 2.7 * rows), layout="constrained", squeeze=False)
     for axis, c in zip(axes.flat, charts, strict=False):
-        lines: list = c["lines"]  # type: ignore[assignment]
-        for line in lines:
+        for line in c["lines"]:
             i = line["group"]
             _line(axis, line, COLORS[i % 8], STYLES[i % 4], groups[i].name)
         axis.set(title=c["title"], ylabel=c["unit"], xlabel="step")

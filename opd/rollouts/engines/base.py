@@ -69,28 +69,18 @@ class ResponseGenerator(Protocol):
         """Generate a response for each prompt."""
 
 
-@runtime_checkable
-class Engine(ResponseGenerator, Protocol):
-    """An engine that samples from the student.
+class Engine:
+    """An engine that samples from the student: it shares its weights, or receives them before it generates."""
 
-    It shares the student's weights, or receives them before it generates.
-    """
+    model: PreTrainedModel | PeftModel  # the student
+    vocabulary: int  # ids 0 .. vocabulary - 1 may be sampled
+    stop: tuple[int, ...]  # any of them ends a response
+    rows: int  # responses generated at the same time
+    merged: tuple[int, ...] | None = None  # ids that count as one token, with their total probability; None: `stop`
 
-    @property
-    def model(self) -> PreTrainedModel | PeftModel:
-        """The student model."""
-
-    @property
-    def rows(self) -> int:
-        """Responses generated at the same time."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Vocabulary size: ids 0 .. vocabulary - 1 may be sampled."""
-
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """Ids that end a response."""
+    def generate(self, request: GenerateRequest) -> list[Sample]:
+        """Generate one response per prompt."""
+        raise NotImplementedError
 
     def follow(self) -> None:
         """Note that an optimizer step changed the student's weights."""

@@ -15,31 +15,25 @@ from transformers import PreTrainedModel
 from opd.core.rng import uniform
 from opd.core.types import Others
 from opd.methods.rollout_policies.base import DecodeHook
-from opd.rollouts.engines.base import GenerateRequest, Sample
+from opd.rollouts.engines.base import Engine, GenerateRequest, Sample
 from opd.rollouts.engines.json_schema import constrained
 from opd.rollouts.engines.kv_cache import Stream
 from opd.rollouts.engines.sampling import draw
 
 
 @dataclass(frozen=True)
-class HFEngine:
+class HFEngine(Engine):
     """An engine that samples from a transformers model in this process.
 
     It needs no weight sync, because it uses the student's weights.
     """
 
     model: PreTrainedModel | PeftModel
-    vocabulary: int  # ids that may be sampled
-    stop: tuple[int, ...]  # any of them ends a response
-    rows: int = 64  # responses decoded at once
-    merged: tuple[int, ...] | None = None  # ids that count as one token, with their total probability; None: `stop`
+    vocabulary: int
+    stop: tuple[int, ...]
+    rows: int = 64
+    merged: tuple[int, ...] | None = None
     compact: float = 0.9  # finished rows are replaced by waiting prompts once at most this share of the rows is alive
-
-    def follow(self) -> None:
-        """Do nothing after an optimizer step: the engine already has the new weights."""
-
-    def close(self) -> None:
-        """Do nothing: the engine holds no resources."""
 
     @torch.no_grad()
     def generate(self, request: GenerateRequest) -> list[Sample]:

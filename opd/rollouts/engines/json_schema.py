@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, one_line
 
 COMPACT: Any = {"whitespace_flexible": False}  # without optional white space, which a model could generate for ever
 
@@ -51,7 +51,7 @@ class GrammarCompiler:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
         matcher = LLMatcher(self.tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise Refusal(f"response_format: {' '.join(matcher.get_error().split())[:200]}")
+            raise Refusal(f"response_format: {one_line(matcher.get_error())}")
         return Grammar(matcher)
 
 

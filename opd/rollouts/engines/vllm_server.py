@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from opd.config.engine import Speaker
 from opd.config.servers import Remote
 from opd.core.disk import disk
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, one_line
 from opd.core.sampling import Sampling
 from opd.core.tensors import save_tensors
 from opd.models.remote.client import Client, Malformed, read_json
 from opd.rollouts.engines.base import GenerateRequest, Sample
-from opd.rollouts.engines.vllm_requests import VLLMRequest, WeightSyncedEngine, grouped, parameters, sample
+from opd.rollouts.engines.vllm import VLLMRequest, WeightSyncedEngine, grouped, parameters, sample
 from opd.rollouts.weight_sync.vllm_plugin import weights
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config"
@@ -67,15 +67,8 @@ class VLLMServer(WeightSyncedEngine):
         self._post("/resume", {}, tries=2)  # vLLM drops the connection after such a refusal
 
     def processed(self) -> bool:
-        """Return whether the server's log-probs are those of the sampled distribution (`processed_logprobs`).
-
-        At temperature 0.01 they are then near 0 for the sampled tokens.
-        """
+        """Return whether log-probs are of the sampled distribution: at temperature 0.01 they are then near 0."""
         return all(sum(x.logp) > -0.5 for x in self._probe(Sampling(temperature=0.01, max_new_tokens=8)) or ())
-
-    def _ours(self) -> bool:
-        """Return whether the server still has the weights that were sent last."""
-        return self._probe(Sampling(max_new_tokens=1)) is not None
 
     def _probe(self, sampling: Sampling) -> list[Sample] | None:
         """Return a short response to an arbitrary prompt, or None if other weights generated it."""
@@ -84,7 +77,7 @@ class VLLMServer(WeightSyncedEngine):
 
     def _send(self) -> None:
         self.client.has_path("/health")  # waits for a server that is starting
-        if self.link is not None and not self._ours():
+        if self.link is not None and self._probe(Sampling(max_new_tokens=1)) is None:
             self.link = None  # the server was restarted
         self.version = f"opd-{secrets.token_hex(8)}"
         if self.link is None:
@@ -96,7 +89,7 @@ class VLLMServer(WeightSyncedEngine):
         try:
             self.link()
         except (OSError, RuntimeError) as error:  # raised by vLLM's client and its backends
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise Refusal(f"--engine {self.client.url}: the weights did not get there: {reason}") from error
         self._post("/update_weight_version", {"new_version": self.version})
         self._post("/reset_prefix_cache", {})  # its keys belong to the old weights
@@ -144,7 +137,6 @@ class VLLMServer(WeightSyncedEngine):
         self.client.post(path, body, lambda response: None, tries=tries)
 
     def _sample_all(self, requests: Sequence[VLLMRequest], sampling: Sampling) -> list[list[Sample]]:
-        self.sync()
         with ThreadPoolExecutor(self.config.engine_concurrency, "engine") as pool:
             for _ in range(2):
                 answers = list(pool.map(lambda x: self._ask(x, sampling), requests))

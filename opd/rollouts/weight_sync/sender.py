@@ -39,10 +39,7 @@ def nccl(url: str, weights: Weights, workers: int) -> Callable[[], None]:
 
 
 def ipc(url: str, weights: Weights) -> Callable[[], None]:
-    """Return a function that sends weights to a server on the same GPU.
-
-    The server needs VLLM_ALLOW_INSECURE_SERIALIZATION=1.
-    """
+    """Return a function for a server on the same GPU, which needs VLLM_ALLOW_INSECURE_SERIALIZATION=1."""
     return _sender(IPCTrainerInitInfo(rank=0), url, weights)
 
 

@@ -8,7 +8,7 @@ from opd.config.train import Train
 from opd.core.sampling import Prompt
 from opd.core.types import Rollout
 from opd.head.vocabulary import Vocabulary
-from opd.rollouts.request import RolloutRequest
+from opd.rollouts.collector import RolloutRequest
 
 NEWEST = -1  # version of a job that uses the newest weights when it starts
 
