@@ -19,7 +19,7 @@ from opd.models.load import newest_checkpoint
 from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import load
-from opd.training.doctor.examine import examine_run, static_findings
+from opd.training.doctor.command import examine_run, static_findings
 from opd.training.doctor.findings import Finding, alarming, errors
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
@@ -69,7 +69,7 @@ def train(
         saved = load(checkpoint, len(plan.teachers))
         trainer.restore(saved, checkpoint)
         start, memory = saved.step, saved.memory
-    findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
+    findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(session)
     _refuse(errors(findings))
     if main:
         run.start(written, repr(plan.method), start, {"processes": accelerator.num_processes, **asked})

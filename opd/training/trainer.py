@@ -55,15 +55,6 @@ LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is mea
 PATIENCE = 5  # the run stops after this many non-finite gradients in a row
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """Results of a trial step without an update: student rollouts, their measured columns, and seconds by phase."""
-
-    rollouts: list[Rollout]
-    batch: Batch
-    seconds: Mapping[str, float]  # rollout, measure, update
-
-
 @dataclass
 class Trainer:
     """Runs the training steps, evaluations and checkpoints of a run."""
@@ -321,20 +312,6 @@ class Trainer:
         """Measure all columns of finished rollouts.  No token is masked."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
         return self.passes.run(batch, rollouts, None)[0]
-
-    def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
-        """Run a trial step with backward pass but without an optimizer step, and time its phases."""
-        config, clock = self.config, Clock({})
-        with clock("rollout"):
-            rollouts = self.rollout_source.collect(
-                prompts, OnPolicy(), config.sampling, NoiseStep.REHEARSAL, self.session.prompts.task
-            )
-        with clock("measure"):
-            batch = self.measure(rollouts, NoiseStep.REHEARSAL)
-        with clock("update"):
-            self.passes.run(batch, rollouts, self.method.prepare(batch))
-        self.session.optimizer.zero_grad()
-        return Rehearsal(rollouts, batch, clock.seconds)
 
     def _log(self, name: str, step: int, row: dict[str, float]) -> None:
         if self.session.accelerator.is_main_process:
