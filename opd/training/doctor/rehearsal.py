@@ -32,12 +32,9 @@ class RehearsedRun:
 
 
 def rehearse_run(session: Session, trainer: Trainer) -> RehearsedRun:
-    """Run a trial step with a backward pass and without an optimizer step, and time its phases.
-
-    Then score the rollouts again with the teacher's alternative prompt.
-    """
+    """Run a timed trial step without an optimizer step, then score its rollouts after the alternative prompt."""
     prompts, sampling, task = _prompts(session), session.config.sampling, session.prompts.task
-    clock, start = Clock({}), time.perf_counter()
+    clock, start = Clock(), time.perf_counter()
     with clock("rollout"):
         rollouts = trainer.rollout_source.collect(prompts, OnPolicy(), sampling, NoiseStep.REHEARSAL, task)
     with clock("measure"):
