@@ -25,7 +25,6 @@ from opd.training.trainer import Trainer
 T = TypeVar("T")
 Checks = Mapping[str, Callable[[T], Iterator[Finding]]]  # by the name that their findings get
 
-STATIC: Checks[Session] = {"settings": settings.risky_settings, "tokens": pair.vocabulary}  # no forward pass
 BEFORE: Checks[Session] = {
     "tokens": pair.vocabulary,
     "turn end": pair.turn_end,
@@ -42,7 +41,6 @@ BEFORE: Checks[Session] = {
     "head pass": settings.head_pass_backend,
     "memory": cost.memory,
 }
-FINITE: Checks[RehearsedRun] = {"finite": teacher.finite}
 AFTER: Checks[RehearsedRun] = {
     "distance": teacher.distance,
     "uniform": teacher.uniform,
@@ -55,10 +53,7 @@ AFTER: Checks[RehearsedRun] = {
 
 
 def doctor(config: Train) -> list[Finding]:
-    """Run all checks that are possible before the first step and return the findings.
-
-    A `Refusal` raised while the run is opened becomes a finding of level error.
-    """
+    """Return the findings of all checks before the first step; a `Refusal` to open the run is one of level error."""
     try:
         plan = resolved(config)
         checks.check(plan)
@@ -80,13 +75,13 @@ def examine_run(trainer: Trainer) -> list[Finding]:
         return findings
     plan = replace(session.plan, method=Method())
     rehearsed = rehearse_run(session, replace(trainer, session=replace(session, plan=plan, lenses=None)))
-    findings += _findings(FINITE, rehearsed)
+    findings += _findings({"finite": teacher.finite}, rehearsed)
     return findings if errors(findings) else findings + _findings(AFTER, rehearsed)  # no means over nan or inf
 
 
 def static_findings(session: Session) -> list[Finding]:
     """Return the findings that need neither rollouts nor a forward: risky settings and vocabulary differences."""
-    return _findings(STATIC, session)
+    return _findings({"settings": settings.risky_settings, "tokens": pair.vocabulary}, session)
 
 
 def _findings(named_checks: Checks[T], subject: T) -> list[Finding]:

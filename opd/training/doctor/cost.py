@@ -49,10 +49,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def saved_bytes(session: Session, tokens: int) -> int:
-    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward.
-
-    Gradient checkpointing is not taken into account.
-    """
+    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward, without checkpointing."""
     model, sizes_by_storage = base(session.plain().model), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -87,10 +87,7 @@ def first_token(session: Session) -> Iterator[Finding]:
 
 
 def templates(session: Session) -> Iterator[Finding]:
-    """Compare the first prompt as student and teacher read it, as a diff.
-
-    Differences between the two chat templates themselves are reported by `vocabulary`.
-    """
+    """Show the first prompt as both models read it, as a diff; `vocabulary` compares the chat templates themselves."""
     first = session.prompts.first(1)[0]
     student, teacher = session.collector.tokenizer, session.prompts.teacher_tokenizers[first.teacher]
     if first.ids == first.teacher_ids:
