@@ -8,15 +8,8 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from opd.config.model_names import (
-    AveragedStudent,
-    ChatEndpoint,
-    CurrentStudent,
-    InitialStudent,
-    ModelName,
-    ScoringServer,
-    StudentItself,
-)
+from opd.config import model_names
+from opd.config.model_names import ModelName
 from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.core.errors import Refusal
@@ -36,7 +29,7 @@ from opd.teachers import connect
 from opd.teachers.capabilities import require
 from opd.teachers.ema import Average
 from opd.teachers.local import LocalTeacher, WithoutAdapter
-from opd.teachers.remote import open_teacher
+from opd.teachers.remote import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.text.answer_cache import AnswerCache
 from opd.teachers.text.text_models import AbsentModel, EndpointModel, InProcessModel
 from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
@@ -53,16 +46,16 @@ def source_of(
 ) -> models.ModelSource | Server | None:
     """Return where a teacher is, or None if it gives only texts; refuse one that lacks what the method needs."""
     method, field = plan.method, flag(name)
-    if method.asks is not None or isinstance(model, ChatEndpoint):
+    if method.asks is not None or isinstance(model, model_names.ChatEndpoint):
         remedy = "name a model that opd can load, with the student's vocabulary"
         if method.asks is not None:
             remedy = f"leave out the terms beside {method.asks}"
         provides = TextTeacher.provides
         require(method, provides, flag=field, model=model, gives="text and no log-probs", remedy=remedy)
         return None
-    if isinstance(model, ScoringServer):
+    if isinstance(model, model_names.ScoringServer):
         return connect.open_server(model, plan, field=field)
-    if isinstance(model, StudentItself):
+    if isinstance(model, model_names.StudentItself):
         return student
     config = plan.config
     source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
@@ -83,11 +76,11 @@ def text_model(
     """
     config = plan.config
     config.remote.check()
-    if isinstance(model, ChatEndpoint):
+    if isinstance(model, model_names.ChatEndpoint):
         return EndpointModel(model, config.remote.towards(field, model, plan.teachers[""]), field=field)
-    if isinstance(model, StudentItself | ScoringServer):
+    if isinstance(model, model_names.StudentItself | model_names.ScoringServer):
         url = f"openai:MODEL@{model.name.rstrip('/')}/v1"
-        name = url if isinstance(model, ScoringServer) else "a model by its name"
+        name = url if isinstance(model, model_names.ScoringServer) else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {name}")
     source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
@@ -144,13 +137,13 @@ class ModelBuilder:
         """Return a teacher in this process, with its own weights or the student's."""
         config, student, to = self.plan.config, self.student, self.accelerator.device
         low = dtype_of(config.precision)
-        if isinstance(model, StudentItself) and self.on != to:
+        if isinstance(model, model_names.StudentItself) and self.on != to:
             raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
-        if isinstance(model, CurrentStudent):
+        if isinstance(model, model_names.CurrentStudent):
             return LocalTeacher(student, to=to, low=low)
-        if isinstance(model, AveragedStudent):
+        if isinstance(model, model_names.AveragedStudent):
             return Average(student, model.rate, to=to, low=low)
-        if isinstance(model, InitialStudent) and isinstance(student, PeftModel):
+        if isinstance(model, model_names.InitialStudent) and isinstance(student, PeftModel):
             if not self.plan.method.rollouts.on_policy:
                 raise Refusal(
                     f"--{field} base: under an adapter it scores, but does not speak; name its folder instead"
@@ -208,12 +201,10 @@ class ModelBuilder:
 
     def writer(self, teacher: AnyTeacher) -> ResponseGenerator:
         """Return the engine that generates a teacher's tokens in rollouts."""
-        match teacher:
-            case LocalTeacher():
-                return self._engine(teacher.model)
-            case TextTeacher():  # never used: a method with a text-only teacher has no teacher tokens in rollouts
-                return self._engine(self.student)
-        return ServerEngine(teacher.server, self.vocabulary.size, self.stop)
+        if isinstance(teacher, HiddenTeacher | LogpTeacher):
+            return ServerEngine(teacher.server, self.vocabulary.size, self.stop)
+        # That of a text-only teacher is never used: its methods have no teacher tokens in rollouts.
+        return self._engine(teacher.model if isinstance(teacher, LocalTeacher) else self.student)
 
     def _engine(self, model: PreTrainedModel | PeftModel) -> HFEngine:
         return HFEngine(model, self.vocabulary.size, self.stop, self.plan.config.decode_rows, self.vocabulary.stop)
