@@ -145,8 +145,9 @@ class Passes:
         if isinstance(teacher, LogpTeacher) and teacher.likeliest:
             student_tops = self._tops(part, FrozenOutputs(None), teacher.likeliest)
             output = teacher.hidden(rollouts, trained, ids=student_tops.ids)
-        elif isinstance(teacher, LogpTeacher) and all(r.others is not None for r in rollouts):
-            output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(_drawn(part)))
+        elif isinstance(teacher, LogpTeacher) and part.batch.others is not None:
+            drawn = part.batch.others[part.batch.mask]
+            output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(drawn))
         else:
             output = teacher.hidden(rollouts, trained, None if lenses is None else lenses.teacher)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
@@ -202,13 +203,6 @@ def _part(batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int]) -> 
     at = torch.tensor(indices, dtype=torch.long)
     chosen, rows_of_batch = [rollouts[i] for i in indices], batch[at]
     return _Part(at, chosen, rows_of_batch, masks(rows_of_batch, chosen))
-
-
-def _drawn(part: _Part) -> Int[Tensor, "N k"]:
-    """Return the additional tokens sampled at each trained position, [N, k]; N trained tokens."""
-    pairs = [(r, mask, r.others.ids) for r, mask in zip(part.rollouts, part.masks, strict=True) if r.others is not None]
-    rows = [torch.tensor(ids, dtype=torch.long).view(len(r.ids), -1)[torch.tensor(mask)] for r, mask, ids in pairs]
-    return torch.cat(rows) if rows else torch.empty(0, 0, dtype=torch.long)
 
 
 def width(rollout: Rollout) -> int:

@@ -111,8 +111,8 @@ def verifier(session: Session) -> Iterator[Finding]:
             do="give the prompts an answer column and a --verifier to see accuracy",
         )
         return
-    scores = [max(task.verify(text, p) for text in _right(p)) for p in rows]
-    share = float(np.mean([score > RIGHT for score in scores]))
+    wrong = [p for p in rows if all(task.verify(text, p) <= RIGHT for text in _right(p))]
+    share = 1 - len(wrong) / len(rows)
     if any(task.verify("", p) > RIGHT for p in rows):
         yield warning(
             what="an empty response verifies as right",
@@ -120,9 +120,8 @@ def verifier(session: Session) -> Iterator[Finding]:
             do="mend the verifier: it must score 0 where there is no answer",
         )
     elif share < 0.9:
-        bad = rows[next(i for i, score in enumerate(scores) if score <= RIGHT)]
         yield warning(
-            what=f"{share:.0%} of {len(rows)} prompts' own answers verify as right; not {short(bad.answer)}",
+            what=f"{share:.0%} of {len(rows)} prompts' own answers verify as right; not {short(wrong[0].answer)}",
             why="no response can be right where the reference is not: accuracy has that ceiling, and methods that read "
             "outcomes train on mistakes",
             do="compare --answer-column and --verifier with the data",
