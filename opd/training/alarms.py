@@ -3,6 +3,7 @@
 Trends compare the first fifth of the steps with the last fifth.  A run of fewer than ten steps has no trends.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,11 +40,14 @@ def alarms(log: Log) -> list[Alarm]:
     return [alarm for rule in rules for alarm in rule(log)]
 
 
-def trend(log: Log, name: str) -> tuple[float, float] | None:
-    """Return the means of a metric over the first and the last fifth of the steps, or None for a short run."""
+def trend(log: Log, name: str) -> tuple[float, float]:
+    """Return the means of a metric over the first and the last fifth of the steps.
+
+    They are nan in a short run, so that no comparison with them is true.
+    """
     values = list(log.series(name).values())
     if len(values) < FEWEST:
-        return None
+        return math.nan, math.nan
     fifth = len(values) // 5
     return float(np.mean(values[:fifth])), float(np.mean(values[-fifth:]))
 
@@ -85,11 +89,11 @@ def agreement_trap(log: Log) -> Iterator[Alarm]:
 
 def length_explosion(log: Log) -> Iterator[Alarm]:
     """Report responses that grew by more than 60 %."""
-    ends = trend(log, "length")
-    if ends and ends[1] > 1.6 * ends[0]:
+    first, last = trend(log, "length")
+    if last > 1.6 * first:
         yield Alarm(
             "length explosion",
-            f"responses grew from {ends[0]:.0f} to {ends[1]:.0f} tokens",
+            f"responses grew from {first:.0f} to {last:.0f} tokens",
             "read the longest in `opd inspect`; --truncated drop, --reduction sequence or a lower --lr",
         )
 
@@ -109,23 +113,22 @@ def truncated(log: Log) -> Iterator[Alarm]:
 
 def entropy_collapse(log: Log) -> Iterator[Alarm]:
     """Report a student entropy that fell below half of its start and below half of the teacher's."""
-    student, teacher = trend(log, "student_entropy"), trend(log, "teacher_entropy")
-    if student and teacher and student[1] < 0.5 * student[0] and student[1] < 0.5 * teacher[1]:
+    (first, last), (_, teacher) = trend(log, "student_entropy"), trend(log, "teacher_entropy")
+    if last < 0.5 * first and last < 0.5 * teacher:
         yield Alarm(
             "entropy collapse",
-            f"student entropy fell from {student[0]:.3f} to {student[1]:.3f} nats, half the teacher's "
-            f"{teacher[1]:.3f} or less",
+            f"student entropy fell from {first:.3f} to {last:.3f} nats, half the teacher's {teacher:.3f} or less",
             "add a forward KL (eopd, --also gkd-forward:0.1), or lower --lr",
         )
 
 
 def repeating(log: Log) -> Iterator[Alarm]:
     """Report a rising share of repeated 4-grams within responses."""
-    ends = trend(log, "repetition")
-    if ends and ends[1] > 0.2 and ends[1] > ends[0] + 0.1:
+    first, last = trend(log, "repetition")
+    if last > 0.2 and last > first + 0.1:
         yield Alarm(
             "repetition",
-            f"{ends[1]:.0%} of the 4-grams of a response stood in it before, {ends[0]:.0%} at first",
+            f"{last:.0%} of the 4-grams of a response stood in it before, {first:.0%} at first",
             "read the rollouts with the longest trap in `opd inspect`; a lower --lr, or --truncated drop",
         )
 
@@ -149,25 +152,22 @@ def sampler_gap(log: Log) -> Iterator[Alarm]:
 
 
 def stale(log: Log) -> Iterator[Alarm]:
-    """Report a KL above 0.1 nats per token between the student and the weights that generated its rollouts.
-
-    NPD, arXiv:2605.05940, counts 0.1 nats as near-policy.
-    """
-    ends = trend(log, "drift")
-    if ends and ends[1] > 0.1:
+    """Report a KL above 0.1 nats a token to the weights behind the rollouts; NPD's limit, arXiv:2605.05940."""
+    _, last = trend(log, "drift")
+    if last > 0.1:
         yield Alarm(
             "stale rollouts",
-            f"KL of the student to the weights that wrote its rollouts is {ends[1]:.3f} nats a token",
+            f"KL of the student to the weights that wrote its rollouts is {last:.3f} nats a token",
             "a smaller --staleness or --lr; async-opd corrects the tokens, and nothing corrects the contexts",
         )
 
 
 def diverging(log: Log) -> Iterator[Alarm]:
     """Report a reverse KL, which training minimises, that rises by more than 10 %."""
-    ends = trend(log, "reverse_kl")
-    if ends and ends[1] > 1.1 * ends[0]:
+    first, last = trend(log, "reverse_kl")
+    if last > 1.1 * first:
         yield Alarm(
             "KL rises",
-            f"reverse KL on the student's own rollouts rose from {ends[0]:.3f} to {ends[1]:.3f} nats per token",
+            f"reverse KL on the student's own rollouts rose from {first:.3f} to {last:.3f} nats per token",
             "lower --lr or add --warmup; a batch of 32 or more rollouts makes steps quieter",
         )

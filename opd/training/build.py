@@ -12,8 +12,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, LoggerType, set_seed
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from opd.config.plan import Plan
 from opd.config.train import Train
@@ -28,71 +26,65 @@ from opd.models.forward import compiled
 from opd.models.remote.vllm_protocol import Server
 from opd.models.student import Student
 from opd.rollouts.collector import Collector
-from opd.rollouts.engines.completions import ServerEngine
-from opd.rollouts.engines.hf import HFEngine
 from opd.teachers import connect
+from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher
-from opd.teachers.remote import open_teacher
-from opd.teachers.text.text_teacher import TextTeacher
 from opd.training import build_teachers as opening
 from opd.training import hidden_bridge as bridge
 from opd.training.launch import check_connected, check_launch, needs_cpu_backend
-from opd.training.session import AnyTeacher, Session
+from opd.training.session import Session
 
 ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process asks a judge hundreds of questions a step
 
 
 def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
-    """Load models, teachers, prompts and optimizer; checks that need no weights come first.
-
-    If `checkpoint` is given, the student's weights come from it.
-    """
+    """Open a run: first all checks that need no weights, then its models.  `checkpoint` has the student's weights."""
     config, method = plan.config, plan.method
     source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, plan) for name, model in plan.teachers.items()}
     student_info = connect.local_info(source, field="student")
-    teacher_infos = {
-        name: student_info if s is None else _info(s, student_info, config, opening.flag(name))
-        for name, s in sources.items()
-    }
-    agreements = _compared_tokenizers(student_info, teacher_infos)
-    size = min(a.vocabulary for a in agreements.values())
+    infos = {name: _info(where, student_info, config, opening.flag(name)) for name, where in sources.items()}
+    agreements = {name: _compared_tokenizers(student_info, info) for name, info in infos.items()}
     stop = tuple(dict.fromkeys(id for a in agreements.values() for id in a.stop))
-    lenses = bridge.plain_lenses(
-        method, student_info.config, {opening.flag(name): info.config for name, info in teacher_infos.items()}
+    differ = any(set(student_info.stop) != set(info.stop) for info in infos.values())
+    vocabulary = Vocabulary(
+        size=min(a.vocabulary for a in agreements.values()),
+        temperature=config.loss_temperature,
+        stop=stop if config.stop_token == "canonical" and differ else (),
+        chunk_bytes=config.chunk_mb << 20,
+        rounded=config.logit_precision == "bf16",
     )
-    prompts, held_out = _prompts(plan, student_info, teacher_infos)
+    teacher_configs = {opening.flag(name): info.config for name, info in infos.items()}
+    lenses = bridge.plain_lenses(method, student_info.config, teacher_configs)
+    prompts, held_out = _prompts(plan, student_info, infos)
     accelerator = _accelerator(plan)
-    device = accelerator.device
+    device, main = accelerator.device, accelerator.is_main_process
     student = Student(lora.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     models.verify_head(student.model, field="student")
-    differ = any(set(student_info.stop) != set(info.stop) for info in teacher_infos.values())
-    merged = stop if config.stop_token == "canonical" and differ else ()
-    main = accelerator.is_main_process
-    teachers = _teachers(plan, sources, student.model, prompts, size=size, merged=merged, on=on, to=device, main=main)
-    local = {name: t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
-    reference = opening.reference(plan, source, student.model, size, on, device)
-    frozen = {**{opening.flag(name): t for name, t in local.items()}, **({"reference": reference} if reference else {})}
-    for field, model in (("student", student.model), *((field, t.model) for field, t in frozen.items())):
-        models.verify_finite(model, student_info.tokenizer, ids=size, field=field)
+    builder = opening.ModelBuilder(plan, source, student.model, vocabulary, stop, accelerator, on)
+    teachers = {name: builder.teacher(name, m, sources[name], prompts) for name, m in plan.teachers.items()}
+    local = {opening.flag(name): t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
+    reference = builder.reference()
+    frozen = local | ({} if reference is None else {"reference": reference})
+    for field, model in {"student": student.model, **{name: t.model for name, t in frozen.items()}}.items():
+        models.verify_finite(model, student_info.tokenizer, ids=vocabulary.size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
     if config.compile:
         _compile(student, frozen.values(), device)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
-    writers = _writers(config, teachers, student.model, size, stop, merged)
-    speaker = opening.speaker(config, source, student.model, size, stop, merged, accelerator)
-    rounded = config.logit_precision == "bf16"
-    vocabulary = Vocabulary(size, config.loss_temperature, merged, config.chunk_mb << 20, rounded)
+    writers = {name: builder.writer(teacher) for name, teacher in teachers.items()}
+    speaker = builder.speaker()
+    open_judge = lambda model: opening.text_teacher(model, plan, on, field="judge", main=main)
     return Session(
         plan=plan,
         accelerator=accelerator,
         student=wrapped,
         teachers=teachers,
         reference=reference,
-        annotator=opening.annotator(plan, prompts, teachers, on, main=main),
+        annotator=open_annotator(plan, prompts, teachers, open_judge, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
         collector=Collector(speaker, writers, student_info.tokenizer, vocabulary),
@@ -113,27 +105,27 @@ def _compile(student: Student, teachers: Iterable[LocalTeacher], device: torch.d
 
 
 def _info(
-    source: models.ModelSource | Server, student: connect.ModelInfo, config: Train, field: str
+    source: models.ModelSource | Server | None, student: connect.ModelInfo, config: Train, field: str
 ) -> connect.ModelInfo:
-    """Return the tokenizer, config and stop ids of a teacher that scores, before its weights are loaded."""
+    """Return a teacher's tokenizer, config and stop ids before its weights: the student's if it gives only texts."""
+    if source is None:
+        return student
     if isinstance(source, Server):
         return connect.server_info(source, student, config)
     return connect.local_info(source, field=field)
 
 
-def _compared_tokenizers(
-    student_info: connect.ModelInfo, teacher_infos: Mapping[str, connect.ModelInfo]
-) -> dict[str, tokens.TokenizerAgreement]:
-    """Compare the student's tokenizer with each teacher's, and refuse teachers that do not match it."""
-    compare = lambda other: tokens.compare_tokenizers(
-        student_info.tokenizer,
-        other.tokenizer,
-        student_rows=student_info.config.vocab_size,
-        teacher_rows=other.config.vocab_size,
-        student_eos=student_info.stop,
-        teacher_eos=other.stop,
+def _compared_tokenizers(student: connect.ModelInfo, teacher: connect.ModelInfo) -> tokens.TokenizerAgreement:
+    """Compare the student's tokenizer with a teacher's, and refuse a teacher that does not match it."""
+    agreement = tokens.compare_tokenizers(
+        student.tokenizer,
+        teacher.tokenizer,
+        student_rows=student.config.vocab_size,
+        teacher_rows=teacher.config.vocab_size,
+        student_eos=student.stop,
+        teacher_eos=teacher.stop,
     )
-    return {name: tokens.require(compare(other)) for name, other in teacher_infos.items()}
+    return tokens.require(agreement)
 
 
 def _prompts(
@@ -154,9 +146,8 @@ def _prompts(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
             f"for a prompt; lower it, to {context // 2} say"
         )
-    prompts.check()
-    if held_out is not None:
-        held_out.check()
+    for stream in filter(None, (prompts, held_out)):
+        stream.check()
     return prompts, held_out
 
 
@@ -191,69 +182,3 @@ def _accelerator(plan: Plan) -> Accelerator:
             f"x {method.rollouts.updates} updates)"
         )
     return accelerator
-
-
-def _teachers(
-    plan: Plan,
-    sources: Mapping[str, models.ModelSource | Server | None],
-    student: PreTrainedModel | PeftModel,
-    prompts: Prompts,
-    *,
-    size: int,
-    merged: tuple[int, ...],
-    on: torch.device,
-    to: torch.device,
-    main: bool,
-) -> dict[str, AnyTeacher]:
-    """Load the teachers, by route name.
-
-    Args:
-        plan: the run's plan.
-        sources: where each teacher is: local weights, a server, or None for a text-only teacher.
-        student: the student, for teachers that share its weights.
-        prompts: training prompts; a few are used to compare a server with --teacher-local.
-        size: number of common token ids.
-        merged: stop ids that count as a single token.
-        on: device of the teachers' weights.
-        to: device of the teachers' outputs.
-        main: whether this is the main process.
-    """
-    config = plan.config
-    out: dict[str, AnyTeacher] = {}
-    for name, model in plan.teachers.items():
-        source = sources[name]
-        if source is None:
-            out[name] = opening.text_teacher(model, plan, on, field=opening.flag(name), main=main)
-        elif isinstance(source, Server):
-            out[name] = server_teacher = open_teacher(
-                source, to=to, stop=merged, size=size, tops=plan.method.supports()
-            )
-            if config.remote.teacher_local and not name:
-                connect.verify_local_copy(server_teacher, [p.teacher_ids for p in prompts.first(8)], config, on)
-        else:
-            out[name] = opening.teacher(model, source, student, plan, on, to, field=opening.flag(name))
-    return out
-
-
-def _writers(
-    config: Train,
-    teachers: Mapping[str, AnyTeacher],
-    student: PreTrainedModel | PeftModel,
-    size: int,
-    stop: tuple[int, ...],
-    merged: tuple[int, ...],
-) -> dict[str, HFEngine | ServerEngine]:
-    """Return the engines that generate the teachers' tokens in rollouts, by route name."""
-    engine = lambda model: HFEngine(model, size, stop, config.decode_rows, merged)
-
-    def writer(teacher: AnyTeacher) -> HFEngine | ServerEngine:
-        match teacher:
-            case LocalTeacher():
-                return engine(teacher.model)
-            case TextTeacher():
-                return engine(
-                    student
-                )  # never used: a method with a text-only teacher has no teacher tokens in rollouts
-        return ServerEngine(teacher.server, size, stop)
-
-    return {name: writer(teacher) for name, teacher in teachers.items()}

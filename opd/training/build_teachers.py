@@ -1,6 +1,6 @@
-"""Construction of a run's models: teachers, reference, judge and rollout engine, loaded or shared."""
+"""Construction of a run's models: teachers, reference, judge and rollout engines, loaded or shared."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,38 +8,32 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from opd.config.model_names import (
-    AveragedStudent,
-    ChatEndpoint,
-    CurrentStudent,
-    InitialStudent,
-    ModelName,
-    ScoringServer,
-    StudentItself,
-)
+from opd.config import model_names
+from opd.config.model_names import ModelName
 from opd.config.plan import Plan
 from opd.config.precision import dtype_of
-from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
+from opd.head.vocabulary import Vocabulary
 from opd.models import load as models
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
-from opd.rollouts.engines.base import Engine
+from opd.rollouts.engines.base import Engine, ResponseGenerator
+from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect
-from opd.teachers.base import BaseTeacher, require
+from opd.teachers.base import require
 from opd.teachers.ema import Average
-from opd.teachers.judges.annotator import Annotator
-from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher, WithoutAdapter
+from opd.teachers.remote import HiddenTeacher, LogpTeacher, open_teacher
 from opd.teachers.text.answer_cache import AnswerCache
 from opd.teachers.text.text_models import EndpointModel, InProcessModel
 from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
+from opd.training.session import AnyTeacher
 
 
 def flag(teacher: str) -> str:
@@ -50,21 +44,18 @@ def flag(teacher: str) -> str:
 def source_of(
     name: str, model: ModelName, student: models.ModelSource, plan: Plan
 ) -> models.ModelSource | Server | None:
-    """Return where a teacher's tokenizer and weights come from; None if only its texts are read.
-
-    Raises Refusal if the teacher does not provide what the method needs.
-    """
+    """Return where a teacher is, or None if it gives only texts; refuse one that lacks what the method needs."""
     method, field = plan.method, flag(name)
-    if method.asks is not None or isinstance(model, ChatEndpoint):
+    if method.asks is not None or isinstance(model, model_names.ChatEndpoint):
         remedy = "name a model that opd can load, with the student's vocabulary"
         if method.asks is not None:
             remedy = f"leave out the terms beside {method.asks}"
         provides = TextTeacher.provides
         require(method, provides, flag=field, model=model, gives="text and no log-probs", remedy=remedy)
         return None
-    if isinstance(model, ScoringServer):
+    if isinstance(model, model_names.ScoringServer):
         return connect.open_server(model, plan, field=field)
-    if isinstance(model, StudentItself):
+    if isinstance(model, model_names.StudentItself):
         return student
     config = plan.config
     source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
@@ -85,19 +76,18 @@ def text_model(
     """
     config = plan.config
     config.remote.check()
-    if isinstance(model, ChatEndpoint):
+    if isinstance(model, model_names.ChatEndpoint):
         return EndpointModel(model, config.remote.towards(field, model, plan.teachers[""]), field=field)
-    if isinstance(model, StudentItself | ScoringServer):
+    if isinstance(model, model_names.StudentItself | model_names.ScoringServer):
         url = f"openai:MODEL@{model.name.rstrip('/')}/v1"
-        name = url if isinstance(model, ScoringServer) else "a model by its name"
+        name = url if isinstance(model, model_names.ScoringServer) else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {name}")
     source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
         return None
     text = models.tokenizer(source, field=field)
-    weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on).requires_grad_(
-        False
-    )
+    dtype = dtype_of(config.teacher_precision)
+    weights = models.load(source, field=field, dtype=dtype, device=on).requires_grad_(False)
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
     models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
     stop = models.stop_ids(source, text)
@@ -115,109 +105,106 @@ def text_teacher(model: ModelName, plan: Plan, on: torch.device, *, field: str, 
     return TextTeacher(text_model(model, plan, on, field=field, main=main), cache, failure_limit)
 
 
-def annotator(
-    plan: Plan, prompt_stream: Prompts, teachers: Mapping[str, BaseTeacher], on: torch.device, *, main: bool
-) -> Annotator:
-    """Return the object that asks the method's question, with the judge that --judge names."""
-    open_judge = lambda model: text_teacher(model, plan, on, field="judge", main=main)
-    return open_annotator(plan, prompt_stream, teachers, open_judge, main=main)
+@dataclass(frozen=True)
+class ModelBuilder:
+    """The construction of the models that a run uses beside its student, each on its device."""
 
+    plan: Plan
+    source: models.ModelSource  # of the student
+    student: PreTrainedModel | PeftModel
+    vocabulary: Vocabulary
+    stop: tuple[int, ...]  # ids that end a response
+    accelerator: Accelerator  # its device is that of the student, and of all teachers' outputs
+    on: torch.device  # of the weights of frozen models
 
-def teacher(
-    model: ModelName,
-    source: models.ModelSource,
-    student: PreTrainedModel | PeftModel,
-    plan: Plan,
-    on: torch.device,
-    to: torch.device,
-    *,
-    field: str,
-) -> LocalTeacher:
-    """Return a teacher in this process, with its own weights or the student's."""
-    config = plan.config
-    low = dtype_of(config.precision)
-    if isinstance(model, StudentItself) and on != to:
-        raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
-    if isinstance(model, CurrentStudent):
-        return LocalTeacher(student, to=to, low=low)
-    if isinstance(model, AveragedStudent):
-        return Average(student, model.rate, to=to, low=low)
-    if isinstance(model, InitialStudent) and isinstance(student, PeftModel):
-        if not plan.method.rollouts.on_policy:
-            raise Refusal(f"--{field} base: under an adapter it scores, but does not speak; name its folder instead")
-        return WithoutAdapter(student, to=to, low=low)
-    return _frozen(source, field, config, on, to)
+    def teacher(
+        self, name: str, model: ModelName, source: models.ModelSource | Server | None, prompt_stream: Prompts
+    ) -> AnyTeacher:
+        """Return the teacher of a route; a few prompts are used to compare a server with --teacher-local."""
+        plan, field = self.plan, flag(name)
+        if source is None:
+            return text_teacher(model, plan, self.on, field=field, main=self.accelerator.is_main_process)
+        if not isinstance(source, Server):
+            return self._local_teacher(model, source, field)
+        size, stop, device = self.vocabulary.size, self.vocabulary.stop, self.accelerator.device
+        teacher = open_teacher(source, to=device, stop=stop, size=size, tops=plan.method.supports())
+        if plan.config.remote.teacher_local and not name:
+            texts = [p.teacher_ids for p in prompt_stream.first(8)]
+            connect.verify_local_copy(teacher, texts, plan.config, self.on)
+        return teacher
 
+    def _local_teacher(self, model: ModelName, source: models.ModelSource, field: str) -> LocalTeacher:
+        """Return a teacher in this process, with its own weights or the student's."""
+        config, student, to = self.plan.config, self.student, self.accelerator.device
+        low = dtype_of(config.precision)
+        if isinstance(model, model_names.StudentItself) and self.on != to:
+            raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
+        if isinstance(model, model_names.CurrentStudent):
+            return LocalTeacher(student, to=to, low=low)
+        if isinstance(model, model_names.AveragedStudent):
+            return Average(student, model.rate, to=to, low=low)
+        if isinstance(model, model_names.InitialStudent) and isinstance(student, PeftModel):
+            if not self.plan.method.rollouts.on_policy:
+                raise Refusal(
+                    f"--{field} base: under an adapter it scores, but does not speak; name its folder instead"
+                )
+            return WithoutAdapter(student, to=to, low=low)
+        return self._frozen(source, field)
 
-def reference(
-    plan: Plan,
-    source: models.ModelSource,
-    student: PreTrainedModel | PeftModel,
-    size: int,
-    on: torch.device,
-    to: torch.device,
-) -> LocalTeacher | None:
-    """Return the reference model, for methods that compare with it."""
-    config = plan.config
-    if "reference_logp" not in plan.method.models():
-        return None
-    if not config.reference and isinstance(student, PeftModel):
-        return WithoutAdapter(student, to=to, low=dtype_of(config.precision), own_prompt=False)
-    if config.reference:
-        source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
-    reference = _frozen(source, "reference", config, on, to, own_prompt=False)
-    if len(reference.head.weight) < size:
-        raise Refusal(
-            f"--reference {config.reference}: its head has {len(reference.head.weight)} rows, and student and teacher "
-            f"share {size} ids; name a model of their vocabulary"
-        )
-    return reference
+    def reference(self) -> LocalTeacher | None:
+        """Return the reference model, for methods that compare with it."""
+        config, size = self.plan.config, self.vocabulary.size
+        if "reference_logp" not in self.plan.method.models():
+            return None
+        if not config.reference and isinstance(self.student, PeftModel):
+            low = dtype_of(config.precision)
+            return WithoutAdapter(self.student, to=self.accelerator.device, low=low, own_prompt=False)
+        source = self.source
+        if config.reference:
+            source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
+        reference = self._frozen(source, "reference", own_prompt=False)
+        if len(reference.head.weight) < size:
+            raise Refusal(
+                f"--reference {config.reference}: its head has {len(reference.head.weight)} rows, and student and "
+                f"teacher share {size} ids; name a model of their vocabulary"
+            )
+        return reference
 
+    def _frozen(self, source: models.ModelSource, field: str, *, own_prompt: bool = True) -> LocalTeacher:
+        """Return a teacher whose weights are loaded and never trained."""
+        weights = models.load(source, field=field, dtype=dtype_of(self.plan.config.teacher_precision), device=self.on)
+        models.verify_head(weights, field=field)
+        return LocalTeacher(weights.requires_grad_(False), to=self.accelerator.device, own_prompt=own_prompt)
 
-def _frozen(
-    source: models.ModelSource,
-    field: str,
-    config: Train,
-    on: torch.device,
-    to: torch.device,
-    *,
-    own_prompt: bool = True,
-) -> LocalTeacher:
-    """Return a teacher whose weights are loaded and never trained."""
-    weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on)
-    models.verify_head(weights, field=field)
-    return LocalTeacher(weights.requires_grad_(False), to=to, own_prompt=own_prompt)
-
-
-def speaker(
-    config: Train,
-    source: models.ModelSource,
-    student: PreTrainedModel | PeftModel,
-    size: int,
-    stop: tuple[int, ...],
-    merged: tuple[int, ...],
-    accelerator: Accelerator,
-) -> Engine:
-    """Return the engine that generates the student's rollouts.
-
-    It samples the first `size` token ids; the ids in `merged` count as a single token.
-    """
-    how = config.speaker
-    if how.engine == "hf":
-        return HFEngine(student, size, stop, config.decode_rows, merged)
-    if accelerator.num_processes > 1:
-        raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
-    dtype = dtype_of(config.precision)
-    if how.engine == "vllm":
-        engine = VLLMEngine(student, source, size, stop, how, dtype=dtype, rows=config.decode_rows)
-        engine.merged = merged
+    def speaker(self) -> Engine:
+        """Return the engine that generates the student's rollouts."""
+        config, size = self.plan.config, self.vocabulary.size
+        how, dtype = config.speaker, dtype_of(config.precision)
+        if how.engine == "hf":
+            return self._engine(self.student)
+        if self.accelerator.num_processes > 1:
+            raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
+        engine: VLLMEngine | VLLMServer
+        if how.engine == "vllm":
+            rows = config.decode_rows
+            engine = VLLMEngine(self.student, self.source, size, self.stop, how, dtype=dtype, rows=rows)
+        else:
+            folder, retries = Path(config.out), config.remote.teacher_retries
+            engine = VLLMServer(self.student, size, self.stop, how, retries, folder=folder, dtype=dtype)
+            if config.sampling != Sampling(max_new_tokens=config.sampling.max_new_tokens) and not engine.processed():
+                raise Refusal(
+                    f"--engine {how.engine}: its log-probs are not of what it draws from, which --temperature, --top-p "
+                    "and --top-k change: start it with --logprobs-mode processed_logprobs, or sample at 1, 1, 0"
+                )
+        engine.merged = self.vocabulary.stop
         return engine
-    server = VLLMServer(student, size, stop, how, config.remote.teacher_retries, folder=Path(config.out), dtype=dtype)
-    server.merged = merged
-    plain = Sampling(max_new_tokens=config.sampling.max_new_tokens)
-    if config.sampling != plain and not server.processed():
-        raise Refusal(
-            f"--engine {how.engine}: its log-probs are not of what it draws from, which --temperature, --top-p and "
-            "--top-k change: start it with --logprobs-mode processed_logprobs, or sample at 1, 1, 0"
-        )
-    return server
+
+    def writer(self, teacher: AnyTeacher) -> ResponseGenerator:
+        """Return the engine that generates a teacher's tokens in rollouts."""
+        if isinstance(teacher, HiddenTeacher | LogpTeacher):
+            return ServerEngine(teacher.server, self.vocabulary.size, self.stop)
+        # That of a text-only teacher is never used: its methods have no teacher tokens in rollouts.
+        return self._engine(teacher.model if isinstance(teacher, LocalTeacher) else self.student)
+
+    def _engine(self, model: PreTrainedModel | PeftModel) -> HFEngine:
+        return HFEngine(model, self.vocabulary.size, self.stop, self.plan.config.decode_rows, self.vocabulary.stop)

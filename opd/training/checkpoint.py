@@ -14,7 +14,7 @@ A checkpoint is a model folder that transformers, peft and vLLM load.  The train
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from opd.core.errors import Refusal
 from opd.core.tensors import save_tensors
+from opd.methods.rollout_policies.base import Memory
 from opd.rollouts import buffer
 from opd.teachers.base import TeacherState
 
 STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
-OptimizerState = Mapping[
-    str, Mapping[str, Tensor]
-]  # by parameter name, then by AdamW's name: step, exp_avg, exp_avg_sq
+OptimizerState = Mapping[str, Mapping[str, Tensor]]  # by parameter, then by AdamW's name: step, exp_avg, exp_avg_sq
 ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
 ON_EVERY = StateDictOptions(full_state_dict=True)  # the whole state, on every process
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a resumed run reads, beside the model folder of the checkpoint."""
+    """Everything that a resumed run reads, beside the model folder of the checkpoint; by default, that of a new run."""
 
-    step: int
-    optimizer: OptimizerState
-    memory: Mapping[str, Tensor]
-    rollouts: buffer.Batches  # by batch number, without prompts
-    bridge: Mapping[str, Tensor]
-    teachers: Sequence[TeacherState]  # in the order of --teacher and the --routes
+    step: int = 0
+    optimizer: OptimizerState = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
+    rollouts: buffer.Batches = field(default_factory=dict)  # by batch number, without prompts
+    bridge: Mapping[str, Tensor] = field(default_factory=dict)
+    teachers: Sequence[TeacherState] = ()  # in the order of --teacher and the --routes
 
 
 def save(state: TrainingState, checkpoint: Path) -> None:
@@ -56,11 +55,8 @@ def save(state: TrainingState, checkpoint: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"step": state.step}))
     named = {f"{name}/{key}": x for name, row in state.optimizer.items() for key, x in row.items()}
     save_tensors(named, folder / "optimizer.safetensors")
-    for name, tensors in (
-        ("memory", state.memory),
-        ("draws", buffer.to_tensors(state.rollouts)),
-        ("bridge", state.bridge),
-    ):
+    parts = {"memory": state.memory, "draws": buffer.to_tensors(state.rollouts), "bridge": state.bridge}
+    for name, tensors in parts.items():
         if tensors:
             save_tensors(tensors, folder / f"{name}.safetensors")
     for k, teacher in enumerate(state.teachers):

@@ -33,10 +33,7 @@ class Passes:
     cached_outputs: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # by the indices of the rollouts
 
     def micro_batches(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return this process's share of the rows (every n-th row), split into micro-batches.
-
-        Rows without a trained token are left out.
-        """
+        """Return this process's rows (every n-th) that have a trained token, split into micro-batches."""
         accelerator, micro = self.session.accelerator, []
         trained = batch.mask.any(1).tolist()
         mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
@@ -47,20 +44,12 @@ class Passes:
         # micro-batches fill the gap.
         return micro + [[]] * (max(1, *gather_object([len(micro)])) - len(micro))
 
-    @torch.no_grad()
     def alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """Return the top tokens of both models at each position, [B, T, A] with A up to 2 LIKELIEST.
-
-        Call it before the update, so that they match the batch's columns.
-        """
-        session, parts = self.session, []
+        """Return both models' top tokens, [B, T, A] with A up to 2 LIKELIEST; call it before the batch's update."""
+        parts = []
         for indices in self.micro_batches(batch, rollouts):
-            part = self._part(batch, rollouts, indices)
-            outputs = self._frozen_outputs(part.rollouts, part.masks)
-            _, tops = session.student(
-                part.inputs, outputs, session.method, None, session.vocabulary, likeliest=LIKELIEST
-            )
-            parts.append((indices, map_tensors(Tensor.cpu, tops)))
+            part = _part(batch, rollouts, indices)
+            parts.append((indices, map_tensors(Tensor.cpu, self._tops(part, self._frozen_outputs(part), LIKELIEST))))
         columns: dict[str, Tensor] = {}
         for indices, tops in gather_object(parts):
             at = torch.tensor(indices, dtype=torch.long)
@@ -84,18 +73,18 @@ class Passes:
         ]
         results: list[tuple[list[int], HeadColumns, Tensor]] = []
         for k, (indices, weighted) in enumerate(micro):
-            part = self._part(batch, rollouts, weighted)
+            part = _part(batch, rollouts, weighted)
             token_targets = targets and tuple(
                 map_tensors(lambda x: x.to(accelerator.device), t[part.at][part.batch.mask]) for t in targets
             )
-            outputs = FrozenOutputs(None) if reduced else self._outputs_of_rows(batch, rollouts, indices, weighted)
+            outputs = FrozenOutputs(None) if reduced else self._outputs_of_rows(batch, rollouts, indices, part)
             is_last = k + 1 == len(micro)
             if not is_last and not reduced:
                 self._prefetch(batch, rollouts, *micro[k + 1])
             sync = contextlib.nullcontext() if is_last else accelerator.no_sync(session.student)
             with torch.set_grad_enabled(targets is not None), sync:
-                method = reduced or session.method
-                loss, columns = session.student(part.inputs, outputs, method, token_targets, session.vocabulary)
+                inputs, method = part.inputs(accelerator.device), reduced or session.method
+                loss, columns = session.student(inputs, outputs, method, token_targets, session.vocabulary)
                 if targets is not None:
                     # DDP averages gradients over processes, but the loss is already divided by whole-batch
                     # denominators: multiply by the number of processes to undo the average.
@@ -106,19 +95,8 @@ class Passes:
         total = sum(loss for _, _, loss in gathered)
         return (replace(measured, scores=batch.scores) if reduced else measured), total
 
-    def _part(self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int]) -> "_Part":
-        """Return some rows of a batch, with the student's inputs for them."""
-        at = torch.tensor(indices, dtype=torch.long)
-        chosen, rows_of_batch = [rollouts[i] for i in indices], batch[at]
-        trained = masks(rows_of_batch, chosen)
-        inputs = rows(chosen, trained, teacher=False, device=self.session.accelerator.device)
-        return _Part(at, chosen, rows_of_batch, trained, inputs)
-
     def _reduced_method(self, targets: tuple[Target, ...] | None) -> Method | None:
-        """Return the method reduced to its precomputed advantages, or None.
-
-        If the batch was already scored with the current weights, the second pass needs no teacher forward.
-        """
+        """Return the method reduced to advantages that these weights measured, without teacher forward, or None."""
         if targets is None or any(t.advantage is None for t in targets) or not self._measured():
             return None
         return self.session.method.advised()
@@ -128,10 +106,7 @@ class Passes:
         return not self.session.method.local() and self.session.method.rollouts.updates == 1
 
     def _rows_with_weight(self, targets: tuple[Target, ...] | None) -> list[bool] | None:
-        """Return for each row whether it has a nonzero weight, or None if all rows must run.
-
-        Rows of weight 0 can be skipped only in the second pass: their columns are already measured.
-        """
+        """Return for each row of a measured batch whether it has a nonzero weight, or None if all rows must run."""
         if targets is None or not self._measured():
             return None
         return torch.stack([t.weight != 0 for t in targets]).any(0).any(1).tolist()
@@ -142,39 +117,37 @@ class Passes:
         """Request the next micro-batch's scores from a teacher server while the student runs the current one."""
         if not weighted or tuple(rollouts[i].index for i in indices) in self.cached_outputs:
             return
-        chosen = [rollouts[i] for i in weighted]
-        teacher = self.session.teachers[chosen[0].teacher]
+        part = _part(batch, rollouts, weighted)
+        teacher = self.session.teachers[part.rollouts[0].teacher]
         # A teacher that scores tokens chosen by the student cannot start before the student's forward pass.
         if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):
-            teacher.ahead(chosen, masks(batch[torch.tensor(weighted, dtype=torch.long)], chosen))
+            teacher.ahead(part.rollouts, part.masks)
 
     def _outputs_of_rows(
-        self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], weighted: Sequence[int]
+        self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], part: "_Part"
     ) -> FrozenOutputs:
-        """Return the frozen models' outputs for the rows `weighted` of the micro-batch `indices`.
-
-        If the outputs of the micro-batch are cached, the rows are selected from them.
-        """
+        """Return the frozen models' outputs for `part`, some rows of `indices`, from their cache if it has them."""
         key = tuple(rollouts[i].index for i in indices)
-        if len(weighted) < len(indices) and key in self.cached_outputs:
-            mask, selected = batch.mask[torch.tensor(indices)], set(weighted)
-            rows_selected = torch.tensor([i in selected for i in indices])[:, None]
-            return self.cached_outputs[key][rows_selected.expand_as(mask)[mask]]
-        chosen = [rollouts[i] for i in weighted]
-        return self._frozen_outputs(chosen, masks(batch[torch.tensor(weighted, dtype=torch.long)], chosen))
+        if len(part.rollouts) < len(indices) and key in self.cached_outputs:
+            at = torch.tensor(indices)
+            selected, mask = torch.isin(at, part.at), batch.mask[at]
+            return self.cached_outputs[key][selected[:, None].expand_as(mask)[mask]]
+        return self._frozen_outputs(part)
 
-    def _frozen_outputs(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> FrozenOutputs:
+    def _frozen_outputs(self, part: "_Part") -> FrozenOutputs:
         """Return the outputs of teacher and reference, cached for methods that run a measuring and a training pass."""
-        session, key, cache = self.session, tuple(r.index for r in rollouts), self.cached_outputs
+        session, rollouts, trained, cache = self.session, part.rollouts, part.masks, self.cached_outputs
+        key, lenses = tuple(r.index for r in rollouts), session.lenses
         if key in cache:
             return cache[key]
-        lenses = session.lenses
         teacher = session.teachers[rollouts[0].teacher if rollouts else ""]
         output: Hidden | TeacherLogps | None
         if isinstance(teacher, LogpTeacher) and teacher.likeliest:
-            output = teacher.hidden(rollouts, trained, ids=self._likeliest(rollouts, trained, teacher.likeliest))
-        elif isinstance(teacher, LogpTeacher) and all(r.others is not None for r in rollouts):
-            output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(_drawn(rollouts, trained)))
+            student_tops = self._tops(part, FrozenOutputs(None), teacher.likeliest)
+            output = teacher.hidden(rollouts, trained, ids=student_tops.ids)
+        elif isinstance(teacher, LogpTeacher) and part.batch.others is not None:
+            drawn = part.batch.others[part.batch.mask]
+            output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(drawn))
         else:
             output = teacher.hidden(rollouts, trained, None if lenses is None else lenses.teacher)
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
@@ -185,22 +158,17 @@ class Passes:
         return outputs
 
     @torch.no_grad()
-    def _likeliest(self, rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]], k: int) -> Int[Tensor, "N k"]:
-        """Return the student's top-k tokens, for a teacher server that scores only requested tokens."""
-        session = self.session
-        inputs = rows(rollouts, trained, teacher=False, device=session.accelerator.device)
-        _, tops = session.student(inputs, FrozenOutputs(None), session.method, None, session.vocabulary, likeliest=k)
+    def _tops(self, part: "_Part", outputs: FrozenOutputs, k: int) -> Alternatives:
+        """Return the top-k tokens of the student, then those of the teacher if `outputs` has its distributions."""
+        session, inputs = self.session, part.inputs(self.session.accelerator.device)
+        _, tops = session.student(inputs, outputs, session.method, None, session.vocabulary, likeliest=k)
         assert isinstance(tops, Alternatives)
-        return tops.ids
+        return tops
 
     def with_teacher_alone(self, rollouts: Sequence[Rollout], prompted: Sequence[Rollout]) -> list[Rollout]:
-        """Add the note `teacher_alone` to each rollout: the teacher's cross entropy of the response without its prompt.
+        """Add the note `teacher_alone`: the teacher's cross entropy of the response without its prompt.
 
-        Rollouts that already have the note are not scored again.
-
-        Args:
-            rollouts: the rollouts without prompts, which are returned with the note.
-            prompted: the same rollouts with their prompts.
+        `prompted` are the rollouts with their prompts.  Those that already have the note are not scored again.
         """
         values: dict[int, float] = {}
         for name, teacher in self.session.teachers.items():
@@ -225,14 +193,16 @@ class _Part:
     rollouts: list[Rollout]
     batch: Batch
     masks: list[list[bool]]  # trained tokens
-    inputs: Rows  # for the student
+
+    def inputs(self, device: torch.device) -> Rows:
+        """Return the student's inputs."""
+        return rows(self.rollouts, self.masks, teacher=False, device=device)
 
 
-def _drawn(rollouts: Sequence[Rollout], trained: Sequence[Sequence[bool]]) -> Int[Tensor, "N k"]:
-    """Return the additional tokens sampled at each trained position, [N, k]; N trained tokens."""
-    pairs = [(r, mask, r.others.ids) for r, mask in zip(rollouts, trained, strict=True) if r.others is not None]
-    rows = [torch.tensor(ids, dtype=torch.long).view(len(r.ids), -1)[torch.tensor(mask)] for r, mask, ids in pairs]
-    return torch.cat(rows) if rows else torch.empty(0, 0, dtype=torch.long)
+def _part(batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int]) -> _Part:
+    at = torch.tensor(indices, dtype=torch.long)
+    chosen, rows_of_batch = [rollouts[i] for i in indices], batch[at]
+    return _Part(at, chosen, rows_of_batch, masks(rows_of_batch, chosen))
 
 
 def width(rollout: Rollout) -> int:

@@ -88,24 +88,19 @@ def fit_bridge(
     device = student.model.device
     # Restore the order of the rollouts.  Micro-batches are sorted by length, and `fit` holds out the last rows: without
     # this, the held-out tokens would be those of the shortest rollouts.
-    order = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for group in micro for i in group]).argsort(
-        stable=True
-    )
-    student_views: list[list[Tensor]] = [[] for _ in lenses.student.layers]
-    teacher_views: list[list[Tensor]] = [[] for _ in lenses.student.layers]
+    row_of_token = torch.cat([torch.full((int(batch.mask[i].sum()),), i) for group in micro for i in group])
+    order = row_of_token.argsort(stable=True)
+    student_views: list[list[Tensor]] = []  # by micro-batch, then by layer
+    teacher_views: list[list[Tensor]] = []
     for group in micro:
         rolls = [rollouts[i] for i in group]
         trained = masks(batch[torch.tensor(group)], rolls)
         _, student_batch = states(student.model, rows(rolls, trained, teacher=False, device=device), lenses.student)
-        teacher_batch = teacher.hidden(rolls, trained, lenses.teacher).views
-        for views_by_layer, views in ((student_views, student_batch), (teacher_views, teacher_batch)):
-            for layer, view in zip(views_by_layer, views, strict=True):
-                layer.append(view.cpu())
-    fits: list[tuple[Projection, Projection, float]] = []
-    for a, b in zip(student_views, teacher_views, strict=True):
-        fits.append(fit(torch.cat(a)[order].to(device), torch.cat(b)[order].to(device), bridge, seed=seed))
-        a.clear()
-        b.clear()
+        student_views.append([view.cpu() for view in student_batch])
+        teacher_views.append([view.cpu() for view in teacher.hidden(rolls, trained, lenses.teacher).views])
+    joined = lambda views: torch.cat(views)[order].to(device)
+    layers = zip(zip(*student_views, strict=True), zip(*teacher_views, strict=True), strict=True)
+    fits = [fit(joined(a), joined(b), bridge, seed=seed) for a, b in layers]
     students, teachers, cosines = zip(*fits, strict=True)
     lenses = Lenses(Lens(lenses.student.layers, students), Lens(lenses.teacher.layers, teachers))
     return lenses, sum(cosines) / len(cosines)

@@ -27,8 +27,7 @@ def summary(batch: Batch) -> dict[str, float]:
         return out
     columns = ("reverse_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
     for name in (*columns, "hidden_distance", "hidden_cosine"):
-        column = getattr(batch, name)
-        if column is not None:
+        if (column := getattr(batch, name)) is not None:
             out[name] = float(column[mask].mean())
     if batch.student_entropy is not None and batch.teacher_entropy is not None:
         out["entropy_gap"] = float((batch.student_entropy - batch.teacher_entropy)[mask].abs().mean())
@@ -38,9 +37,7 @@ def summary(batch: Batch) -> dict[str, float]:
     if batch.student_logp is not None:
         gap = (batch.student_logp - batch.sampler_logp)[batch.written()]
         if len(gap) and not {"beta", "staleness"} & batch.notes.keys():
-            out["sampler_gap"] = float(
-                gap.abs().max()
-            )  # trainer against sampler, nats; an error unless 0 up to rounding
+            out["sampler_gap"] = float(gap.abs().max())  # trainer to sampler, nats; an error unless 0 up to rounding
         if len(gap):
             out["sampler_ess"] = effective_share(gap.exp())  # of the ratios p / mu; 1 if on-policy
             out |= mismatch(gap)
@@ -51,10 +48,7 @@ def summary(batch: Batch) -> dict[str, float]:
 
 
 def advantages(batch: Batch, targets: Sequence[Target]) -> dict[str, float]:
-    """Return statistics of each term's advantages.
-
-    They come from the target if it has advantages, else from the scores of the head pass.
-    """
+    """Return statistics of each term's advantages: of those of its target, else of the head pass's scores."""
     out: dict[str, float] = {}
     for i, (score, target) in enumerate(zip(batch.scores, targets, strict=True)):
         advantage = score if target.advantage is None else target.advantage
@@ -91,18 +85,12 @@ def by_third(column: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[st
 
 
 def effective_share(weights: Float[Tensor, " n"]) -> float:
-    """Return the effective sample size as a share, (sum w)^2 / (n sum w^2).
-
-    It is 1 if all weights are equal and 1/n if only a single weight is not 0.
-    """
+    """Return the effective sample size as a share, (sum w)^2 / (n sum w^2): 1 for equal w, 1/n for a single one."""
     return float(weights.sum().square() / (len(weights) * weights.square().sum())) if weights.any() else 0.0
 
 
 def repetition(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int = 4) -> float:
-    """Return the share of n-grams of a response that occurred in it before, as mean over responses.
-
-    Each response counts up to its last trained token.
-    """
+    """Return the share of repeated n-grams in a response up to its last trained token, as mean over responses."""
     shares = []
     for row, is_response in zip(ids, mask.flip(1).cumsum(1).flip(1) > 0, strict=True):
         tokens = row[is_response].tolist()
@@ -171,18 +159,12 @@ def weight_metrics(targets: Sequence[Target], mask: Bool[Tensor, "B T"]) -> dict
 
 
 def by_teacher(batch: Batch, names: Collection[str], teachers: Sequence[str]) -> dict[str, float]:
-    """Return the reverse KL to each teacher that scored a row.  The result is empty if the run has a single teacher.
-
-    `names` are all teachers of the run; `teachers` holds the teacher of each row.
-    """
+    """Return the reverse KL to each of several teachers, `names`; `teachers` holds the teacher of each row."""
     if len(names) < 2 or batch.reverse_kl is None:
         return {}
-    out = {}
-    for name in names:
-        mask = batch.mask & torch.tensor([t == name for t in teachers])[:, None]
-        if mask.any():
-            out[f"reverse_kl.{name or 'teacher'}"] = float(batch.reverse_kl[mask].mean())
-    return out
+    masks = {name: batch.mask & torch.tensor([t == name for t in teachers])[:, None] for name in names}
+    means = {name: float(batch.reverse_kl[mask].mean()) for name, mask in masks.items() if mask.any()}
+    return {f"reverse_kl.{name or 'teacher'}": mean for name, mean in means.items()}
 
 
 TASKS = ("task", "data_source", "source", "subject", "domain")  # prompt columns that may name the task
@@ -219,9 +201,9 @@ def evaluation_metrics(batch: Batch) -> dict[str, float]:
         numbers[f"eval_{name}_se"] = standard_error(column, batch.mask)
     numbers["eval_length"] = float(batch.mask.sum(1).float().mean())
     numbers["eval_stopped"] = float(batch.stopped.float().mean())
-    if batch.hidden_distance is not None and batch.hidden_cosine is not None:
-        numbers["eval_hidden_distance"] = float(batch.hidden_distance[batch.mask].mean())
-        numbers["eval_hidden_cosine"] = float(batch.hidden_cosine[batch.mask].mean())
+    for name, column in (("hidden_distance", batch.hidden_distance), ("hidden_cosine", batch.hidden_cosine)):
+        if column is not None:
+            numbers[f"eval_{name}"] = float(column[batch.mask].mean())
     return numbers
 
 

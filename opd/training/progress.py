@@ -5,16 +5,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
-from typing import TypeAlias
+from collections.abc import Iterator
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 
 
@@ -48,15 +46,13 @@ class Progress:
         self.task = self.bar.add_task("train", total=steps, completed=start, health="")
         self.last_line_time = 0.0
         self.warned: set[str] = set()
-        self.handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Progress":
-        for name in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[name] = signal.signal(name, self._interrupt)
+        self.handlers = {name: signal.signal(name, self._interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         for name, handler in self.handlers.items():
             signal.signal(name, handler)

@@ -40,22 +40,13 @@ class RolloutSource:
     source: RolloutBuffer | None = None  # buffer of training rollouts; None before `open`
 
     def open(self, step: int, memory: Memory, saved: Batches, say: Callable[[str], object]) -> RolloutBuffer:
-        """Start to generate rollouts for the steps after `step`, in a worker process if the configuration wants it.
-
-        `saved` are the buffered rollouts of a checkpoint, which are used first.
-        """
-        config, policy = self.session.config, self.session.method.rollouts
-        batches = self._restored(saved)
+        """Start to generate rollouts after `step`, here or in a worker; those of a checkpoint, `saved`, come first."""
+        config, task, batches = self.session.config, self.session.prompts.task, self._restored(saved)
         if config.staleness or config.worker:
             self.source = self._start_worker(batches, say)
         else:
-
-            def generate(number: int, memory: Memory) -> list[Rollout]:
-                prompts = self._prompts(policy.prompt_step(number), memory)
-                request = self._request(prompts, policy, config.sampling, number, memory=memory)
-                return self._generate(request, self.session.prompts.task)
-
-            self.source = InProcessBuffer(policy, generate, config.steps, batches)
+            generate = lambda number, memory: self._generate(self._batch_request(number, memory), task)
+            self.source = InProcessBuffer(self.session.method.rollouts, generate, config.steps, batches)
         self.source.advance(step, memory)
         return self.source
 
@@ -99,11 +90,14 @@ class RolloutSource:
         task: Task,
         first: int = 0,
     ) -> list[Rollout]:
-        """Generate and verify rollouts, each process for its share of the prompts; return those of all processes.
-
-        They are in order and numbered from `first`.
-        """
+        """Generate and verify rollouts, each process a share; return those of all processes, numbered from `first`."""
         return gather_object(self._generate(self._request(prompts, policy, sampling, step, first=first), task))
+
+    def _batch_request(self, number: int, memory: Memory) -> RolloutRequest:
+        """Return the request for this process's share of a batch that is trained on."""
+        policy = self.session.method.rollouts
+        prompts = self._prompts(policy.prompt_step(number), memory)
+        return self._request(prompts, policy, self.session.config.sampling, number, memory=memory)
 
     def _request(
         self,
@@ -144,18 +138,12 @@ class RolloutSource:
         """Return this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
         accelerator, per_prompt = self.session.accelerator, self.session.method.rollouts.per_prompt
         part = share(self.session.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
-        wanted, batches = range(part.start * per_prompt, part.stop * per_prompt), {}
-        for number, rollouts in saved.items():
-            share_of_batch = [r for r in rollouts if r.index in wanted]
-            if len(share_of_batch) == len(wanted):
-                batches[number] = share_of_batch
-        return batches
+        wanted = range(part.start * per_prompt, part.stop * per_prompt)
+        shares = {number: [r for r in rollouts if r.index in wanted] for number, rollouts in saved.items()}
+        return {number: rollouts for number, rollouts in shares.items() if len(rollouts) == len(wanted)}
 
     def _start_worker(self, batches: Batches, say: Callable[[str], object]) -> WorkerBuffer:
-        """Start a worker for this process of a run.
-
-        Raises Refusal if the weights are sharded, or if the verifier cannot be pickled.
-        """
+        """Start a worker for this process; refuse sharded weights and verifiers that cannot be pickled."""
         config, session, policy = self.session.config, self.session, self.session.method.rollouts
         accelerator, task = session.accelerator, session.prompts.task
         if accelerator.distributed_type not in UNSHARDED:
@@ -171,15 +159,11 @@ class RolloutSource:
                 "module"
             ) from error
 
-        def job(number: int) -> Job:
-            prompts = session.prompts.batch(policy.prompt_step(number), config.batch // policy.per_prompt)
-            return Job(self._request(prompts, policy, config.sampling, number))
-
         def weights() -> dict[str, Tensor]:
             return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}
 
-        threads = torch.get_num_threads()
-        setup = self._worker_setup()
+        job = lambda number: Job(self._batch_request(number, NOTHING))
+        threads, setup = torch.get_num_threads(), self._worker_setup()
         return WorkerBuffer(setup, policy, weights=weights, job=job, threads=threads, batches=batches, say=say)
 
     def _worker_setup(self) -> WorkerSetup:

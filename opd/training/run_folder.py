@@ -97,10 +97,7 @@ class Run:
         step: int,
         asked: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """Write settings, method and environment, and truncate the logs to `step`, from which the run continues.
-
-        `asked` (preset and user flags) is added to environment.json.
-        """
+        """Write settings, method and environment (with `asked`: preset and user flags), and cut the logs to `step`."""
         with disk(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(settings, indent=2))
@@ -119,10 +116,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def save_evaluation(self, step: int, rollouts: Sequence[Rollout], batch: Batch) -> None:
-        """Save the outcome, length and reverse KL (nats per token) of each held-out prompt.
-
-        Runs can then be compared prompt by prompt.
-        """
+        """Save outcome, length and reverse KL (nats per token) of each held-out prompt, to compare runs by prompt."""
         lengths = batch.mask.sum(1)
         rows = [
             {"prompt": digest(r.prompt), "outcome": r.outcome, "length": n, "stopped": r.stopped}
@@ -139,25 +133,15 @@ class Run:
         self,
         step: int,
         rollouts: Sequence[Rollout],
-        texts: Sequence[str],
+        texts: Sequence[str],  # the decoded responses
         batch: Batch,
-        targets: Sequence[Target],
-        others: Mapping[str, Tensor],
-        tokens: Mapping[int, str],
+        targets: Sequence[Target],  # of each term of the method
+        others: Mapping[str, Tensor],  # more columns, [B, T, ...]
+        tokens: Mapping[int, str],  # the text of every token id in the columns
     ) -> None:
-        """Save the texts and per-token columns of a batch, for later inspection.
-
-        Args:
-            step: the step that trained on the batch.
-            rollouts: the rollouts.
-            texts: their decoded responses.
-            batch: the measured columns.
-            targets: weights and advantages of each term of the method.
-            others: more columns, [B, T, ...].
-            tokens: text of every token id in the columns.
-        """
+        """Save the texts and per-token columns of a batch, for later inspection."""
         folder = self.folder / "rollouts"
-        columns = {f.name: getattr(batch, f.name) for f in fields(batch)} | dict(others)
+        columns = vars(batch) | dict(others)
         for i, (target, score) in enumerate(zip(targets, batch.scores or [None] * len(targets), strict=True)):
             columns[f"weight.{i}"] = target.weight
             columns[f"advantage.{i}"] = score if target.advantage is None else target.advantage
@@ -182,10 +166,7 @@ class Run:
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
-        """Yield a temporary folder to fill; rename it to the checkpoint's name when it is complete.
-
-        The oldest checkpoints are removed only after that, so that `keep` of them remain.
-        """
+        """Yield a temporary folder to fill, rename it once it is complete, then keep the newest `keep` checkpoints."""
         root = self.folder / "checkpoints"
         final, part = root / f"step-{step:06d}", root / f".part-{step:06d}"
         if not main:

@@ -39,11 +39,8 @@ class Log:
             return {name: file.get_tensor(name) for name in names if name in saved_names}
 
     def series(self, name: str) -> dict[int, float]:
-        """Return a number by step, from any of the three logs.
-
-        Lines of perf.jsonl about evaluations are left out, because their speed is not that of training.
-        """
-        perf = (r for r in self.perf if "evaluate_s" not in r)
+        """Return a number by step, from any of the three logs."""
+        perf = (r for r in self.perf if "evaluate_s" not in r)  # the speed of evaluations is another
         return {r["step"]: r[name] for r in (*self.steps, *self.evaluations, *perf) if r.get(name) is not None}
 
 
@@ -78,10 +75,7 @@ def saved(run: Path) -> dict[int, Path]:
 
 
 def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
-    """Return the step and the path of its saved rollouts; step 0 selects the newest.
-
-    `needed` are other files that the run folder must have.  Raises Refusal if something is missing.
-    """
+    """Return the step (0: the newest) and path of saved rollouts; refuse a run without them or `needed` files."""
     paths = saved(run)
     if not paths or not all((run / name).is_file() for name in needed):
         raise Refusal(f"RUN {run}: no saved rollouts in it; name the --out folder of an `opd train`")
@@ -148,10 +142,7 @@ class RunGroup:
         return min(values), max(values)
 
     def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
-        """Return a number [runs, prompts] of the held-out prompts (or those in `among`) at a step.
-
-        Returns None if a run lacks it.
-        """
+        """Return a number [runs, prompts] of the held-out prompts (or `among`) at a step; None if a run lacks it."""
         tables_by_run = [run.prompts.get(step) for run in self.runs]
         tables = [t for t in tables_by_run if t]
         shared = list(among) or self.shared(step)
@@ -210,5 +201,4 @@ def differing(group: RunGroup, others: Sequence[RunGroup]) -> str:
     """Return up to three short settings in which a group differs from others."""
     values = {k: {json.dumps(o.setting(k)) for o in others} for k in group.runs[0].config if k not in INCIDENTAL}
     settings = [f"{k.rpartition('.')[2]}={group.setting(k)}" for k, v in values.items() if len(v) > 1 and k != "method"]
-    short = [x for x in settings if len(x) <= 40]
-    return ", ".join(short[:3])
+    return ", ".join([x for x in settings if len(x) <= 40][:3])

@@ -43,12 +43,10 @@ class Session:
 
     @property
     def config(self) -> Train:
-        """Return the settings of the run."""
         return self.plan.config
 
     @property
     def method(self) -> Method:
-        """Return the method with the run's overrides."""
         return self.plan.method
 
     def plain(self) -> Student:

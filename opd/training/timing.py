@@ -4,7 +4,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ import torch
 class Clock:
     """Measures the seconds of each phase of a step."""
 
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -28,16 +28,11 @@ class Clock:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def row(self, tokens: float, sampled: float = 0.0) -> dict[str, float]:
-        """Return the line of perf.jsonl: seconds by phase, tokens per second, and peak memory in MiB.
-
-        The rollout phase counts `sampled` tokens, the other phases count trained `tokens`.
-        """
+        """Return the line of perf.jsonl: seconds, tokens/s (of rollout: `sampled` tokens), and peak memory in MiB."""
         cuda = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         total = sum(self.seconds.values())
         phases = {f"{phase}_s": value for phase, value in self.seconds.items()}
         counts = {"rollout": sampled, "measure": tokens, "update": tokens}
-        speeds = {
-            f"tokens_per_s.{phase}": n / self.seconds[phase] for phase, n in counts.items() if phase in self.seconds
-        }
+        speeds = {f"tokens_per_s.{x}": n / self.seconds[x] for x, n in counts.items() if x in self.seconds}
         return {**phases, "seconds": total, "tokens_per_s": tokens / total, **speeds, "peak_mb": peak / 2**20}

@@ -13,13 +13,12 @@ from opd.config import checks
 from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
-from opd.methods.rollout_policies.base import NOTHING
 from opd.models import lora
 from opd.models.load import newest_checkpoint
 from opd.training.alarms import alarms
 from opd.training.build import open_session
-from opd.training.checkpoint import load
-from opd.training.doctor.examine import examine_run, static_findings
+from opd.training.checkpoint import TrainingState, load
+from opd.training.doctor.command import examine_run, static_findings
 from opd.training.doctor.findings import Finding, alarming, errors
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
@@ -63,53 +62,57 @@ def train(
     checkpoint = newest_checkpoint(run.folder)
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint)
-    accelerator, main = session.accelerator, session.accelerator.is_main_process
-    trainer, start, memory, saved = Trainer(session, run, each), 0, NOTHING, None
+    accelerator, trainer, state = session.accelerator, Trainer(session, run, each), TrainingState()
     if checkpoint is not None:
-        saved = load(checkpoint, len(plan.teachers))
-        trainer.restore(saved, checkpoint)
-        start, memory = saved.step, saved.memory
-    findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(trainer)
+        state = load(checkpoint, len(plan.teachers))
+        trainer.restore(state, checkpoint)
+    findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(session)
     _refuse(errors(findings))
-    if main:
-        run.start(written, repr(plan.method), start, {"processes": accelerator.num_processes, **asked})
+    if accelerator.is_main_process:
+        run.start(written, repr(plan.method), state.step, {"processes": accelerator.num_processes, **asked})
     if checkpoint is None:
         lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:
         accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()
 
-    progress = Progress(config.steps, start, quiet=config.quiet or not main)
+    progress = Progress(config.steps, state.step, quiet=config.quiet or not accelerator.is_main_process)
     with progress, contextlib.closing(trainer.rollout_source):
         for line in dict.fromkeys(map(str, alarming(findings))):
             progress.say(line)
         if (term := plan.method.hidden()) is not None and term.bridge is not None:
-            trainer.set_bridge(term.bridge, None if saved is None else saved.bridge)
-        trainer.rollout_source.open(start, memory, {} if saved is None else saved.rollouts, progress.say)
-        if config.eval_prompts and start == 0:
-            progress.evaluated(0, trainer.evaluate(0))
-        for step in range(start + 1, config.steps + 1):
-            numbers, memory = trainer.step(step, memory)
-            progress.stepped(step, numbers)
-            if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
-                progress.evaluated(step, trainer.evaluate(step))
-            # All processes must agree to stop, because a signal may reach any of them at any time.
-            stops = any(gather_object([progress.interrupted]))
-            last = step == config.steps or stops
-            if main and not config.quiet and (step % LOOK_EVERY == 0 or last):
-                for alarm in alarms(read(run.folder)):
-                    progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
-            if last or step % config.save_every == 0:
-                with run.checkpoint(step, config.keep, main) as folder:
-                    trainer.save(step, memory, folder)
-                accelerator.wait_for_everyone()
-            if stops:
-                progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
-                break
+            trainer.set_bridge(term.bridge, state.bridge)
+        trainer.rollout_source.open(state.step, state.memory, state.rollouts, progress.say)
+        _run_steps(trainer, progress, state)
     if accelerator.num_processes > 1:
         _GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return run.folder
+
+
+def _run_steps(trainer: Trainer, progress: Progress, state: TrainingState) -> None:
+    """Train, evaluate and save from `state` to the last step, or until the user interrupts the run."""
+    config, run, accelerator, memory = trainer.config, trainer.run, trainer.session.accelerator, state.memory
+    if config.eval_prompts and state.step == 0:
+        progress.evaluated(0, trainer.evaluate(0))
+    for step in range(state.step + 1, config.steps + 1):
+        numbers, memory = trainer.step(step, memory)
+        progress.stepped(step, numbers)
+        if config.eval_prompts and (step % config.eval_every == 0 or step == config.steps):
+            progress.evaluated(step, trainer.evaluate(step))
+        # All processes must agree to stop, because a signal may reach any of them at any time.
+        stops = any(gather_object([progress.interrupted]))
+        last = step == config.steps or stops
+        if not progress.quiet and (step % LOOK_EVERY == 0 or last):
+            for alarm in alarms(read(run.folder)):
+                progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
+        if last or step % config.save_every == 0:
+            with run.checkpoint(step, config.keep, accelerator.is_main_process) as folder:
+                trainer.save(step, memory, folder)
+            accelerator.wait_for_everyone()
+        if stops:
+            progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
+            return
 
 
 def _refuse(findings: Sequence[Finding]) -> None:

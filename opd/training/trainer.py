@@ -32,20 +32,10 @@ from opd.rollouts.batch import collate
 from opd.rollouts.engines.vllm import WeightSyncedEngine
 from opd.teachers.judges.annotator import TrainingStep
 from opd.teachers.local import LocalTeacher
-from opd.training import checkpoint
+from opd.training import checkpoint, metrics
 from opd.training import hidden_bridge as bridge
 from opd.training.checkpoint import TrainingState
 from opd.training.forward_backward import Passes, width
-from opd.training.metrics import (
-    advantages,
-    by_task,
-    by_teacher,
-    evaluation_metrics,
-    rollout_metrics,
-    summary,
-    top_k_overlap,
-    weight_metrics,
-)
 from opd.training.rollout_source import RolloutSource
 from opd.training.run_folder import Run
 from opd.training.session import Session
@@ -53,15 +43,6 @@ from opd.training.timing import Clock
 
 LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement
 PATIENCE = 5  # the run stops after this many non-finite gradients in a row
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """Results of a trial step without an update: student rollouts, their measured columns, and seconds by phase."""
-
-    rollouts: list[Rollout]
-    batch: Batch
-    seconds: Mapping[str, float]  # rollout, measure, update
 
 
 @dataclass
@@ -81,19 +62,14 @@ class Trainer:
 
     @property
     def config(self) -> Train:
-        """Return the settings of the run."""
         return self.session.config
 
     @property
     def method(self) -> Method:
-        """Return the method of the run."""
         return self.session.method
 
     def save(self, step: int, memory: Memory, folder: Path) -> None:
-        """Write a checkpoint: the model folder, and the training state in its subfolder.
-
-        Every process must call it, because sharded values are gathered; only the main process writes.
-        """
+        """Write a checkpoint.  Every process must call it, to gather sharded values; only the main process writes."""
         session = self.session
         weights = session.accelerator.get_state_dict(session.student)
         optimizer = checkpoint.optimizer_state(session.student, session.optimizer)
@@ -103,8 +79,7 @@ class Trainer:
             session.collector.tokenizer.save_pretrained(folder)
             projections = {} if session.lenses is None else bridge.tensors(session.lenses)
             teachers = [teacher.state() for teacher in session.teachers.values()]
-            state = TrainingState(step, optimizer, memory, rollouts, projections, teachers)
-            checkpoint.save(state, folder)
+            checkpoint.save(TrainingState(step, optimizer, memory, rollouts, projections, teachers), folder)
 
     def restore(self, state: TrainingState, folder: Path) -> None:
         """Set optimizer and teachers to the state of the checkpoint in `folder`; the weights are already loaded."""
@@ -113,28 +88,17 @@ class Trainer:
         for teacher, saved in zip(self.session.teachers.values(), state.teachers, strict=True):
             teacher.restore(saved)
 
-    def set_bridge(self, settings: Bridge, saved: Mapping[str, Tensor] | None) -> None:
-        """Restore the hidden-state bridge of a checkpoint, or fit it on rollouts if `saved` is None.
-
-        All later passes compare the hidden states of student and teacher through this bridge.
-        """
+    def set_bridge(self, settings: Bridge, saved: Mapping[str, Tensor]) -> None:
+        """Set the bridge of all later passes: that of a checkpoint, or one fitted on rollouts if `saved` is empty."""
         config, session = self.config, self.session
         teacher, device = session.teachers[""], session.accelerator.device
         assert session.lenses is not None and isinstance(teacher, LocalTeacher)
-        if saved is not None:
+        if saved:
             lenses = bridge.restored(session.lenses, saved)
         else:
-            prompts = session.prompts.batch(1, settings.rollouts)
-            rollouts = self.rollout_source.collect(
-                prompts, OnPolicy(), config.sampling, NoiseStep.BRIDGE, session.prompts.task
-            )
-            batch = collate(
-                rollouts,
-                stop_token=config.stop_token,
-                truncated=config.truncated,
-                seed=config.seed,
-                step=NoiseStep.BRIDGE,
-            )
+            prompts, task = session.prompts.batch(1, settings.rollouts), session.prompts.task
+            rollouts = self.rollout_source.collect(prompts, OnPolicy(), config.sampling, NoiseStep.BRIDGE, task)
+            batch = self._collate(rollouts, NoiseStep.BRIDGE)
             micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
             lenses, cosine = bridge.fit_bridge(
@@ -149,7 +113,7 @@ class Trainer:
     def step(self, step: int, memory: Memory) -> tuple[dict[str, float], Memory]:
         """Run a training step: sample, score, update.  Return its metrics and the memory for the next step."""
         config, session, policy = self.config, self.session, self.method.rollouts
-        clock = Clock({})
+        clock = Clock()
         has_worker, engine = bool(config.staleness or config.worker), session.collector.student
         sync_seconds = engine.seconds if isinstance(engine, WeightSyncedEngine) else 0.0
         with clock("wait" if has_worker else "rollout"):
@@ -158,9 +122,7 @@ class Trainer:
                 texts = [session.collector.text(r.ids) for r in rollouts]
                 rollouts = session.prompts.with_peers(rollouts, texts)
             rollouts += session.annotator.extra_rollouts(memory, len(rollouts))
-            batch = collate(
-                rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step
-            )
+            batch = self._collate(rollouts, step)
         if isinstance(engine, WeightSyncedEngine):
             clock.split("rollout", "weights", engine.seconds - sync_seconds)
         self.passes.cached_outputs.clear()
@@ -173,9 +135,9 @@ class Trainer:
             self.passes.cached_outputs.clear()  # the cached teacher outputs belong to the mask before the cut
         batch, memory = session.annotator.annotate(batch, rollouts, memory, self._training_step(step, clock))
         numbers: dict[str, float] = {}
+        alternatives: dict[str, Tensor] = {}
         share = config.batch // policy.updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
-        alternatives: dict[str, Tensor] = {}
         for update in range(policy.updates):
             last = update + 1 == policy.updates  # the last update also trains on the annotator's extra rollouts
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
@@ -187,16 +149,14 @@ class Trainer:
                 measured, numbers = self._update(batch[part], rollouts[part], (step - 1) * policy.updates + update + 1)
         if alternatives:
             ids, student, teacher = (alternatives[f"alternatives_{x}"] for x in ("ids", "student_logp", "teacher_logp"))
-            numbers |= top_k_overlap(ids, student, teacher, batch.mask[sample])
+            numbers |= metrics.top_k_overlap(ids, student, teacher, batch.mask[sample])
         buffer = self.rollout_source.source
         assert buffer is not None
         with clock("snapshot") if has_worker else contextlib.nullcontext():
             buffer.advance(step, memory)
         self._log("metrics", step, numbers)
         traffic = gather_object([teacher.traffic() for teacher in session.teachers.values()])
-        row = clock.row(numbers["tokens"], float(sum(len(r.ids) for r in rollouts)))
-        row |= buffer.numbers()
-        row |= session.annotator.traffic()
+        row = clock.row(numbers["tokens"], float(lengths.sum())) | buffer.numbers() | session.annotator.traffic()
         self._log("perf", step, row | {k: sum(x.get(k, 0.0) for x in traffic) for x in traffic for k in x})
         if session.accelerator.is_main_process and saves:
             texts = [session.collector.text(r.ids) for r in rollouts[part]]
@@ -205,6 +165,10 @@ class Trainer:
             targets = self.method.prepare(batch[part])
             self.run.save_rollouts(step, rollouts[part], texts, measured, targets, alternatives, tokens)
         return numbers, memory
+
+    def _collate(self, rollouts: Sequence[Rollout], step: int) -> Batch:
+        config = self.config
+        return collate(rollouts, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=step)
 
     def _training_step(self, step: int, clock: Clock) -> TrainingStep:
         """Return what the annotator may use of this step: to generate with the student, and to measure."""
@@ -245,27 +209,19 @@ class Trainer:
                 f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
                 "or look at the saved rollouts"
             )
-        clipped = min(float(norm), config.max_grad_norm)
-        numbers = {
-            "loss": loss,
-            "grad_norm": float(norm),
-            "grad_clipped": clipped,
-            "lr": lr,
-            "refused": float(not finite),
-        }
+        numbers = {"loss": loss, "grad_norm": float(norm), "grad_clipped": min(float(norm), config.max_grad_norm)}
+        numbers |= {"lr": lr, "refused": float(not finite)}
         count = sum(r.index < config.batch for r in rollouts)
         generated, extra = batch[:count], batch[count:]  # the annotator's extra rollouts have separate metrics
-        numbers |= summary(generated) | rollout_metrics(generated) | weight_metrics(targets, batch.mask)
-        numbers |= advantages(generated, [target[:count] for target in targets])
+        numbers |= metrics.summary(generated) | metrics.rollout_metrics(generated)
+        numbers |= metrics.weight_metrics(targets, batch.mask)
+        numbers |= metrics.advantages(generated, [target[:count] for target in targets])
         numbers |= session.annotator.metrics(generated, extra)
-        numbers |= by_task(generated, [r.prompt for r in rollouts[:count]])
-        return batch, numbers | by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
+        numbers |= metrics.by_task(generated, [r.prompt for r in rollouts[:count]])
+        return batch, numbers | metrics.by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
 
     def _check(self, batch: Batch) -> None:
-        if batch.teacher_logp is None:
-            return
-        bad = batch.mask & (batch.teacher_logp == -torch.inf)
-        if bad.any():
+        if batch.teacher_logp is not None and (bad := batch.mask & (batch.teacher_logp == -torch.inf)).any():
             token = int(batch.ids[bad][0])
             text = self.session.collector.tokenizer.decode([token])
             raise Refusal(
@@ -288,22 +244,19 @@ class Trainer:
             )
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate on the held-out prompts: accuracy, and the reverse KL in nats per token along the responses.
-
-        Returns the metrics and logs them.
-        """
+        """Return and log metrics on the held-out prompts: accuracy, and the reverse KL in nats per token."""
         config, session = self.config, self.session
         assert session.held_out is not None
         sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
-        clock = Clock({})
+        clock, task = Clock(), session.held_out.task
         self.passes.cached_outputs.clear()
         with clock("evaluate"):
             prompts = session.held_out.first(config.eval_limit)
-            rollouts, batch = self.generate_and_measure(prompts, sampling, NoiseStep.EVALUATION, session.held_out.task)
+            rollouts, batch = self.generate_and_measure(prompts, sampling, NoiseStep.EVALUATION, task)
         if session.accelerator.is_main_process:
             self.run.save_evaluation(step, rollouts, batch)
-        numbers = evaluation_metrics(batch)
-        if session.held_out.task.scored:
+        numbers = metrics.evaluation_metrics(batch)
+        if task.scored:
             accuracy = interval([r.outcome for r in rollouts])
             numbers |= {"eval_accuracy": accuracy.value, "eval_low": accuracy.low, "eval_high": accuracy.high}
         self._log("metrics", step, numbers)
@@ -321,20 +274,6 @@ class Trainer:
         """Measure all columns of finished rollouts.  No token is masked."""
         batch = collate(rollouts, stop_token="train", truncated="train", seed=self.config.seed, step=step)
         return self.passes.run(batch, rollouts, None)[0]
-
-    def rehearse(self, prompts: Sequence[Rendered]) -> Rehearsal:
-        """Run a trial step with backward pass but without an optimizer step, and time its phases."""
-        config, clock = self.config, Clock({})
-        with clock("rollout"):
-            rollouts = self.rollout_source.collect(
-                prompts, OnPolicy(), config.sampling, NoiseStep.REHEARSAL, self.session.prompts.task
-            )
-        with clock("measure"):
-            batch = self.measure(rollouts, NoiseStep.REHEARSAL)
-        with clock("update"):
-            self.passes.run(batch, rollouts, self.method.prepare(batch))
-        self.session.optimizer.zero_grad()
-        return Rehearsal(rollouts, batch, clock.seconds)
 
     def _log(self, name: str, step: int, row: dict[str, float]) -> None:
         if self.session.accelerator.is_main_process:

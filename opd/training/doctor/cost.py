@@ -7,14 +7,16 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from torch.autograd.graph import saved_tensors_hooks
 
 from opd.config.precision import dtype_of
 from opd.models import load as models
 from opd.models.load import base
 from opd.teachers.local import LocalTeacher
-from opd.training.doctor.findings import Finding, Level, ok
-from opd.training.doctor.probe import Probe, RehearsedRun
+from opd.training.doctor.findings import Finding, error, ok, warning
+from opd.training.doctor.rehearsal import RehearsedRun
+from opd.training.session import Session
 
 SHORT, LONG = 16, 48  # tokens; row lengths of the two forwards that give the activation memory per token
 STATES = 2 << 30  # bytes; limit on the teacher's hidden states kept between measuring and training
@@ -46,13 +48,9 @@ def free_bytes(device: torch.device) -> int:
     return out
 
 
-def saved_bytes(probe: Probe, tokens: int) -> int:
-    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward.
-
-    Gradient checkpointing is not taken into account.
-    """
-    plain, config = probe.session.plain(), probe.session.config
-    model, sizes_by_storage = base(plain.model), {}
+def saved_bytes(session: Session, tokens: int) -> int:
+    """Return the bytes that a forward over one row of `tokens` tokens saves for its backward, without checkpointing."""
+    model, sizes_by_storage = base(session.plain().model), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -62,7 +60,7 @@ def saved_bytes(probe: Probe, tokens: int) -> int:
         return x
 
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-    compute_dtype = dtype_of(config.precision)
+    compute_dtype = dtype_of(session.config.precision)
     with (
         torch.enable_grad(),
         torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
@@ -73,9 +71,9 @@ def saved_bytes(probe: Probe, tokens: int) -> int:
     return sum(sizes_by_storage.values())
 
 
-def memory_items(probe: Probe) -> list[MemoryItem]:
+def memory_items(session: Session) -> list[MemoryItem]:
     """Return what the configuration needs on the student's device in addition to the loaded models, in bytes."""
-    config, session = probe.session.config, probe.session
+    config = session.config
     model = session.plain().model
     shape = model.config.get_text_config()
     trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
@@ -85,7 +83,7 @@ def memory_items(probe: Probe) -> list[MemoryItem]:
     share = -(-config.batch // session.accelerator.num_processes)
     tokens = min(max(config.micro_batch_tokens, row), share * row)
 
-    a, b = saved_bytes(probe, SHORT), saved_bytes(probe, LONG)
+    a, b = saved_bytes(session, SHORT), saved_bytes(session, LONG)
     token_bytes = (b - a) / (LONG - SHORT)  # the remainder is copies of the weights in the compute dtype
     copies, layer = max(0.0, a - SHORT * token_bytes), token_bytes / layers
     activations = tokens * (token_bytes if not config.gradient_checkpointing else layers * width * itemsize + layer)
@@ -98,10 +96,10 @@ def memory_items(probe: Probe) -> list[MemoryItem]:
     states = [t.head.weight.shape[1] for t in session.teachers.values() if isinstance(t, LocalTeacher)]
     widest = max(states, default=width)
     batch = min(STATES, share * config.sampling.max_new_tokens * widest * 4)
-    kept_states = tokens * widest * 4 if probe.session.method.local() else batch
+    kept_states = tokens * widest * 4 if session.method.local() else batch
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
     smaller_batches = f"--micro-batch-tokens {max(row, tokens // 4)}"
-    worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(probe) else 0
+    worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(session) else 0
     return [
         MemoryItem("worker's student", worker, ("--worker-device for the worker",)),
         MemoryItem("gradients", 4 * trained, ("--lora-rank 32",)),
@@ -129,36 +127,34 @@ def peak(needs: Sequence[MemoryItem]) -> int:
     return stays + max(size["KV cache"], trains)
 
 
-def _shared(probe: Probe) -> bool:
+def _shared(session: Session) -> bool:
     """Return True if a worker process keeps its copy of the student on the student's device."""
-    config, device = probe.session.config, probe.session.accelerator.device
+    config, device = session.config, session.accelerator.device
     if not (config.staleness or config.worker):
         return False
     worker = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
     return worker.type == device.type and worker.index in (None, device.index)
 
 
-def memory(probe: Probe) -> Iterator[Finding]:
+def memory(session: Session) -> Iterator[Finding]:
     """Estimate whether the run fits into the free memory of the student's device."""
-    needs, free = memory_items(probe), probe.free
-    needed = peak(needs)
-    table = "\n".join(f"{p.name:<28}{bytes_text(p.bytes):>10}" for p in sorted(needs, key=lambda p: -p.bytes))
+    device = session.accelerator.device
+    free = min(gather_object([free_bytes(device)]))
+    items = sorted(memory_items(session), key=lambda p: -p.bytes)
+    needed = peak(items)
     line = f"about {bytes_text(needed)} beside the models, {bytes_text(free)} free"
     if needed <= TIGHT * free:
-        yield ok("memory", line)
+        yield ok(what=line)
         return
-    largest = sorted(needs, key=lambda p: -p.bytes)[:2]
+    is_error, largest = needed > OVER * free, items[:2]
     names = " and ".join(f"{p.name} ({bytes_text(p.bytes)})" for p in largest)
-    is_error, device = needed > OVER * free, probe.session.accelerator.device
-    local = [t for t in probe.session.teachers.values() if isinstance(t, LocalTeacher)]
+    local = [t for t in session.teachers.values() if isinstance(t, LocalTeacher)]
     elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == device for t in local) else ()
-    yield Finding(
-        check="memory",
-        level=Level.ERROR if is_error else Level.WARNING,
+    yield (error if is_error else warning)(
         what=f"{line}: {names}",
         why=f"the run {'will' if is_error else 'may'} end out of memory, in its first step or at its longest responses",
         do="; ".join(dict.fromkeys((*largest[0].smaller, *largest[1].smaller, *elsewhere))),
-        detail=table,
+        detail="\n".join(f"{p.name:<28}{bytes_text(p.bytes):>10}" for p in items),
     )
 
 
@@ -167,26 +163,26 @@ def bytes_text(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def duration(rehearsed: RehearsedRun) -> Iterator[Finding]:
+def duration(run: RehearsedRun) -> Iterator[Finding]:
     """Estimate seconds per step, total time and tokens per second from the rehearsal.
 
     The result is a range.  The lower time assumes that sampling costs the same for each group of --decode-rows
     rollouts, the upper one that it grows with the number of tokens.
     """
-    config, seconds, n = rehearsed.probe.session.config, rehearsed.rehearsal.seconds, len(rehearsed.rehearsal.rollouts)
+    config, seconds, n = run.session.config, run.phases, len(run.rollouts)
     share = config.batch / n
     groups = math.ceil(config.batch / config.decode_rows) / math.ceil(n / config.decode_rows)
-    update = seconds["update"] + (0 if rehearsed.probe.session.method.local() else seconds["measure"])
+    update = seconds["update"] + (0 if run.session.method.local() else seconds["measure"])
     evals = config.steps // config.eval_every + 2 if config.eval_prompts else 0
-    evaluation_seconds = evals * config.eval_limit / n * seconds["measure"]
+    evaluation = evals * config.eval_limit / n * (seconds["measure"] + seconds["rollout"])
     step = [seconds["rollout"] * times + update * share for times in sorted((groups, share))]
-    times = [config.steps * s + evaluation_seconds + evals * seconds["rollout"] * config.eval_limit / n for s in step]
-    tokens = int(rehearsed.rehearsal.batch.mask.sum()) * share
+    times = [config.steps * s + evaluation for s in step]
+    tokens = int(run.batch.mask.sum()) * share
+    per_step, total = (range_text(*map(duration_text, x)) for x in (step, times))
+    speed = range_text(*(f"{tokens / s:.0f}" for s in reversed(step)))
     yield ok(
-        "time",
-        f"a step of {config.batch} rollouts takes about {range_text(*map(duration_text, step))}, {config.steps} of "
-        f"them {range_text(*map(duration_text, times))}, {range_text(*(f'{tokens / s:.0f}' for s in reversed(step)))} "
-        f"tokens/s (an estimate from {n} rollouts, which took {rehearsed.seconds:.1f} s; responses may grow)",
+        what=f"a step of {config.batch} rollouts takes about {per_step}, {config.steps} of them {total}, {speed} "
+        f"tokens/s (an estimate from {n} rollouts, which took {run.seconds:.1f} s; responses may grow)"
     )
 
 
@@ -200,7 +196,3 @@ def duration_text(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-BEFORE: Sequence = (memory,)
-AFTER: Sequence = (duration,)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from rich.console import Console
 from rich.text import Text
@@ -28,7 +29,7 @@ class Finding:
     If one sentence covers all three, it stands in `what` and the other two are empty.
     """
 
-    check: str
+    check: str = ""  # its name; a check that leaves it empty gets its own name here
     level: Level
     what: str
     why: str = ""
@@ -39,9 +40,10 @@ class Finding:
         return f"{self.level}: {self.check}: {': '.join(filter(None, (self.what, self.why, self.do)))}"
 
 
-def ok(check: str, what: str) -> Finding:
-    """Return a finding of level OK, which needs no action."""
-    return Finding(check=check, level=Level.OK, what=what)
+ok = partial(Finding, level=Level.OK)
+note = partial(Finding, level=Level.NOTE)
+warning = partial(Finding, level=Level.WARNING)
+error = partial(Finding, level=Level.ERROR)
 
 
 def errors(findings: Iterable[Finding]) -> list[Finding]:
@@ -52,6 +54,11 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 def alarming(findings: Iterable[Finding]) -> list[Finding]:
     """Return the warnings and errors, which a training run prints."""
     return [f for f in findings if f.level in (Level.WARNING, Level.ERROR)]
+
+
+def teacher_label(name: str) -> str:
+    """Return the words for a teacher in a message, from its route name."""
+    return f"teacher {name}".rstrip()
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
