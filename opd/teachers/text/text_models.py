@@ -106,6 +106,7 @@ class EndpointModel:
         )
 
     def model_input(self, request: TextRequest) -> object:
+        """Return the conversation with the extra fields of the request, or the plain text."""
         return self._turns(request) if request.prompt.messages else request.prompt.text + request.prefix
 
     def generate(
@@ -191,6 +192,7 @@ class InProcessModel:
         return GrammarCompiler.of(self.tokenizer, self.engine.vocabulary, self.engine.stop)
 
     def model_input(self, request: TextRequest) -> object:
+        """Return the token ids after the chat template, and the schema if the request has one."""
         return [self._ids(request), request.schema] if request.schema else self._ids(request)
 
     def generate(
