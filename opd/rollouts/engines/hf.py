@@ -3,6 +3,7 @@
 A teacher may decode beside the student.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +58,11 @@ class HFEngine(Engine):
         responses = _Responses.empty(n)
         while len(waiting) or not done.all():
             keep = ~done[alive]
-            if keep.sum() <= self.compact * len(keep):
-                rows, room = torch.from_numpy(keep.nonzero()[0]), self.rows - keep.sum()
-                new, waiting = np.split(waiting, [room if refills or not keep.any() else 0])
+            if keep.sum() <= (self.compact if refills else 0) * len(keep):
+                rows, room = torch.from_numpy(keep.nonzero()[0]), self.rows - int(keep.sum())
+                if not refills:
+                    waiting, room = _equally_long_first(waiting, texts, room)
+                new, waiting = np.split(waiting, [room])
                 for stream, text in zip(streams, texts, strict=True):
                     stream.change(rows, [text[i] for i in new], {text[i] for i in waiting[: self.rows]})
                 alive = np.concatenate((alive[keep], new))
@@ -86,6 +89,18 @@ class HFEngine(Engine):
             for stream in streams:
                 stream.last = tokens.to(stream.last.device)
         return [responses.sample(i, bool(stopped[i]), hook, request.samples > 1) for i in range(n)]
+
+
+def _equally_long_first(
+    waiting: Int[np.ndarray, " N"], texts: Sequence[Sequence[Sequence[int]]], room: int
+) -> tuple[Int[np.ndarray, " N"], int]:
+    """Return the waiting prompts, those as long as the first of them before the others, and how many may start.
+
+    A cache that does not splice takes all its rows at once, without padding, and keeps them until the last one ends.
+    """
+    lengths = np.array([[len(text[i]) for text in texts] for i in waiting]).reshape(len(waiting), -1)
+    is_other = (lengths != lengths[:1]).any(1)
+    return waiting[is_other.argsort(kind="stable")], min(room, int((~is_other).sum()))
 
 
 def _noise(

@@ -1,14 +1,18 @@
-"""The KV cache of rows that are decoded together: new prompts are spliced in, finished rows leave.
+"""The cache of rows that are decoded together: new prompts are spliced in, finished rows leave.
 
-All rows end in the last column of the KV cache.  Columns to the left of a row's first token are masked.
+All rows end in the last column of the keys and values.  Columns to the left of a row's first token are masked.
+Convolution and recurrent states have no columns, so that padding would stay in them: prompts of such a model are
+prefilled in groups of equal length, without padding.
 """
 
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import groupby
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -51,12 +55,18 @@ class SpareLayer(DynamicLayer):
         self.places = places
         self.keys, self.values = (place[:, :, :width] for place in places)
 
-    def batch_select_indices(self, indices: Rows) -> None:
-        """Keep only the rows `indices`."""
-        self.hold((self.keys[indices], self.values[indices]), self.keys.shape[2])
 
-
-Layer = SpareLayer | DynamicSlidingWindowLayer  # the layers that support splicing
+# Layers of transformers that hold keys and values by column, states by row, both, or nothing.
+SPLICING = frozenset(
+    {
+        "SpareLayer",
+        "DynamicSlidingWindowLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    }
+)
 
 
 def _buffers(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -68,48 +78,57 @@ def _buffers(like: tuple[Tensor, Tensor], rows: int, width: int) -> tuple[Tensor
 
 @dataclass
 class Cache:
-    """The KV cache of some rows."""
+    """The cache of some rows."""
 
-    cache: DynamicCache
+    cache: Any  # a DynamicCache; None until the first forward of a model that makes a cache of its own kind
     length: Int[Tensor, " B"]  # tokens of each row
     width: int  # columns: the number of tokens of the longest row
 
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
         """Return an empty cache for a model."""
-        cache = DynamicCache(config=base(model).config)
-        cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        plain, cache = base(model), None
+        if plain._supports_default_dynamic_cache():
+            cache = DynamicCache(config=plain.config)
+            cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cls(cache, torch.zeros(0, dtype=torch.long, device=model.device), 0)
 
     def splices(self) -> bool:
-        """Return whether rows of two such caches can be joined: each layer holds only keys and values by column."""
-        return all(type(layer) in (SpareLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+        """Return whether rows of two such caches can be joined."""
+        return self.cache is not None and all(type(layer).__name__ in SPLICING for layer in self.cache.layers)
 
-    def _layers(self) -> list[Layer]:
-        return cast(list[Layer], self.cache.layers)
+    def has_states(self) -> bool:
+        """Return whether some layer holds convolution or recurrent states."""
+        return any(hasattr(layer, "conv_states") for layer in self.cache.layers)
+
+    def has_columns(self) -> bool:
+        """Return whether some layer may hold keys and values."""
+        return self.cache is None or any(hasattr(layer, "keys") for layer in self.cache.layers)
 
     def join_(self, parts: Sequence[tuple["Cache", Rows]]) -> None:
         """Replace this cache's rows by the chosen rows of all parts, in order.  This cache may be one of the parts."""
         length = torch.cat([part.length[rows] for part, rows in parts])
         width = int(length.max()) if len(length) else 0
-        for i, layer in enumerate(self._layers()):
-            _join_(layer, [(part._layers()[i], rows) for part, rows in parts], width)
+        for i, layer in enumerate(self.cache.layers):
+            layer_parts = [(part.cache.layers[i], rows) for part, rows in parts]
+            if hasattr(layer, "keys"):
+                _join_columns_(layer, layer_parts, width)
+            if hasattr(layer, "conv_states"):
+                _join_states_(layer, layer_parts)
         self.length, self.width = length, width
 
-    def select_(self, rows: Rows) -> None:
-        """Keep only some rows, in a cache that does not splice."""
-        self.cache.batch_select_indices(rows)
-        self.length = self.length[rows]
 
-
-def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> None:
+def _join_columns_(layer: Any, parts: Sequence[tuple[Any, Rows]], width: int) -> None:
     """Fill a layer with the last `width` columns of the chosen rows.  Narrower rows get zeros on their left."""
-    held = [_held(source) for source, _ in parts]
+    held = [
+        None if source.keys is None or source.values is None else (source.keys, source.values) for source, _ in parts
+    ]
     like = next((x for x in held if x is not None), None)
     if like is None or not width:
         layer.reset()  # no token is cached yet, or the layer is never written: it shares another layer's keys
         return
-    stored = width if isinstance(layer, SpareLayer) else min(width, layer.sliding_window - 1)
+    is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    stored = min(width, layer.sliding_window - 1) if is_sliding else width
     places, start = _buffers(like, sum(len(rows) for _, rows in parts), stored), 0
     for source, (_, rows) in zip(held, parts, strict=True):
         end, columns = start + len(rows), 0 if source is None else min(stored, source[0].shape[2])
@@ -124,11 +143,25 @@ def _join_(layer: Layer, parts: Sequence[tuple[Layer, Rows]], width: int) -> Non
         layer.hold(places, width)
     else:
         layer.keys, layer.values = (place[:, :, :stored] for place in places)
+    if is_sliding:
         layer.cumulative_length = width
 
 
-def _held(layer: Layer) -> tuple[Tensor, Tensor] | None:
-    return None if layer.keys is None or layer.values is None else (layer.keys, layer.values)
+def _join_states_(layer: Any, parts: Sequence[tuple[Any, Rows]]) -> None:
+    """Fill a layer with the states of the chosen rows.  Rows without a token get zeros, where every state begins."""
+    for name in ("conv_states", "recurrent_states"):
+        states, initialized = getattr(layer, name), getattr(layer, f"is_{name}_initialized")
+        for k in states:
+            held = [(getattr(source, name)[k], rows) for source, rows in parts]
+            like = next((state for state, _ in held if state is not None), None)
+            initialized[k] = like is not None
+            if like is not None:
+                zeros = lambda rows, like=like: like.new_zeros(len(rows), *like.shape[1:])
+                states[k] = torch.cat([zeros(rows) if state is None else state[rows] for state, rows in held])
+    for k in layer.has_previous_state:
+        layer.has_previous_state[k] = any(source.has_previous_state[k] for source, _ in parts)
+        layer.conv_kernel_size[k] = next((n for source, _ in parts if (n := source.conv_kernel_size[k])), None)
+    layer.dtype, layer.device = next(((s.dtype, s.device) for s, _ in parts if s.device is not None), (None, None))
 
 
 @dataclass
@@ -157,26 +190,15 @@ class Stream:
             later, shelved = [p for p in names if p in soon], Cache.of(self.model)
             shelved.join_([(read, self._at(names, later))])
             self.shelf = later, shelved
-        elif new:
-            assert not len(rows), "such a cache takes no rows while it has others"
-            names = list(dict.fromkeys(new))
-            self.rows = self._prefilled(names)
-            self.rows.select_(self._at(names, new))
         else:
-            self.rows.select_(rows)
+            assert not len(rows) and len({len(p) for p in new}) == 1, "this cache takes equally long rows at once"
+            self.rows = self._prefilled(new)
 
     def read(self) -> Float[Tensor, "B V"]:
         """Read the last token of each row, and return the logits of the next token."""
         rows, device = self.rows, self.model.device
         real = torch.arange(rows.width + 1, device=device) >= rows.width - rows.length[:, None]
-        out = base(self.model)(
-            input_ids=self.last[:, None],
-            attention_mask=real.long(),
-            position_ids=rows.length[:, None],
-            past_key_values=rows.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        out = self._forward(base(self.model), rows, self.last[:, None], real, rows.length[:, None], logits_to_keep=1)
         rows.length, rows.width = rows.length + 1, rows.width + 1
         return out.logits[:, -1]
 
@@ -195,18 +217,37 @@ class Stream:
 
     def _prefilled(self, prompts: Sequence[Ids]) -> Cache:
         """Return the cache after all but the last token of each prompt."""
+        if len({len(p) for p in prompts}) > 1 and Cache.of(self.model).has_states():
+            ordered = sorted(prompts, key=len)
+            groups = [self._prefilled(list(group)) for _, group in groupby(ordered, len)]
+            joined = Cache.of(self.model)
+            joined.join_([(group, torch.arange(len(group.length), device=self.model.device)) for group in groups])
+            joined.join_([(joined, self._at(ordered, prompts))])
+            return joined
         out, device, width = Cache.of(self.model), self.model.device, max(map(len, prompts)) - 1
         out.length, out.width = torch.tensor([len(p) - 1 for p in prompts], device=device), width
         if width:
             ids = torch.tensor([[0] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts], device=device)
             column = torch.arange(width, device=device) - (width - out.length[:, None])
-            base(self.model).base_model(
-                input_ids=ids,
-                attention_mask=(column >= 0).long(),
-                position_ids=column.clamp(min=0),
-                past_key_values=out.cache,
-                use_cache=True,
-            )
+            self._forward(base(self.model).base_model, out, ids, column >= 0, column.clamp(min=0))
+        return out
+
+    def _forward(
+        self,
+        module: PreTrainedModel,
+        rows: Cache,
+        ids: Int[Tensor, "B L"],
+        real: Bool[Tensor, "B W"],
+        positions: Int[Tensor, "B L"],
+        **options: Any,
+    ) -> Any:
+        """Run a cached forward of the model or its backbone; `real` marks the columns that hold a token of the row."""
+        name = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
+        if rows.has_columns():
+            options["attention_mask"] = real.long()
+        out = module(input_ids=ids, position_ids=positions, use_cache=True, **{name: rows.cache}, **options)
+        if rows.cache is None:
+            rows.cache = getattr(out, name)
         return out
 
     def _at(self, names: Sequence[Ids], prompts: Sequence[Ids]) -> Rows:

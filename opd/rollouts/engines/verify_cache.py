@@ -1,0 +1,80 @@
+"""The check that decoding with a cache gives the logits of a plain forward pass."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd.core.errors import Refusal
+from opd.models.load import base
+from opd.rollouts.engines.kv_cache import Stream
+
+PROMPTS, TOKENS = (9, 4, 6), 6  # lengths of the prompts, and tokens decoded between two changes of the rows
+ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@torch.no_grad()
+def verify_cache(model: PreTrainedModel | PeftModel, *, field: str) -> None:
+    """Refuse a model whose decoding with a cache gives other logits than a plain forward: its rollouts would be wrong.
+
+    Rows of different lengths are decoded, one of them leaves, and another prompt takes its place, as in generation.
+    """
+    plain, name = base(model), f"--{field}: {type(base(model)).__name__}"
+    remedy = "sample with --engine vllm if vLLM knows the model, or take another one"
+    try:
+        pairs = list(_decoded_and_plain(model))
+    except ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Refusal(f"{name} cannot be decoded with its cache: {reason}; {remedy}") from error
+    gaps = torch.stack([(decoded - expected).abs().max() for decoded, expected in pairs])
+    if plain.dtype == torch.float32:
+        gap, limit = float(gaps.max()), 1e-3
+    else:  # in low precision a model may take another expert at single tokens
+        gap, limit = float(gaps.median()), 5e-2 * max(float(expected.abs().max()) for _, expected in pairs)
+    if not gap <= limit:
+        raise Refusal(
+            f"{name} decodes with its cache to log-probs that differ by {gap:.2g} nats from those of its plain forward; "
+            f"rollouts would be of another model than the trained one; {remedy}"
+        )
+
+
+def _decoded_and_plain(
+    model: PreTrainedModel | PeftModel,
+) -> Iterator[tuple[Float[Tensor, " V"], Float[Tensor, " V"]]]:
+    """Yield the log-probs of each decoded position over the vocabulary, and those of a plain forward."""
+    plain, stream = base(model), Stream.of(model)
+    size = plain.get_input_embeddings().weight.shape[0]
+    total = 2 * TOKENS + max(PROMPTS)
+    texts = [tuple((start + 7 * i) % size for i in range(total)) for start in (1, 3, 5)]
+    ids = [torch.tensor([text], device=model.device) for text in texts]
+    expected = [plain(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1) for row in ids]
+    lengths = PROMPTS if stream.rows.splices() else (PROMPTS[0],) * len(PROMPTS)
+
+    def decode(rows: Sequence[int], ends: dict[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(TOKENS):
+            for row, logits in zip(rows, stream.read(), strict=True):
+                pair = logits.float().log_softmax(-1), expected[row][ends[row] - 1]
+                is_finite = pair[0].isfinite() & pair[1].isfinite()
+                yield pair[0][is_finite], pair[1][is_finite]
+                ends[row] += 1
+            stream.last = stream.last.new_tensor([texts[row][ends[row] - 1] for row in rows])
+
+    ends = dict(enumerate(lengths))
+    first, second, third = (text[:length] for text, length in zip(texts, lengths, strict=True))
+    stream.change(torch.zeros(0, dtype=torch.long), [first, second], {third})
+    yield from decode((0, 1), ends)
+    if stream.rows.splices():
+        stream.change(torch.ones(1, dtype=torch.long), [third], set())
+        yield from decode((1, 2), ends)
