@@ -17,6 +17,7 @@ from opd.losses.terms import Target
 from opd.methods import METHODS
 from opd.models import load as models
 from opd.models.batching import micro_batches, rows
+from opd.models.source import locate
 from opd.models.student import Student
 from opd.teachers.local import LocalTeacher
 
@@ -108,7 +109,7 @@ class _Update:
     def opened(cls) -> "_Update":
         cpu = torch.device("cpu")
         student, teacher = (
-            models.load(models.locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
+            models.load(locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
             for name in ("student", "teacher")
         )
         return cls(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu))

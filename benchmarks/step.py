@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from benchmarks.result import CLOCKS, Clock, Result, Timed, spread, versions
 from benchmarks.run import Trained, opened
 from opd.methods.rollout_policies.base import NOTHING
-from opd.models import load as models
+from opd.models.source import locate
 from opd.training.trainer import Trainer
 
 
@@ -111,7 +111,7 @@ def _beside(ours: Ours, step: Step, folder: str) -> list[tuple[float, float, flo
     tokenizer = session.collector.tokenizer
     prompts = [[dict(turn) for turn in p.prompt.messages] or p.prompt.text for p in rendered]
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(models.locate(name, field=field).folder, dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(locate(name, field=field).folder, dtype=torch.float32)
         for name, field in ((step.student, "student"), (step.teacher, "teacher"))
     )
     turns = Turns(ours, sum(len(p.ids) for p in rendered))

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 
 CAUSAL, IMAGE_TEXT = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 WITH_IMAGES = "/image-text"  # marks the multimodal class of a type that also has a class for text

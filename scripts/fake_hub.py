@@ -17,7 +17,7 @@ from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.file_download import repo_folder_name
 
 from opd.data.hub import parse
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 
 
 def add(cache: Path, name: str, folder: Path) -> str:

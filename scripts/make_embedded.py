@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.data.tasks import ledger
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 
 WORDS = r"<[a-z]+>|[A-Za-z]+[:.?]? ?|[0-9]|\. |\s|[^\sA-Za-z0-9]"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")

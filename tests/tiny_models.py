@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.core.types import Rollout
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.training.trainer import Trainer
 
 

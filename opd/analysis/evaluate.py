@@ -21,8 +21,11 @@ from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
 from opd.data.verifiers.extract import marked, plain, stated, without_thinking
 from opd.models import load as models
+from opd.models.context import context_of
+from opd.models.source import locate
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.engines.verify_cache import verify_cache
 from opd.training.progress import loading
 
 
@@ -123,7 +126,7 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     if config.samples > 1 and config.sampling.temperature == 0:
         raise Refusal(f"--samples {config.samples}: greedy samples are all the same; add --temperature 0.6, say")
     with loading(config.model, quiet=False):
-        source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+        source = locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     data = replace(config.data, source=config.prompts, seed=config.seed)
     task = sets.load(config.set, data) if config.set else load(data)
     if not task.scored:
@@ -136,9 +139,10 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     models.small_threads(model)
     arguments = prompts.parse_template_arguments(config.data.template_args)
     ids = [prompts.render(tokenizer, p, chat_template_kwargs=arguments) for p in task.prompts]
-    context = models.base(model).config.get_text_config().max_position_embeddings
+    verify_cache(model, field="model")
+    context = context_of(models.base(model).config.get_text_config())
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    if len(ids[longest]) + config.sampling.max_new_tokens > context:
+    if len(ids[longest]) + config.sampling.max_new_tokens > context.tokens:
         raise Refusal(
             f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"

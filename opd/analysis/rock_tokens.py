@@ -28,6 +28,7 @@ from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.batching import micro_batches, rows
 from opd.models.forward import final_states
+from opd.models.source import locate
 from opd.models.student import Student
 from opd.rollouts.batch import collate, masks
 from opd.training.build import open_session
@@ -126,7 +127,7 @@ def _ratios(config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], corpus:
     filter_settings, session = config.consistency, trainer.session
     persists = is_above_quantile(corpus.kl, filter_settings.high)
     if filter_settings.before:
-        source = models.locate(filter_settings.before, field="before", trust_remote_code=config.trust_remote_code)
+        source = locate(filter_settings.before, field="before", trust_remote_code=config.trust_remote_code)
         dtype = dtype_of(config.precision)
         earlier = models.load(source, field="before", dtype=dtype, device=session.accelerator.device)
         earlier_trainer = Trainer(replace(session, student=Student(earlier)), trainer.run)

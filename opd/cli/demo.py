@@ -29,6 +29,7 @@ from opd.data import prompts
 from opd.data.tasks.load import load
 from opd.methods import METHODS
 from opd.models import load as models
+from opd.models.source import locate
 from opd.training.train import train
 
 matplotlib.use("Agg")
@@ -99,7 +100,7 @@ def accuracy(model: str, problems: int) -> Estimate:
 
 def supervised(config: Train, folder: Path) -> Path:
     """Train on gold answers by cross-entropy, with the optimizer, batch size and steps of the run, in plain torch."""
-    source = models.locate(config.student, field="student")
+    source = locate(config.student, field="student")
     tokenizer = models.tokenizer(source, field="student")
     model = models.load(source, field="student", dtype=torch.float32, device=torch.device("cpu"))
     task = load(Data(source=config.prompts, seed=config.seed))

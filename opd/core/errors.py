@@ -1,8 +1,28 @@
 """The error `Refusal`, a line that tells the user what is wrong and what to do, and checks that raise it."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class Refusal(ValueError):
     """An error that the user can fix: a line that names the flag, the value, the reason and the remedy."""
+
+
+@contextlib.contextmanager
+def foreign_errors(message: str, remedy: str = "") -> Iterator[None]:
+    """Turn any exception of a library's code into a Refusal: the message, the first line of the error, the remedy."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        reason = first_line(error) or type(error).__name__
+        raise Refusal(f"{message}: {reason}" + (f"; {remedy}" if remedy else "")) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().split("\n")[0][:300]
 
 
 def positive(settings: object, *names: str) -> None:

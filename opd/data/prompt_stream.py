@@ -25,6 +25,7 @@ class Prompts:
     teacher_tokenizers: Mapping[str, Tokenizer]  # by route name; "" is --teacher
     plan: Plan
     room: int  # longest prompt in tokens that leaves space for the longest response
+    context: str  # the models' context, for messages
     optional: bool = False  # True: a row without --context is used without it; False: it is refused
 
     def batch(self, step: int, count: int) -> list[Rendered]:
@@ -62,8 +63,8 @@ class Prompts:
         longest = max(len(ids), len(teacher_ids))
         if longest > self.room:
             raise Refusal(
-                f"--prompts {self.task.name}: row {row} has {longest} tokens, and the models' context leaves "
-                f"{self.room} for a prompt beside {config.sampling.max_new_tokens} new tokens; "
+                f"--prompts {self.task.name}: row {row} has {longest} tokens, and the models' context of "
+                f"{self.context} leaves {self.room} for a prompt beside {config.sampling.max_new_tokens} new tokens; "
                 "shorten the row, or lower --max-new-tokens"
             )
         return Rendered(prompt, ids, teacher_ids, teacher)

@@ -16,14 +16,14 @@ from opd.head.token_scores import scores
 from opd.head.vocabulary import Vocabulary
 from opd.losses.hidden_states import Lens
 from opd.models.batching import Rows
-from opd.models.load import base
+from opd.models.load import backbone
 
 Body = Callable[..., Any]  # the forward function of a model's backbone, below the LM head
 
 
 def compiled(model: PreTrainedModel | PeftModel) -> Body:
     """Compile the backbone below the LM head, for any batch size and length; generation stays uncompiled."""
-    return torch.compile(base(model).base_model.forward, dynamic=True)
+    return torch.compile(backbone(model).forward, dynamic=True)
 
 
 def states(
@@ -34,7 +34,7 @@ def states(
     Padding is on the right, where causal attention never looks.  No attention mask is needed, so attention uses its
     fastest kernel.  `body` replaces the backbone, for example by its compiled version.
     """
-    out = (body or base(model).base_model)(input_ids=rows.ids, use_cache=False, output_hidden_states=lens is not None)
+    out = (body or backbone(model))(input_ids=rows.ids, use_cache=False, output_hidden_states=lens is not None)
     final = predictors(out.last_hidden_state, rows.trained)
     if lens is None:
         return final, ()

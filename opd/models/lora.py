@@ -1,5 +1,6 @@
 """Loading of the student for training, with a LoRA adapter if --lora-rank is set."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from opd.core.disk import disk
 from opd.core.errors import Refusal
 from opd.models import adapters
 from opd.models import load as models
+from opd.models.source import ModelSource, locate
 
 
 def trainable(
-    config: Train, source: models.ModelSource, checkpoint: Path | None, device: torch.device
+    config: Train, source: ModelSource, checkpoint: Path | None, device: torch.device
 ) -> PreTrainedModel | PeftModel:
     """Load the student, from its weights or a checkpoint, with an adapter if --lora-rank is set.
 
@@ -27,7 +29,7 @@ def trainable(
     dtype = torch.bfloat16 if frozen_base else torch.float32  # trained weights are fp32: peft keeps adapters in fp32
     start = source
     if checkpoint is not None:
-        start = models.locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
+        start = locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
         if config.lora_rank and start.base is not None:
             adapted = models.load_adapter(start, field="student", dtype=dtype, device=device)
             return _with_base(adapted, start.base)
@@ -39,16 +41,26 @@ def trainable(
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
         lora_dropout=0.0,
         target_modules="all-linear" if config.lora_targets == "all-linear" else config.lora_targets.split(","),
+        exclude_modules=_outside_text(model),
         task_type="CAUSAL_LM",
     )
     try:
         adapted = get_peft_model(model, adapter)
     except ValueError as error:
         raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
-    return _with_base(adapted, source if source.base is None else models.ModelSource(str(_base_folder(config))))
+    return _with_base(adapted, source if source.base is None else ModelSource(str(_base_folder(config))))
 
 
-def _with_base(model: PeftModel, base: models.ModelSource) -> PeftModel:
+def _outside_text(model: PreTrainedModel) -> str | None:
+    """Return a pattern of the modules of a multimodal model that text never reaches; None of a text model."""
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder = model.get_decoder()
+    (name,) = (name for name, module in model.named_modules() if module is decoder)
+    return rf"(?!{re.escape(name)}\.).*"
+
+
+def _with_base(model: PeftModel, base: ModelSource) -> PeftModel:
     """Set where the base is, an id at its commit or an absolute path: peft too loads the checkpoint from anywhere."""
     settings, repository = model.active_peft_config, base.repository
     settings.base_model_name_or_path = base.folder if repository is None else repository.id

@@ -11,6 +11,7 @@ from opd.config.commands import Prune
 from opd.core.disk import OutputFolder
 from opd.core.errors import Refusal
 from opd.models import load as models
+from opd.models.source import ModelSource, locate
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def prune(config: Prune) -> Path:
     """
     out = OutputFolder(path=config.out)
     out.check()
-    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    source = locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     tokenizer = models.tokenizer(source, field="model")
     stored = models.config(source, field="model").dtype
     assert not isinstance(stored, str), "transformers reads the name of a dtype as the dtype"
@@ -30,7 +31,7 @@ def prune(config: Prune) -> Path:
     with out.fill() as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        saved = models.ModelSource(str(part), trust_remote_code=config.trust_remote_code)
+        saved = ModelSource(str(part), trust_remote_code=config.trust_remote_code)
         again = models.load(saved, field="out", dtype=torch.float32, device=model.device)
         if not torch.equal(_logits(model.float()), _logits(again)):
             raise Refusal(

@@ -20,6 +20,8 @@ from opd.head.vocabulary import Vocabulary
 from opd.methods.method import Method
 from opd.models import load as models
 from opd.models.remote.vllm_protocol import OPD_SERVE_COLUMNS, Server, connect
+from opd.models.source import ModelSource, locate
+from opd.models.verify import verify_head
 from opd.teachers.base import require
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
@@ -36,7 +38,7 @@ class ModelInfo:
     stop: tuple[int, ...]
 
 
-def local_info(source: models.ModelSource, *, field: str) -> ModelInfo:
+def local_info(source: ModelSource, *, field: str) -> ModelInfo:
     """Return tokenizer, config and stop ids of a model with local files."""
     tokenizer, config = models.tokenizer(source, field=field), models.config(source, field=field)
     return ModelInfo(tokenizer, config.get_text_config(), models.stop_ids(source, tokenizer))
@@ -50,7 +52,7 @@ def server_info(server: Server, student: ModelInfo, config: Train) -> ModelInfo:
     expected, stop = student.tokenizer, student.stop
     name = config.remote.teacher_tokenizer
     if name and not server.identity:
-        source = models.locate(name, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code)
+        source = locate(name, field="teacher-tokenizer", trust_remote_code=config.trust_remote_code)
         expected = models.tokenizer(source, field="teacher-tokenizer")
         stop = models.stop_ids(source, expected)
     tokenizer = server.tokenizer(expected, student.config.vocab_size)
@@ -88,9 +90,9 @@ def verify_local_copy(
 ) -> None:
     """Refuse a server whose log-probs differ from those of the local copy of its model (--teacher-local)."""
     name = config.remote.teacher_local
-    source = models.locate(name, field="teacher-local", trust_remote_code=config.trust_remote_code)
+    source = locate(name, field="teacher-local", trust_remote_code=config.trust_remote_code)
     weights = models.load(source, field="teacher-local", dtype=dtype_of(config.teacher_precision), device=on)
-    models.verify_head(weights, field="teacher-local")
+    verify_head(weights, field="teacher-local")
     differences = compare(teacher, LocalTeacher(weights.requires_grad_(False), to=on), texts)
     mean, largest = differences.mean(), differences.max()
     if not mean <= MAX_DIFFERENCE:

@@ -22,10 +22,14 @@ from opd.data.tasks.load import load
 from opd.head.vocabulary import Vocabulary
 from opd.models import load as models
 from opd.models import lora
+from opd.models.context import context_of
 from opd.models.forward import compiled
 from opd.models.remote.vllm_protocol import Server
+from opd.models.source import ModelSource, locate
 from opd.models.student import Student
+from opd.models.verify import verify_finite, verify_head
 from opd.rollouts.collector import Collector
+from opd.rollouts.engines.verify_cache import verify_cache
 from opd.teachers import connect
 from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher
@@ -40,7 +44,7 @@ ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process ask
 def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     """Open a run: first all checks that need no weights, then its models.  `checkpoint` has the student's weights."""
     config, method = plan.config, plan.method
-    source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
+    source = locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, plan) for name, model in plan.teachers.items()}
     student_info = connect.local_info(source, field="student")
     infos = {name: _info(where, student_info, config, opening.flag(name)) for name, where in sources.items()}
@@ -61,14 +65,16 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     device, main = accelerator.device, accelerator.is_main_process
     student = Student(lora.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
-    models.verify_head(student.model, field="student")
+    verify_head(student.model, field="student")
+    if config.speaker.engine == "hf":
+        verify_cache(student.model, field="student")
     builder = opening.ModelBuilder(plan, source, student.model, vocabulary, stop, accelerator, on)
     teachers = {name: builder.teacher(name, m, sources[name], prompts) for name, m in plan.teachers.items()}
     local = {opening.flag(name): t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
     reference = builder.reference()
     frozen = local | ({} if reference is None else {"reference": reference})
     for field, model in {"student": student.model, **{name: t.model for name, t in frozen.items()}}.items():
-        models.verify_finite(model, student_info.tokenizer, ids=vocabulary.size, field=field)
+        verify_finite(model, student_info.tokenizer, ids=vocabulary.size, field=field)
     models.small_threads(student.model, *(t.model for t in local.values()))
     if config.compile:
         _compile(student, frozen.values(), device)
@@ -105,7 +111,7 @@ def _compile(student: Student, teachers: Iterable[LocalTeacher], device: torch.d
 
 
 def _info(
-    source: models.ModelSource | Server | None, student: connect.ModelInfo, config: Train, field: str
+    source: ModelSource | Server | None, student: connect.ModelInfo, config: Train, field: str
 ) -> connect.ModelInfo:
     """Return a teacher's tokenizer, config and stop ids before its weights: the student's if it gives only texts."""
     if source is None:
@@ -134,17 +140,17 @@ def _prompts(
     """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
     config = plan.config
     texts = {name: info.tokenizer for name, info in teacher_infos.items()}
-    context = min(info.config.max_position_embeddings for info in (student_info, *teacher_infos.values()))
-    room = context - config.sampling.max_new_tokens
-    prompts, held_out = Prompts(load(config.data), student_info.tokenizer, texts, plan, room), None
+    context = min(context_of(info.config) for info in (student_info, *teacher_infos.values()))
+    room = context.tokens - config.sampling.max_new_tokens
+    prompts, held_out = Prompts(load(config.data), student_info.tokenizer, texts, plan, room, str(context)), None
     if config.eval_prompts:
         # Seed 0 selects the same random subset of held-out rows in every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = Prompts(load(chosen), student_info.tokenizer, texts, plan, room, optional=True)
+        held_out = Prompts(load(chosen), student_info.tokenizer, texts, plan, room, str(context), optional=True)
     if room < 1:
         raise Refusal(
-            f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} tokens leaves none "
-            f"for a prompt; lower it, to {context // 2} say"
+            f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} leaves none "
+            f"for a prompt; lower it, to {context.tokens // 2} say"
         )
     for stream in filter(None, (prompts, held_out)):
         stream.check()

@@ -18,11 +18,15 @@ from opd.data import prompts
 from opd.data.prompt_stream import Prompts
 from opd.head.vocabulary import Vocabulary
 from opd.models import load as models
+from opd.models.context import context_of
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
+from opd.models.source import ModelSource, locate
+from opd.models.verify import verify_finite, verify_head
 from opd.rollouts.engines.base import Engine, ResponseGenerator
 from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.engines.verify_cache import verify_cache
 from opd.rollouts.engines.vllm import VLLMEngine
 from opd.rollouts.engines.vllm_server import VLLMServer
 from opd.teachers import connect
@@ -41,9 +45,7 @@ def flag(teacher: str) -> str:
     return f"route {teacher}" if teacher else "teacher"
 
 
-def source_of(
-    name: str, model: ModelName, student: models.ModelSource, plan: Plan
-) -> models.ModelSource | Server | None:
+def source_of(name: str, model: ModelName, student: ModelSource, plan: Plan) -> ModelSource | Server | None:
     """Return where a teacher is, or None if it gives only texts; refuse one that lacks what the method needs."""
     method, field = plan.method, flag(name)
     if method.asks is not None or isinstance(model, model_names.ChatEndpoint):
@@ -58,7 +60,7 @@ def source_of(
     if isinstance(model, model_names.StudentItself):
         return student
     config = plan.config
-    source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
+    source = locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if source == student and not (plan.context or config.resume):
         raise Refusal(
             f"--{field} {model}: the student itself; the KL between the two is 0 and nothing is learnt: give "
@@ -82,19 +84,20 @@ def text_model(
         url = f"openai:MODEL@{model.name.rstrip('/')}/v1"
         name = url if isinstance(model, model_names.ScoringServer) else "a model by its name"
         raise Refusal(f"--{field} {model}: the method asks for texts alone, and no token's score: write {name}")
-    source = models.locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
+    source = locate(model.name, field=field, trust_remote_code=config.trust_remote_code)
     if not main:
         return None
     text = models.tokenizer(source, field=field)
     dtype = dtype_of(config.teacher_precision)
     weights = models.load(source, field=field, dtype=dtype, device=on).requires_grad_(False)
     size, context = len(models.head(weights).weight), models.base(weights).config.get_text_config()
-    models.verify_finite(weights, text, ids=min(size, len(text)), field=field)
+    verify_finite(weights, text, ids=min(size, len(text)), field=field)
+    verify_cache(weights, field=field)
     stop = models.stop_ids(source, text)
     arguments = prompts.used_arguments(text, prompts.parse_template_arguments(config.data.template_args))
     engine = HFEngine(weights, min(size, len(text)), stop, config.decode_rows)
     name = f"{source} {wire.weights_hash(weights)}"
-    return InProcessModel(name, engine, text, context.max_position_embeddings, arguments)
+    return InProcessModel(name, engine, text, context_of(context).tokens, arguments)
 
 
 def text_teacher(model: ModelName, plan: Plan, on: torch.device, *, field: str, main: bool) -> TextTeacher:
@@ -110,7 +113,7 @@ class ModelBuilder:
     """The construction of the models that a run uses beside its student, each on its device."""
 
     plan: Plan
-    source: models.ModelSource  # of the student
+    source: ModelSource  # of the student
     student: PreTrainedModel | PeftModel
     vocabulary: Vocabulary
     stop: tuple[int, ...]  # ids that end a response
@@ -118,7 +121,7 @@ class ModelBuilder:
     on: torch.device  # of the weights of frozen models
 
     def teacher(
-        self, name: str, model: ModelName, source: models.ModelSource | Server | None, prompt_stream: Prompts
+        self, name: str, model: ModelName, source: ModelSource | Server | None, prompt_stream: Prompts
     ) -> AnyTeacher:
         """Return the teacher of a route; a few prompts are used to compare a server with --teacher-local."""
         plan, field = self.plan, flag(name)
@@ -133,7 +136,7 @@ class ModelBuilder:
             connect.verify_local_copy(teacher, texts, plan.config, self.on)
         return teacher
 
-    def _local_teacher(self, model: ModelName, source: models.ModelSource, field: str) -> LocalTeacher:
+    def _local_teacher(self, model: ModelName, source: ModelSource, field: str) -> LocalTeacher:
         """Return a teacher in this process, with its own weights or the student's."""
         config, student, to = self.plan.config, self.student, self.accelerator.device
         low = dtype_of(config.precision)
@@ -149,7 +152,10 @@ class ModelBuilder:
                     f"--{field} base: under an adapter it scores, but does not speak; name its folder instead"
                 )
             return WithoutAdapter(student, to=to, low=low)
-        return self._frozen(source, field)
+        teacher = self._frozen(source, field)
+        if not self.plan.method.rollouts.on_policy:
+            verify_cache(teacher.model, field=field)
+        return teacher
 
     def reference(self) -> LocalTeacher | None:
         """Return the reference model, for methods that compare with it."""
@@ -161,7 +167,7 @@ class ModelBuilder:
             return WithoutAdapter(self.student, to=self.accelerator.device, low=low, own_prompt=False)
         source = self.source
         if config.reference:
-            source = models.locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
+            source = locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
         reference = self._frozen(source, "reference", own_prompt=False)
         if len(reference.head.weight) < size:
             raise Refusal(
@@ -170,10 +176,10 @@ class ModelBuilder:
             )
         return reference
 
-    def _frozen(self, source: models.ModelSource, field: str, *, own_prompt: bool = True) -> LocalTeacher:
+    def _frozen(self, source: ModelSource, field: str, *, own_prompt: bool = True) -> LocalTeacher:
         """Return a teacher whose weights are loaded and never trained."""
         weights = models.load(source, field=field, dtype=dtype_of(self.plan.config.teacher_precision), device=self.on)
-        models.verify_head(weights, field=field)
+        verify_head(weights, field=field)
         return LocalTeacher(weights.requires_grad_(False), to=self.accelerator.device, own_prompt=own_prompt)
 
     def speaker(self) -> Engine:

@@ -14,7 +14,7 @@ from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.models import lora
-from opd.models.load import newest_checkpoint
+from opd.models.source import newest_checkpoint
 from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load

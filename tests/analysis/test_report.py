@@ -34,7 +34,7 @@ from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.token_scores import alternatives
 from opd.head.vocabulary import Head, Vocabulary
 from opd.methods import METHODS
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.training import alarms as rules
 from opd.training.run_log import Log, RunGroup, group_runs, read, saved
 from tests.tiny_models import tiny

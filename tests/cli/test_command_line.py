@@ -17,7 +17,7 @@ from opd.config.presets import PAPER, settings
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from tests.test_docs import parse
 from tests.tiny_models import tiny
 

@@ -31,9 +31,9 @@ from opd.data import hub
 from opd.data.tasks.load import load
 from opd.data.tasks.tables import read
 from opd.models import load as models
-from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client
 from opd.models.remote.vllm_protocol import Server
+from opd.models.source import EMBEDDED, locate
 from opd.teachers import connect
 from opd.teachers.remote import LogpTeacher
 from opd.teachers.serve.server import _open
@@ -91,7 +91,7 @@ def pair_of_ids(cache) -> tuple[str, str]:
 def reason(name: str) -> str:
     """Why a model is refused, in one line."""
     with pytest.raises(Refusal) as caught:
-        models.locate(name, field="student")
+        locate(name, field="student")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -113,9 +113,9 @@ def test_an_id_is_looked_up_in_the_cache(cache, tmp_path, name):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     commit = fake_hub.add(cache, name, tmp_path / "m")
-    source = models.locate(name, field="student")
+    source = locate(name, field="student")
     assert source.repository == hub.Repository(name, commit) and (Path(source.folder) / "config.json").is_file()
-    assert source == models.locate(f"{name}@{commit}", field="student")
+    assert source == locate(f"{name}@{commit}", field="student")
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
@@ -137,7 +137,7 @@ def test_what_is_no_id_is_a_path(cache, name):
 def test_a_folder_wins_over_the_hub(pair_of_ids, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tiny(tmp_path / "Qwen" / "Qwen3-0.6B", seed=1)
-    source = models.locate("Qwen/Qwen3-0.6B", field="student")
+    source = locate("Qwen/Qwen3-0.6B", field="student")
     assert (source.folder, source.repository) == (str(folder), None)
 
 
@@ -206,7 +206,7 @@ def test_a_server_s_tokenizer_and_local_copy_may_be_ids(cache):
     """--teacher-tokenizer and --teacher-local, before the server is asked anything."""
     how = Remote(teacher_tokenizer="Qwen/Qwen3-8B@v1.0", teacher_local="Qwen/Qwen2.5-7B-Instruct")
     config = opd.Train(student="embedded:student", teacher="http://h", prompts="embedded:ledger-short", remote=how)
-    student = connect.local_info(models.locate("embedded:student", field="student"), field="student")
+    student = connect.local_info(locate("embedded:student", field="student"), field="student")
     with pytest.raises(Refusal, match=r"--teacher-tokenizer Qwen/Qwen3-8B@v1.0: .* is not in the cache"):
         connect.server_info(Server(Client("http://h", how), "m", 8, {}), student, config)
     with pytest.raises(Refusal, match=r"--teacher-local Qwen/Qwen2.5-7B-Instruct: .* is not in the cache"):
@@ -221,14 +221,14 @@ def test_the_revision_reaches_every_file(cache, tmp_path):
     (new / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [5, 6]}))
     for name, folder in (("a/b.c", old), ("a/b.c@v2", new)):
         fake_hub.add(cache, name, folder)
-    source = models.locate("a/b.c@v2", field="model")
+    source = locate("a/b.c@v2", field="model")
     text = models.tokenizer(source, field="model")
     assert text.chat_template == "new" and {5, 6} <= set(models.stop_ids(source, text))
     assert models.config(source, field="model").num_hidden_layers == 2
     weights = models.load(source, field="model", dtype=torch.float32, device=CPU).state_dict()
     wanted = load_file(new / "model.safetensors")
     assert all(torch.equal(weights[name], x) for name, x in wanted.items())
-    assert models.locate("a/b.c", field="model") != source
+    assert locate("a/b.c", field="model") != source
 
 
 def test_runs_from_ids_are_the_runs_from_folders(pair_of_ids, tmp_path):
@@ -252,7 +252,7 @@ def test_pickles_are_refused(cache, tmp_path, name):
     fake_hub.add(cache, "a/b.c", folder)
     for model in (str(folder), "a/b.c"):
         with pytest.raises(Refusal, match=rf"--model {model}: .*a pickle \(pytorch_model.*safetensors only") as caught:
-            models.load(models.locate(model, field="model"), field="model", dtype=torch.float32, device=CPU)
+            models.load(locate(model, field="model"), field="model", dtype=torch.float32, device=CPU)
         assert "\n" not in str(caught.value)
 
 
@@ -260,10 +260,10 @@ def test_a_folder_without_weights_is_refused(cache, tmp_path):
     folder = tiny(tmp_path / "m", seed=1)
     (folder / "model.safetensors").unlink()
     with pytest.raises(Refusal, match=r"there is no model\.safetensors in it"):
-        models.load(models.locate(str(folder), field="model"), field="model", dtype=torch.float32, device=CPU)
+        models.load(locate(str(folder), field="model"), field="model", dtype=torch.float32, device=CPU)
     fake_hub.add(cache, "a/b.c", folder)
     with pytest.raises(Refusal, match=r"its weights are not here: .* HF_HUB_OFFLINE"):
-        models.load(models.locate("a/b.c", field="model"), field="model", dtype=torch.float32, device=CPU)
+        models.load(locate("a/b.c", field="model"), field="model", dtype=torch.float32, device=CPU)
 
 
 @dataclass
@@ -353,7 +353,7 @@ def test_a_model_is_downloaded_in_two_parts(online, tmp_path, monkeypatch):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_text("{}")
     online.folders["a/b.c"] = {"main": tiny(tmp_path / "old", seed=2), "v1.0": folder}
-    source = models.locate("a/b.c@v1.0", field="model")
+    source = locate("a/b.c@v1.0", field="model")
     assert source.repository == hub.Repository("a/b.c", sha("a/b.c", "v1.0"))
     files = lambda: {str(f.relative_to(source.folder)) for f in Path(source.folder).rglob("*") if f.is_file()}
     small = files()
@@ -365,7 +365,7 @@ def test_a_model_is_downloaded_in_two_parts(online, tmp_path, monkeypatch):
     # Again without a network; and the commit, once known, is asked of nobody.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("a/b.c@v1.0", f"a/b.c@{sha('a/b.c', 'v1.0')}"):
-        assert models.locate(name, field="model") == source
+        assert locate(name, field="model") == source
 
 
 def test_a_cache_that_another_program_filled_is_enough(online, tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def test_a_cache_that_another_program_filled_is_enough(online, tmp_path, monkeyp
 
     there = snapshot_download("a/b.c", allow_patterns=["config.json", "model.safetensors", "tokenizer*"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    source = models.locate("a/b.c", field="model")
+    source = locate("a/b.c", field="model")
     assert source.folder == there
     models.load(source, field="model", dtype=torch.float32, device=CPU)
 
@@ -412,7 +412,7 @@ def test_pickles_of_the_hub_are_not_downloaded(online, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     online.folders["a/b.c"] = {"main": folder}
     with pytest.raises(Refusal, match=r"a pickle \(pytorch_model\.bin\).*refs/pr/1"):
-        models.load(models.locate("a/b.c", field="model"), field="model", dtype=torch.float32, device=CPU)
+        models.load(locate("a/b.c", field="model"), field="model", dtype=torch.float32, device=CPU)
     assert not any(path.endswith(".bin") for path in online.asked)
 
 

@@ -12,7 +12,7 @@ from opd.core.sampling import Prompt
 from opd.data import prompts
 from opd.data import tokenizers as tokens
 from opd.data.tokenizers import Severity
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 
 TEXT = [
     "What is 2 + 3? The answer is five.",

@@ -36,7 +36,7 @@ from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.methods.rollout_policies.stop_on_agreement import AgreementHook, StopOnAgreement
 from opd.methods.rollout_policies.teacher_prefix import TeacherPrefix
 from opd.methods.tropd import PrefixTokens, StudentTokens
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.rollouts.batch import collate
 from opd.rollouts.collector import Collector, RolloutRequest
 from opd.rollouts.engines.base import GenerateRequest, TeacherDecoding

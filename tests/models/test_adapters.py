@@ -19,7 +19,8 @@ from opd.core.errors import Refusal
 from opd.methods import METHODS
 from opd.models import adapters
 from opd.models import load as models
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED, ModelSource, locate, newest_checkpoint
+from opd.models.verify import verify_head
 from opd.teachers.serve.server import _open
 from scripts import fake_hub
 from tests.tiny_models import interrupted_at, logged, small, started, tiny
@@ -28,8 +29,8 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 15)[None]
 
 
-def located(name: object) -> models.ModelSource:
-    return models.locate(str(name), field="model")
+def located(name: object) -> ModelSource:
+    return locate(str(name), field="model")
 
 
 def loaded(name: object, dtype: torch.dtype = torch.float32):
@@ -42,7 +43,7 @@ def logits(model) -> torch.Tensor:
 
 
 def checkpoint(run: Path) -> Path:
-    found = models.newest_checkpoint(run)
+    found = newest_checkpoint(run)
     assert found is not None
     return found
 
@@ -78,7 +79,7 @@ def test_a_run_is_its_merged_weights(run, pair):
     assert (logits(merged) - logits(loaded(pair[0]))).abs().max() > 0.01  # the adapter has learnt
     assert not isinstance(merged, PeftModel) and not any("lora" in name for name, _ in merged.named_modules())
     assert all(p.requires_grad for p in merged.parameters())
-    models.verify_head(merged, field="model")
+    verify_head(merged, field="model")
     assert loaded(checkpoint(run), torch.bfloat16).dtype == torch.bfloat16
 
 

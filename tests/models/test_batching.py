@@ -11,7 +11,7 @@ from opd.core.errors import Refusal
 from opd.core.types import Rollout
 from opd.models.batching import micro_batches, rows
 from opd.models.forward import states
-from opd.models.load import verify_head
+from opd.models.verify import verify_head
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "gpt2", "bloom", "mamba"]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.data.tasks import ledger
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 
 MODELS = ("teacher", "student", "small")
 

@@ -11,7 +11,7 @@ import opd
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.training import progress
 from tests.tiny_models import tiny
 

@@ -9,6 +9,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.models import load as models
 from opd.models.prune import layer_list_name, prune, select
+from opd.models.source import locate
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from tests.tiny_models import tiny
@@ -18,7 +19,7 @@ IDS = torch.arange(1, 13).view(2, 6)
 
 def _load(folder):
     return models.load(
-        models.locate(str(folder), field="model"), field="model", dtype=torch.float32, device=torch.device("cpu")
+        locate(str(folder), field="model"), field="model", dtype=torch.float32, device=torch.device("cpu")
     )
 
 
@@ -67,7 +68,7 @@ def test_decodes_with_a_cache_and_keeps_tokenizer_and_stops(whole, tmp_path):
     out = prune(Prune(model=str(whole), keep=(0, 3), out=tmp_path / "out"))
     model = _load(out)
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
-    source, old = models.locate(str(out), field="model"), models.locate(str(whole), field="model")
+    source, old = locate(str(out), field="model"), locate(str(whole), field="model")
     assert models.tokenizer(source, field="model").get_vocab() == models.tokenizer(old, field="model").get_vocab()
     stops = [GenerationConfig.from_pretrained(folder).eos_token_id for folder in (out, whole)]
     assert stops[0] == stops[1]
@@ -87,7 +88,7 @@ def test_decodes_with_a_cache_and_keeps_tokenizer_and_stops(whole, tmp_path):
 def test_weights_keep_their_type(whole, tmp_path):
     model = _load(whole).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    models.tokenizer(models.locate(str(whole), field="model"), field="model").save_pretrained(tmp_path / "half")
+    models.tokenizer(locate(str(whole), field="model"), field="model").save_pretrained(tmp_path / "half")
     out = prune(Prune(model=str(tmp_path / "half"), keep=(0, 1), out=tmp_path / "out"))
     assert LlamaForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 

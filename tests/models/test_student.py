@@ -11,8 +11,9 @@ from opd.head.vocabulary import Vocabulary
 from opd.losses.terms import Target
 from opd.methods import METHODS
 from opd.models.batching import rows
-from opd.models.load import head, verify_head
+from opd.models.load import head
 from opd.models.student import Student
+from opd.models.verify import verify_head
 from opd.teachers.local import LocalTeacher
 from tests.tiny_models import MASKS, ROLLOUTS, started, tiny
 

@@ -10,7 +10,8 @@ from opd.core.sampling import Sampling
 from opd.core.types import Rollout
 from opd.models.batching import rows
 from opd.models.forward import final_states
-from opd.models.load import head, verify_head
+from opd.models.load import head
+from opd.models.verify import verify_head
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.verify_cache import verify_cache

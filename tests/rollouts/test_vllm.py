@@ -33,7 +33,7 @@ from opd.losses.terms import PolicyGradient, Positions
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS
 from opd.methods.method import Method
-from opd.models.load import EMBEDDED, ModelSource
+from opd.models.source import EMBEDDED, ModelSource
 from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.vllm import VLLMEngine, WeightSyncedEngine, grouped, parameters, sample
 from opd.rollouts.engines.vllm_server import VLLMServer

@@ -25,9 +25,9 @@ from opd.config.model_names import parse
 from opd.config.plan import resolved
 from opd.config.servers import Remote
 from opd.core.types import Rollout
-from opd.models.load import EMBEDDED
 from opd.models.remote.client import Client
 from opd.models.remote.vllm_protocol import Server, connect
+from opd.models.source import EMBEDDED
 from opd.teachers.remote import open_teacher
 
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.methods.questions import Reflect, Stages
 from opd.methods.rubricem import LAMBDA, TAGS, JudgedRollouts, StageReturn, StageScore, stage_means
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.teachers.judges import rubric_memory
 from opd.teachers.judges import stage_tags as stages
 from opd.teachers.judges.judge_requests import FormModel
@@ -659,7 +659,7 @@ def test_what_a_reflection_is_trained_against(tmp_path, monkeypatch, capsys):
 
 def test_notes_are_read_with_their_question():
     text, task = AutoTokenizer.from_pretrained(EMBEDDED / "student"), load(Data(source="embedded:ledger", limit=3))
-    reader = Prompts(task, text, {"": text}, resolved(Train(student="", prompts="")), 60)
+    reader = Prompts(task, text, {"": text}, resolved(Train(student="", prompts="")), 60, "60 tokens")
     some = reader.first(3)
     notes = {digest(some[0].prompt): "<plan>1", digest(some[1].prompt): "<plan>1" * 40}
     found = with_notes(some, notes, "{reflection} {prompt}", reader)

@@ -36,7 +36,7 @@ from opd.losses.terms import Positions
 from opd.methods import METHODS
 from opd.methods.omniopd import Audited, CentredPosterior, Posterior, Unaudited
 from opd.methods.questions import Continue
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.hf import HFEngine
 from opd.teachers.judges.annotator import TeacherTexts
@@ -371,7 +371,7 @@ def audited(text):
 
 def columns(question, batch, rollouts, teacher, text):
     stream = Prompts(
-        load(Data(source="embedded:ledger", limit=1)), text, {}, resolved(opd.Train(student="", prompts="")), 60
+        load(Data(source="embedded:ledger", limit=1)), text, {}, resolved(opd.Train(student="", prompts="")), 60, ""
     )
     texts = TeacherTexts({"": teacher}, text, max_tokens=0, seed=5)
     return ChunkAnnotator(stream, question, texts).columns(batch, rollouts)

@@ -24,7 +24,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.models import load as models
-from opd.models.load import EMBEDDED
+from opd.models.source import EMBEDDED
 from opd.rollouts.engines.hf import HFEngine
 from opd.training.build import open_session
 from opd.training.doctor import cost

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from opd.models.load import base
+from opd.models.load import backbone, base
 
 Ids = tuple[int, ...]
 Rows = Int[Tensor, " _"]  # indices of rows, in order; a row may occur more than once
@@ -87,7 +87,8 @@ class Cache:
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
         """Return an empty cache for a model."""
-        plain, cache = base(model), None
+        plain: Any = base(model)
+        cache = None
         if plain._supports_default_dynamic_cache():
             cache = DynamicCache(config=plain.config)
             cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -229,7 +230,7 @@ class Stream:
         if width:
             ids = torch.tensor([[0] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts], device=device)
             column = torch.arange(width, device=device) - (width - out.length[:, None])
-            self._forward(base(self.model).base_model, out, ids, column >= 0, column.clamp(min=0))
+            self._forward(backbone(self.model), out, ids, column >= 0, column.clamp(min=0))
         return out
 
     def _forward(

@@ -8,21 +8,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.core.errors import Refusal
-from opd.models.load import base
+from opd.core.errors import Refusal, foreign_errors
+from opd.models.load import base, head
 from opd.rollouts.engines.kv_cache import Stream
 
 PROMPTS, TOKENS = (9, 4, 6), 6  # lengths of the prompts, and tokens decoded between two changes of the rows
-ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @torch.no_grad()
@@ -33,11 +23,8 @@ def verify_cache(model: PreTrainedModel | PeftModel, *, field: str) -> None:
     """
     plain, name = base(model), f"--{field}: {type(base(model)).__name__}"
     remedy = "sample with --engine vllm if vLLM knows the model, or take another one"
-    try:
+    with foreign_errors(f"{name} cannot be decoded with its cache", remedy):
         pairs = list(_decoded_and_plain(model))
-    except ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Refusal(f"{name} cannot be decoded with its cache: {reason}; {remedy}") from error
     gaps = torch.stack([(decoded - expected).abs().max() for decoded, expected in pairs])
     if plain.dtype == torch.float32:
         gap, limit = float(gaps.max()), 1e-3
@@ -45,8 +32,8 @@ def verify_cache(model: PreTrainedModel | PeftModel, *, field: str) -> None:
         gap, limit = float(gaps.median()), 5e-2 * max(float(expected.abs().max()) for _, expected in pairs)
     if not gap <= limit:
         raise Refusal(
-            f"{name} decodes with its cache to log-probs that differ by {gap:.2g} nats from those of its plain forward; "
-            f"rollouts would be of another model than the trained one; {remedy}"
+            f"{name} decodes with its cache to log-probs that differ by {gap:.2g} nats from those of its plain "
+            f"forward, so that rollouts would be of another model; {remedy}"
         )
 
 
@@ -55,7 +42,7 @@ def _decoded_and_plain(
 ) -> Iterator[tuple[Float[Tensor, " V"], Float[Tensor, " V"]]]:
     """Yield the log-probs of each decoded position over the vocabulary, and those of a plain forward."""
     plain, stream = base(model), Stream.of(model)
-    size = plain.get_input_embeddings().weight.shape[0]
+    size = len(head(model).weight)
     total = 2 * TOKENS + max(PROMPTS)
     texts = [tuple((start + 7 * i) % size for i in range(total)) for start in (1, 3, 5)]
     ids = [torch.tensor([text], device=model.device) for text in texts]

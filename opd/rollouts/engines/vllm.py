@@ -21,7 +21,8 @@ from opd.config.engine import Speaker
 from opd.core.errors import Refusal, one_line
 from opd.core.rng import uniform
 from opd.core.sampling import Sampling
-from opd.models.load import ModelSource, head
+from opd.models.load import head
+from opd.models.source import ModelSource
 from opd.rollouts.engines.base import Engine, GenerateRequest, Sample
 from opd.rollouts.weight_sync.vllm_plugin import BACKEND, register, weights
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from opd.core.errors import Refusal
 from opd.models import load as models
 from opd.models import lora
+from opd.models.source import locate
 from opd.rollouts.buffer import without_prompts
 from opd.rollouts.collector import Collector
 from opd.rollouts.engines.hf import HFEngine
@@ -49,7 +50,7 @@ class WorkerModel:
         """Load the student in the same way as the trainer does."""
         torch.set_num_threads(setup.threads)
         config = setup.config
-        source = models.locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
+        source = locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
         device = models.device(setup.device, field="worker-device")
         model = lora.trainable(config, source, None, device)
         engine = HFEngine(model, setup.size, setup.stop, config.decode_rows, setup.vocabulary.stop)

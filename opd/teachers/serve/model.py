@@ -21,6 +21,7 @@ from opd.head.inputs import Hidden
 from opd.head.token_scores import TokenScores, scores
 from opd.head.vocabulary import Vocabulary
 from opd.models.batching import Rows, micro_batches
+from opd.models.context import context_of
 from opd.models.forward import final_states
 from opd.models.load import base, head
 from opd.models.remote import opd_protocol as wire
@@ -48,7 +49,7 @@ class Served:
         self.name, self.budget = config.name or config.model, config.max_batch_tokens
         self.head = head(model)
         self.rows = len(self.head.weight)
-        self.context = int(base(model).config.get_text_config().max_position_embeddings)
+        self.context = context_of(base(model).config.get_text_config()).tokens
         self.engine = HFEngine(model, self.rows, stop, config.decode_rows)
         self.lock = threading.Lock()
         self.fingerprint = wire.weights_hash(model)

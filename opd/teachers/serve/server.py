@@ -6,6 +6,9 @@ from opd.config.commands import Serve
 from opd.config.precision import dtype_of
 from opd.core.errors import Refusal
 from opd.models import load as models
+from opd.models.source import locate
+from opd.models.verify import verify_head
+from opd.rollouts.engines.verify_cache import verify_cache
 from opd.teachers.serve.model import Served
 
 
@@ -30,12 +33,13 @@ def serve(config: Serve) -> None:
 
 
 def _open(config: Serve) -> Served:
-    source = models.locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
+    source = locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     text = models.tokenizer(source, field="model")
     stop = models.stop_ids(source, text)
     on = models.device(config.device, field="device")
     model = models.load(source, field="model", dtype=dtype_of(config.precision), device=on)
-    models.verify_head(model, field="model")
+    verify_head(model, field="model")
+    verify_cache(model, field="model")
     models.small_threads(model)
     return Served(model, text, stop, config)
 

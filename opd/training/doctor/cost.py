@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from opd.config.precision import dtype_of
 from opd.models import load as models
-from opd.models.load import base
+from opd.models.load import backbone, base
 from opd.teachers.local import LocalTeacher
 from opd.training.doctor.findings import Finding, error, ok, warning
 from opd.training.doctor.rehearsal import RehearsedRun
@@ -66,7 +66,7 @@ def saved_bytes(session: Session, tokens: int) -> int:
         torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
         saved_tensors_hooks(pack, lambda x: x),
     ):
-        out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
+        out = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
     assert out.requires_grad
     return sum(sizes_by_storage.values())
 

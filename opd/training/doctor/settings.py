@@ -96,8 +96,8 @@ def lengths(session: Session) -> Iterator[Finding]:
     """Report prompt lengths and the context length.  Prompts that do not fit were refused when the run was opened."""
     rendered = session.prompts.first(VERIFIED)
     longest = max(max(len(p.ids), len(p.teacher_ids)) for p in rendered)
-    room, new = session.prompts.room, session.config.sampling.max_new_tokens
-    yield ok(what=f"prompts of up to {longest} tokens, {new} new ones, a context of {room + new}")
+    new = session.config.sampling.max_new_tokens
+    yield ok(what=f"prompts of up to {longest} tokens, {new} new ones, a context of {session.prompts.context}")
 
 
 def verifier(session: Session) -> Iterator[Finding]:

@@ -1,0 +1,149 @@
+"""Where the files of a model are: `locate(name)` for a hub id, folder, GGUF file, run folder or `embedded:NAME`."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from opd.core.disk import nearest
+from opd.core.errors import Refusal, first_line
+from opd.data import hub
+from opd.data.hub import Missing
+from opd.models.adapters import ADAPTER_CONFIG, BASE_FOLDER
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's local folder, which may be the cache of a hub id; for an adapter also its base model."""
+
+    folder: str
+    trust_remote_code: bool = False
+    repository: hub.Repository | None = None  # the hub id and commit of which the folder is a snapshot
+    base: "ModelSource | None" = None  # the model that an adapter adapts
+    name: str = field(default="", compare=False)  # the user's name for it, for messages
+
+    def options(self) -> dict[str, bool]:
+        """Return the arguments of every from_pretrained; only the code of a hub model may be in another repository."""
+        code_elsewhere = self.repository is not None and self.trust_remote_code
+        return {"local_files_only": not code_elsewhere, "trust_remote_code": self.trust_remote_code}
+
+    def base_source(self) -> "ModelSource":
+        """Return the model itself, or the base of its adapters, which has the configuration and the layers."""
+        return self if self.base is None else self.base.base_source()
+
+    def __str__(self) -> str:
+        return self.name or self.folder
+
+
+def locate(name: str, *, field: str, trust_remote_code: bool = False) -> ModelSource:
+    """Find the files of a model; `field` is the flag that named it, for the error."""
+    try:
+        return _find_source(name, trust_remote_code)
+    except Missing as error:
+        raise Refusal(f"--{field} {name}: {error}") from error
+
+
+def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
+    """Find the files of a model, and those of its base if it is an adapter.  Raises Missing."""
+    if name.startswith("embedded:"):
+        folder = EMBEDDED / name.removeprefix("embedded:")
+        if not (folder / "config.json").is_file():
+            available = ", ".join(f"embedded:{p.parent.name}" for p in sorted(EMBEDDED.glob("*/config.json")))
+            raise Missing(f"no such embedded model; there are {available}")
+        return ModelSource(str(folder), name=name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(str(_dequantised(path)), name=name)
+    if path.is_file():
+        raise Missing("is a file; name the folder of a saved model, or a .gguf file")
+    if path.is_dir():
+        path = newest_checkpoint(path) or path
+        return _check_folder(ModelSource(str(path.resolve()), trust_remote_code, name=name))
+    repository = hub.parse(name)
+    if repository is None:
+        raise Missing(f"no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
+    try:
+        folder, commit = hub.snapshot(repository)
+    except Missing as error:
+        raise Missing(f"{hub.no_path(path)}{error}") from error
+    return _check_folder(ModelSource(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
+
+
+def _check_folder(source: ModelSource) -> ModelSource:
+    """Return the source of a model or adapter folder, with the adapter's base.  Raises Missing for any other folder."""
+    folder = Path(source.folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return replace(source, base=_base_of(folder, source.trust_remote_code))
+    if (folder / "method.txt").is_file():
+        raise Missing("this run has no checkpoint yet; name one that has, or the folder of a saved model")
+    if not (folder / "config.json").is_file():
+        raise Missing("the folder holds no config.json; name the folder of a saved model")
+    return source
+
+
+def _base_of(folder: Path, trust_remote_code: bool) -> ModelSource:
+    """Find the model that an adapter was trained on; raises Missing."""
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+        name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        raise Missing(f"its {ADAPTER_CONFIG} cannot be read: {first_line(error)}") from error
+    if not name:
+        raise Missing(f"its {ADAPTER_CONFIG} names no base model: write base_model_name_or_path into it")
+    beside = folder.parent.parent / BASE_FOLDER  # the run folder may have been moved after the run
+    if Path(name).name == BASE_FOLDER and not Path(name).exists() and (beside / "config.json").is_file():
+        name = str(beside)
+    try:
+        return _find_source(f"{name}@{revision}" if revision and not Path(name).exists() else name, trust_remote_code)
+    except Missing as error:
+        raise Missing(
+            f"the base model of this adapter, {name}, is missing: {error}; restore it, or correct "
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+        ) from error
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the last complete checkpoint of a run folder, or None."""
+    return max((run / "checkpoints").glob("step-[0-9]*"), default=None)
+
+
+def _dequantised(file: Path) -> Path:
+    """Convert a GGUF file to a safetensors folder, cached under the file's fingerprint."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd" / f"{file.stem}-{key}"
+    if (cache / "config.json").is_file():
+        return cache
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar: `progress.loading` shows one
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise Refusal(f"{file}: not a GGUF file that transformers can read: {first_line(error)}") from error
+    # Several processes may convert at once: each writes a separate folder, and the first to finish renames it.
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    try:
+        part.replace(cache)
+    except OSError:
+        if not (cache / "config.json").is_file():
+            raise
+        shutil.rmtree(part)
+    return cache
