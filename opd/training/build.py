@@ -95,7 +95,7 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         annotator=opening.annotator(plan, prompts, teachers, on, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
-        collector=Collector(speaker, writers, student_info.tokenizer, vocabulary),
+        collector=Collector(speaker, writers, student_info.tokenizer, vocabulary, think_end=config.data.think_end),
         prompts=prompts,
         held_out=held_out,
         agreements=agreements,

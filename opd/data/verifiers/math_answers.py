@@ -1,0 +1,370 @@
+r"""Equality of two answers of mathematics: `same(gold, candidate, equal) -> bool`, the same in both directions.
+
+An answer is a list of items with or without brackets, such as "(1, 2)" or "x = 2 or x = 3".  An item is a time or ratio,
+a sequence with dots, words, a value with a unit, or an expression.  `equal` compares expressions: it is
+`math_engine.equal`, and the rules here decide what it may compare.
+
+Rules:
+- Brackets must agree: (1, 2) is no set and no closed interval.  Without brackets, the order counts only if it counts in
+  the other answer.
+- A unit may be missing.  Two units must have the same name: nothing is converted, 5 m is not 500 cm.
+- 50 and 50% are equal, and so are 0.5 and 50%.
+- "x = 5" is 5; "x = 5" is not "y = 5".  An equation whose left side is no name is equal only to equations.
+- Times and ratios are compared part by part; "a.m." may be missing.
+- Words, and sequences with dots, are compared as text, without regard to case.
+- A base may be missing: 101_2 and 101 are equal.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from opd.data.verifiers.math_writing import latex
+
+Equal = Callable[[str, str], bool]
+
+_UNITS = {
+    "m": "meter metre", "km": "kilometer kilometre", "cm": "centimeter centimetre", "mm": "millimeter millimetre",
+    "nm": "nanometer nanometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
+    "g": "gram gm", "kg": "kilogram", "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "t": "ton tonne",
+    "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "day": "days", "week": "weeks", "year": "yr yrs years",
+    "month": "months", "ms": "millisecond", "am": "", "pm": "",
+    "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon",
+    "dollar": "dollars USD usd $", "cent": "cents ¢", "euro": "euros EUR €", "pound sterling": "GBP £", "yen": "JPY ¥",
+    "rupee": "rupees INR ₹",
+    "degree": "degrees deg", "radian": "radians rad", "C": "celsius", "F": "fahrenheit", "K": "kelvin",
+    "N": "newton", "J": "joule", "kJ": "kilojoule", "W": "watt", "kW": "kilowatt", "MW": "megawatt", "mW": "milliwatt",
+    "V": "volt", "A": "ampere amp", "Hz": "hertz", "Pa": "pascal", "kPa": "kilopascal", "mol": "mole", "eV": "electronvolt",
+    "percent": "", "dozen": "", "hundred": "", "thousand": "", "million": "", "billion": "", "trillion": "",
+}  # fmt: skip
+_UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for n in (unit, *names.split()) for name in (n, f"{n}s")}
+_SPEEDS = {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "kmph": "km / h", "mps": "m / s", "per": "/"}
+_VAGUE = {"unit", "the", "of", "a", "an", "exactly", "about", "approximately", "total", "in", "is", "are"}
+_LETTER_UNITS = "mgshlLtNJWVKCFA"  # letters that are a unit after a number and a space
+
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_NUMERIC = re.compile(r"(?:[\d\s()+\-*/^{}.!,]|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))*")
+_UNIT_WORD = re.compile(r"(?:\\degree|°|[^\W\d_]+|[$€£¥₹¢]|/)(?:\s*\^\s*\{?(-?\d)\}?)?")
+_TIME = re.compile(r"(\d{1,2})((?::\d\d)*)\s*([ap])\.?\s?m\.?", re.IGNORECASE)
+_BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
+_NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?")
+_RELATION = re.compile(r"[<>]|\\(?:leq|geq|neq|in)(?![a-z])")
+_BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
+_SEPARATOR = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_KNOWN_WORDS = set("sin cos tan cot sec csc log exp sqrt frac max min gcd lcm mod det deg arg inf sup lim".split())
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def has_words(answer: str) -> bool:
+    """Return whether an answer is more than mathematics and units, such as a sentence."""
+    return any(map(_has_words, _split(latex(answer), _SEPARATOR)))
+
+
+def same(gold: str, candidate: str, equal: Equal) -> bool:
+    """Return whether two answers are equal."""
+    a, b = sorted((latex(gold), latex(candidate)))  # a fixed order: the verdict cannot depend on it
+    return bool(a and b) and _same_answer(a, b, equal)
+
+
+# ---- lists ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _List:
+    """An answer as its items; `opening` and `closing` are "" without brackets."""
+
+    opening: str
+    items: tuple[str, ...]
+    closing: str
+
+    @classmethod
+    def of(cls, text: str) -> "_List":
+        """Read an answer.  Commas between digits separate thousands unless they are in brackets."""
+        text = text.strip()
+        opening = next((x for x in _BRACKETS if text.startswith(x)), "")
+        closing = next((x for x in _BRACKETS.values() if text.endswith(x)), "")
+        if opening and closing and _end_of_group(text, len(opening)) == len(text):
+            inner = text[len(opening) : len(text) - len(closing)]
+            if len(items := _split(inner, _SEPARATOR)) > 1 or opening == r"\{":
+                return cls(opening, items, closing)
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        items = _split(text, _SEPARATOR)
+        if len(items) == 1 and r"\pm" in text:
+            items = tuple(text.replace(r"\pm", sign).replace(r"\mp", minus) for sign, minus in ("+-", "-+"))
+        return cls("", items, "")
+
+    @property
+    def is_set(self) -> bool:
+        return self.opening == r"\{"
+
+
+def _end_of_group(text: str, start: int) -> int:
+    """Return the offset behind the bracket that closes the group before `start`; the length + 1 if none does."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(text[i], 0)
+        if not depth:
+            return i + 1
+    return len(text) + 1
+
+
+def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
+    """Split a text at the separators that stand outside brackets."""
+    items, start, depth = [], 0, 0
+    separators = {match.start(): match.end() for match in separator.finditer(text)}
+    for i, character in enumerate(text):
+        if not depth and i in separators and i >= start:
+            items.append(text[start:i])
+            start = separators[i]
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+    return tuple(item.strip() for item in (*items, text[start:]) if item.strip())
+
+
+def _same_answer(a: str, b: str, equal: Equal) -> bool:
+    if a == b:
+        return True
+    sides = [_named(x) for x in (a, b)]
+    if all(name for name, _ in sides) and len({_compact(name) for name, _ in sides}) == 2:
+        return False
+    if any(name for name, _ in sides):
+        return _same_answer(sides[0][1], sides[1][1], equal)
+    first, second = _List.of(a), _List.of(b)
+    if len(first.items) == len(second.items) == 1 and (
+        first.is_set == second.is_set or not (first.opening and second.opening)
+    ):
+        return _same_item(first.items[0], second.items[0], equal)
+    if _RELATION.search(a) or _RELATION.search(b):
+        return _same_item(a, b, equal)
+    if first.opening and second.opening and (first.opening, first.closing) != (second.opening, second.closing):
+        return False
+    brackets = first if first.opening else second
+    is_interval = len(brackets.items) == 2 and "[" in brackets.opening + brackets.closing.replace("]", "[")
+    if is_interval and not (first.opening and second.opening):
+        return False
+    if brackets.opening and not brackets.is_set:
+        return _same_sequence(first.items, second.items, equal)
+    if first.is_set and second.is_set:
+        return _contains(first.items, second.items, equal) and _contains(second.items, first.items, equal)
+    if any(_is_sequence(x.items) for x in (first, second)):
+        return _same_sequence(first.items, second.items, equal)
+    return len(first.items) == len(second.items) and _matching(first.items, second.items, equal)
+
+
+def _same_sequence(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool:
+    return len(first) == len(second) and all(_same_answer(a, b, equal) for a, b in zip(first, second, strict=True))
+
+
+def _contains(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool:
+    """Return whether each item of `first` is in `second`."""
+    return all(any(_same_answer(a, b, equal) for b in second) for a in first)
+
+
+def _matching(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool:
+    rest = sorted(second)
+    for a in sorted(first):
+        match = next((b for b in rest if _same_answer(a, b, equal)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
+
+
+def _is_sequence(items: Sequence[str]) -> bool:
+    return any(r"\ldots" in item for item in items)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Return the name and the value of "x = 5"; the name is "" if the left side is no name.
+
+    "2 + 3 = 5" has no name and the value 5.
+    """
+    parts = _split(text, re.compile(r"(?<![<>!:])=(?!=)|\\approx(?![a-z])|\\in(?![a-z])"))
+    lists = len(_split(text, _SEPARATOR)) > 1
+    if len(parts) < 2 or lists or _RELATION.search(text.replace(r"\in", "")):
+        return "", text
+    if _NAME.fullmatch(parts[0]):
+        return parts[0], parts[-1]
+    if all(_NUMERIC.fullmatch(part) for part in parts[:-1]):
+        return "", parts[-1]
+    return "", text
+
+
+# ---- items ---------------------------------------------------------------------------------------------------------
+
+
+def _same_item(a: str, b: str, equal: Equal) -> bool:
+    """Compare two items by the first of the rules that applies to one of them."""
+    if a == b or _compact(a) == _compact(b):
+        return True
+    for applies, rule in _RULES:
+        if applies(a) or applies(b):
+            return rule(a, b, equal)
+    return _same_value(a, b, equal)
+
+
+def _compact(text: str) -> str:
+    return re.sub(r"\s|\{|\}", "", _TEXT.sub(r"\1", text))
+
+
+def _same_text(a: str, b: str, equal: Equal) -> bool:
+    first, second = (re.sub(r"[\s\\$(){}\"'.*,:;!]", "", _TEXT.sub(r"\1", x)).casefold() for x in (a, b))
+    return first == second != ""
+
+
+def _is_time(text: str) -> bool:
+    return _TIME.fullmatch(_TEXT.sub(r"\1", text).strip()) is not None
+
+
+def _has_colon(text: str) -> bool:
+    return len(_split(text, re.compile(":"))) > 1 and re.search(r"\d", text) is not None
+
+
+def _same_time(a: str, b: str, equal: Equal) -> bool:
+    """Compare times and ratios part by part; "3 p.m." is 3:00 p.m."""
+    times, halves = [], []
+    for text in (a, b):
+        plain = _TEXT.sub(r"\1", text).strip()
+        if match := _TIME.fullmatch(plain):
+            plain = match[1] + (match[2] or ":00")
+            halves.append(match[3].lower())
+        times.append(_split(plain, re.compile(":")))
+    if len(set(halves)) > 1:
+        return False
+    if {len(parts) for parts in times} == {1, 2} and not halves:  # a ratio and a fraction
+        (top, bottom), (value,) = sorted(times, key=len, reverse=True)
+        return not bottom.startswith("0") and equal(rf"\frac{{{top}}}{{{bottom}}}", value)
+    return _same_sequence(*times, equal)
+
+
+def _has_words(text: str) -> bool:
+    """Return whether a text is not only mathematics: it has words, after the unit of a number is removed."""
+    text = _Quantity.of(text).value
+    if any(re.search(r"[^\W\d_]{2}", content) for content in _TEXT.findall(text)):
+        return True
+    runs = re.findall(r"[^\W\d_]{3,}", _COMMAND.sub(" ", _TEXT.sub(" ", text)))
+    return any(_is_word(run) for run in runs if run.lower() not in _KNOWN_WORDS)
+
+
+def _is_word(run: str) -> bool:
+    """Return whether letters are a word, and not a product such as abc or xyz."""
+    return re.search("[aeiou]", run, re.IGNORECASE) is not None and run.lower() not in _ALPHABET
+
+
+def _has_base(text: str) -> bool:
+    return _BASE.fullmatch(text.replace(" ", "")) is not None
+
+
+def _same_base(a: str, b: str, equal: Equal) -> bool:
+    numerals = [_BASE.fullmatch(x.replace(" ", "")) for x in (a, b)]
+    digits = [match[1] if match else x.replace(" ", "") for match, x in zip(numerals, (a, b), strict=True)]
+    bases = {match[2] for match in numerals if match}
+    return len(bases) == 1 and digits[0].lower() == digits[1].lower()
+
+
+def _same_value(a: str, b: str, equal: Equal) -> bool:
+    first, second = _Quantity.of(a), _Quantity.of(b)
+    if not first.agrees(second):
+        return False
+    x, y = (_without_parentheses(q.value) for q in (first, second))
+    if all(re.fullmatch(r"[-+]?\d+", v.replace(" ", "")) and len(v) < 4000 for v in (x, y)):
+        same = int(x.replace(" ", "")) == int(y.replace(" ", ""))
+    elif _letters(x) != _letters(y) and _letters(x.lower()) == _letters(y.lower()):
+        return False  # math-verify reads AB and ab alike
+    else:
+        same = equal(x, y)
+    if same or first.percent == second.percent:
+        return same
+    share, number = (x, y) if first.percent else (y, x)
+    return equal(rf"\frac{{{share}}}{{100}}", number)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall("[a-zA-Z]", _COMMAND.sub("", text)))
+
+
+def _without_parentheses(text: str) -> str:
+    text = text.strip()
+    while text.startswith("(") and text.endswith(")") and _end_of_group(text, 1) == len(text):
+        text = text[1:-1].strip()
+    return text.replace(r"\degree", r"\cdot \frac{\pi}{180}")
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """A value with its unit: the names of units, and other words, such as apples."""
+
+    value: str
+    unit: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
+    percent: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> "_Quantity":
+        """Read a number with what stands behind it; other expressions have no unit."""
+        plain = _TEXT.sub(
+            lambda match: match[1] if re.fullmatch(r"[\d\s().,+-]*", match[1]) else match[0], text
+        ).strip()
+        currency = re.match(r"-?\s*(\\?[$€£¥₹])", plain)
+        if currency:
+            plain = plain.replace(currency[1], "", 1) + " " + currency[1][-1]
+        end = len(_NUMERIC.match(plain)[0])  # type: ignore[index]
+        value, rest = plain[:end].rstrip("^{( "), plain[end:]
+        rest = plain[len(value) :]
+        if (
+            not re.search(r"\d|\\pi", value)
+            or value.count("{") != value.count("}")
+            or value.count("(") != value.count(")")
+        ):
+            return cls(plain)
+        if re.fullmatch(r"\s*(?:\\?%|\\text\s*\{\s*\\?%\s*\}|(?:\\text\s*\{)?\s*percent\s*\}?)\s*", rest):
+            return cls(value, percent=True)
+        unit_text = _TEXT.sub(r" \1 ", rest)
+        letter = re.fullmatch(r"(\s*)([a-zA-Z])\s*", rest)
+        if letter and not (letter[1] and letter[2] in _LETTER_UNITS):
+            return cls(plain)
+        if (
+            not rest.strip()
+            or _COMMAND.search(unit_text.replace(r"\degree", ""))
+            or re.search(r"[=<>+*]|\d\s*[a-z]", unit_text)
+        ):
+            return cls(plain)
+        return cls(value, *_units(unit_text))
+
+    def agrees(self, other: "_Quantity") -> bool:
+        """Return whether the units are the same, or one of them is missing."""
+        if not (self.unit or self.words) or not (other.unit or other.words):
+            return True
+        return self.unit == other.unit and (self.words <= other.words or other.words <= self.words)
+
+
+def _units(text: str) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the units in a text, in order, and its other words."""
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b\w+\b", lambda match: _SPEEDS.get(match[0].lower(), match[0]), text)
+    units, words, power = list[str](), set[str](), ""
+    for match in _UNIT_WORD.finditer(text):
+        word = re.sub(r"\s*\^.*", "", match[0]).replace(r"\degree", "degree").replace("°", "degree")
+        unit = _UNIT_NAMES.get(word) or _UNIT_NAMES.get(word.lower()) or ("/" if word == "/" else "")
+        if word.lower() in ("square", "sq", "squared", "cubic", "cubed"):
+            power = "2" if word.lower().startswith("sq") else "3"
+            if units and word.lower().endswith("ed"):
+                units[-1] += power
+                power = ""
+        elif unit:
+            units.append(unit + (match[1] or power))
+            power = ""
+        elif word.lower().rstrip("s") not in _VAGUE:
+            words.add(word.lower().rstrip("s"))
+    return tuple(units), frozenset(words)
+
+
+# What an item may be other than an expression, and how it is compared then.
+_RULES: tuple[tuple[Callable[[str], bool], Callable[[str, str, Equal], bool]], ...] = (
+    (lambda text: r"\ldots" in text, _same_text),
+    (_is_time, _same_time),
+    (_has_colon, _same_time),
+    (_has_words, _same_text),
+    (_has_base, _same_base),
+)
