@@ -43,13 +43,14 @@ _VAGUE = {"unit", "the", "of", "a", "an", "exactly", "about", "approximately", "
 _LETTER_UNITS = "mgshlLtNJWVKCFA"  # letters that are a unit after a number and a space
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[a-zA-Z]+")
 _NUMERIC = re.compile(r"(?:[\d\s()+\-*/^{}.!,]|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))*")
 _UNIT_WORD = re.compile(r"(?:\\degree|°|[^\W\d_]+|[$€£¥₹¢]|/)(?:\s*\^\s*\{?(-?\d)\}?)?")
 _TIME = re.compile(r"(\d{1,2})((?::\d\d)*)\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?")
-_RELATION = re.compile(r"[<>]|\\(?:leq|geq|neq|in)(?![a-z])")
+_EQUALS = re.compile(r"(?<![<>!:])=(?!=)|\\(?:approx|in)(?![a-z])")
+_INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-z])")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
 _SEPARATOR = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
@@ -125,17 +126,17 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
 def _same_answer(a: str, b: str, equal: Equal) -> bool:
     if a == b:
         return True
-    sides = [_named(x) for x in (a, b)]
-    if all(name for name, _ in sides) and len({_compact(name) for name, _ in sides}) == 2:
-        return False
-    if any(name for name, _ in sides):
-        return _same_answer(sides[0][1], sides[1][1], equal)
+    equations = [_Equation.of(x) for x in (a, b)]
+    if len({_compact(x.name) for x in equations if x.is_equation}) == 1 and (a, b) != tuple(x.value for x in equations):
+        return _same_answer(equations[0].value, equations[1].value, equal)
+    if all(x.is_equation for x in equations):
+        return _same_item(a, b, equal)
     first, second = _List.of(a), _List.of(b)
     if len(first.items) == len(second.items) == 1 and (
         first.is_set == second.is_set or not (first.opening and second.opening)
     ):
         return _same_item(first.items[0], second.items[0], equal)
-    if _RELATION.search(a) or _RELATION.search(b):
+    if _INEQUALITY.search(a) or _INEQUALITY.search(b):
         return _same_item(a, b, equal)
     if first.opening and second.opening and (first.opening, first.closing) != (second.opening, second.closing):
         return False
@@ -175,20 +176,25 @@ def _is_sequence(items: Sequence[str]) -> bool:
     return any(r"\ldots" in item for item in items)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """Return the name and the value of "x = 5"; the name is "" if the left side is no name.
+@dataclass(frozen=True)
+class _Equation:
+    """The name and the value of "x = 5" or "x in [0, 1]"."""
 
-    "2 + 3 = 5" has no name and the value 5.
-    """
-    parts = _split(text, re.compile(r"(?<![<>!:])=(?!=)|\\approx(?![a-z])|\\in(?![a-z])"))
-    lists = len(_split(text, _SEPARATOR)) > 1
-    if len(parts) < 2 or lists or _RELATION.search(text.replace(r"\in", "")):
-        return "", text
-    if _NAME.fullmatch(parts[0]):
-        return parts[0], parts[-1]
-    if all(_NUMERIC.fullmatch(part) for part in parts[:-1]):
-        return "", parts[-1]
-    return "", text
+    is_equation: bool
+    name: str  # "" for other left sides
+    value: str  # the whole text if the left side is neither a name nor numbers, as in "2 + 3 = 5"
+
+    @classmethod
+    def of(cls, text: str) -> "_Equation":
+        """Read an answer; a list, an inequality or an expression is no equation."""
+        parts = _split(text, _EQUALS)
+        if len(parts) < 2 or len(_split(text, _SEPARATOR)) > 1 or _INEQUALITY.search(text):
+            return cls(False, "", text)
+        if len(parts) == 2 and _NAME.fullmatch(parts[1]) and not _NAME.fullmatch(parts[0]):
+            parts = parts[::-1]  # "5 = x"
+        name = parts[0] if _NAME.fullmatch(parts[0]) else ""
+        has_value = name or all(_NUMERIC.fullmatch(part) for part in parts[:-1])
+        return cls(True, name, parts[-1] if has_value else text)
 
 
 # ---- items ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ decimals or 15 digits.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -48,7 +49,9 @@ def _same(a: Any, b: Any) -> bool:
             return matching(a.args, b.args)
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         return _same_expression(a.doit(), b.doit())
-    return all(verify(x, y, allow_set_relation_comp=True, timeout_seconds=None) for x, y in ((a, b), (b, a)))
+    if isinstance(a, sympy.Set) or isinstance(b, sympy.Set):  # x >= 2 and [2, oo)
+        return all(verify(x, y, allow_set_relation_comp=True, timeout_seconds=None) for x, y in ((a, b), (b, a)))
+    return bool(a == b)
 
 
 def _ordered(first: Sequence[Any], second: Sequence[Any]) -> bool:
@@ -77,18 +80,18 @@ def _same_expression(a: sympy.Expr, b: sympy.Expr) -> bool:
     if not (a.is_number and b.is_number):
         return False
     x, y = a.evalf(DIGITS), b.evalf(DIGITS)
+    if not (x.is_finite and y.is_finite):
+        return False
     if abs(x - y) <= 10**-50 * max(abs(x), abs(y)):
         return True
     # A decimal of a real number: 4.123105625617661 for sqrt(17).
-    for exact, other in ((a, y), (b, x)):
-        if isinstance(exact, Rational) and other.is_real and other.is_finite:
-            return same_number(_fraction(exact), _fraction(Rational(other)))
+    for decimal, other in ((a, y), (b, x)):
+        if isinstance(decimal, Rational) and other.is_real:
+            return same_number(_fraction(decimal), _fraction(Rational(other)))
     return bool(sympy.simplify(a - b) == 0)
 
 
-def _fraction(x: Rational) -> Any:
-    from fractions import Fraction
-
+def _fraction(x: Rational) -> Fraction:
     return Fraction(int(x.p), int(x.q))
 
 

@@ -130,7 +130,7 @@ def _plain(text: str) -> str:
 def _decimal(match: re.Match[str]) -> str:
     """Return a decimal as a fraction."""
     digits = (match[1] + match[2]).lstrip("0") or "0"
-    return rf"{{\frac{{{digits}}}{{1{'0' * len(match[2])}}}}}"
+    return rf"(\frac{{{digits}}}{{1{'0' * len(match[2])}}})"
 
 
 def _recurring(match: re.Match[str]) -> str:
