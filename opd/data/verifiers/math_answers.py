@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from opd.data.verifiers.extract import plain
 from opd.data.verifiers.math_writing import latex
 
 Equal = Callable[[str, str], bool]
@@ -46,6 +47,8 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|op
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[a-zA-Z]+")
 _NUMERIC = re.compile(r"(?:[\d\s()+\-*/^{}.!,]|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))*")
 _UNIT_WORD = re.compile(r"(?:\\degree|°|[^\W\d_]+|[$€£¥₹¢]|/)(?:\s*\^\s*\{?(-?\d)\}?)?")
+_UNIT_TEXT = re.compile(r"(?:\s|\\degree|[^\W\d_]|\^\s*(?:\{-?[1-6]\}|-?[1-6])|[$€£¥₹¢°/.])*")
+_BARE_WORD = re.compile(r"(?<!\\)\b([^\W\d_]+)")
 _TIME = re.compile(r"(\d{1,2})((?::\d\d)*)\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?")
@@ -211,11 +214,11 @@ def _same_item(a: str, b: str, equal: Equal) -> bool:
 
 
 def _compact(text: str) -> str:
-    return re.sub(r"\s|\{|\}", "", _TEXT.sub(r"\1", text))
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", _TEXT.sub(r"\1", text))
 
 
 def _same_text(a: str, b: str, equal: Equal) -> bool:
-    first, second = (re.sub(r"[\s\\$(){}\"'.*,:;!]", "", _TEXT.sub(r"\1", x)).casefold() for x in (a, b))
+    first, second = (re.sub(r"[\\$(){}\"'.*,:;!]", "", plain(x)).casefold().strip() for x in (a, b))
     return first == second != ""
 
 
@@ -276,8 +279,8 @@ def _same_value(a: str, b: str, equal: Equal) -> bool:
     x, y = (_without_parentheses(q.value) for q in (first, second))
     if all(re.fullmatch(r"[-+]?\d+", v.replace(" ", "")) and len(v) < 4000 for v in (x, y)):
         same = int(x.replace(" ", "")) == int(y.replace(" ", ""))
-    elif _letters(x) != _letters(y) and _letters(x.lower()) == _letters(y.lower()):
-        return False  # math-verify reads AB and ab alike
+    elif _symbols(x) != _symbols(y) and _symbols(re.sub("'", "", x.lower())) == _symbols(re.sub("'", "", y.lower())):
+        return False  # math-verify reads AB and ab alike, and f' and f
     else:
         same = equal(x, y)
     if same or first.percent == second.percent:
@@ -286,8 +289,8 @@ def _same_value(a: str, b: str, equal: Equal) -> bool:
     return equal(rf"\frac{{{share}}}{{100}}", number)
 
 
-def _letters(text: str) -> set[str]:
-    return set(re.findall("[a-zA-Z]", _COMMAND.sub("", text)))
+def _symbols(text: str) -> set[str]:
+    return set(re.findall("[a-zA-Z]'*", _COMMAND.sub("", text)))
 
 
 def _without_parentheses(text: str) -> str:
@@ -326,15 +329,13 @@ class _Quantity:
             return cls(plain)
         if re.fullmatch(r"\s*(?:\\?%|\\text\s*\{\s*\\?%\s*\}|(?:\\text\s*\{)?\s*percent\s*\}?)\s*", rest):
             return cls(value, percent=True)
+        bare = _TEXT.sub(" ", rest)
         unit_text = _TEXT.sub(r" \1 ", rest)
-        letter = re.fullmatch(r"(\s*)([a-zA-Z])\s*", rest)
-        if letter and not (letter[1] and letter[2] in _LETTER_UNITS):
-            return cls(plain)
-        if (
-            not rest.strip()
-            or _COMMAND.search(unit_text.replace(r"\degree", ""))
-            or re.search(r"[=<>+*]|\d\s*[a-z]", unit_text)
+        if not (_UNIT_TEXT.fullmatch(bare) and re.search(r"[^\W\d_]|[$€£¥₹¢°]", unit_text)) or re.search(
+            r"\d\s*[a-z]", unit_text
         ):
+            return cls(plain)
+        if not all(_is_unit(word[1], bare[: word.start()]) for word in _BARE_WORD.finditer(bare)):
             return cls(plain)
         return cls(value, *_units(unit_text))
 
@@ -343,6 +344,13 @@ class _Quantity:
         if not (self.unit or self.words) or not (other.unit or other.words):
             return True
         return self.unit == other.unit and (self.words <= other.words or other.words <= self.words)
+
+
+def _is_unit(word: str, before: str) -> bool:
+    """Return whether a word behind a number, outside of \\text, is a unit or a noun, and not a variable."""
+    if len(word) == 1:
+        return word in _LETTER_UNITS and before != "" and (before[-1] in " /" or before.endswith("degree"))
+    return word in _UNIT_NAMES or word.lower() in _SPEEDS or _is_word(word) and len(word) > 2
 
 
 def _units(text: str) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -373,4 +381,5 @@ _RULES: tuple[tuple[Callable[[str], bool], Callable[[str, str, Equal], bool]], .
     (_has_colon, _same_time),
     (_has_words, _same_text),
     (_has_base, _same_base),
+    (lambda text: re.search(r"(?<![\d_^])\d+\s+\d", text) is not None, _same_text),  # math-verify reads 7 8 as 15
 )

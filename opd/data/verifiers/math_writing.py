@@ -76,9 +76,12 @@ _RECURRING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d+)\}|\\dot\
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\\(|\\\)|(?<!\\)\\\[|\\\](?![a-z])|(?<!\\)\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])", ""),
+        (
+            r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?![a-z])|(?<!\\)\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])",
+            "",
+        ),
         (r"(?<=\d)(?:\{,\}|,\\!|\\[,:;! ]|~)\s*(?=\d{3}(?!\d))", ""),  # spaces and braces between thousands
-        (r"\\[,:;! ]|\\q?quad(?![a-z])|~", " "),
+        (r"(?<!\\)\\[,:;! ]|\\q?quad(?![a-z])|~", " "),
         (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda match: match[0].replace(" ", "")),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -101,6 +104,7 @@ _REWRITES = tuple(
         (r"(?<=\d)\s*[eE]([+-]?\d+)\b", r"\\times 10^{\1}"),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
         (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+        (r"(?<![\d.)\}/^\w])(\d+)/(\d+)(?=\s)", r"\\frac{\1}{\2}"),
         (r"\^\s*([+-]?\d+)(?![.\d])", r"^{\1}"),
         (r"\^\s*(-?\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|-?\\[a-z]+)", r"^{\1}"),
     )
