@@ -1,7 +1,7 @@
 r"""Equality of two answers of mathematics: `same(gold, candidate, equal) -> bool`, the same in both directions.
 
-An answer is a list of items with or without brackets, such as "(1, 2)" or "x = 2 or x = 3".  An item is a time or ratio,
-a sequence with dots, words, a value with a unit, or an expression.  `equal` compares expressions: it is
+An answer is a list of items with or without brackets, such as "(1, 2)" or "x = 2 or x = 3".  An item is a time or
+ratio, a sequence with dots, words, a value with a unit, or an expression.  `equal` compares expressions: it is
 `math_engine.equal`, and the rules here decide what it may compare.
 
 Rules:
@@ -20,35 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opd.data.verifiers.extract import plain
+from opd.data.verifiers.math_units import NUMERIC, TEXT, Quantity, is_word
 from opd.data.verifiers.math_writing import latex
 
 Equal = Callable[[str, str], bool]
 
-_UNITS = {
-    "m": "meter metre", "km": "kilometer kilometre", "cm": "centimeter centimetre", "mm": "millimeter millimetre",
-    "nm": "nanometer nanometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
-    "g": "gram gm", "kg": "kilogram", "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "t": "ton tonne",
-    "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "day": "days", "week": "weeks", "year": "yr yrs years",
-    "month": "months", "ms": "millisecond", "am": "", "pm": "",
-    "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon",
-    "dollar": "dollars USD usd $", "cent": "cents ¢", "euro": "euros EUR €", "pound sterling": "GBP £", "yen": "JPY ¥",
-    "rupee": "rupees INR ₹",
-    "degree": "degrees deg", "radian": "radians rad", "C": "celsius", "F": "fahrenheit", "K": "kelvin",
-    "N": "newton", "J": "joule", "kJ": "kilojoule", "W": "watt", "kW": "kilowatt", "MW": "megawatt", "mW": "milliwatt",
-    "V": "volt", "A": "ampere amp", "Hz": "hertz", "Pa": "pascal", "kPa": "kilopascal", "mol": "mole", "eV": "electronvolt",
-    "percent": "", "dozen": "", "hundred": "", "thousand": "", "million": "", "billion": "", "trillion": "",
-}  # fmt: skip
-_UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for n in (unit, *names.split()) for name in (n, f"{n}s")}
-_SPEEDS = {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "kmph": "km / h", "mps": "m / s", "per": "/"}
-_VAGUE = {"unit", "the", "of", "a", "an", "exactly", "about", "approximately", "total", "in", "is", "are"}
-_LETTER_UNITS = "mgshlLtNJWVKCFA"  # letters that are a unit after a number and a space
-
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[a-zA-Z]+")
-_NUMERIC = re.compile(r"(?:[\d\s()+\-*/^{}.!,]|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))*")
-_UNIT_WORD = re.compile(r"(?:\\degree|°|[^\W\d_]+|[$€£¥₹¢]|/)(?:\s*\^\s*\{?(-?\d)\}?)?")
-_UNIT_TEXT = re.compile(r"(?:\s|\\degree|[^\W\d_]|\^\s*(?:\{-?[1-6]\}|-?[1-6])|[$€£¥₹¢°/.])*")
-_BARE_WORD = re.compile(r"(?<!\\)\b([^\W\d_]+)")
 _TIME = re.compile(r"(\d{1,2})((?::\d\d)*)\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?")
@@ -57,8 +34,9 @@ _INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-z])")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
 _SEPARATOR = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-_KNOWN_WORDS = set("sin cos tan cot sec csc log exp sqrt frac max min gcd lcm mod det deg arg inf sup lim".split())
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_FUNCTIONS = set(
+    re.findall(r"\w+", "sin cos tan cot sec csc log exp sqrt frac max min gcd lcm mod det deg arg inf sup lim")
+)
 
 
 def has_words(answer: str) -> bool:
@@ -196,7 +174,7 @@ class _Equation:
         if len(parts) == 2 and _NAME.fullmatch(parts[1]) and not _NAME.fullmatch(parts[0]):
             parts = parts[::-1]  # "5 = x"
         name = parts[0] if _NAME.fullmatch(parts[0]) else ""
-        has_value = name or all(_NUMERIC.fullmatch(part) for part in parts[:-1])
+        has_value = name or all(NUMERIC.fullmatch(part) for part in parts[:-1])
         return cls(True, name, parts[-1] if has_value else text)
 
 
@@ -214,7 +192,7 @@ def _same_item(a: str, b: str, equal: Equal) -> bool:
 
 
 def _compact(text: str) -> str:
-    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", _TEXT.sub(r"\1", text))
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", TEXT.sub(r"\1", text))
 
 
 def _same_text(a: str, b: str, equal: Equal) -> bool:
@@ -223,7 +201,7 @@ def _same_text(a: str, b: str, equal: Equal) -> bool:
 
 
 def _is_time(text: str) -> bool:
-    return _TIME.fullmatch(_TEXT.sub(r"\1", text).strip()) is not None
+    return _TIME.fullmatch(TEXT.sub(r"\1", text).strip()) is not None
 
 
 def _has_colon(text: str) -> bool:
@@ -234,7 +212,7 @@ def _same_time(a: str, b: str, equal: Equal) -> bool:
     """Compare times and ratios part by part; "3 p.m." is 3:00 p.m."""
     times, halves = [], []
     for text in (a, b):
-        plain = _TEXT.sub(r"\1", text).strip()
+        plain = TEXT.sub(r"\1", text).strip()
         if match := _TIME.fullmatch(plain):
             plain = match[1] + (match[2] or ":00")
             halves.append(match[3].lower())
@@ -249,16 +227,11 @@ def _same_time(a: str, b: str, equal: Equal) -> bool:
 
 def _has_words(text: str) -> bool:
     """Return whether a text is not only mathematics: it has words, after the unit of a number is removed."""
-    text = _Quantity.of(text).value
-    if any(re.search(r"[^\W\d_]{2}", content) for content in _TEXT.findall(text)):
+    text = Quantity.of(text).value
+    if any(re.search(r"[^\W\d_]{2}", content) for content in TEXT.findall(text)):
         return True
-    runs = re.findall(r"[^\W\d_]{3,}", _COMMAND.sub(" ", _TEXT.sub(" ", text)))
-    return any(_is_word(run) for run in runs if run.lower() not in _KNOWN_WORDS)
-
-
-def _is_word(run: str) -> bool:
-    """Return whether letters are a word, and not a product such as abc or xyz."""
-    return re.search("[aeiou]", run, re.IGNORECASE) is not None and run.lower() not in _ALPHABET
+    runs = re.findall(r"[^\W\d_]{3,}", _COMMAND.sub(" ", TEXT.sub(" ", text)))
+    return any(is_word(run) for run in runs if run.lower() not in _FUNCTIONS)
 
 
 def _has_base(text: str) -> bool:
@@ -273,7 +246,7 @@ def _same_base(a: str, b: str, equal: Equal) -> bool:
 
 
 def _same_value(a: str, b: str, equal: Equal) -> bool:
-    first, second = _Quantity.of(a), _Quantity.of(b)
+    first, second = Quantity.of(a), Quantity.of(b)
     if not first.agrees(second):
         return False
     x, y = (_without_parentheses(q.value) for q in (first, second))
@@ -298,80 +271,6 @@ def _without_parentheses(text: str) -> str:
     while text.startswith("(") and text.endswith(")") and _end_of_group(text, 1) == len(text):
         text = text[1:-1].strip()
     return text.replace(r"\degree", r"\cdot \frac{\pi}{180}")
-
-
-@dataclass(frozen=True)
-class _Quantity:
-    """A value with its unit: the names of units, and other words, such as apples."""
-
-    value: str
-    unit: tuple[str, ...] = ()
-    words: frozenset[str] = frozenset()
-    percent: bool = False
-
-    @classmethod
-    def of(cls, text: str) -> "_Quantity":
-        """Read a number with what stands behind it; other expressions have no unit."""
-        plain = _TEXT.sub(
-            lambda match: match[1] if re.fullmatch(r"[\d\s().,+-]*", match[1]) else match[0], text
-        ).strip()
-        currency = re.match(r"-?\s*(\\?[$€£¥₹])", plain)
-        if currency:
-            plain = plain.replace(currency[1], "", 1) + " " + currency[1][-1]
-        end = len(_NUMERIC.match(plain)[0])  # type: ignore[index]
-        value, rest = plain[:end].rstrip("^{( "), plain[end:]
-        rest = plain[len(value) :]
-        if (
-            not re.search(r"\d|\\pi", value)
-            or value.count("{") != value.count("}")
-            or value.count("(") != value.count(")")
-        ):
-            return cls(plain)
-        if re.fullmatch(r"\s*(?:\\?%|\\text\s*\{\s*\\?%\s*\}|(?:\\text\s*\{)?\s*percent\s*\}?)\s*", rest):
-            return cls(value, percent=True)
-        bare = _TEXT.sub(" ", rest)
-        unit_text = _TEXT.sub(r" \1 ", rest)
-        if not (_UNIT_TEXT.fullmatch(bare) and re.search(r"[^\W\d_]|[$€£¥₹¢°]", unit_text)) or re.search(
-            r"\d\s*[a-z]", unit_text
-        ):
-            return cls(plain)
-        if not all(_is_unit(word[1], bare[: word.start()]) for word in _BARE_WORD.finditer(bare)):
-            return cls(plain)
-        return cls(value, *_units(unit_text))
-
-    def agrees(self, other: "_Quantity") -> bool:
-        """Return whether the units are the same, or one of them is missing."""
-        if not (self.unit or self.words) or not (other.unit or other.words):
-            return True
-        return self.unit == other.unit and (self.words <= other.words or other.words <= self.words)
-
-
-def _is_unit(word: str, before: str) -> bool:
-    """Return whether a word behind a number, outside of \\text, is a unit or a noun, and not a variable."""
-    if len(word) == 1:
-        return word in _LETTER_UNITS and before != "" and (before[-1] in " /" or before.endswith("degree"))
-    return word in _UNIT_NAMES or word.lower() in _SPEEDS or _is_word(word) and len(word) > 2
-
-
-def _units(text: str) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return the units in a text, in order, and its other words."""
-    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text, flags=re.IGNORECASE)
-    text = re.sub(r"\b\w+\b", lambda match: _SPEEDS.get(match[0].lower(), match[0]), text)
-    units, words, power = list[str](), set[str](), ""
-    for match in _UNIT_WORD.finditer(text):
-        word = re.sub(r"\s*\^.*", "", match[0]).replace(r"\degree", "degree").replace("°", "degree")
-        unit = _UNIT_NAMES.get(word) or _UNIT_NAMES.get(word.lower()) or ("/" if word == "/" else "")
-        if word.lower() in ("square", "sq", "squared", "cubic", "cubed"):
-            power = "2" if word.lower().startswith("sq") else "3"
-            if units and word.lower().endswith("ed"):
-                units[-1] += power
-                power = ""
-        elif unit:
-            units.append(unit + (match[1] or power))
-            power = ""
-        elif word.lower().rstrip("s") not in _VAGUE:
-            words.add(word.lower().rstrip("s"))
-    return tuple(units), frozenset(words)
 
 
 # What an item may be other than an expression, and how it is compared then.

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (this file is about such characters)
 r"""The writing of mathematics: `latex(answer)` gives Unicode, plain text and LaTeX the one form that math-verify reads.
 
 Decimals become fractions, because math-verify compares floats to six decimals.  Units, brackets and words are kept.
@@ -9,55 +10,44 @@ import unicodedata
 from opd.data.verifiers.extract import visible
 
 _SYMBOLS = {
-    **dict(zip("×·⋅∙∗÷⁄∕–—", [*[r"\times "] * 5, "/", "/", "/", "-", "-"], strict=True)),  # noqa: RUF001
-    **{
-        "∞": r"\infty ",
-        "°": r"^\circ ",
-        "º": r"^\circ ",
-        "℃": r"^\circ C",
-        "℉": r"^\circ F",
-        "…": r"\ldots ",
-        "⋯": r"\ldots ",
-    },
-    **{
-        "≤": r"\leq ",
-        "⩽": r"\leq ",
-        "≥": r"\geq ",
-        "⩾": r"\geq ",
-        "≠": r"\neq ",
-        "≈": r"\approx ",
-        "±": r"\pm ",
-        "∓": r"\mp ",
-    },
-    **{
-        "∈": r"\in ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∅": r"\emptyset ",
-        "∖": r"\setminus ",
-        "→": r"\to ",
-        "∠": r"\angle ",
-    },
-    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
-    **{
-        "⌊": r"\lfloor ",
-        "⌋": r"\rfloor ",
-        "⌈": r"\lceil ",
-        "⌉": r"\rceil ",
-        "′": "'",
-        "ϕ": r"\phi ",
-        "ϵ": r"\epsilon ",
-    },
-    **{"µ": r"\mu "},
-}
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
+    "×": r"\times ", "·": r"\times ", "⋅": r"\times ", "∙": r"\times ", "∗": r"\times ", "÷": "/", "⁄": "/", "∕": "/",
+    "–": "-", "—": "-", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "…": r"\ldots ", "⋯": r"\ldots ", "′": "'",
+    "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ",
+    "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ",
+    "∅": r"\emptyset ", "→": r"\to ", "∠": r"\angle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
+    "⌉": r"\rceil ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "µ": r"\mu ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+}  # fmt: skip
+_GREEK = (
+    *(
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+    ),
+    *("pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"),
+)
+_CAPITALS = ("gamma", "delta", "theta", "lambda", "xi", "pi", "sigma", "phi", "psi", "omega")  # those that LaTeX has
+
+
+def _greek(case: str, name: str) -> str:
+    return unicodedata.lookup(f"GREEK {case} LETTER {name.replace('lambda', 'lamda')}")  # the spelling of Unicode
+
+
 _CHARACTERS = str.maketrans(
     _SYMBOLS
-    | {unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}"): rf"\{name} " for name in _GREEK}
-    | {
-        unicodedata.lookup(f"GREEK CAPITAL LETTER {name.replace('lambda', 'lamda')}"): rf"\{name.title()} "
-        for name in "gamma delta theta lambda xi pi sigma phi psi omega".split()
-    }
+    | {_greek("SMALL", name): rf"\{name} " for name in _GREEK}
+    | {_greek("CAPITAL", name): rf"\{name.title()} " for name in _CAPITALS}
 )
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎]+")
@@ -114,7 +104,7 @@ _REWRITES = tuple(
 def latex(answer: str) -> str:
     """Return an answer in the LaTeX that math-verify reads."""
     text = visible(answer)
-    text = _VULGAR.sub(lambda match: r"\frac{%s}{%s}" % tuple(_plain(match[0]).split("⁄")), text)
+    text = _VULGAR.sub(_vulgar, text)
     text = _RAISED.sub(lambda match: "^{" + _plain(match[0]) + "}", text)
     text = _LOWERED.sub(lambda match: "_{" + _plain(match[0]) + "}", text)
     text = _STYLED.sub(lambda match: _plain(match[0]), text).translate(_CHARACTERS)
@@ -129,6 +119,12 @@ def latex(answer: str) -> str:
 
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+
+
+def _vulgar(match: re.Match[str]) -> str:
+    """Return a fraction that is a single character, such as ¾."""
+    top, _, bottom = _plain(match[0]).partition("\u2044")
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _decimal(match: re.Match[str]) -> str:
