@@ -18,7 +18,7 @@ from opd.data.tasks import benchmarks as sets
 from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
 from opd.data.verifiers import response_text
-from opd.data.verifiers.extract import final, plain
+from opd.data.verifiers.extract import final, plain, without_thinking
 from opd.models import load as models
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine

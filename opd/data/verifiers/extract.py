@@ -165,7 +165,7 @@ def _decimal_digits(x: Fraction) -> int:
 
 def is_number(text: str) -> bool:
     """Return whether a text is a single number and nothing else."""
-    return _NUMBER.fullmatch(text) is not None
+    return _NUMBER.fullmatch(_FRACTION.sub(r"\1/\2", text)) is not None
 
 
 def letter(text: str) -> str:

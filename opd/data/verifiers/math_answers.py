@@ -34,6 +34,7 @@ _INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-z])")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
 _SEPARATOR = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_SHORT_WORD = re.compile(r"(?<![a-zA-Z\\])(?:so|is|it|we|to|as|at|by|of|if|be|no)(?![a-zA-Z])", re.IGNORECASE)
 _FUNCTIONS = set(
     re.findall(r"\w+", "sin cos tan cot sec csc log exp sqrt frac max min gcd lcm mod det deg arg inf sup lim")
 )
@@ -41,7 +42,8 @@ _FUNCTIONS = set(
 
 def has_words(answer: str) -> bool:
     """Return whether an answer is more than mathematics and units, such as a sentence."""
-    return any(map(_has_words, _split(latex(answer), _SEPARATOR)))
+    text = latex(answer)
+    return _SHORT_WORD.search(text) is not None or any(map(_has_words, _split(text, _SEPARATOR)))
 
 
 def same(gold: str, candidate: str, equal: Equal) -> bool:
@@ -222,7 +224,7 @@ def _same_time(a: str, b: str, equal: Equal) -> bool:
     if {len(parts) for parts in times} == {1, 2} and not halves:  # a ratio and a fraction
         (top, bottom), (value,) = sorted(times, key=len, reverse=True)
         return not bottom.startswith("0") and equal(rf"\frac{{{top}}}{{{bottom}}}", value)
-    return _same_sequence(*times, equal)
+    return _same_sequence(times[0], times[1], equal)
 
 
 def _has_words(text: str) -> bool:

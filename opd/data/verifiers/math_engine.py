@@ -31,7 +31,7 @@ def equal(first: str, second: str) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    found = parse(rf"\boxed{{{text}}}", [_CONFIG], extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
+    found = parse(rf"\boxed{{{text}}}", [_CONFIG], extraction_mode="first_match", parsing_timeout=None)
     return found[0] if found and isinstance(found[0], Basic | MatrixBase) else None
 
 

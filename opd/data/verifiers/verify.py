@@ -30,6 +30,8 @@ from opd.data.verifiers.math_answers import has_words
 
 Verifier = Callable[[str, str], float]
 
+_CONNECTIVE = re.compile(r"^\s*(?:so|thus|hence|therefore|then)\b[,:\s]*", re.IGNORECASE)
+
 
 def math(response: str, answer: str) -> float:
     """Score 1 if the final answer is mathematically equal to the expected answer, by math-verify.
@@ -44,10 +46,10 @@ def math(response: str, answer: str) -> float:
         return 1.0
     if content:
         return _equal(gold, content)
-    statement = stated(text) or text.rpartition("\n")[2]
+    statement = _CONNECTIVE.sub("", stated(text) or text.rpartition("\n")[2])
     if _equal(gold, statement):
         return 1.0
-    if len(statement) <= 4 * TAIL and not has_words(statement):
+    if len(statement) <= 4 * TAIL and re.search(r"\w", statement) and not has_words(statement):
         return 0.0
     formula = last_formula(stated(text) or text[-TAIL:])
     if re.search(r"\d", formula) or not is_number(gold):
