@@ -10,13 +10,18 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.core.errors import Refusal
+from opd.core.types import Rollout
 from opd.data.verifiers import response_text, sandbox, verify
 from opd.data.verifiers.extract import same_number, without_thinking
 from opd.data.verifiers.math_writing import latex
 from opd.data.verifiers.thinking import MARKS
+from opd.head.vocabulary import Vocabulary
+from opd.rollouts.collector import Collector
+from opd.rollouts.engines.hf import HFEngine
+from opd.teachers.judges.annotator import TeacherTexts
 from tests.data.test_tasks import REAL
 
 CORPORA = Path(__file__).parent / "corpora"
@@ -219,3 +224,17 @@ def test_decoding_agrees_with_the_tokenizer_where_no_mark_is_special():
     for _ in range(50):
         ids = [rng.randrange(len(WORDS)) for _ in range(rng.randrange(12))]
         assert response_text.decode(text, ids) == text.decode(ids, skip_special_tokens=True)
+
+
+def test_the_flag_reaches_the_text_that_the_verifier_and_the_judges_read():
+    text = tokenizer("<|done|>", "<|end|>")
+    ids = tuple(text(r"try \boxed{7} <|done|> 12 <|end|>")["input_ids"])
+    config = LlamaConfig(
+        vocab_size=len(text), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    engine = HFEngine(LlamaForCausalLM(config), len(text), (len(text) - 1,))
+    collector = Collector(engine, {}, text, Vocabulary(len(text)), think_end="<|done|>")
+    assert verify.math(collector.text(ids), "12") == 1
+    rollout = Rollout((1,), (1,), ids, (0.0,) * len(ids), 0, 0, True)
+    texts = TeacherTexts({}, text, max_tokens=1, seed=0, think_end="<|done|>")
+    assert texts.response(rollout) == "12"
