@@ -235,6 +235,14 @@ def test_the_flag_reaches_the_text_that_the_verifier_and_the_judges_read():
     engine = HFEngine(LlamaForCausalLM(config), len(text), (len(text) - 1,))
     collector = Collector(engine, {}, text, Vocabulary(len(text)), think_end="<|done|>")
     assert verify.math(collector.text(ids), "12") == 1
-    rollout = Rollout((1,), (1,), ids, (0.0,) * len(ids), 0, 0, True)
+    rollout = Rollout(
+        prompt_ids=(1,),
+        teacher_prompt_ids=(1,),
+        ids=ids,
+        sampler_logp=(0.0,) * len(ids),
+        index=0,
+        group=0,
+        stopped=True,
+    )
     texts = TeacherTexts({}, text, max_tokens=1, seed=0, think_end="<|done|>")
     assert texts.response(rollout) == "12"
