@@ -19,7 +19,8 @@ from opd.data import prompts
 from opd.data.tasks import benchmarks as sets
 from opd.data.tasks.load import load
 from opd.data.tasks.task import Task
-from opd.data.verifiers.extract import marked, plain, stated, without_thinking
+from opd.data.verifiers import response_text
+from opd.data.verifiers.extract import final, plain, without_thinking
 from opd.models import load as models
 from opd.models.context import context_of
 from opd.models.source import locate
@@ -55,8 +56,7 @@ def majority(answers: Sequence[str], outcomes: Sequence[float], same: Callable[[
 
 def final_answer(response: str) -> str:
     """Return the answer of a response as text: the marked answer, else the stated answer, else the last line."""
-    text = without_thinking(response)
-    return plain(marked(text) or stated(text) or text.rpartition("\n")[2])
+    return plain(final(without_thinking(response)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     prompt_rows = [i for i in ids for _ in range(config.samples)]
     request = GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))
     samples = engine.generate(request)
-    responses = tuple(str(tokenizer.decode(list(s.ids), skip_special_tokens=True)) for s in samples)
+    responses = tuple(response_text.decode(tokenizer, s.ids, config.data.think_end) for s in samples)
     outcomes, majorities = [], []
     for i, prompt in enumerate(task.prompts):
         part = responses[i * config.samples : (i + 1) * config.samples]

@@ -33,6 +33,10 @@ class Data:
     as for GSM8K), exact (same text), choice (a letter), none (no answers; nothing is scored), or module:function for a
     Python function `(response, answer) -> score from 0 to 1`.  Procedural sources always use their built-in
     verifier."""
+    think_end: str = ""
+    """Text of the token that ends the thinking of a response, such as "<|done|>".  The verifier and the judges do not
+    read what stands before it.  Empty: the marks of all model families that opd knows, such as </think> and [/THINK].
+    Set it for another family."""
     chat: bool = True
     """Turn a question given as text into a user message.  Off: use it as plain text without a chat template."""
     system: str = ""

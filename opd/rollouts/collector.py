@@ -11,6 +11,7 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.core.types import DATA, STUDENT, TEACHER, Rollout
 from opd.data.prompts import Rendered
+from opd.data.verifiers import response_text
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Head, Vocabulary
 from opd.methods.rollout_policies.base import Memory, RolloutPolicy, RunState
@@ -52,6 +53,7 @@ class Collector:
     tokenizer: Tokenizer
     vocabulary: Vocabulary  # common ids, temperature and stop class for comparing student and teacher
     prefix_cache: PrefixCache = field(default_factory=PrefixCache)
+    think_end: str = ""  # --think-end
 
     def collect(self, request: RolloutRequest, verify: Callable[[str, Prompt], float]) -> list[Rollout]:
         """Generate rollouts and score them with the verifier, (response, prompt) -> score from 0 to 1."""
@@ -132,8 +134,8 @@ class Collector:
         return out
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decode a response to text, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Decode a response to text, without special tokens except the marks of thinking."""
+        return response_text.decode(self.tokenizer, ids, self.think_end)
 
     def _reference(self, rendered: Rendered, max_tokens: int) -> Sample:
         """Return the data's response as a sample.  Raises Refusal if the data has none."""

@@ -93,7 +93,7 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         annotator=open_annotator(plan, prompts, teachers, open_judge, main=main),
         optimizer=wrapped_optimizer,
         vocabulary=vocabulary,
-        collector=Collector(speaker, writers, student_info.tokenizer, vocabulary),
+        collector=Collector(speaker, writers, student_info.tokenizer, vocabulary, think_end=config.data.think_end),
         prompts=prompts,
         held_out=held_out,
         agreements=agreements,

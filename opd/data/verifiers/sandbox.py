@@ -1,8 +1,8 @@
 """Scorers that may hang or use much memory on a model's text, run in child processes with hard limits.
 
 `score(judge, *question) -> float` asks a child process.  This file, run as a script, is the child: it reads a pickled
-question per line (trusted, because it comes from the parent) and writes a number per line.  It imports no module of
-opd, which keeps torch out of the children.  The time limit is a timer whose signal has no handler.  So the kernel ends
+question per line (trusted, because it comes from the parent) and writes a number per line.  It imports only modules of
+opd that keep torch out of the children.  The time limit is a timer whose signal has no handler.  So the kernel ends
 the child even inside a long C call such as 9**9**9, which no Python signal handler or thread can interrupt.
 """
 
@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import queue
-import re
 import resource
 import signal
 import subprocess
@@ -102,26 +101,14 @@ def _children(judge: str) -> Children:
 os.register_at_fork(after_in_child=_children.cache_clear)  # a forked process must not read its parent's replies
 
 
-def _math() -> Callable[[str, str, bool], bool]:
-    """Return `(answer, candidate, bare) -> equal?` of math-verify; a `bare` candidate has no text beside the answer."""
-    import sympy
-    from math_verify import parse, verify
+def _math() -> Callable[[str, str], bool]:
+    """Return the function `(answer, candidate) -> equal?`."""
+    sys.path.append(os.path.abspath(f"{__file__}/../../../.."))  # the folder of opd, if it is not installed
+    from opd.data.verifiers import math_answers, math_engine
 
-    def read(text: str, bare: bool) -> list:
-        text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}", text)  # math-verify reads 2e3 as 2 * e * 3
-        return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)
-
-    # math-verify compares 6 decimals, so 1e-9 and 2e-9 would be equal.
-    def tiny(gold: sympy.Basic, parsed: sympy.Basic) -> bool:
-        numbers = all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, parsed))
-        return numbers and bool(0 < abs(gold.doit()) < 1e-3)
-
-    def equal(answer: str, candidate: str, bare: bool) -> bool:
+    def equal(answer: str, candidate: str) -> bool:
         with _limits():
-            gold, parsed = read(answer, True), read(candidate, bare)
-            if gold and parsed and tiny(gold[0], parsed[0]):
-                return bool(abs(parsed[0].doit() / gold[0].doit() - 1) < 1e-5)
-            return verify(gold, parsed, timeout_seconds=None)  # not symmetric: the reference is the first argument
+            return math_answers.same(answer, candidate, math_engine.equal)
 
     return equal
 

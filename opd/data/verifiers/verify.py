@@ -9,72 +9,81 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from fractions import Fraction
 from functools import lru_cache, partial
 
 from opd.core.errors import Refusal
 from opd.data.verifiers import sandbox
 from opd.data.verifiers.extract import (
     TAIL,
+    claimed,
     is_number,
+    last_formula,
     letter,
-    marked,
     number,
     plain,
     reference,
+    same_number,
     stated,
     without_thinking,
 )
+from opd.data.verifiers.math_answers import has_words
 
 Verifier = Callable[[str, str], float]
+
+_CONNECTIVE = re.compile(r"^\s*(?:so|thus|hence|therefore|then)\b[,:\s]*", re.IGNORECASE)
 
 
 def math(response: str, answer: str) -> float:
     """Score 1 if the final answer is mathematically equal to the expected answer, by math-verify.
 
-    math-verify runs in child processes; a comparison that takes more than `sandbox.CPU_LIMIT` CPU seconds scores 0.
-    50 and 50% are equal.  0.5 and 50% are equal if the percent sign is in the expected answer.
+    `math_answers` has the rules.  A comparison that takes more than `sandbox.CPU_LIMIT` CPU seconds scores 0.
     """
     text, gold = without_thinking(response), reference(answer)
     if not plain(gold) or not text:
         return 0.0
-    content = marked(text)
-    final = content or stated(text) or text.rpartition("\n")[2]
-    if plain(final) == plain(gold) or plain(text) == plain(gold):
+    content = claimed(text)
+    if plain(content or text) == plain(gold):
         return 1.0
     if content:
-        parts = (plain(content).strip("()"), plain(gold))  # (073) is a number in spite of its parentheses
-        if all(re.fullmatch(r"-?\d{1,9}", part) for part in parts):
-            return float(int(parts[0]) == int(parts[1]))
-        return _equal(gold, content, True)
-    if is_number(gold) and numeric(response, answer):
+        return _equal(gold, content)
+    statement = _CONNECTIVE.sub("", stated(text) or text.rpartition("\n")[2])
+    if _equal(gold, statement):
         return 1.0
-    return _equal(gold, stated(text) or text[-TAIL:], False) or float("\\" in final and _equal(gold, final, True))
+    if len(statement) <= 4 * TAIL and re.search(r"\w", statement) and not has_words(statement):
+        return 0.0
+    formula = last_formula(stated(text) or text[-TAIL:])
+    if re.search(r"\d", formula) or not is_number(gold):
+        return _equal(gold, formula)
+    return numeric(response, answer)
+
+
+def _equal(gold: str, candidate: str) -> float:
+    if not candidate or max(len(gold), len(candidate)) > 4 * TAIL:
+        return 0.0
+    return _compared(*sorted((gold, candidate)))
 
 
 @lru_cache(maxsize=4096)  # rollouts of the same prompt often have the same answer
-def _equal(gold: str, candidate: str, bare: bool) -> float:
-    return sandbox.score("math", gold, candidate, bare)
+def _compared(first: str, second: str) -> float:
+    integers = [plain(text).strip("()") for text in (first, second)]  # (073) is a number in spite of its parentheses
+    if all(re.fullmatch(r"-?\d{1,9}", text) for text in integers):
+        return float(int(integers[0]) == int(integers[1]))
+    return sandbox.score("math", first, second)
 
 
 def numeric(response: str, answer: str) -> float:
     """Score 1 if the final number equals the expected number.
 
     The final number is the last in a marked answer, else the first in a stated answer, else the last in the response.
-    Integers must be equal; other numbers must agree to five digits.
+    Integers must be equal.  Of other numbers, one may be the other rounded to five digits or more.
     """
     text, gold = without_thinking(response), number(reference(answer))
-    if content := marked(text):
+    if content := claimed(text):
         value = number(content)
     else:
         value = number(stated(text).rpartition("=")[2], first=True)
         value = number(text[-TAIL:]) if value is None else value
-    return float(value is not None and gold is not None and _close(value, gold))
-
-
-def _close(a: Fraction, b: Fraction) -> bool:
-    """Return whether two numbers are equal, or both are not integers and agree to five digits."""
-    return a == b or (1 not in (a.denominator, b.denominator) and abs(a - b) * 10**5 <= abs(b))
+    return float(value is not None and gold is not None and same_number(value, gold, digits=5))
 
 
 def exact(response: str, answer: str) -> float:
@@ -83,7 +92,7 @@ def exact(response: str, answer: str) -> float:
     Case, spacing, quotes and punctuation at the ends are ignored, so "CO" equals "Co".
     """
     text, gold = without_thinking(response), _tidy(reference(answer))
-    content = marked(text)
+    content = claimed(text)
     candidates = (content,) if content else (stated(text), text.rpartition("\n")[2], text)
     return float(gold != "" and gold in map(_tidy, candidates))
 
@@ -95,7 +104,7 @@ def _tidy(text: str) -> str:
 def choice(response: str, answer: str) -> float:
     """Score 1 if the response picks the expected letter: "B", "(B)", "B. text" or "the answer is B"."""
     text, gold = without_thinking(response), letter(reference(answer))
-    if content := marked(text) or stated(text):
+    if content := claimed(text) or stated(text):
         picked = letter(content)
     else:
         picked = letter(text.rpartition("\n")[2]) or letter(text) or ["", *re.findall(r"\(([A-Z])\)", text)][-1]

@@ -55,7 +55,13 @@ class WorkerModel:
         model = lora.trainable(config, source, None, device)
         engine = HFEngine(model, setup.size, setup.stop, config.decode_rows, setup.vocabulary.stop)
         text = models.tokenizer(source, field="student")
-        collector = Collector(engine, dict.fromkeys(setup.teachers, engine), text, setup.vocabulary)
+        collector = Collector(
+            engine,
+            dict.fromkeys(setup.teachers, engine),
+            text,
+            setup.vocabulary,
+            think_end=config.data.think_end,
+        )
         return cls(setup, model, collector)
 
     def generate(self, job: Job) -> Done:

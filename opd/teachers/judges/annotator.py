@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.types import Batch, Rollout
-from opd.data import prompts
 from opd.data.prompt_stream import Prompts
 from opd.data.prompts import Rendered
+from opd.data.verifiers import response_text
 from opd.data.verifiers.extract import without_thinking
 from opd.methods.rollout_policies.base import Memory
 from opd.teachers.text.text_models import TextRequest, TextSampling
@@ -73,6 +73,7 @@ class TeacherTexts:
     max_tokens: int  # longest answer of a teacher
     seed: int
     main: bool = True  # this is the main process, the only one that sends requests
+    think_end: str = ""  # --think-end
 
     def on_main(self, answer: Callable[[], T]) -> T:
         """Call a function on the main process, and return its result on all processes."""
@@ -95,13 +96,12 @@ class TeacherTexts:
         return answers
 
     def span(self, rollout: Rollout, start: int, end: int) -> str:
-        """Return the text of the response tokens [start, end)."""
-        return prompts.continuation_text(
-            self.tokenizer, (*rollout.prompt_ids, *rollout.ids[:start]), rollout.ids[start:end]
-        )
+        """Return the text of the response tokens [start, end), with the marks of thinking."""
+        before = (*rollout.prompt_ids, *rollout.ids[:start])
+        return response_text.decode(self.tokenizer, rollout.ids[start:end], self.think_end, context_ids=before)
 
     def response(self, rollout: Rollout) -> str:
-        """Return the text of a response after its reasoning (`</think>`)."""
+        """Return the text of a response after its thinking."""
         return without_thinking(self.span(rollout, 0, len(rollout.ids)))
 
 

@@ -27,7 +27,14 @@ def open_annotator(
     if question is None:
         return Annotator(prompt_stream)
     text_teachers = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, TextTeacher)}
-    texts = TeacherTexts(text_teachers, prompt_stream.tokenizer, config.sampling.max_new_tokens, config.seed, main=main)
+    texts = TeacherTexts(
+        text_teachers,
+        prompt_stream.tokenizer,
+        config.sampling.max_new_tokens,
+        config.seed,
+        main=main,
+        think_end=config.data.think_end,
+    )
     if isinstance(question, Continue):
         return ChunkAnnotator(prompt_stream, question, texts)
 

@@ -8,6 +8,7 @@ from opd.core.types import Rollout
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
 from opd.data.prompts import Rendered, digest
+from opd.data.verifiers import response_text
 from opd.methods.questions import Reflect
 from opd.teachers.judges.annotator import TeacherTexts, rows_by_group
 
@@ -39,7 +40,7 @@ def choose_attempts(
     for rows in rows_by_group(rollouts).values():
         draw = float(uniform(texts.seed, step, rollouts[rows[0]].index, ATTEMPT_CHOICE))
         rollout = rollouts[rows[int(draw * len(rows))]]
-        response = str(texts.tokenizer.decode(list(rollout.ids), skip_special_tokens=True))
+        response = response_text.decode(texts.tokenizer, rollout.ids, texts.think_end)
         prompt = prompts.fill_template(rollout.prompt, reflect.template, response=response)
         ids = prompt_stream.student_ids(prompt)
         if len(ids) <= prompt_stream.room:

@@ -23,6 +23,7 @@ from opd.config.servers import Remote, secret
 from opd.core.errors import Refusal, one_line
 from opd.core.sampling import Prompt, Sampling
 from opd.data import prompts
+from opd.data.verifiers import response_text
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.json_schema import GrammarCompiler
@@ -222,7 +223,7 @@ class InProcessModel:
             written_tokens=sum(len(sample.ids) for sample in samples),
         )
         texts = [
-            (prompts.continuation_text(self.tokenizer, ids, sample.ids), "stop" if sample.stopped else "length")
+            (response_text.decode(self.tokenizer, sample.ids, context_ids=ids), "stop" if sample.stopped else "length")
             for ids, sample in zip(rows, samples, strict=True)
         ]
         yield [(i, texts_or_failure(texts[k * n : (k + 1) * n], sampling)) for k, i in enumerate(sent)]
