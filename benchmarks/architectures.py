@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from benchmarks.tiny_models import TYPES, auto_class, save_tiny
+from benchmarks.tiny_models import TYPES, WITH_IMAGES, auto_class, save_tiny
 from opd import cli
 from opd.cli.parse import suggestion
 from opd.core.disk import OutputFile, has_mark
@@ -36,9 +37,9 @@ from opd.training.run_log import lines
 LIMIT = 1e-3  # nats between a saved log-prob and the plain forward; rounding of fp32 is below 1e-4
 FLAT = 0.1  # least standard deviation of the logits, below which every implementation would agree
 COMMAND = (
-    "train --prompts embedded:ledger-short --no-doctor --quiet --steps 2 --batch 8 --decode-rows 4 --max-new-tokens 24 "
-    "--rollouts-every 1"
-).split()
+    *("train", "--prompts", "embedded:ledger-short", "--no-doctor", "--quiet", "--steps", "2", "--batch", "8"),
+    *("--decode-rows", "4", "--max-new-tokens", "24", "--rollouts-every", "1"),
+)
 PRELOADED = ("opd.training.train", "opd.training.checkpoint", "opd.cli.train", "opd.cli.method_names")
 MARK = "python -m benchmarks architectures"
 PAGE = f"""<!-- {MARK} -->
@@ -54,11 +55,12 @@ python -m benchmarks architectures --jobs 2 --table docs/architectures.md
 Student and teacher are two random models of one small configuration: the default one of the type, with a vocabulary of
 145 tokens, a width of 32 and as few layers as have every kind of layer. `opd train` trains two steps of `vopd`. Rows of
 different lengths leave the decoding batch and others take their places. The difference is the largest one, in nats,
-between a log-prob that the run saved (of the sampler, the student and the teacher) and a plain forward of transformers in
-fp32: one row at a time, without padding and without a KV cache.
+between a log-prob that the run saved (of the sampler, the student and the teacher) and a plain forward of transformers
+in fp32: one row at a time, without padding and without a KV cache.
 
 A type is `OK` if both steps end, `refused` if opd answers with a message and exit code 2, and `CRASH` otherwise. Types
-`not built` do not give a small model that predicts text from token ids only, for the reason in the table.
+`not built` give no small model that predicts text from token ids only, for the reason in the table.
+`TYPE{WITH_IMAGES}` is the multimodal class of a type that also has a class for text.
 
 {{summary}}
 
@@ -167,7 +169,7 @@ def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Fin
         while waiting or running:
             while waiting and len(running) < jobs:
                 model_type = waiting.pop(0)
-                folder = Path(root) / model_type
+                folder = Path(root) / model_type.replace("/", "-")
                 folder.mkdir()
                 process = multiprocessing.get_context("fork").Process(target=_examine_into, args=(model_type, folder))
                 process.start()
@@ -223,14 +225,18 @@ def examine(model_type: str, folder: Path) -> Finding:
             refusal = errors.getvalue().strip().rpartition("opd: ")[2]
             return Finding(model_type, name, "refused", one_line(refusal.replace(f"{folder}/", "")))
         tokenizer = AutoTokenizer.from_pretrained(paths["student"])
-        return Finding(model_type, name, "OK", "", largest_difference(folder / "run", models, tokenizer))
+        differences = largest_differences(folder / "run", models, tokenizer)
+        above = ", ".join(column for column, difference in differences.items() if difference > LIMIT)
+        return Finding(model_type, name, "OK", above and f"but wrong {above}", max(differences.values()))
     except Exception as error:  # the crashes that the sweep looks for
         traceback.print_exc()
         return Finding(model_type, name, "CRASH", _last_line(error))
 
 
-def _last_line(error: Exception) -> str:
-    """Return the last line of an error's traceback."""
+def _last_line(error: BaseException) -> str:
+    """Return the last line of an error's traceback; of a rejected configuration the reason."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
     return one_line("".join(traceback.format_exception_only(error)))
 
 
@@ -249,23 +255,24 @@ def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
-def largest_difference(run: Path, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the largest difference in nats between the log-probs of a run of two steps and those of plain forwards.
+def largest_differences(
+    run: Path, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Return the largest difference in nats of each column of log-probs of a run from plain forwards.
 
-    Those of student and sampler are compared at the first step, before any update; the teacher's at both.
+    Those of student and sampler are compared at the first step, before any update; the teacher's at both steps.
     """
-    out = 0.0
-    for step, names in ((1, {"student_logp": "student", "sampler_logp": "student"}), (2, {})):
+    out: dict[str, float] = {}
+    for step, owners in ((1, {"student_logp": "student", "sampler_logp": "student"}), (2, {})):
         path = run / "rollouts" / f"step-{step:06d}"
         columns = load_file(path.with_suffix(".safetensors"))
         for i, row in enumerate(lines(path.with_suffix(".jsonl"))):
             prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-            ids = columns["ids"][i, : row["tokens"]]
+            ids, trained = (columns[name][i, : row["tokens"]] for name in ("ids", "mask"))
             logps = {name: _logps(model, prompt, ids) for name, model in models.items()}
-            trained = columns["mask"][i, : row["tokens"]]
-            for column, name in {**names, "teacher_logp": "teacher"}.items():
-                gap = (columns[column][i, : row["tokens"]] - logps[name])[trained].abs()
-                out = max(out, float(gap.nan_to_num(float("inf")).max()))
+            for column, owner in {**owners, "teacher_logp": "teacher"}.items():
+                gap = (columns[column][i, : row["tokens"]] - logps[owner])[trained].abs()
+                out[column] = max(out.get(column, 0.0), float(gap.nan_to_num(float("inf")).max()))
     return out
 
 
