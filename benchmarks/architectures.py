@@ -24,7 +24,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from benchmarks.tiny_models import TYPES, WITH_IMAGES, auto_class, save_tiny
@@ -32,6 +32,7 @@ from opd import cli
 from opd.cli.parse import suggestion
 from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal, at_least, one_line, positive
+from opd.models.load import EMBEDDED
 from opd.training.run_log import lines
 
 LIMIT = 1e-3  # nats between a saved log-prob and the plain forward; rounding of fp32 is below 1e-4
@@ -162,6 +163,7 @@ def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Fin
     """
     for module in PRELOADED:
         import_module(module)
+    AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher")  # fills the caches of transformers
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # threads do not survive a fork
     waiting, running = list(types), dict[ForkProcess, tuple[str, Path, float]]()

@@ -38,7 +38,7 @@ TYPES = (
         if CAUSAL.get(name) != IMAGE_TEXT[name]
     ),
 )
-STOP_IDS = (2, 50, 60, 70, 80, 90, 100, 110)  # several, so that responses of random models end at different lengths
+STOP_IDS = (2, 50, 60, 70)  # several, so that responses of random models end at different lengths
 LAYERS = 4
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 
@@ -63,10 +63,11 @@ SIZES: dict[str, Any] = {
     **_named(32, "moe_shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size"),
     **_named(LAYERS, " ".join(LAYER_COUNTS)),
     **_named(2, "encoder_layers num_encoder_layers depth num_global_layers"),
-    **_named(4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads index_n_heads"),
+    **_named(4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"),
     **_named(4, "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads linear_num_heads"),
     **_named(4, "swa_num_attention_heads num_sliding_attention_heads linear_num_value_heads"),
     **_named(2, "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_query_groups"),
+    **_named(16, "index_n_heads"),  # with few heads many scores are 0 after the ReLU, and top-k among ties is arbitrary
     **_named(8, "mamba_n_heads mamba_num_heads n_mamba_heads"),  # of 8 numbers each: twice the hidden size
     **_named(8, "head_dim swa_head_dim v_head_dim qk_nope_head_dim kv_channels d_kv d_head dim_head rotary_dim"),
     **_named(8, "attention_head_size attention_head_dim index_head_dim query_pre_attn_scalar linear_head_dim"),
@@ -102,7 +103,7 @@ HYBRID_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 LATENT_HALF = {"qk_nope_head_dim": 4, "qk_head_dim": 8, "head_dim": 8}  # half of each head is rotated
 OTHER_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 12}
 DOTS3 = {"head_dim": 16, "per_layer_config": {"02": OTHER_HEADS, "03": OTHER_HEADS}}
-INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 4}
+INDEXER = {"n_heads": 16, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 4}
 QWEN4 = {f"indexer_{name}": size for name, size in INDEXER.items()} | {"ple_embed_dim": 32, "split_ngram_parts": 4}
 COMPASS = {"rope_parameters": {"full_attention": MROPE["rope_parameters"]}}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -158,6 +159,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": LATENT_HALF,
     "mistral_large4": {"text_config": LATENT_HALF},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "muse_spark": {"audio_config": {"hidden_sizes": [8, 16, 24, 32]}},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2, "max_img_size": 32}},
     "paddleocr_vl": {"text_config": MROPE},
@@ -166,7 +168,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": MROPE},
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
-    "muse_spark": {"audio_config": {"hidden_sizes": [8, 16, 24, 32]}},
     "recurrent_gemma": {"w_init_variance_scale": 1.0, "final_w_init_variance_scale": 1.0},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 32]},
     "step3p7": {"text_config": {"sliding_window": 8}},
@@ -192,7 +193,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the changes that make a configuration small, with those of its sub-configurations."""
+    """Return the values that make a configuration small, with those of its sub-configurations."""
     default = config.to_dict()
     is_size = lambda value: isinstance(value, (int, float)) and value != 0  # 0 turns something off
     values = {name: SIZES[name] for name, value in default.items() if name in SIZES and is_size(value)}
@@ -200,23 +201,20 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         rotated = values.get("qk_rope_head_dim", 0)
         values |= {"num_key_value_heads": values["num_attention_heads"], "head_dim": rotated}
         values["qk_head_dim"] = values["qk_nope_head_dim"] + rotated
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PretrainedConfig):
-            values[name] = _shrunk(part)
-    layer_name = next((name for name in LAYER_COUNTS if name in default), None)
-    if layer_name is not None:
-        per_layer = {
-            name: value
-            for name, value in default.items()
-            if isinstance(value, (list, tuple))
-            and len(set(value)) < len(value) == default[layer_name] > LAYERS  # not the numbers of the layers
-        }
-        values[layer_name] = max(LAYERS, *map(_first_of_every_kind, per_layer.values()), 0)
-        values |= {
-            name: [SIZES.get(name, kind) for kind in value[: values[layer_name]]] for name, value in per_layer.items()
-        }
-    return {"model_type": config.model_type, **values}
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    values |= {name: _shrunk(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    return {"model_type": config.model_type, **values, **_few_layers(default)}
+
+
+def _few_layers(default: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of layers of a small model, and the first values of each list with a value per layer."""
+    count = next((name for name in LAYER_COUNTS if name in default), None)
+    if count is None:
+        return {}
+    is_kinds = lambda value: isinstance(value, (list, tuple)) and len(set(value)) < len(value) == default[count]
+    kinds = {name: value for name, value in default.items() if is_kinds(value) and len(value) > LAYERS}
+    layers = max(LAYERS, *map(_first_of_every_kind, kinds.values()), 0)
+    return {count: layers, **{name: [SIZES.get(name, kind) for kind in kinds[name][:layers]] for name in kinds}}
 
 
 def _first_of_every_kind(kinds: Sequence[object]) -> int:
@@ -225,14 +223,12 @@ def _first_of_every_kind(kinds: Sequence[object]) -> int:
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with nested changes; a change to None removes the value."""
+    """Return nested values with nested changes."""
     out = dict(values)
     for name, change in changes.items():
-        if isinstance(change, Mapping) and isinstance(out.get(name), Mapping):
-            out[name] = _merged(out[name], change)
-        else:
-            out[name] = change
-    return {name: value for name, value in out.items() if not (name in changes and changes[name] is ...)}
+        nested = isinstance(change, Mapping) and isinstance(out.get(name), Mapping)
+        out[name] = _merged(out[name], change) if nested else change
+    return out
 
 
 def auto_class(name: str) -> type:
