@@ -4,8 +4,6 @@ The log-probs that the run saved are compared with a plain forward of transforme
 without a cache.
 """
 
-import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -14,7 +12,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -28,20 +25,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from benchmarks.tiny_models import TYPES, WITH_IMAGES, auto_class, save_tiny
-from opd import cli
 from opd.cli.parse import suggestion
+from opd.config.data import Data
+from opd.config.train import Train
 from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal, at_least, one_line, positive
+from opd.core.sampling import Sampling
 from opd.models.load import EMBEDDED
 from opd.training.run_log import lines
+from opd.training.train import train
 
 LIMIT = 1e-3  # nats between a saved log-prob and the plain forward; rounding of fp32 is below 1e-4
 FLAT = 0.1  # least standard deviation of the logits, below which every implementation would agree
-COMMAND = (
-    *("train", "--prompts", "embedded:ledger-short", "--no-doctor", "--quiet", "--steps", "2", "--batch", "8"),
-    *("--decode-rows", "4", "--max-new-tokens", "24", "--rollouts-every", "1"),
-)
-PRELOADED = ("opd.training.train", "opd.training.checkpoint", "opd.cli.train", "opd.cli.method_names")
 MARK = "python -m benchmarks architectures"
 PAGE = f"""<!-- {MARK} -->
 # Architectures
@@ -161,8 +156,6 @@ def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Fin
 
     The processes are forked after the imports, which take longer than the training.
     """
-    for module in PRELOADED:
-        import_module(module)
     AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher")  # fills the caches of transformers
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -219,20 +212,36 @@ def examine(model_type: str, folder: Path) -> Finding:
             _check_logits(model)
     except Exception as error:  # whatever transformers raises for a configuration that it cannot build
         return Finding(model_type, name, "not built", _last_line(error))
-    command = [*COMMAND, *(f"--{key}={path}" for key, path in paths.items()), f"--out={folder / 'run'}", "vopd"]
+    run = folder / "run"
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as errors:
-            code = cli.main(command)
-        if code:
-            refusal = errors.getvalue().strip().rpartition("opd: ")[2]
-            return Finding(model_type, name, "refused", one_line(refusal.replace(f"{folder}/", "")))
+        train(two_steps(paths, run))
         tokenizer = AutoTokenizer.from_pretrained(paths["student"])
-        differences = largest_differences(folder / "run", models, tokenizer)
+        differences = largest_differences(run, models, tokenizer)
         above = ", ".join(column for column, difference in differences.items() if difference > LIMIT)
         return Finding(model_type, name, "OK", above and f"but wrong {above}", max(differences.values()))
+    except Refusal as error:
+        return Finding(model_type, name, "refused", one_line(str(error).replace(f"{folder}/", "")))
     except Exception as error:  # the crashes that the sweep looks for
         traceback.print_exc()
         return Finding(model_type, name, "CRASH", _last_line(error))
+
+
+def two_steps(paths: Mapping[str, Path], out: Path) -> Train:
+    """Return the settings of the run.  Not all rows are decoded at once, so that places are filled again."""
+    return Train(
+        student=str(paths["student"]),
+        teacher=str(paths["teacher"]),
+        prompts="embedded:ledger-short",
+        data=Data(limit=16),
+        sampling=Sampling(max_new_tokens=24),
+        steps=2,
+        batch=8,
+        decode_rows=4,
+        rollouts_every=1,
+        doctor=False,
+        quiet=True,
+        out=out,
+    )
 
 
 def _last_line(error: BaseException) -> str:
@@ -268,11 +277,12 @@ def largest_differences(
     for step, owners in ((1, {"student_logp": "student", "sampler_logp": "student"}), (2, {})):
         path = run / "rollouts" / f"step-{step:06d}"
         columns = load_file(path.with_suffix(".safetensors"))
+        owners |= {"teacher_logp": "teacher"}
         for i, row in enumerate(lines(path.with_suffix(".jsonl"))):
             prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
             ids, trained = (columns[name][i, : row["tokens"]] for name in ("ids", "mask"))
-            logps = {name: _logps(model, prompt, ids) for name, model in models.items()}
-            for column, owner in {**owners, "teacher_logp": "teacher"}.items():
+            logps = {name: _logps(models[name], prompt, ids) for name in set(owners.values())}
+            for column, owner in owners.items():
                 gap = (columns[column][i, : row["tokens"]] - logps[owner])[trained].abs()
                 out[column] = max(out.get(column, 0.0), float(gap.nan_to_num(float("inf")).max()))
     return out

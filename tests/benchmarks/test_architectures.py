@@ -10,9 +10,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import architectures
 from benchmarks.__main__ import main
-from benchmarks.architectures import Finding, examined, largest_differences
+from benchmarks.architectures import Finding, examined, largest_differences, two_steps
 from benchmarks.tiny_models import TYPES, save_tiny, tiny_config
-from opd import cli
+from opd.training.train import train
 
 
 def test_a_sweep_of_three_types(tmp_path):
@@ -41,7 +41,6 @@ def test_a_process_that_dies_or_hangs_is_a_crash(monkeypatch):
         return Finding(name, "Model", "OK", "", 1e-6)
 
     monkeypatch.setattr(architectures, "examine", examine)
-    monkeypatch.setattr(architectures, "PRELOADED", ())
     findings = {f.model_type: f for f in examined(("dies", "hangs", "ends"), jobs=3, timeout=5)}
     assert findings["dies"].verdict() == "CRASH: exit code 3"
     assert findings["hangs"].verdict() == "CRASH: did not end in 5 s"
@@ -71,8 +70,7 @@ def test_the_differences_see_another_model(tmp_path):
     for seed, folder in enumerate(folders.values()):
         save_tiny("llama", folder, seed=seed)
     run = tmp_path / "run"
-    words = [*architectures.COMMAND, *(f"--{name}={folder}" for name, folder in folders.items()), f"--out={run}"]
-    assert cli.main([*words, "vopd"]) == 0
+    train(two_steps(folders, run))
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders.values())
     tokenizer = AutoTokenizer.from_pretrained(folders["student"])
     right = largest_differences(run, {"student": student, "teacher": teacher}, tokenizer)
