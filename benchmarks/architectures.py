@@ -279,7 +279,8 @@ def largest_differences(
         columns = load_file(path.with_suffix(".safetensors"))
         owners |= {"teacher_logp": "teacher"}
         for i, row in enumerate(lines(path.with_suffix(".jsonl"))):
-            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+            text = str(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False))
+            prompt = tokenizer(text, add_special_tokens=False).input_ids
             ids, trained = (columns[name][i, : row["tokens"]] for name in ("ids", "mask"))
             logps = {name: _logps(models[name], prompt, ids) for name in set(owners.values())}
             for column, owner in owners.items():

@@ -232,7 +232,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-def auto_class(name: str) -> type:
+def auto_class(name: str) -> Any:  # the two classes share no base that declares their constructors
     """Return the class of transformers that loads a type as a language model."""
     return AutoModelForCausalLM if name in CAUSAL else AutoModelForImageTextToText
 
