@@ -8,21 +8,22 @@ from opd.core.errors import Refusal
 
 
 def main(arguments: list[str]) -> int:
-    """Run one part; return 0, or 2 where the command line is wrong."""
+    """Run one part; return its exit code, or 2 where the command line is wrong."""
     name, *flags = arguments or ["--help"]
     if asks_for_help([name]):
         print("usage: python -m benchmarks PART [flags]\n")
-        print("\n".join(f"  {name:9} {part.about}" for name, part in PARTS.items()))
+        print("\n".join(f"  {name:13} {part.about}" for name, part in PARTS.items()))
         return 0
     try:
         if name not in PARTS:
             raise Refusal(f"{name}: no part of the benchmark{suggestion(name, PARTS)}; there are {', '.join(PARTS)}")
         part = PARTS[name]
-        run_part(parse_flags(part.settings(), flags, prog=f"python -m benchmarks {name}", description=part.about))
+        return run_part(
+            parse_flags(part.settings(), flags, prog=f"python -m benchmarks {name}", description=part.about)
+        )
     except Refusal as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -58,13 +58,20 @@ PARTS: dict[str, BenchmarkPart] = {
         "benchmarks.packing", "Packing", "Rows of like length beside packed ones, over a pool of rollouts."
     ),
     "growth": BenchmarkPart("benchmarks.growth", "Growth", "Time and memory against N, V, k, batch, length."),
-    "all": BenchmarkPart("benchmarks.command", "All", "Every part; its tables, numbers and plot in a folder."),
+    "architectures": BenchmarkPart(
+        "benchmarks.architectures",
+        "Architectures",
+        "Two steps of every architecture of transformers beside a plain forward.",
+    ),
+    "all": BenchmarkPart(
+        "benchmarks.command", "All", "Every part but architectures; its tables, numbers and plot in a folder."
+    ),
 }
 
 
-def run_part(settings: object) -> None:
-    """Run the part whose settings these are, and show its table."""
-    from benchmarks import growth, head, overlap, packing, rollouts, step
+def run_part(settings: object) -> int:
+    """Run the part whose settings these are, and show its table; return the exit code."""
+    from benchmarks import architectures, growth, head, overlap, packing, rollouts, step
 
     match settings:
         case head.Shape():
@@ -80,8 +87,11 @@ def run_part(settings: object) -> None:
             packing.measured(settings).show()
         case growth.Growth():
             growth.measured(settings).show()
+        case architectures.Architectures():
+            return architectures.sweep(settings)
         case All():
             run_all(settings)
+    return 0
 
 
 def run_all(settings: All) -> None:

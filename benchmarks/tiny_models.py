@@ -124,6 +124,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 3], "num_experts_per_tok": 2}},
     "dots3_note": {"text_config": DOTS3},
     "dots3_note_text": DOTS3,
+    "emu3": {"vocabulary_map": {"<image>": 144}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
     "florence2": {"vision_config": {"embed_dim": [32] * 4}},
     "gemma3n_text": {
@@ -211,8 +212,8 @@ def _few_layers(default: Mapping[str, Any]) -> dict[str, Any]:
     count = next((name for name in LAYER_COUNTS if name in default), None)
     if count is None:
         return {}
-    is_kinds = lambda value: isinstance(value, (list, tuple)) and len(set(value)) < len(value) == default[count]
-    kinds = {name: value for name, value in default.items() if is_kinds(value) and len(value) > LAYERS}
+    per_layer = {name: x for name, x in default.items() if isinstance(x, (list, tuple)) and len(x) == default[count]}
+    kinds = {name: x for name, x in per_layer.items() if len(set(map(str, x))) < len(x) > LAYERS}
     layers = max(LAYERS, *map(_first_of_every_kind, kinds.values()), 0)
     return {count: layers, **{name: [SIZES.get(name, kind) for kind in kinds[name][:layers]] for name in kinds}}
 
@@ -231,7 +232,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-def auto_class(name: str) -> type:
+def auto_class(name: str) -> Any:  # the two classes share no base that declares their constructors
     """Return the class of transformers that loads a type as a language model."""
     return AutoModelForCausalLM if name in CAUSAL else AutoModelForImageTextToText
 
