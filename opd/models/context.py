@@ -27,7 +27,7 @@ def context_of(config: PretrainedConfig) -> Context:
     The factors of longrope change for a whole row once it is longer than `original_max_position_embeddings`, also for
     its first tokens.  Their log-probs would differ from those at which they were sampled, so the context ends there.
     """
-    limits = [Context(value) for name in NAMES if isinstance(value := getattr(config, name, None), int)]
+    limits = [Context(value) for name in NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(x for x in rope.values() if isinstance(x, dict))):
         change = parameters.get("original_max_position_embeddings")

@@ -98,13 +98,20 @@ def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
         return adapters.merge(_load_adapter_model(source, dtype, trainable=False))
     _require_safetensors(source)
     options = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True, **source.options()}
-    config = AutoConfig.from_pretrained(source.folder, **source.options())
-    reads_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class: Any = AutoModelForCausalLM if reads_text else AutoModelForImageTextToText
+    auto_class: Any = _auto_class(AutoConfig.from_pretrained(source.folder, **source.options()))
     model, report = auto_class.from_pretrained(source.folder, output_loading_info=True, **options)
     _require_weights(report)
     _freeze_all_but_text(model)
     return cast(PreTrainedModel, model)
+
+
+def _auto_class(config: PretrainedConfig) -> type:
+    """Return the class that loads a model: the multimodal one if the files hold it or transformers has no other."""
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    is_named = multimodal is not None and multimodal.__name__ in (config.architectures or ())
+    if is_named or (multimodal is not None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _require_weights(report: Mapping[str, Collection]) -> None:
@@ -165,6 +172,8 @@ def backbone(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     plain = base(model)
     if plain.base_model is not plain:
         return cast(PreTrainedModel, plain.base_model)
+    if plain.get_decoder() is not plain:  # a multimodal model without a part for all modalities
+        return backbone(plain.get_decoder())
     return next((child for child in plain.children() if isinstance(child, PreTrainedModel)), plain)
 
 
@@ -177,10 +186,10 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
             f"{type(plain).__name__}: its output head is a {type(linear).__name__}; opd needs a plain Linear "
             "(no adapter and no quantisation on lm_head)"
         )
-    options = plain.config.get_text_config().to_dict()
-    scale = (options.get("logit_scale") or 1.0) * (options.get("lm_head_multiplier") or 1.0)
-    scale /= options.get("logits_scaling") or 1.0
-    return Head(linear.weight, linear.bias, scale, options.get("final_logit_softcapping") or 0.0)
+    option = lambda name: getattr(plain.config.get_text_config(), name, None) or 0.0
+    scale = (option("logit_scale") or 1.0) * (option("lm_head_multiplier") or 1.0)
+    scale /= (option("logits_scaling") or 1.0) * (option("logits_mup_width_multiplier") or 1.0)
+    return Head(linear.weight, linear.bias, scale, option("final_logit_softcapping"))
 
 
 def device(name: str, *, field: str) -> torch.device:
