@@ -107,7 +107,7 @@ def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 def _auto_class(config: PretrainedConfig) -> type:
     """Return the class that loads a model: the multimodal one if the files hold it or transformers has no other."""
-    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    multimodal: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     is_named = multimodal is not None and multimodal.__name__ in (config.architectures or ())
     if is_named or (multimodal is not None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
         return AutoModelForImageTextToText
