@@ -21,7 +21,8 @@ from opd.config.engine import Speaker
 from opd.core.errors import Refusal, one_line
 from opd.core.rng import uniform
 from opd.core.sampling import Sampling
-from opd.models.load import head
+from opd.models.context import context_of
+from opd.models.load import base, head
 from opd.models.source import ModelSource
 from opd.rollouts.engines.base import Engine, GenerateRequest, Sample
 from opd.rollouts.weight_sync.vllm_plugin import BACKEND, register, weights
@@ -165,12 +166,13 @@ class VLLMEngine(WeightSyncedEngine):
             ) from error
         register()
         self.parameters, self.sleeps = SamplingParams, config.engine_sleep
+        context = context_of(base(model).config.get_text_config())  # vLLM's longrope factors are those of this length
         try:
             self.llm = LLM(
                 source.base_source().folder,  # the weights are sent before it samples
                 trust_remote_code=source.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
-                max_model_len=-1,  # as long as the memory allows
+                max_model_len=context.tokens if context.reason else -1,  # else as long as the memory allows
                 kv_cache_memory_bytes=int(config.engine_kv_gb * 2**30),
                 max_num_seqs=rows,
                 logprobs_mode="processed_logprobs",
