@@ -6,8 +6,9 @@ prefilled in groups of equal length, without padding.
 """
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -88,11 +89,11 @@ class Cache:
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
         """Return an empty cache for a model."""
         plain: Any = base(model)
-        cache = None
+        kept = None
         if plain._supports_default_dynamic_cache():
-            cache = DynamicCache(config=plain.config)
-            cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return cls(cache, torch.zeros(0, dtype=torch.long, device=model.device), 0)
+            kept = DynamicCache(config=plain.config)
+            kept.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in kept.layers]
+        return cls(kept, torch.zeros(0, dtype=torch.long, device=model.device), 0)
 
     def splices(self) -> bool:
         """Return whether rows of two such caches can be joined."""
@@ -163,6 +164,12 @@ def _join_states_(layer: Any, parts: Sequence[tuple[Any, Rows]]) -> None:
         layer.has_previous_state[k] = any(source.has_previous_state[k] for source, _ in parts)
         layer.conv_kernel_size[k] = next((n for source, _ in parts if (n := source.conv_kernel_size[k])), None)
     layer.dtype, layer.device = next(((s.dtype, s.device) for s, _ in parts if s.device is not None), (None, None))
+
+
+@cache
+def _cache_argument(forward: Callable) -> str:
+    """Return the name of the argument by which a model's forward takes its cache."""
+    return "cache_params" if "cache_params" in inspect.signature(forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -243,7 +250,7 @@ class Stream:
         **options: Any,
     ) -> Any:
         """Run a cached forward of the model or its backbone; `real` marks the columns that hold a token of the row."""
-        name = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
+        name = _cache_argument(type(module).forward)
         if rows.has_columns():
             options["attention_mask"] = real.long()
         out = module(input_ids=ids, position_ids=positions, use_cache=True, **{name: rows.cache}, **options)
