@@ -90,7 +90,7 @@ class Architectures:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Examination:
     """The outcome of one type."""
 
     model_type: str
@@ -130,7 +130,7 @@ def sweep(settings: Architectures) -> int:
     return int(any(finding.fails() for finding in findings))
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[Examination]) -> str:
     """Return the number of types with each outcome, as a sentence."""
     count = lambda outcome: sum(f.outcome == outcome for f in findings)
     above = sum(f.fails() and f.outcome == "OK" for f in findings)
@@ -140,7 +140,7 @@ def summary(findings: Sequence[Finding]) -> str:
     )
 
 
-def markdown(findings: Sequence[Finding], seconds: float) -> str:
+def markdown(findings: Sequence[Examination], seconds: float) -> str:
     """Return the page with the table."""
     from transformers import __version__ as version
 
@@ -151,7 +151,7 @@ def markdown(findings: Sequence[Finding], seconds: float) -> str:
     return page + table + "\n"
 
 
-def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Finding]:
+def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Examination]:
     """Yield the finding of each type as its process ends.
 
     The processes are forked after the imports, which take longer than the training.
@@ -179,13 +179,13 @@ def examined(types: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Fin
                     process.join()
                     del running[process]
                     reason = f"did not end in {timeout:g} s" if late else f"exit code {process.exitcode}"
-                    yield _finding_in(folder, Finding(model_type, "", "CRASH", reason))
+                    yield _finding_in(folder, Examination(model_type, "", "CRASH", reason))
 
 
-def _finding_in(folder: Path, otherwise: Finding) -> Finding:
+def _finding_in(folder: Path, otherwise: Examination) -> Examination:
     """Return the finding that a process wrote into its folder, or another if it died before."""
     file = folder / "finding.json"
-    return Finding(**json.loads(file.read_text())) if file.is_file() else otherwise
+    return Examination(**json.loads(file.read_text())) if file.is_file() else otherwise
 
 
 def _examine_into(model_type: str, folder: Path) -> None:
@@ -199,7 +199,7 @@ def _examine_into(model_type: str, folder: Path) -> None:
     part.rename(folder / "finding.json")
 
 
-def examine(model_type: str, folder: Path) -> Finding:
+def examine(model_type: str, folder: Path) -> Examination:
     """Build two models of a type, train two steps, and compare the log-probs of the run with a plain forward."""
     paths = {name: folder / name for name in ("student", "teacher")}
     name = ""
@@ -211,19 +211,19 @@ def examine(model_type: str, folder: Path) -> Finding:
         for model in models.values():
             _check_logits(model)
     except Exception as error:  # whatever transformers raises for a configuration that it cannot build
-        return Finding(model_type, name, "not built", _last_line(error))
+        return Examination(model_type, name, "not built", _last_line(error))
     run = folder / "run"
     try:
         train(two_steps(paths, run))
         tokenizer = AutoTokenizer.from_pretrained(paths["student"])
         differences = largest_differences(run, models, tokenizer)
         above = ", ".join(column for column, difference in differences.items() if difference > LIMIT)
-        return Finding(model_type, name, "OK", above and f"but wrong {above}", max(differences.values()))
+        return Examination(model_type, name, "OK", above and f"but wrong {above}", max(differences.values()))
     except Refusal as error:
-        return Finding(model_type, name, "refused", one_line(str(error).replace(f"{folder}/", "")))
+        return Examination(model_type, name, "refused", one_line(str(error).replace(f"{folder}/", "")))
     except Exception as error:  # the crashes that the sweep looks for
         traceback.print_exc()
-        return Finding(model_type, name, "CRASH", _last_line(error))
+        return Examination(model_type, name, "CRASH", _last_line(error))
 
 
 def two_steps(paths: Mapping[str, Path], out: Path) -> Train:

@@ -1,4 +1,4 @@
-"""Where the files of a model are: `locate(name)` for a hub id, folder, GGUF file, run folder or `embedded:NAME`."""
+"""The location of a model's files: `locate(name)` takes a hub id, folder, GGUF file, run folder or `embedded:NAME`."""
 
 import contextlib
 import hashlib

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import architectures
 from benchmarks.__main__ import main
-from benchmarks.architectures import Finding, examined, largest_differences, two_steps
+from benchmarks.architectures import Examination, examined, largest_differences, two_steps
 from benchmarks.tiny_models import TYPES, save_tiny, tiny_config
 from opd.training.train import train
 
@@ -38,13 +38,13 @@ def test_a_process_that_dies_or_hangs_is_a_crash(monkeypatch):
             os._exit(3)
         if name == "hangs":
             time.sleep(60)
-        return Finding(name, "Model", "OK", "", 1e-6)
+        return Examination(name, "Model", "OK", "", 1e-6)
 
     monkeypatch.setattr(architectures, "examine", examine)
     findings = {f.model_type: f for f in examined(("dies", "hangs", "ends"), jobs=3, timeout=5)}
     assert findings["dies"].verdict() == "CRASH: exit code 3"
     assert findings["hangs"].verdict() == "CRASH: did not end in 5 s"
-    assert findings["ends"] == Finding("ends", "Model", "OK", "", 1e-6)
+    assert findings["ends"] == Examination("ends", "Model", "OK", "", 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_process_that_dies_or_hangs_is_a_crash(monkeypatch):
     ],
 )
 def test_the_exit_code_tells_crashes_and_wrong_log_probs(outcome, difference, fails, monkeypatch, capsys):
-    finding = Finding("llama", "LlamaForCausalLM", outcome, "", difference)
+    finding = Examination("llama", "LlamaForCausalLM", outcome, "", difference)
     monkeypatch.setattr(architectures, "examined", lambda types, jobs, timeout: iter([finding]))
     assert main(["architectures", "--only", "llama"]) == int(fails)
     assert outcome in capsys.readouterr().out

@@ -146,12 +146,12 @@ def _contains(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool
 
 
 def _matching(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool:
-    rest = sorted(second)
+    remaining = sorted(second)
     for a in sorted(first):
-        match = next((b for b in rest if _same_answer(a, b, equal)), None)
+        match = next((b for b in remaining if _same_answer(a, b, equal)), None)
         if match is None:
             return False
-        rest.remove(match)
+        remaining.remove(match)
     return True
 
 

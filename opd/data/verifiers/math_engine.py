@@ -31,8 +31,8 @@ def equal(first: str, second: str) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    found = parse(rf"\boxed{{{text}}}", [_CONFIG], extraction_mode="first_match", parsing_timeout=None)
-    return found[0] if found and isinstance(found[0], Basic | MatrixBase) else None
+    expressions = parse(rf"\boxed{{{text}}}", [_CONFIG], extraction_mode="first_match", parsing_timeout=None)
+    return expressions[0] if expressions and isinstance(expressions[0], Basic | MatrixBase) else None
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -59,13 +59,13 @@ def _ordered(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def _unordered(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    rest = list(second)
+    remaining = list(second)
     for a in first:
-        match = next((i for i, b in enumerate(rest) if _same(a, b)), None)
+        match = next((i for i, b in enumerate(remaining) if _same(a, b)), None)
         if match is None:
             return False
-        rest.pop(match)
-    return not rest
+        remaining.pop(match)
+    return not remaining
 
 
 def _same_expression(a: sympy.Expr, b: sympy.Expr) -> bool:

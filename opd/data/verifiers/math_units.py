@@ -57,13 +57,13 @@ class Quantity:
         number = NUMERIC.match(text)
         assert number is not None, "the pattern accepts the empty text"
         value = number[0].rstrip("^{( ")
-        rest = text[len(value) :]
+        suffix = text[len(value) :]
         is_number = re.search(r"\d|\\pi", value) and all(value.count(a) == value.count(b) for a, b in ("{}", "()"))
-        if is_number and _PERCENT.fullmatch(rest):
+        if is_number and _PERCENT.fullmatch(suffix):
             return cls(value, percent=True)
-        if not is_number or not _is_unit_text(rest):
+        if not is_number or not _is_unit_text(suffix):
             return cls(text)
-        return cls(value, *_units(TEXT.sub(r" \1 ", rest)))
+        return cls(value, *_units(TEXT.sub(r" \1 ", suffix)))
 
     def agrees(self, other: "Quantity") -> bool:
         """Return whether the units are the same, or one of them is missing."""
@@ -72,19 +72,23 @@ class Quantity:
         return self.unit == other.unit and (self.words <= other.words or other.words <= self.words)
 
 
-def _is_unit_text(rest: str) -> bool:
+def _is_unit_text(suffix: str) -> bool:
     """Return whether the text behind a number is a unit or a noun, and not a factor or a sentence with numbers."""
-    bare = TEXT.sub(" ", rest)
-    shown = TEXT.sub(r" \1 ", rest)
-    if not _UNIT_TEXT.fullmatch(bare) or not re.search(r"[^\W\d_]|[$€£¥₹¢]", shown) or re.search(r"\d\s*[a-z]", shown):
+    bare = TEXT.sub(" ", suffix)
+    visible_text = TEXT.sub(r" \1 ", suffix)
+    if (
+        not _UNIT_TEXT.fullmatch(bare)
+        or not re.search(r"[^\W\d_]|[$€£¥₹¢]", visible_text)
+        or re.search(r"\d\s*[a-z]", visible_text)
+    ):
         return False
     return all(_is_unit(word[1], bare[: word.start()]) for word in _WORD.finditer(bare))
 
 
-def _is_unit(word: str, before: str) -> bool:
+def _is_unit(word: str, preceding: str) -> bool:
     r"""Return whether a word outside of \text is a unit or a noun, and not a variable."""
     if len(word) == 1:
-        return word in _LETTERS and (before[-1:] in (" ", "/") or before.endswith("degree"))
+        return word in _LETTERS and (preceding[-1:] in (" ", "/") or preceding.endswith("degree"))
     return word in _NAMES or word.lower() in _RATES or (len(word) > 2 and is_word(word))
 
 

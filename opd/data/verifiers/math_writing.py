@@ -135,8 +135,8 @@ def _decimal(match: re.Match[str]) -> str:
 
 def _recurring(match: re.Match[str]) -> str:
     """Return a recurring decimal such as 0.1(6) as a fraction."""
-    whole, fixed, period = match[1], match[2], match[3] or match[4] or match[5]
-    top = int(whole + fixed + period) - int(whole + fixed or 0)
+    integer_part, fixed, period = match[1], match[2], match[3] or match[4] or match[5]
+    top = int(integer_part + fixed + period) - int(integer_part + fixed or 0)
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 

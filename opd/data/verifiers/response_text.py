@@ -45,11 +45,11 @@ def _dropped_marks(tokenizer: Tokenizer, think_end: str) -> dict[int, list[tuple
     if think_end and not think_end.strip():
         raise Refusal(f"--think-end {think_end!r} is blank: give the text of the mark, such as '</think>'")
     vocabulary = tokenizer.get_vocab()
-    found: dict[int, list[tuple[Ids, str]]] = {}
+    marks_by_first_id: dict[int, list[tuple[Ids, str]]] = {}
     for mark in dict.fromkeys(filter(None, (*chain(*MARKS), think_end))):
-        known = mark in vocabulary
-        ids = (vocabulary[mark],) if known else tuple(tokenizer(mark, add_special_tokens=False)["input_ids"])
-        kept, whole = (str(tokenizer.decode(list(ids), skip_special_tokens=skip)) for skip in (True, False))
-        if mark not in kept and "".join(mark.split()) in "".join(whole.split()):
-            found.setdefault(ids[0], []).append((ids, mark))
-    return {first: sorted(marks, key=lambda pair: -len(pair[0])) for first, marks in found.items()}
+        is_token = mark in vocabulary
+        ids = (vocabulary[mark],) if is_token else tuple(tokenizer(mark, add_special_tokens=False)["input_ids"])
+        decoded, whole = (str(tokenizer.decode(list(ids), skip_special_tokens=skip)) for skip in (True, False))
+        if mark not in decoded and "".join(mark.split()) in "".join(whole.split()):
+            marks_by_first_id.setdefault(ids[0], []).append((ids, mark))
+    return {first: sorted(marks, key=lambda pair: -len(pair[0])) for first, marks in marks_by_first_id.items()}

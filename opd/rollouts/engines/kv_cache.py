@@ -89,11 +89,11 @@ class Cache:
     def of(cls, model: PreTrainedModel | PeftModel) -> "Cache":
         """Return an empty cache for a model."""
         plain: Any = base(model)
-        kept = None
+        dynamic = None
         if plain._supports_default_dynamic_cache():
-            kept = DynamicCache(config=plain.config)
-            kept.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in kept.layers]
-        return cls(kept, torch.zeros(0, dtype=torch.long, device=model.device), 0)
+            dynamic = DynamicCache(config=plain.config)
+            dynamic.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in dynamic.layers]
+        return cls(dynamic, torch.zeros(0, dtype=torch.long, device=model.device), 0)
 
     def splices(self) -> bool:
         """Return whether rows of two such caches can be joined."""
