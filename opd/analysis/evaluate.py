@@ -191,6 +191,6 @@ def majority_score(task: Task, prompt: Prompt, responses: Sequence[str], outcome
     answers = [final_answer(response) for response in responses]
 
     def same(i: int, j: int) -> bool:
-        return task.by_answer and task.verify(responses[j], replace(prompt, answer=answers[i])) >= 1
+        return task.by_answer and task.verify(responses[j], replace(prompt, answer=answers[i], other_answers=())) >= 1
 
     return majority(answers, outcomes, same)

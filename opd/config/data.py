@@ -18,16 +18,19 @@ class Data:
     """Configuration name of a hub dataset ("main" for openai/gsm8k).  Empty: the dataset's default."""
     split: str = "train"
     """Split to read.  Procedural sources have train and test.  A single file accepts any split name."""
-    prompt_column: str = "prompt,messages,question,problem,instruction,query,input"
+    prompt_column: str = "prompt,messages,conversations,question,problem,instruction+input,instruction,query,input"
     """Column with the question, as text or as chat messages: the first of these names that contains either.
-    A dot selects a nested field.  A closing assistant message becomes the reference response."""
+    A dot selects a nested field.  A plus joins the texts of two columns with a blank line.  A closing assistant message
+    becomes the reference response."""
     answer_column: str = "answer,expected_answer,final_answer,ground_truth,reward_model.ground_truth,answerKey,label"
-    """Column with the expected answer: the first of these names that is not empty in the first row."""
+    """Column with the expected answer: the first of these names that is not empty in the first row.
+    A list contains acceptable answers: a response is right if it matches any of them."""
     response_column: str = "response,completion,solution,reference_solution"
     """Column with a reference response, for methods that train on data: the first of these names that exists."""
     choices_column: str = ""
-    """Column with the options of a multiple-choice question: a list of texts, or {"label": [...], "text": [...]}.
-    They are added under the question as "A. ...", and the answer becomes a letter.  Empty: no options."""
+    """Column with the options of a multiple-choice question: a list of up to 26 texts, {"label": [...], "text": [...]},
+    {"A": text, ...}, or a list of {"label", "text"}.  They are added under the question as "A. ...", and the answer, a
+    number from 0, a label or a text, becomes a letter.  Empty: no options."""
     verifier: str = "math"
     """Verifier that compares a response with the expected answer: math (LaTeX and expressions), numeric (last number,
     as for GSM8K), exact (same text), choice (a letter), none (no answers; nothing is scored), or module:function for a

@@ -5,7 +5,7 @@ This module does not import torch, so that the command line can read flags and r
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from opd.core.errors import Refusal, at_least
 
@@ -14,9 +14,10 @@ from opd.core.errors import Refusal, at_least
 class Prompt:
     """A prompt: chat turns or plain text, the expected answer, and the remaining columns of its row."""
 
-    messages: tuple[Mapping[str, str], ...] = ()  # chat turns, {"role", "content"}; rendered by each model's template
+    messages: tuple[Mapping[str, Any], ...] = ()  # chat turns, {"role", "content", ...}, for each model's template
     text: str = ""  # used verbatim if `messages` is empty
     answer: str = ""  # the expected answer, for the verifier
+    other_answers: tuple[str, ...] = ()  # further acceptable answers: a response may match any of them
     response: str = ""  # a reference response, if the data has one
     columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
 

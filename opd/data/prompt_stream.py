@@ -34,13 +34,27 @@ class Prompts:
         return [self.render(self._order(i // n)[i % n]) for i in range(first, first + count)]
 
     def check(self, count: int = 256) -> None:
-        """Refuse prompts that are too long, before the run starts; checks the `count` longest rows."""
-        rows = range(len(self.task.prompts))
-        if isinstance(self.task.prompts, LazyPrompts):
-            rows = rows[:count]  # their lengths are similar: check the first rows
-        written = lambda p: len(p.text) + sum(len(turn["content"]) for turn in p.messages)
-        for row in sorted(rows, key=lambda i: -written(self.task.prompts[i]))[:count]:
-            self.render(row)
+        """Refuse prompts that are too long or not repeatable, before the run starts; checks the `count` longest rows.
+
+        With --context, these are the rows whose prompt and context together are longest.
+        """
+        task_prompts = self.task.prompts
+        rows = range(len(task_prompts))
+        if isinstance(task_prompts, LazyPrompts) and not task_prompts.lengths:
+            rows = rows[:count]  # prompts of a generator have similar lengths: check the first rows
+            lengths: Sequence[int] = [0] * len(rows)
+        elif isinstance(task_prompts, LazyPrompts):
+            lengths = task_prompts.lengths
+        else:
+            lengths = [len(f"{p.text}{p.messages}".encode()) for p in task_prompts]
+        if self.plan.context not in ("", "peer"):
+            lengths = [lengths[i] + len(self._context(i).encode()) for i in rows]
+        for row in sorted(rows, key=lambda i: -lengths[i])[:count]:
+            if self.render(row) != self.render(row):
+                raise Refusal(
+                    f"--prompts {self.task.name}: the chat template renders row {row} differently each time, so no "
+                    "run could be repeated or resumed; set another chat_template"
+                )
 
     def first(self, count: int) -> list[Rendered]:
         """Return the first `count` prompts, unshuffled."""

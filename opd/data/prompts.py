@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from transformers import GenerationConfig
@@ -12,6 +14,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
+
+# Chat templates that write the date get this one, that of Llama 3.1's template, so that a resumed run renders the
+# prompts of the first run.
+DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,12 @@ def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mappin
     prompt without messages is used as plain text.  Raises Refusal for an empty prompt or unused template arguments.
     """
     if prompt.messages:
-        turns = _turns(prompt.messages)
-        if tokenizer.chat_template:
-            return _token_ids(tokenizer, _template_text(tokenizer, turns, chat_template_kwargs), add_special=False)
+        turns, tools = _turns(prompt.messages), _tools(prompt)
+        template = tokenizer.chat_template
+        text = _template_text(tokenizer, turns, tools, chat_template_kwargs) if template else ""
+        _check_unread(tokenizer, turns, tools)
+        if template:
+            return _token_ids(tokenizer, text, add_special=False)
         text = "\n\n".join(turn["content"] for turn in turns)
     else:
         text = prompt.text
@@ -110,8 +119,11 @@ def used_arguments(tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> Mappin
     return {name: value for name, value in arguments.items() if re.search(rf"\b{re.escape(name)}\b", template)}
 
 
-def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
-    """Return the chat turns as dicts.  Raises Refusal for malformed turns and for a closing assistant turn."""
+def _turns(messages: tuple[Mapping[str, Any], ...]) -> list[dict[str, Any]]:
+    """Return the chat turns as dicts, in the form that chat templates read: arguments of tool calls are mappings.
+
+    Raises Refusal for malformed turns and for a closing assistant turn.
+    """
     for i, turn in enumerate(messages):
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise Refusal(f"messages[{i}]: {short(dict(turn))} needs a `role` and a `content`, both text")
@@ -120,15 +132,60 @@ def _turns(messages: tuple[Mapping[str, str], ...]) -> list[dict[str, str]]:
             "messages: the last turn is the assistant's, which shows the model an answer instead of asking for one: "
             "take that turn off (keep it in the `response` column if a method needs it)"
         )
-    return [dict(turn) for turn in messages]
+    return [
+        {**turn, "tool_calls": list(map(_tool_call, turn["tool_calls"]))} if turn.get("tool_calls") else dict(turn)
+        for turn in messages
+    ]
 
 
-def _template_text(tokenizer: Tokenizer, turns: list[dict[str, str]], chat_template_kwargs: Mapping[str, Any]) -> str:
+def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tool call whose arguments are a mapping; APIs write them as JSON text, which a template would quote."""
+    function = call.get("function", call)
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        function = {**function, "arguments": json.loads(function["arguments"])}
+    except ValueError:
+        return call
+    return {**call, "function": function} if "function" in call else function
+
+
+def _tools(prompt: Prompt) -> list[Any]:
+    """Return the tool descriptions in a row's column `tools`, a list of mappings or its JSON text; [] for others."""
+    tools = prompt.columns.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return []
+    return tools if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools) else []
+
+
+def _check_unread(tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: list[Any]) -> None:
+    """Refuse tool calls that the chat template does not read, and warn of other content that it does not read."""
+    keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value not in (None, "", [], {}))
+    names = [key for key in keys if key not in ("role", "content")] + ["tools"] * bool(tools)
+    read = used_arguments(tokenizer, dict.fromkeys(names))
+    for name in [name for name in names if name not in read]:
+        who = f"{'the chat template of ' if tokenizer.chat_template else ''}{model_name(tokenizer)}"
+        if name == "tool_calls":
+            raise Refusal(
+                f"messages: turns have tool_calls, which {who} does not read, so the calls would be missing: use a "
+                "model whose chat template reads them, or remove these rows"
+            )
+        where = "the column tools" if name == "tools" else f"{name} of chat turns"
+        warnings.warn(f"{where} is not used: {who} does not read it", stacklevel=2)
+
+
+def _template_text(
+    tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: list[Any], chat_template_kwargs: Mapping[str, Any]
+) -> str:
     """Apply the chat template to the conversation and return the text, up to where the response begins."""
     # Render to text first: the return type of tokenize=True changed between versions, and a BOS in the template must
     # not be doubled.
+    arguments = {"strftime_now": DATE.strftime, "tools": tools or None, **chat_template_kwargs}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **arguments)
     except Exception as error:  # a template is a program by the model's author and may raise any exception
         roles = ", ".join(turn["role"] for turn in turns)
         raise Refusal(

@@ -342,7 +342,8 @@ def test_chat_rows(tmp_path):
 def test_plain_text(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "2+2=", "answer": [4, "four"], "completion": "4"}])
     (prompt,) = load(Data(source=source, chat=False, instruction="Go:", verifier="exact")).prompts
-    assert (prompt.text, prompt.messages, prompt.answer, prompt.response) == ("2+2=\nGo:", (), "4, four", "4")
+    assert (prompt.text, prompt.messages, prompt.answer, prompt.response) == ("2+2=\nGo:", (), "4", "4")
+    assert prompt.other_answers == ("four",)
 
 
 def test_no_answers_are_needed_without_a_verifier(tmp_path):

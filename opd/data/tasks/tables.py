@@ -1,12 +1,10 @@
 """Tables, `table(data) -> Task`: rows of files, folders and hub datasets, and the prompts made of their columns."""
 
-import csv
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from string import ascii_uppercase as LETTERS
 from typing import Any
 
 import datasets
@@ -16,14 +14,16 @@ from opd.core.disk import nearest
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.data import hub
+from opd.data.tasks.answers import LETTERS, answer_texts, chosen, option_texts, value_text
+from opd.data.tasks.conversation import Unusable, parse_turns, split_reply, without_nulls
+from opd.data.tasks.row_files import SUFFIXES, Row, Rows, joined, read_file
 from opd.data.tasks.task import LazyPrompts, Task, by_answer, make_prompt
 from opd.data.verifiers.verify import VERIFIERS, find
 
 datasets.disable_progress_bars()  # reading a table is quick, and its bars drown the lines that matter
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-Row = Mapping[str, Any]
 ROLES = ("prompt", "answer", "response", "choices")
 Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a missing column
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # usual names of columns that text models cannot read
 
 
 def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
@@ -41,32 +41,32 @@ def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
         random.Random(data.seed).shuffle(order)
         row_numbers = sorted(order[: data.limit])
         rows = rows.select(row_numbers)
-    _check(rows, row_numbers, columns, data.source, needs_answers=needs_answers)
-    prompts = LazyPrompts(partial(_prompt, rows, columns, data), len(rows))
+    lengths = _check(rows, row_numbers, columns, data, needs_answers=needs_answers)
+    prompts = LazyPrompts(partial(_prompt, rows, columns, data), len(rows), lengths)
     for i in range(0, len(prompts) if needs_answers else 0, 1 + len(prompts) // 200):
-        answer = prompts[i].answer
-        if answer and not score(answer, answer):  # a score that is always 0 may not be noticed for days
-            raise Refusal(
-                f"--verifier {data.verifier} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
-                f" {data.source}; choose another verifier or answer_column"
-            )
+        for answer in filter(None, (prompts[i].answer, *prompts[i].other_answers)):
+            if not score(answer, answer):  # a score that is always 0 may not be noticed for days
+                raise Refusal(
+                    f"--verifier {data.verifier} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
+                    f" {data.source}; choose another verifier or answer_column"
+                )
     path = Path(data.source).expanduser()
     name = path.stem if path.is_file() else path.name if path.is_dir() else data.source
     return Task(name=name, prompts=prompts, verify=partial(by_answer, score), scored=scored, by_answer=scored)
 
 
-def read(data: Data) -> datasets.Dataset:
+def read(data: Data) -> Rows:
     """Load one split; a path that exists is read from disk, any other name on the hub or in its cache."""
     path, repository = Path(data.source).expanduser(), hub.Repository(*data.source.partition("@")[::2])
     if not path.exists():
         # Hub ids are NAME or OWNER/NAME, and a revision may hold slashes.
-        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or path.suffix in KINDS:
+        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or path.suffix in SUFFIXES:
             raise Refusal(f"--prompts {data.source} does not exist{nearest(path)}; correct the path")
         if ":" in data.source:
             raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
     try:
         if path.is_file():
-            rows = _file(path)
+            rows: Rows = read_file(path)
         elif path.is_dir():
             rows = _folder(path, data)
         else:
@@ -88,36 +88,39 @@ def read(data: Data) -> datasets.Dataset:
     return rows
 
 
-def _file(path: Path) -> datasets.Dataset:
-    """Read one file; everything in a .csv is text, else 007 would be 7 and the answer "None" a hole."""
-    if path.suffix not in KINDS:
-        raise Refusal(f"--prompts {path} is not a {', '.join(KINDS)} file: convert it to one of these")
-    options = {}
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            features = datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file))})
-        options = {"features": features, "keep_default_na": False}
-    return datasets.load_dataset(KINDS[path.suffix], data_files=str(path), split="train", **options)
-
-
-def _folder(path: Path, data: Data) -> datasets.Dataset:
+def _folder(path: Path, data: Data) -> Rows:
     """Read a folder that `save_to_disk` wrote, or one of data files, whose names give the splits."""
     if (path / "state.json").exists():
         return datasets.load_from_disk(str(path))
-    if not (path / "dataset_dict.json").exists():
+    if (path / "dataset_dict.json").exists():
+        splits = datasets.load_from_disk(str(path))
+        if data.split not in splits:
+            raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
+        return splits[data.split]
+    if any(mark in str(path.resolve()) for mark in ("[", "]", "*", "?", "::")):
+        raise Refusal(
+            f"--prompts {data.source}: `datasets` takes []*? and :: in the name of a folder for a pattern; rename the "
+            "folder, or name one of its files"
+        )
+    files = datasets.load_dataset_builder(str(path), data.subset or None).config.data_files or {}
+    names = files.get(data.split, ())
+    if not names or any(Path(name).suffix not in SUFFIXES for name in names):
         return datasets.load_dataset(str(path), data.subset or None, split=data.split)
-    splits = datasets.load_from_disk(str(path))
-    if data.split not in splits:
-        raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
-    return splits[data.split]
+    return joined([read_file(Path(name)) for name in names])
 
 
-def _select_columns(rows: datasets.Dataset, data: Data, *, needs_answers: bool) -> Columns:
+def _select_columns(rows: Rows, data: Data, *, needs_answers: bool) -> Columns:
     """Select the columns by the values in the first row, as described in the help of each flag."""
     available = f"the columns are {', '.join(rows.column_names)}"
-    fits = {"prompt": _is_question, "answer": lambda value: bool(_text(value, ", ").strip())}
+    fits = {"prompt": lambda value: not _reason(value), "answer": lambda value: value_text(value).strip() != ""}
     wanted = {role: str(getattr(data, f"{role}_column")) for role in ROLES}
     columns = {role: _pick(rows[0], names, fits.get(role, lambda value: True)) for role, names in wanted.items()}
+    existing = [name for name in wanted["prompt"].split(",") if name in rows.column_names]
+    if not columns["prompt"] and existing:
+        raise Refusal(
+            f"--prompt-column {existing[0]}, row 0 of {data.source}: {_reason(rows[0][existing[0]])}; correct the row, "
+            f"or name another column; {available}"
+        )
     if not columns["prompt"]:
         raise Refusal(
             f"--prompt-column {data.prompt_column}: no such column with text or chat messages; {available}; name one"
@@ -140,103 +143,130 @@ def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
     return next((name for name in existing if len(names) == 1 or fits(_value_at(row, name))), "")
 
 
+def name_parts(name: str) -> set[str]:
+    """Return the top-level columns that a name such as instruction+input or reward_model.ground_truth reads."""
+    return {part.partition(".")[0] for part in name.split("+")} if name else set()
+
+
+def _reason(value: object) -> str:
+    """Return why a value is no question, or "" if it is text or a conversation."""
+    try:
+        parse_turns(value)
+    except Unusable as reason:
+        return str(reason)
+    return ""
+
+
 def _value_at(row: Row, name: str) -> Any:
     """Return the value of a column or of a nested field (reward_model.ground_truth); None if it is missing."""
     if name in row:
         return row[name]
+    if "+" in name:
+        values = [_value_at(row, part) for part in name.split("+")]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        return "\n\n".join(texts) if isinstance(values[0], str) and name_parts(name) <= row.keys() else None
     value: object = row
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def _check(
-    rows: datasets.Dataset, row_numbers: Sequence[int], columns: Columns, source: str, *, needs_answers: bool
-) -> None:
-    """Refuse rows without a valid prompt, and data whose answers are all missing; warn if some answers are missing."""
-    top_names = {name if name in rows.column_names else name.partition(".")[0] for name in columns.values() if name}
-    without_prompt, without_answer = [], []
-    for number, row in zip(row_numbers, rows.select_columns(sorted(top_names)), strict=True):
+def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data, *, needs_answers: bool) -> list[int]:
+    """Return the length of each prompt in bytes.
+
+    Raises Refusal for a row without a valid prompt or answer, and for data whose answers are all missing.  Warns if
+    some answers are missing, and of content that no model reads.
+    """
+    used = {part for name in columns.values() for part in _top_names(rows, name)}
+    without_prompt, without_answer, lengths, unread = [], [], [], dict[str, int]()
+    for number, row in zip(row_numbers, rows.select_columns(sorted(used)), strict=True):
+        place = f"row {number} of {data.source}"
         value = _value_at(row, columns["prompt"])
-        if value is not None and not _is_question(value):
+        try:
+            turns, reply = _question(rows, value if value is not None else "")
+        except Unusable as reason:
             raise Refusal(
-                f"--prompt-column {columns['prompt']}, row {number} of {source}: {str(value)[:80]!r} is neither text"
-                ' nor a list of {"role": ..., "content": text}; name another column or correct the row'
+                f"--prompt-column {columns['prompt']}, {place}: {reason}; name another column or correct the row"
+            ) from reason
+        last = turns[-1] if turns else {"role": "", "content": ""}
+        if last["role"] == "system":
+            raise Refusal(
+                f"--prompt-column {columns['prompt']}, {place}: the conversation ends with a system turn, and no turn "
+                "asks for a response; add a user turn, or remove the row"
             )
-        last = value if isinstance(value, str) else ([{"content": ""}, *_without_reply(value or ())])[-1]["content"]
-        if not last.strip():
+        if not last["content"].strip():
             without_prompt.append(number)
-        if needs_answers and not _text(_value_at(row, columns["answer"]), ", ").strip():
+        for key in reply.keys() - {"role", "content"}:
+            unread.setdefault(key, number)
+        try:
+            texts = _answers(row, columns)
+        except Unusable as reason:
+            raise Refusal(f"--answer-column {columns['answer']}, {place}: {reason}") from reason
+        if needs_answers and not texts:
             without_answer.append(number)
+        lengths.append(sum(len(str(turn).encode()) for turn in turns))
     if without_prompt:
         raise Refusal(
             f"--prompt-column {columns['prompt']}: {len(without_prompt)} of {len(rows)} rows have an empty prompt, the"
-            f" first is row {without_prompt[0]} of {source}; remove these rows"
+            f" first is row {without_prompt[0]} of {data.source}; remove these rows"
         )
     if len(without_answer) == len(rows):
         raise Refusal(
-            f"--answer-column {columns['answer']} is empty in all {len(rows)} rows of {source}; name another column,"
-            " or set verifier to none"
+            f"--answer-column {columns['answer']} is empty in all {len(rows)} rows of {data.source}; name another"
+            " column, or set verifier to none"
         )
     if without_answer:
         warnings.warn(
-            f"{len(without_answer)} of {len(rows)} rows of {source} have no answer in {columns['answer']!r}, the first"
-            f" is row {without_answer[0]}: whatever the response, they score 0",
+            f"{len(without_answer)} of {len(rows)} rows of {data.source} have no answer in {columns['answer']!r}, the"
+            f" first is row {without_answer[0]}: whatever the response, they score 0",
             stacklevel=2,
         )
+    for key, number in unread.items():
+        warnings.warn(
+            f"{data.source}: the closing assistant turn of row {number} has {key!r}, which is not used: the reference"
+            " response is the turn's content",
+            stacklevel=2,
+        )
+    for name in [name for name in MEDIA if name in rows.column_names and name not in used]:
+        warnings.warn(f"{data.source}: column {name!r} is not used: models read the text of a row only", stacklevel=2)
+    if columns["prompt"] == "instruction" and "input" in rows.column_names:
+        warnings.warn(
+            f"{data.source}: column 'input' is not used: --prompt-column instruction+input joins the two", stacklevel=2
+        )
+    return lengths
 
 
-def _prompt(rows: datasets.Dataset, columns: Columns, data: Data, index: int) -> Prompt:
+def _top_names(rows: Rows, name: str) -> set[str]:
+    return {name} if name in rows.column_names else name_parts(name)
+
+
+def _question(rows: Rows, value: object) -> tuple[tuple[Mapping[str, Any], ...], Mapping[str, Any]]:
+    """Return the turns of a question, without the closing assistant turn, and that turn; text is one turn."""
+    question = parse_turns(without_nulls(value) if isinstance(rows, datasets.Dataset) else value)
+    return split_reply([{"role": "user", "content": question}] if isinstance(question, str) else question)
+
+
+def _answers(row: Row, columns: Columns) -> tuple[str, ...]:
+    """Return the acceptable answers of a row; that of a multiple-choice question is a letter."""
+    value = _value_at(row, columns["answer"])
+    labels, texts = option_texts(_value_at(row, columns["choices"]))
+    return chosen(value, labels, texts) if texts else answer_texts(value)
+
+
+def _prompt(rows: Rows, columns: Columns, data: Data, index: int) -> Prompt:
     """Make the prompt of a row; its unselected columns are kept in `Prompt.columns`."""
     row = rows[index]
-    question, value = _value_at(row, columns["prompt"]), _value_at(row, columns["answer"])
-    labels, texts = _options(_value_at(row, columns["choices"]))
-    answer = _text(value, ", ")
-    if isinstance(value, int) and 0 <= value < len(texts):
-        answer = LETTERS[value]
-    elif answer in (*labels, *texts):
-        answer = LETTERS[(labels if answer in labels else texts).index(answer)]
-    response = _text(_value_at(row, columns["response"]), "\n\n")
-    if not isinstance(question, str):
-        response = response or _text(question[len(_without_reply(question)) :], "\n\n")
-        question = _without_reply(question)
+    value = _value_at(row, columns["prompt"])
+    turns, reply = _question(rows, value)
+    _, texts = option_texts(_value_at(row, columns["choices"]))
+    answer, *other_answers = _answers(row, columns) or ("",)
+    used = {part for name in columns.values() if "." not in name or name in row for part in _top_names(rows, name)}
     return make_prompt(
-        question,
+        value if value == turns[0]["content"] else turns,
         data,
         options="\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)),
         answer=answer,
-        response=response,
-        columns={name: value for name, value in row.items() if name not in columns.values()},
+        other_answers=tuple(other_answers),
+        response=value_text(_value_at(row, columns["response"]), "\n\n") or reply["content"],
+        columns={name: value for name, value in row.items() if name not in used},
     )
-
-
-def _is_question(value: object) -> bool:
-    """Return whether a value is text or a list of chat turns."""
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    turns = [turn if isinstance(turn, dict) else {} for turn in value]
-    return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
-
-
-def _without_reply(turns: Sequence[Row]) -> tuple[Row, ...]:
-    """Return the turns without a closing assistant turn."""
-    end = len(turns) - 1 if turns and turns[-1]["role"] == "assistant" else len(turns)
-    return tuple({"role": t["role"], "content": t["content"]} for t in turns[:end])
-
-
-def _options(value: object) -> tuple[list[str], list[str]]:
-    """Return the labels (empty if the data has none) and the texts of the options of a multiple-choice question."""
-    if isinstance(value, dict):
-        return [_text(label, "") for label in value.get("label") or []], [_text(t, "") for t in value.get("text") or []]
-    return [], [_text(t, "") for t in value] if isinstance(value, list) else []
-
-
-def _text(value: object, joint: str) -> str:
-    """Return a value as text: 27.0 becomes 27, a list is joined, a chat turn becomes its content, None becomes ""."""
-    if isinstance(value, list | tuple):
-        return joint.join(_text(item, joint) for item in value)
-    if isinstance(value, dict):
-        return _text(value["content"], joint) if "content" in value else str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return "" if value is None else str(value)

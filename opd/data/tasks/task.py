@@ -27,6 +27,7 @@ class LazyPrompts(Sequence[Prompt]):
 
     make: Callable[[int], Prompt]
     size: int
+    lengths: Sequence[int] = ()  # length of each prompt in bytes; empty if all have similar lengths
 
     def __len__(self) -> int:
         return self.size
@@ -36,7 +37,7 @@ class LazyPrompts(Sequence[Prompt]):
         return tuple(map(self.make, selected)) if isinstance(selected, range) else self.make(selected)
 
 
-def make_prompt(question: str | Sequence[Mapping[str, str]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
+def make_prompt(question: str | Sequence[Mapping[str, Any]], data: Data, *, options: str = "", **fields: Any) -> Prompt:
     """Make a question's prompt: options and `data.instruction` end its last turn, `data.system` is its first turn."""
     *earlier, last = [{"role": "user", "content": question}] if isinstance(question, str) else question
     text = "\n".join(filter(None, (last["content"], options, data.instruction)))
@@ -49,5 +50,5 @@ def make_prompt(question: str | Sequence[Mapping[str, str]], data: Data, *, opti
 
 
 def by_answer(score: Callable[[str, str], float], response: str, prompt: Prompt) -> float:
-    """Score a response by a function of the response and the prompt's answer."""
-    return score(response, prompt.answer)
+    """Score a response by a function of the response and an answer: the best score over the prompt's answers."""
+    return max(score(response, answer) for answer in (prompt.answer, *prompt.other_answers))

@@ -1,0 +1,89 @@
+"""Conversations in a row, `parse_turns(value) -> turns`: chat messages and ShareGPT turns, with all their content."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Turn = Mapping[str, Any]
+# Names of roles in ShareGPT data, with the role that chat templates know.
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+FORM = 'is neither text nor a list of {"role": ..., "content": text}'
+
+
+class Unusable(ValueError):
+    """The reason why a value of a row is no conversation."""
+
+
+def parse_turns(value: object) -> str | tuple[Turn, ...]:
+    """Return a question: text, or chat turns with text in "content" and every other key that they have.
+
+    The keys reach the chat template: tool_calls, tool_call_id, name, reasoning_content.  Turns may be JSON text, may be
+    ShareGPT's from/value, and may have their content in text parts, which are joined.  Raises Unusable with the turn.
+    """
+    if isinstance(value, str):
+        turns = _json_turns(value)
+        return value if turns is None else parse_turns(turns)
+    if not isinstance(value, list | tuple):
+        raise Unusable(f"{str(value)[:80]!r} {FORM}")
+    return tuple(_turn(turn, i) for i, turn in enumerate(value))
+
+
+def split_reply(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], Turn]:
+    """Return the turns without a closing assistant turn, and that turn or an empty one."""
+    if turns and turns[-1]["role"] == "assistant":
+        return tuple(turns[:-1]), turns[-1]
+    return tuple(turns), {"role": "assistant", "content": ""}
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a nested value without its empty fields: a table gives each of its structs the fields of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json_turns(text: str) -> list[Any] | None:
+    """Return the turns that a text contains as JSON, or None for any other text."""
+    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
+        return None
+    try:
+        turns = json.loads(text)
+    except ValueError:
+        return None
+    keys = [turn.keys() if isinstance(turn, dict) else () for turn in turns]
+    return turns if keys and all("role" in k or {"from", "value"} <= {*k} for k in keys) else None
+
+
+def _turn(turn: object, i: int) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise Unusable(f"turn {i}, {str(turn)[:80]!r}, {FORM}")
+    fields = {key: value for key, value in turn.items() if value is not None}
+    role = fields.pop("role", None) or fields.pop("from", None)
+    content = fields.pop("content") if "content" in fields else fields.pop("value", None)
+    role = SHAREGPT.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise Unusable(
+            f"turn {i} has the role {role!r}, and its keys are {', '.join(map(str, turn))}; the roles are "
+            f"{', '.join((*ROLES, *SHAREGPT))}"
+        )
+    if content is None and not fields.get("tool_calls"):
+        raise Unusable(f"turn {i} ({role}) has no text content")
+    return {"role": role, "content": _content(content, i), **fields}
+
+
+def _content(content: object, i: int) -> str:
+    """Return the text of a turn; text parts are joined as multimodal chat templates join them."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list | tuple):
+        raise Unusable(f"turn {i} has the content {str(content)[:80]!r}, which is not text")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text" or not isinstance(text, str):
+            kinds = kind if kind != "text" else f"text ({str(part)[:60]!r})"
+            raise Unusable(f"turn {i} has a part of type {kinds}, and only text parts are supported; remove such rows")
+        texts.append(text)
+    return "".join(texts)
