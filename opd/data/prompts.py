@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mappin
         turns, tools = _turns(prompt.messages), _tools(prompt)
         template = tokenizer.chat_template
         text = _template_text(tokenizer, turns, tools, chat_template_kwargs) if template else ""
-        _check_unread(tokenizer, turns, tools)
+        _check_unread(tokenizer, prompt, text, chat_template_kwargs)
         if template:
             return _token_ids(tokenizer, text, add_special=False)
         text = "\n\n".join(turn["content"] for turn in turns)
@@ -100,6 +101,12 @@ def continuation_text(tokenizer: Tokenizer, context_ids: Sequence[int], ids: Seq
 def decodes_to_itself(tokenizer: Tokenizer, text: str) -> bool:
     """Return whether text survives tokenizing and decoding; else verifiers and judges read another text."""
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def loses_text(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether tokenizing and decoding changes more of a text than its blanks and its Unicode composition."""
+    bare = lambda x: "".join(unicodedata.normalize("NFKC", x).split())
+    return bare(str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))) != bare(text)
 
 
 def parse_template_arguments(text: str) -> Mapping[str, Any]:
@@ -161,13 +168,24 @@ def _tools(prompt: Prompt) -> list[Any]:
     return tools if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools) else []
 
 
-def _check_unread(tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: list[Any]) -> None:
-    """Refuse tool calls that the chat template does not read, and warn of other content that it does not read."""
+def _check_unread(tokenizer: Tokenizer, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse tool calls that do not appear in the rendered text, and warn of other content that does not.
+
+    A key does not appear if the text is the same without it.
+    """
+    turns, tools = _turns(prompt.messages), _tools(prompt)
     keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value not in (None, "", [], {}))
-    names = [key for key in keys if key not in ("role", "content")] + ["tools"] * bool(tools)
-    read = used_arguments(tokenizer, dict.fromkeys(names))
-    for name in [name for name in names if name not in read]:
-        who = f"{'the chat template of ' if tokenizer.chat_template else ''}{model_name(tokenizer)}"
+    who = f"{'the chat template of ' if tokenizer.chat_template else ''}{model_name(tokenizer)}"
+    for name in [*(key for key in keys if key not in ("role", "content")), *["tools"] * bool(tools)]:
+        try:
+            other_turns = [{key: value for key, value in turn.items() if key != name} for turn in turns]
+            other_tools = [] if name == "tools" else tools
+            if tokenizer.chat_template and text != _template_text(
+                tokenizer, other_turns, other_tools, chat_template_kwargs
+            ):
+                continue
+        except Refusal:  # the template needs the key
+            continue
         if name == "tool_calls":
             raise Refusal(
                 f"messages: turns have tool_calls, which {who} does not read, so the calls would be missing: use a "
@@ -183,9 +201,12 @@ def _template_text(
     """Apply the chat template to the conversation and return the text, up to where the response begins."""
     # Render to text first: the return type of tokenize=True changed between versions, and a BOS in the template must
     # not be doubled.
-    arguments = {"strftime_now": DATE.strftime, "tools": tools or None, **chat_template_kwargs}
+    arguments = {"tools": tools or None, **chat_template_kwargs}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **arguments)
+        template = _dated(tokenizer.get_chat_template(tools=arguments["tools"]))
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
+        )
     except Exception as error:  # a template is a program by the model's author and may raise any exception
         roles = ", ".join(turn["role"] for turn in turns)
         raise Refusal(
@@ -200,6 +221,14 @@ def _template_text(
             "it would be ignored: correct the name, or give it only to the model that knows it"
         )
     return str(text)
+
+
+def _dated(template: str) -> str:
+    """Return a chat template that writes DATE in place of today's date; warn if a call of strftime_now is left."""
+    dated = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(DATE.strftime(call[2])), template)
+    if "strftime_now(" in dated:
+        warnings.warn("the chat template writes today's date: a run resumed on another day differs", stacklevel=2)
+    return dated
 
 
 def _token_ids(tokenizer: Tokenizer, text: str, *, add_special: bool) -> tuple[int, ...]:

@@ -194,7 +194,7 @@ FAULTS: dict[str, tuple[str, str, Callable]] = {
         "warning", "chat template", lambda root, patch: {"teacher": copied(root, "teacher", SWAP)},
     ),
     "tokenizer that loses text": (
-        "warning", "round trip", lambda root, patch: both(root, told("tokenizer.json", lower)),
+        "error", "round trip", lambda root, patch: both(root, told("tokenizer.json", lower)),
     ),
     "uniform teacher": (
         "error", "uniform", lambda root, patch: {"teacher": copied(root, "teacher", weights(uniform))},
@@ -274,8 +274,8 @@ def test_healthy_pair():
     found = doctor(healthy())
     assert not alarming(found), list(map(str, alarming(found)))
     assert {f.check for f in found} == {
-        "tokens", "turn end", "prompt", "round trip", "precision", "method", "learning rate", "length", "verifier",
-        "head pass", "memory", "distance", "stops", "repetition", "sampler", "time",
+        "tokens", "turn end", "prompt", "rendered", "round trip", "precision", "method", "learning rate", "length",
+        "verifier", "head pass", "memory", "distance", "stops", "repetition", "sampler", "time",
     }  # fmt: skip
 
 
@@ -313,6 +313,8 @@ def test_what_it_says_names_the_fault(tmp_path, monkeypatch):
     (prompt,) = [f for f in swapped if f.check == "prompt"]
     assert re.search(r"^-.*<assistant>$", prompt.detail, re.MULTILINE)
     assert re.search(r"^\+.*<user>$", prompt.detail, re.MULTILINE)
+    student, teacher = [f.detail for f in swapped if f.check == "rendered"]
+    assert student != teacher and student.startswith("<bos>") and student.endswith("<assistant>")
     (cut,) = [f for f in doctor(healthy(sampling=Sampling(max_new_tokens=12))) if f.check == "stops"]
     assert "--max-new-tokens 24" in cut.do
     found = doctor(healthy())

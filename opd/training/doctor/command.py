@@ -30,6 +30,7 @@ BEFORE: Checks[Session] = {
     "turn end": pair.turn_end,
     "bos": pair.first_token,
     "prompt": pair.templates,
+    "rendered": pair.rendered,
     "round trip": pair.round_trip,
     "precision": pair.precision,
     "server": pair.server,

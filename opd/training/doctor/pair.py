@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from opd.data.prompts import decodes_to_itself, short
+from opd.data.prompts import decodes_to_itself, loses_text, short
 from opd.data.tokenizers import Severity
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
@@ -15,6 +15,8 @@ from opd.training.session import Session
 
 LEVELS = {Severity.NOTE: Level.NOTE, Severity.WARNING: Level.WARNING, Severity.REFUSE: Level.ERROR}
 TEXTS = 64  # prompts whose text is encoded and decoded again
+LOST = 0.05  # share of texts that lose characters other than blanks, above which a tokenizer is an error
+SHOWN = 2000  # characters of a rendered prompt
 MARK = "5"  # an answer whose end is easy to locate in the rendered chat
 
 
@@ -105,6 +107,18 @@ def templates(session: Session) -> Iterator[Finding]:
     )
 
 
+def rendered(session: Session) -> Iterator[Finding]:
+    """Show the first prompt of each model as text, with its special tokens."""
+    prompts = session.prompts.first(TEXTS)
+    shown = [("student", session.collector.tokenizer, prompts[0].ids)]
+    for name, tokenizer in session.prompts.teacher_tokenizers.items():
+        shown += [(teacher_label(name), tokenizer, p.teacher_ids) for p in prompts if p.teacher == name][:1]
+    for label, tokenizer, ids in shown:
+        text = str(tokenizer.decode(list(ids)))
+        detail = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}\n...\n{text[-SHOWN // 2 :]}"
+        yield ok(what=f"{label} reads its first prompt as {len(ids)} tokens", detail=detail)
+
+
 def round_trip(session: Session) -> Iterator[Finding]:
     """Check that prompts and reference texts are unchanged after encoding and decoding."""
     tokenizer, task = session.collector.tokenizer, session.prompts.task
@@ -117,7 +131,8 @@ def round_trip(session: Session) -> Iterator[Finding]:
     x = changed[0]
     back = str(tokenizer.decode(tokenizer(x, add_special_tokens=False)["input_ids"]))
     position = next((i for i, (a, b) in enumerate(zip(x, back, strict=False)) if a != b), min(len(x), len(back)))
-    yield warning(
+    lost = sum(loses_text(tokenizer, text) for text in changed)
+    yield (error if lost > LOST * len(texts) else warning)(
         what=f"{len(changed)} of {len(texts)} texts change on the way to ids and back: {short(x[position:])} becomes "
         f"{short(back[position:])}",
         why="the model cannot read, and the verifier cannot see, what the tokenizer loses",
