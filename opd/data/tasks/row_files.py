@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow.parquet
@@ -32,8 +32,8 @@ class Number(float):
         number.text = text
         return number
 
-    def __getnewargs__(self) -> tuple[str]:
-        return (self.text,)  # for pickle
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Number, (self.text,)
 
     def __str__(self) -> str:
         return self.text
@@ -67,7 +67,7 @@ class JsonRows:
         return self
 
 
-Rows = datasets.Dataset | JsonRows
+Rows: TypeAlias = datasets.Dataset | JsonRows
 
 
 def parse_json(text: str) -> Any:
@@ -134,7 +134,7 @@ def _csv_rows(path: Path, text: str) -> datasets.Dataset:
     """Read a .csv file as text.  A row with more or fewer fields than columns is refused: its values would shift."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = []
+    rows: list[list[str]] = []
     try:
         names = next(reader)
         for fields in filter(None, reader):
