@@ -105,13 +105,13 @@ class _ServerTeacher(BaseTeacher, Generic[K]):
             "teacher_retries": float(new.retries),
         }
 
-    def _each(self, rows: Sequence[_Row], max_tokens: int, ask: Callable[[list[_Row]], list[R]]) -> list[R]:
-        """Return the answer for each row that has a trained token.
+    def _each(self, rows: Sequence[_Row], max_tokens: int, ask: Callable[[list[int]], list[R]]) -> list[R]:
+        """Return the answer for each row that has a trained token; `ask` gets the positions of rows in `rows`.
 
         Chunks of at most `max_tokens` padded tokens are sent in parallel.  If one fails, `map` cancels the others.
         """
         groups, out = list(_chunks(rows, max_tokens)), dict[int, R]()
-        for group, answers in zip(groups, self.pool.map(ask, [[rows[i] for i in g] for g in groups]), strict=True):
+        for group, answers in zip(groups, self.pool.map(ask, groups), strict=True):
             out |= zip(group, answers, strict=True)
         return [out[i] for i in sorted(out)]
 
@@ -134,7 +134,8 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
         self.head = Head(weight, None if bias is None else bias.to(to), identity["scale"], identity["softcap"])
 
     def _ask(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]]) -> Hidden:
-        states = self._each(_rows(rollouts, masks), TOKENS_PER_REQUEST, self._states)
+        rows = _rows(rollouts, masks)
+        states = self._each(rows, TOKENS_PER_REQUEST, lambda group: self._states([rows[i] for i in group]))
         empty = torch.empty(0, self.width, dtype=self.dtype)
         return Hidden(torch.cat([empty, *states]).to(self.to), self.head)
 
@@ -213,12 +214,12 @@ class LogpTeacher(_ServerTeacher[TeacherLogps]):
     ) -> TeacherLogps:
         rows = _rows(rollouts, masks)
         if self.top or not self.server.chosen:
-            answers = self._each(rows, TOKENS_PER_REQUEST, self._prompted)
+            answers = self._each(rows, TOKENS_PER_REQUEST, lambda group: self._prompted([rows[i] for i in group]))
         else:
             sizes = [len(row.positions) for row in rows]
             named = torch.empty(sum(sizes), 0, dtype=torch.long) if ids is None else ids.cpu().long()
-            ids_of = dict(zip(rows, named.split(sizes), strict=True))
-            answers = self._each(rows, 1, lambda chunk: [self._chosen(row, ids_of[row]) for row in chunk])
+            row_ids = named.split(sizes)
+            answers = self._each(rows, 1, lambda group: [self._chosen(rows[i], row_ids[i]) for i in group])
         logp = torch.cat([torch.empty(0), *(answer.logp for answer in answers)]).to(self.to)
         pairs = [(x.ids, x.others) for x in answers if x.ids is not None and x.others is not None]
         if not pairs:

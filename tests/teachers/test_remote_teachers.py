@@ -191,6 +191,18 @@ def test_logp_of_the_sampled_tokens_is_the_local_teachers(pair, server, teacher,
     assert {"student_logp", "student_entropy", "teacher_logp", "scores.0"} == {name for name, _ in mine.named()}
 
 
+def test_equal_rollouts_are_scored_at_the_ids_that_each_of_them_names(plain, teacher):
+    """Two rollouts may hold the same tokens while the tokens drawn beside them differ (async-opd --samples)."""
+    (one, *_), (mask, *_) = rollouts()
+    many, masks = [one, replace(one, index=1), one], [mask] * 3
+    drawn = torch.randint(3, 140, (3 * sum(mask), 2), generator=torch.Generator().manual_seed(1))
+    there = open_teacher(connect(plain, QUICK), to=CPU, stop=(), tops={"drawn": 2}).hidden(many, masks, ids=drawn)
+    here = teacher.hidden(many, masks)
+    wanted = (here.states @ here.head.weight.T)[:, :145].log_softmax(-1).gather(-1, drawn)
+    assert torch.equal(there.ids, drawn)
+    torch.testing.assert_close(there.others, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_stop_class_needs_a_server_that_scores_chosen_tokens(pair, server, plain, teacher):
     asked, vocabulary = rollouts(ends=5), Vocabulary(145, stop=(2, 5, 9))
     remote = open_teacher(connect(plain, QUICK), to=CPU, stop=(2, 5, 9))
