@@ -12,7 +12,7 @@ import numpy as np
 from opd.config.evaluate import Evaluate
 from opd.config.precision import dtype_of
 from opd.core.disk import OutputFile
-from opd.core.errors import Refusal, at_least
+from opd.core.errors import Refusal, at_least, check_seed
 from opd.core.intervals import INTERVALS, Paired, paired
 from opd.core.sampling import Prompt
 from opd.data import prompts
@@ -121,6 +121,7 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix."""
     at_least(config, samples=0, decode_rows=1)
     config.sampling.check()
+    check_seed(config.seed)
     default_samples = sets.find(config.set).samples if config.set and config.sampling.temperature > 0 else 1
     config = replace(config, samples=config.samples or default_samples)
     if config.samples > 1 and config.sampling.temperature == 0:

@@ -6,7 +6,6 @@ listed with the reason.
 """
 
 import ast
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.config.commands import Rescore
+from opd.core.disk import reading
 from opd.core.errors import Refusal
 from opd.core.types import Batch
 from opd.losses.baselines import Value
@@ -26,6 +26,7 @@ from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
 from opd.training.metrics import weight_metrics
+from opd.training.run_folder import load_json
 from opd.training.run_log import lines, saved_at
 
 NAMES = constructors()
@@ -96,8 +97,9 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
     if config.tokens < 0:
         raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
     step, path = saved_at(config.run, config.step, "config.json")
-    rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
-    method_text = str(json.loads((config.run / "config.json").read_text())["method"])
+    with reading(path.with_suffix(".safetensors")):
+        rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
+    method_text = str(load_json(config.run / "config.json")["method"])
     batch, terms, run_method = batch_of(columns), own_targets(columns), parse_method(method_text)
     own_lacks = (NO_ADVANTAGE,) * any(t.advantage is None for t in terms)
     targets_by_method = {OWN_METHOD: (terms, own_lacks)}
@@ -107,7 +109,7 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
         if not lacks and (method_pull := pull(targets, batch.mask)) is not None:
             pulls[name] = method_pull
     beside = next(iter(pulls), "")
-    texts = json.loads(path.with_suffix(".tokens.json").read_text())
+    texts = load_json(path.with_suffix(".tokens.json"))
     text_of = lambda ids: "".join(texts.get(str(i), "") for i in ids)
     verdicts = {}
     for name, (targets, lacks) in targets_by_method.items():

@@ -173,7 +173,8 @@ def _contexts(
 def _show(listed: dict[str, Any], control: dict[str, Any]) -> None:
     """Print the top of the list, its coverage of KL and tokens, its stability, and its control."""
     corpus, types = listed["corpus"], listed["types"]
-    total = sum(x["count"] * x["mean_kl"] for x in types) / listed["coverage"]["kl"]
+    covered = listed["coverage"]["kl"]
+    total = sum(x["count"] * x["mean_kl"] for x in types) / covered if covered else 1.0  # no type occurs often enough
     numbers = (Column(title, justify="right") for title in ("id", "count", "mean KL", "of all KL"))
     table = Table("", "token", *numbers, box=None, pad_edge=False)
     for place, x in enumerate(types[:NUM_SHOWN], 1):

@@ -42,6 +42,7 @@ def demo(config: Demo) -> Path:
     """Train, evaluate and compare; return the path of the picture."""
     if config.method not in METHODS:
         raise Refusal(f"--method {config.method}: unknown; there are {', '.join(METHODS)}")
+    config.check()
     OutputFolder(path=config.out).check()
     console, rows = Console(), Table("", "held-out accuracy", "95 % interval", box=None, pad_edge=False)
 
@@ -122,8 +123,9 @@ def supervised(config: Train, folder: Path) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(step, config.steps)
         optimizer.step()
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(folder)
+    with disk(f"--out {folder}", AGAIN):
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
     return folder
 
 

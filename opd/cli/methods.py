@@ -6,6 +6,7 @@ The list is read from the source files.  The rest imports torch, and is imported
 import ast
 import inspect
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json import dumps
@@ -60,7 +61,7 @@ def _explained(name: str) -> dict[str, Any]:
     document = inspect.getdoc(factory) or ""
     what, source = summary(document)
     presets = {
-        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": " ".join([name, *arguments(p, name)])}
+        p: {k: str(v) for k, v in settings(p, name).items()} | {"METHOD": shlex.join([name, *arguments(p, name)])}
         for p in ("paper", "embedded")
         if spelled(p, name)
     }
@@ -86,7 +87,7 @@ def _page(row: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         flags = [f"--{flag.replace('_', '-')} ({default(flag)})  {text}" for flag, text in flag_helps.items()]
         yield "flags, with their defaults", flags
     for preset in row["presets"]:
-        yield f"--preset {preset} is", [" ".join([spelled(preset, name), name, *arguments(preset, name)])]
+        yield f"--preset {preset} is", [f"{spelled(preset, name)} {shlex.join([name, *arguments(preset, name)])}"]
     local = (
         "each position is scored alone" if row["token_local"] else "a pass without gradient measures the batch first"
     )

@@ -2,7 +2,7 @@
 
 from opd.config.model_names import AveragedStudent, ChatEndpoint, CurrentStudent, ScoringServer
 from opd.config.plan import Plan
-from opd.core.errors import Refusal, positive
+from opd.core.errors import Refusal, check_seed, finite, positive
 from opd.losses.terms import PolicyGradient
 
 
@@ -15,15 +15,16 @@ def check(plan: Plan) -> None:
     positive(config, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")
-    positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "per_prompt", "updates")
+    positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature")
     for name in (*positive_or_0, "staleness", "importance_cap"):
         if not getattr(config, name) >= 0:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise Refusal(f"--betas {config.betas[0]} {config.betas[1]}: both must lie in [0, 1)")
-    if not 0 <= config.seed < 1 << 32:
-        raise Refusal(f"--seed {config.seed}: must lie in [0, {(1 << 32) - 1}]")
+    finite(config, "lr", "lora_alpha", "loss_temperature", "weight_decay", "eval_temperature")
+    check_seed(config.seed)
     config.sampling.check()
+    config.remote.check()
     if not config.sampling.temperature > 0:
         raise Refusal(
             f"--temperature {config.sampling.temperature}: training samples; 1 is unbiased, 0 would be greedy"

@@ -12,7 +12,7 @@ import tyro
 from opd.config.data import Data
 from opd.config.precision import Precision, default_device, default_precision
 from opd.config.servers import secret
-from opd.core.errors import Refusal, at_least, positive
+from opd.core.errors import Refusal, at_least, check_seed, positive
 from opd.core.sampling import Sampling
 
 
@@ -144,6 +144,7 @@ class Variance:
     def check(self) -> None:
         """Refuse impossible settings before anything loads."""
         at_least(self, rollouts=6, directions=1, chunk_mb=1)
+        check_seed(self.seed)
         s = self.sampling
         s.check()
         if (s.temperature, s.top_p, s.top_k) != (1, 1, 0):
@@ -232,3 +233,7 @@ class Demo:
     """Training steps of each."""
     problems: int = 500
     """Held-out problems of the final table."""
+
+    def check(self) -> None:
+        """Refuse impossible settings before anything loads."""
+        positive(self, "seeds", "steps", "problems")

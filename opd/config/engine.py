@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opd.config.precision import has_gpu
-from opd.core.errors import Refusal, positive
+from opd.core.errors import Refusal, finite, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Speaker:
         if self.engine not in ("hf", "vllm") and not self.engine.startswith(("http://", "https://")):
             raise Refusal(f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server")
         positive(self, "engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch")
+        finite(self, "engine_kv_gb")
         if self.engine.startswith("http") and self.engine_transfer != "opd" and not has_gpu():
             raise Refusal(
                 f"--engine-transfer {self.engine_transfer}: sends from a GPU, and none is visible here: start the "

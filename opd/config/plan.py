@@ -7,7 +7,7 @@ from types import MappingProxyType
 from opd.config import model_names
 from opd.config.model_names import ModelName
 from opd.config.train import Train
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, at_least
 from opd.core.types import Column
 from opd.losses.reductions import Constant, SequenceMean, TokenMean
 from opd.losses.surrogates import Reinforce, TruncatedRatio
@@ -33,6 +33,7 @@ class Plan:
 
 def resolved(config: Train) -> Plan:
     """Return the plan of a run.  Raises Refusal for routes, models or overrides that cannot be read."""
+    at_least(config, per_prompt=0, updates=0)
     config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
     default = config.method.teacher
     teachers = {"": config.teacher or (default.weights if default else "")}

@@ -5,6 +5,7 @@ holds settings tuned on the embedded pair of models.  Explicit flags override a 
 flags: fields of `Train` and of `Sampling`.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -119,7 +120,7 @@ def run_arguments(preset: str, method: str) -> list[str]:
 def spelled(preset: str, method: str) -> str:
     """Return the run flags that a preset sets for a method, as command-line text; "" if it sets none."""
     chosen = _chosen(preset, method) if preset != "paper" or method in PAPER else {}
-    return " ".join(_words({name: value for name, value in chosen.items() if value != _SAMPLING.get(name)}))
+    return shlex.join(_words({name: value for name, value in chosen.items() if value != _SAMPLING.get(name)}))
 
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from opd.config.data import Data
 from opd.config.precision import Precision, default_precision
 from opd.config.train import Train
 from opd.core.disk import OutputFile
-from opd.core.errors import Refusal, at_least
+from opd.core.errors import Refusal, at_least, check_seed
 from opd.core.sampling import Sampling
 
 
@@ -90,6 +90,7 @@ class Rock:
     def check(self) -> None:
         """Refuse what cannot work before anything loads."""
         at_least(self, rollouts=1, top=1, min_count=1, micro_batch_tokens=1, decode_rows=1)
+        check_seed(self.seed)
         self.sampling.check()
         self.consistency.check()
         for file in self.files():

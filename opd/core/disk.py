@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, foreign_errors
 
 RESUME = "mend that, then run the same command with --resume"
 AGAIN = "mend that, then run the same command again"
@@ -29,6 +29,11 @@ def disk(doing: str, remedy: str = RESUME) -> Iterator[None]:
         if not any(reason in str(error) for reason in ("No space left", "File too large", "Permission denied")):
             raise
         raise Refusal(f"{doing}: {error}; {remedy}") from error
+
+
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn an error while a file that opd wrote is read, such as a damaged one, into a Refusal of one line."""
+    return foreign_errors(f"{path}: cannot be read", "it is damaged; restore it, or name another folder")
 
 
 def follow_umask(path: Path) -> None:
@@ -68,7 +73,7 @@ class OutputFile:
                 return
             if path.exists():
                 self._check_replacement(path)
-        _check_place(path, self.flag)
+        check_place(path, self.flag)
 
     def write(self, text: str) -> None:
         """Replace the file by a text."""
@@ -132,7 +137,7 @@ class OutputFolder:
                 raise Refusal(
                     f"{self.flag} {self.path}: exists already, and is not empty; name a new folder, or remove this one"
                 )
-        _check_place(path, self.flag)
+        check_place(path, self.flag)
 
     @contextlib.contextmanager
     def fill(self) -> Iterator[Path]:
@@ -161,9 +166,9 @@ def _is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _check_place(path: Path, flag: str) -> None:
+def check_place(path: Path, flag: str) -> None:
     """Refuse a path at which no file can be created; a temporary file in the nearest existing folder tests that."""
-    parent = next(p for p in _target(path).parents if os.path.lexists(p))
+    parent = next(p for p in _target(path.expanduser()).parents if os.path.lexists(p))
     with disk(f"{flag} {path}: no file can be created in {parent}", "name another place"):
         tempfile.TemporaryFile(dir=parent).close()
 

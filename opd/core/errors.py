@@ -1,6 +1,7 @@
 """The error `Refusal`, a line that tells the user what is wrong and what to do, and checks that raise it."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 
@@ -37,6 +38,19 @@ def at_least(settings: object, **bounds: int) -> None:
     for name, bound in bounds.items():
         if not getattr(settings, name) >= bound:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {bound}")
+
+
+def finite(settings: object, *names: str) -> None:
+    """Refuse settings that are infinite or no number."""
+    for name in names:
+        if not math.isfinite(getattr(settings, name)):
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a finite number")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the random number generators do not accept."""
+    if not 0 <= seed < 1 << 32:
+        raise Refusal(f"--seed {seed}: must lie in [0, {(1 << 32) - 1}]")
 
 
 def one_line(message: object, limit: int = 200) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opd.core.errors import Refusal, at_least
+from opd.core.errors import Refusal, at_least, finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Sampling:
         """Raise Refusal if a value is out of range."""
         if not self.temperature >= 0:
             raise Refusal(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        finite(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise Refusal(f"--top-p {self.top_p}: a probability mass in (0, 1]")
         if self.top_k < 0:

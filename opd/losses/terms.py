@@ -127,6 +127,11 @@ class PolicyGradient:
         sampled_only = self.baseline is None and self.estimator == Sampled() and self.against == Teacher()
         return frozenset({"teacher_logp" if sampled_only else "vocabulary"})
 
+    def bounded(self) -> bool:
+        """Return True if the loss is finite on a sampled token to which the teacher gives probability 0."""
+        by_teacher = any("teacher_logp" in reads(leaf) for leaf in self.column_leaves())
+        return not by_teacher and bool(self._scored(_excluded(), torch.zeros(1, dtype=torch.long)).isfinite().all())
+
     def drawn(self) -> bool:
         """Return True if log q of the sampled tokens is sufficient."""
         return (self.baseline, self.estimator, self.against) == (None, Several(), Teacher())
@@ -221,6 +226,10 @@ class Match(_Matching):
         """Return the support whose log q is sufficient, or None.  The mass outside it follows from those log q."""
         return self.divergence.support if isinstance(self.divergence, OnSupport) and self.against == Teacher() else None
 
+    def bounded(self) -> bool:
+        """Return True if the loss is finite where the teacher gives probability 0 to a token."""
+        return bool(self.loss(_excluded(), Target(torch.ones(()), None, None)).isfinite())
+
     def loss(self, positions: Positions, target: Target) -> PerPosition:
         """Return the unweighted loss [*N] of each token."""
         return self.divergence(positions.student_logp, positions.of(self.against))
@@ -247,11 +256,21 @@ class MatchHidden(_Matching):
         """Return None: this term needs no log q."""
         return None
 
+    def bounded(self) -> bool:
+        """Return True: this term reads no log q."""
+        return True
+
     def loss(
         self, student: Sequence[Float[Tensor, "N D"]], teacher: Sequence[Float[Tensor, "N D"]]
     ) -> Float[Tensor, " N"]:
         """Return the unweighted loss [N] of each token, from the views of the layers."""
         return reduce(torch.add, map(distance, student, teacher)) / len(student)
+
+
+def _excluded() -> Positions:
+    """Return a position with two tokens: the student is undecided, and the teacher excludes the sampled one."""
+    even = torch.full((2,), 0.5).log()
+    return Positions(torch.tensor(0), even, torch.tensor([-torch.inf, 0.0]), even)
 
 
 Term = PolicyGradient | Match | MatchHidden

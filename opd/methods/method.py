@@ -59,8 +59,9 @@ class Method:
                 self.rollouts.check_policy_gradient(term, columns)
                 if self.rollouts.updates > 1 and not reads(term.surrogate):
                     raise ValueError(
-                        f"updates={self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
-                        "policy; a policy gradient then needs a surrogate with a ratio (ImportanceSampling, Clipped)"
+                        f"--updates {self.rollouts.updates}: from the second optimizer step on, the rollouts are off "
+                        "policy, and a policy gradient needs the ratio to their sampler: add --importance-cap 2, or "
+                        "take a surrogate with a ratio (pg --surrogate clipped)"
                     )
 
     def _check_asked(self) -> None:
@@ -139,6 +140,10 @@ class Method:
             return None
         reduced = (replace(t, reward=One(), baseline=None, transforms=(), against=Teacher()) for t in sampled)
         return replace(self, terms=tuple(reduced))
+
+    def bounded(self) -> bool:
+        """Return True if the loss is finite on a sampled token to which the teacher gives probability 0."""
+        return all(term.bounded() for term in self.terms)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Literal
 
+from opd.core.types import Column
 from opd.losses import rewards
 from opd.losses.baselines import Baseline, Optimal, TopKValue, Value
 from opd.losses.estimators import Estimator, Full, Sampled, Stratified
+from opd.losses.surrogates import Clipped, ImportanceSampling, OffPolicy, Reinforce
 from opd.losses.terms import PolicyGradient
 from opd.methods.method import Method
 
@@ -15,6 +17,7 @@ Rewards = Literal[
 ]  # fmt: skip
 Baselines = Literal["none", "value", "topk", "optimal"]
 Estimators = Literal["sampled", "stratified", "full"]
+Surrogates = Literal["reinforce", "importance", "off-policy", "clipped"]
 
 
 def pg(
@@ -28,8 +31,10 @@ def pg(
     mix: float = 0.1,
     beta: float = 0.5,
     k: int = 16,
+    surrogate: Surrogates = "reinforce",
+    ratio_clip: float = 0.2,
 ) -> Method:
-    """Policy gradient with any combination of reward, baseline and estimator.  opd project, docs/estimators.md.
+    """Policy gradient with any reward, baseline, estimator and surrogate.  opd project, docs/estimators.md.
 
     Args:
         reward: Reward of a token.
@@ -42,6 +47,10 @@ def pg(
         mix: The teacher's share of the proximal teacher of --reward topd.
         beta: The teacher's share of --reward jsd-plus.
         k: Number of tokens of --baseline topk and --estimator stratified.
+        surrogate: Loss of a token.  All but `reinforce` have a ratio to the policy that generated it, which --updates
+            above 1 needs: `importance` and `clipped` to the student that measured the batch, `off-policy` to the
+            sampler.
+        ratio_clip: Clip range of the ratio of --surrogate clipped.
     """
     of: dict[str, Callable[[], rewards.Reward]] = {
         "log-ratio": rewards.LogRatio,
@@ -58,7 +67,14 @@ def pg(
         "reverse-kl-plus": rewards.ReverseKLPlus,
     }
     how: dict[str, Callable[[], Estimator]] = {"sampled": Sampled, "stratified": lambda: Stratified(k), "full": Full}
-    return Method((PolicyGradient(of[reward](), baseline_of(baseline, k), how[estimator]()),))
+    losses: dict[str, Callable[[], Column]] = {
+        "reinforce": Reinforce,
+        "importance": ImportanceSampling,
+        "off-policy": OffPolicy,
+        "clipped": lambda: Clipped(ratio_clip, ratio_clip),
+    }
+    chosen = losses[surrogate]()
+    return Method((PolicyGradient(of[reward](), baseline_of(baseline, k), how[estimator](), surrogate=chosen),))
 
 
 def baseline_of(name: Baselines, k: int) -> Baseline | None:

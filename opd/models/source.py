@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from opd.core.disk import nearest
+from opd.core.disk import disk, nearest
 from opd.core.errors import Refusal, first_line
 from opd.data import hub
 from opd.data.hub import Missing
@@ -136,14 +136,15 @@ def _dequantised(file: Path) -> Path:
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise Refusal(f"{file}: not a GGUF file that transformers can read: {first_line(error)}") from error
     # Several processes may convert at once: each writes a separate folder, and the first to finish renames it.
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    try:
-        part.replace(cache)
-    except OSError:
-        if not (cache / "config.json").is_file():
-            raise
-        shutil.rmtree(part)
+    with disk(f"writing {cache}", "mend that, or set XDG_CACHE_HOME to another folder"):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{cache.name}.", suffix=".part", dir=cache.parent))
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        try:
+            part.replace(cache)
+        except OSError:
+            if not (cache / "config.json").is_file():
+                raise
+            shutil.rmtree(part)
     return cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, LoggerType, set_seed
 
 from opd.config.plan import Plan
@@ -44,6 +44,7 @@ ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process ask
 def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     """Open a run: first all checks that need no weights, then its models.  `checkpoint` has the student's weights."""
     config, method = plan.config, plan.method
+    _check_trackers(config)
     source = locate(config.student, field="student", trust_remote_code=config.trust_remote_code)
     sources = {name: opening.source_of(name, model, source, plan) for name, model in plan.teachers.items()}
     student_info = connect.local_info(source, field="student")
@@ -99,6 +100,16 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         agreements=agreements,
         lenses=lenses,
     )
+
+
+def _check_trackers(config: Train) -> None:
+    """Refuse a tracker that Accelerate does not know or that is not installed."""
+    known = sorted({str(tracker) for tracker in LoggerType} - {"all"})
+    for name in config.trackers:
+        if name not in known:
+            raise Refusal(f"--trackers {name}: unknown; choose {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            raise Refusal(f"--trackers {name}: not installed; pip install {name.replace('_', '-')}")
 
 
 def _compile(student: Student, teachers: Iterable[LocalTeacher], device: torch.device) -> None:
@@ -160,11 +171,6 @@ def _prompts(
 def _accelerator(plan: Plan) -> Accelerator:
     """Create the Accelerator (processes, precision, trackers) and seed the random number generators."""
     config, method = plan.config, plan.method
-    for name in config.trackers:
-        if name not in {str(tracker) for tracker in LoggerType}:
-            raise Refusal(f"--trackers {name}: unknown; choose {', '.join(sorted(map(str, LoggerType)))}")
-        if not filter_trackers([name], logging_dir=config.out):
-            raise Refusal(f"--trackers {name}: not installed; pip install {name}")
     set_seed(config.seed)
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     # A method without the LM head leaves parameters without gradient (head, upper layers): DDP must not wait for them.

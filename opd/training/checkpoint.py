@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, foreign_errors
 from opd.core.tensors import save_tensors
 from opd.methods.rollout_policies.base import Memory
 from opd.rollouts import buffer
@@ -74,7 +74,12 @@ def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
     Older checkpoints keep it in the model folder itself.  A teacher without state may lack its folder, because stores
     of files drop empty folders.
     """
-    folder = checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
+    with foreign_errors(f"checkpoint {checkpoint}: cannot be read", "remove it, then resume from the one before"):
+        return _load(checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint, num_teachers)
+
+
+def _load(folder: Path, num_teachers: int) -> TrainingState:
+    """Return the training state in a folder."""
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "optimizer.safetensors").items():
         name, field = key.rsplit("/", 1)

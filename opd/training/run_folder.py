@@ -23,11 +23,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.core.disk import disk, follow_umask
+from opd.core.disk import disk, follow_umask, reading
 from opd.core.errors import Refusal
 from opd.core.tensors import save_tensors
 from opd.core.types import Batch, Rollout
@@ -57,6 +58,12 @@ def flat(value: object, path: str = "") -> list[tuple[str, object]]:
     return [(path, value)]
 
 
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file that opd wrote; refuse a damaged file."""
+    with reading(path):
+        return json.loads(path.read_text())
+
+
 LEFT = ("answers.sqlite*", "engine", ".worker-*")  # files that a run leaves if it ends before its first step
 
 
@@ -78,7 +85,7 @@ class Run:
 
     def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
         """Refuse to resume with settings that differ from the saved ones, except for the settings in `free`."""
-        before = dict(flat(json.loads((self.folder / "config.json").read_text())))
+        before = dict(flat(load_json(self.folder / "config.json")))
         served = lambda x: str(x).startswith("http")
         for name, value in flat(json.loads(json.dumps(settings))):
             was = before.get(name)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from opd.core.disk import reading
 from opd.core.errors import Refusal
 from opd.core.intervals import interval
 from opd.methods import METHODS
-from opd.training.run_folder import flat
+from opd.training.run_folder import flat, load_json
 
 INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # ignored in grouping
 Row = Mapping[str, Any]
@@ -34,7 +35,8 @@ class Log:
 
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
-        with safe_open(self.folder / "rollouts" / f"step-{step:06d}.safetensors", "pt") as file:
+        path = self.folder / "rollouts" / f"step-{step:06d}.safetensors"
+        with reading(path), safe_open(path, "pt") as file:
             saved_names = set(file.keys())
             return {name: file.get_tensor(name) for name in names if name in saved_names}
 
@@ -55,8 +57,8 @@ def read(folder: Path) -> Log:
     evals = sorted((folder / "evals").glob("step-*.jsonl"))
     return Log(
         folder=folder,
-        config=dict(flat(json.loads((folder / "config.json").read_text()))),
-        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        config=dict(flat(load_json(folder / "config.json"))),
+        environment=load_json(environment) if environment.is_file() else {},
         steps=tuple(r for r in rows if "loss" in r),
         evaluations=tuple(r for r in rows if "loss" not in r),
         perf=tuple(lines(folder / "perf.jsonl")),
@@ -87,8 +89,9 @@ def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
 
 def lines(path: Path) -> list[Row]:
     """Return the complete lines of a log; the last line of a running job may be incomplete and is then left out."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    with reading(path):
+        text = path.read_text() if path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

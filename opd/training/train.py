@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from opd.config import checks
 from opd.config.plan import resolved
 from opd.config.train import Train
-from opd.core.errors import Refusal
+from opd.core.disk import check_place
+from opd.core.errors import Refusal, foreign_errors
 from opd.models import lora
 from opd.models.source import newest_checkpoint
 from opd.training.alarms import alarms
@@ -57,8 +58,11 @@ def train(
     written = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if run.exists() and config.resume:
         run.matches(written, FREE)
+    elif run.folder.exists() and not run.folder.is_dir():
+        raise Refusal(f"--out {run.folder}: is a file; name a folder")
     elif not run.empty():
         raise Refusal(f"--out {run.folder}: the folder is not empty; add --resume to go on, or name another folder")
+    check_place(run.folder / "config.json", "--out")
     checkpoint = newest_checkpoint(run.folder)
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint)
@@ -73,7 +77,8 @@ def train(
     if checkpoint is None:
         lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:
-        accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
+        with foreign_errors(f"--trackers {', '.join(config.trackers)}", "log in to it, or leave it out"):
+            accelerator.init_trackers("opd", config={name: str(value) for name, value in written.items()})
     accelerator.wait_for_everyone()
 
     progress = Progress(config.steps, state.step, quiet=config.quiet or not accelerator.is_main_process)

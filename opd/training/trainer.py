@@ -221,12 +221,20 @@ class Trainer:
         return batch, numbers | metrics.by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
 
     def _check(self, batch: Batch) -> None:
-        if batch.teacher_logp is not None and (bad := batch.mask & (batch.teacher_logp == -torch.inf)).any():
+        """Refuse log-probs of the teacher that are no numbers, or, unless the loss is bounded, infinite."""
+        if batch.teacher_logp is None:
+            return
+        excluded = batch.teacher_logp == -torch.inf
+        bad = batch.mask & ~batch.teacher_logp.isfinite()
+        if self.method.bounded():
+            bad = bad & ~excluded
+        if bad.any():
             token = int(batch.ids[bad][0])
             text = self.session.collector.tokenizer.decode([token])
+            what = "probability 0" if excluded[bad][0] else "no number as log-prob"
             raise Refusal(
-                f"the teacher gives probability 0 to token {token} ({text!r}), which the student said: the log ratio "
-                "is infinite; is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+                f"the teacher gives {what} to token {token} ({text!r}), which the student generated, so the loss is "
+                "not finite: is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
             )
 
     def _check_engine(self, batch: Batch) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from opd.analysis.report.page import page_file, write
 from opd.config.commands import Inspect
+from opd.core.disk import reading
 from opd.core.errors import Refusal
+from opd.training.run_folder import load_json
 from opd.training.run_log import lines, saved_at
 
 TITLES: Mapping[str, str] = {  # columns for colouring tokens -> their titles
@@ -31,11 +32,12 @@ def inspect(config: Inspect) -> Path:
     file = page_file("inspect", config, (config.run,))
     file.check()
     step, path = saved_at(config.run, config.step)
-    rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
+    with reading(path.with_suffix(".safetensors")):
+        rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
     texts = path.with_suffix(".tokens.json")
     if not texts.is_file():
         raise Refusal(f"RUN {config.run}: {texts.name} is not there; the run was written by another version of opd")
-    write(file, "inspect", payload(config.run, step, rows, columns, json.loads(texts.read_text())))
+    write(file, "inspect", payload(config.run, step, rows, columns, load_json(texts)))
     return config.out
 
 

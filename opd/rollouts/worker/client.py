@@ -65,7 +65,8 @@ class WorkerBuffer(RolloutBuffer):
         self.busy, self.computed, self.since, self.depth = 0.0, 0.0, time.perf_counter(), 0
         for old in setup.folder.parent.glob(f"{setup.folder.name.rpartition('-')[0]}-*"):
             shutil.rmtree(old, ignore_errors=True)  # left by a trainer that was killed together with its worker
-        setup.folder.mkdir(parents=True)
+        with disk(f"--out {setup.folder.parent}"):
+            setup.folder.mkdir(parents=True)
         self.process: subprocess.Popen | None = None
         self.pipe: Connection | None = None  # None until the worker can take jobs
         self.thread = threading.Thread(target=self._serve, daemon=True)

@@ -66,7 +66,9 @@ def _alternative_prompt(session: Session, rollout: Rollout) -> tuple[int, ...]:
 
 def teachers(run: RehearsedRun) -> Iterator[tuple[str, Tensor]]:
     """Yield (label for messages, mask [B, T] of its tokens) for each teacher that scored a rollout."""
+    # A teacher may exclude a token under a bounded loss (`finite`), and means over such tokens would be infinite.
+    finite = run.batch.mask if run.batch.teacher_logp is None else run.batch.mask & run.batch.teacher_logp.isfinite()
     for name in run.session.teachers:
-        mask = run.batch.mask & run.batch.mask.new_tensor([r.teacher == name for r in run.rollouts])[:, None]
+        mask = finite & run.batch.mask.new_tensor([r.teacher == name for r in run.rollouts])[:, None]
         if mask.any():
             yield teacher_label(name), mask

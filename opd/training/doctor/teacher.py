@@ -24,6 +24,8 @@ def finite(run: RehearsedRun) -> Iterator[Finding]:
         ("teacher", config.teacher_precision, (batch.teacher_logp, batch.teacher_entropy, batch.reverse_kl)),
     ):
         bad = [batch.mask & ~x.isfinite() for x in columns if x is not None]
+        if side == "teacher" and run.session.method.bounded() and batch.teacher_logp is not None:
+            bad = [x & (batch.teacher_logp != -torch.inf) for x in bad]
         if not any(x.any() for x in bad):
             continue
         where = torch.stack(bad).any(0)
