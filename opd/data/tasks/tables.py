@@ -201,7 +201,8 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
         try:
             texts = _answers(row, columns)
         except Unusable as reason:
-            raise Refusal(f"--answer-column {columns['answer']}, {place}: {reason}") from reason
+            role = "choices" if columns["choices"] else "answer"
+            raise Refusal(f"--{role}-column {columns[role]}, {place}: {reason}") from reason
         if needs_answers and not texts:
             without_answer.append(number)
         lengths.append(sum(len(str(turn).encode()) for turn in turns))
