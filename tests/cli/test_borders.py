@@ -43,7 +43,7 @@ ALLOWED = {
     "config/rock.py:_is_rock_list": "`OutputFile.ours`: what cannot be read is no output of ours",
     "core/disk.py:check": "`OutputFile.ours`, called under a guard",
     "core/disk.py:write": "`OutputFile.open`, which is a guard",
-    "data/tasks/tables.py:_file": CALLER,
+    "data/tasks/row_files.py:read_file": CALLER,
     "data/tasks/tables.py:_folder": CALLER,
     "data/verifiers/sandbox.py:_serve": "/dev/null",
     "head/onednn.py:is_faster": "/proc/cpuinfo, if it is a file",
