@@ -15,7 +15,7 @@ from opd.core.errors import Refusal
 from opd.data.tasks.task import Task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from opd.data.tasks.row_files import JsonRows, Rows
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LETTER = "\nPlease reason step by step, and put the letter of your answer within \\boxed{}."
@@ -105,12 +105,14 @@ def load(name: str, data: Data) -> Task:
     return replace(table(data, _gather(rows, chosen.gathered, data.seed) if chosen.gathered else rows), name=name)
 
 
-def _gather(rows: "Dataset", columns: tuple[str, ...], seed: int) -> "Dataset":
+def _gather(rows: "Rows", columns: tuple[str, ...], seed: int) -> "JsonRows":
     """Merge the options of several columns into the column `options`, shuffled by the seed and the row's number."""
-    options = []
-    for number, row in enumerate(rows.select_columns(list(columns))):
+    from opd.data.tasks.row_files import JsonRows
+
+    gathered = []
+    for number, row in enumerate(rows):
         texts = [str(row[column]).strip() for column in columns]
-        random.Random(f"{seed}/{number}").shuffle(texts)
-        options.append(texts)
-    stripped = rows.map(lambda row: {columns[0]: str(row[columns[0]]).strip()})
-    return stripped.add_column(OPTIONS, options)
+        options = list(texts)
+        random.Random(f"{seed}/{number}").shuffle(options)
+        gathered.append({**row, columns[0]: texts[0], OPTIONS: options})
+    return JsonRows(gathered, [*rows.column_names, OPTIONS])

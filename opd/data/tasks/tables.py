@@ -26,7 +26,7 @@ Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a m
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # usual names of columns that text models cannot read
 
 
-def table(data: Data, dataset: datasets.Dataset | None = None) -> Task:
+def table(data: Data, dataset: Rows | None = None) -> Task:
     """Make a task of `data.limit` rows of a file, folder or hub dataset, or of `dataset`, scored against their answers.
 
     Each prompt is made when it is accessed.  Raises Refusal for a missing column, an empty prompt, or answers that are
