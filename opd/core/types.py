@@ -77,7 +77,6 @@ class Batch:
     stopped: Bool[Tensor, " B"]  # ended by a stop token
     outcome: Float[Tensor, " B"]  # score from a verifier, rubric or judge
     sampler_logp: Float[Tensor, "B T"]  # denominator of importance ratios only
-    valid: Bool[Tensor, "B T"] | None = None  # the mask before the method's filters; set by `Method.prepare`
     prefix: Int[Tensor, " B"] | None = None  # number of leading tokens that the teacher generated
     others: Int[Tensor, "B T k"] | None = None  # additional tokens sampled at each position
     others_logp: Float[Tensor, "B T k"] | None = None  # their log-probs under the sampled distribution
@@ -117,7 +116,7 @@ class Batch:
 UNPROMPTED_COLUMNS = frozenset({"student_alone", "teacher_alone"})  # columns that need a pass without the prompt
 # known before any scoring
 ROLLOUT_COLUMNS = UNPROMPTED_COLUMNS | frozenset(
-    {"ids", "mask", "valid", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
+    {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
 # filled from the answers of a text-only teacher or a judge

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.analysis.exact import World
-from opd.core.types import Batch, call, reads
+from opd.core.types import call, reads
 from opd.losses.divergences import BucketForwardKL, ReverseKL, Support
 from opd.losses.rewards import One
 from opd.losses.terms import Match, PolicyGradient
@@ -86,32 +86,10 @@ def test_confidence(junk):
     student = masked(tensor([[2.0, 1, 9, 0], [1, 0, 9, 9], [9, 9, 9, 9]]), junk)
     raw = tensor([[1 * 2, 1.5 * 1.5, 0, 2 * 1], [1.75 * 1.5, 1.25 * 1, 0, 0], [0, 0, 0, 0]])
     want = raw / tensor([[(2 + 2.25 + 2) / 3], [(2.625 + 1.25) / 2], [1.0]])
-    close(masked(Confidence()(teacher, student, MASK, MASK)), want)
-    close(masked(Confidence(0.0, 0.0)(teacher, student, MASK, MASK)), MASK.double())
-    half = masked(Confidence(0.0, 2.0)(teacher, student, MASK, MASK))[1]
+    close(masked(Confidence()(teacher, student, MASK)), want)
+    close(masked(Confidence(0.0, 0.0)(teacher, student, MASK)), MASK.double())
+    half = masked(Confidence(0.0, 2.0)(teacher, student, MASK))[1]
     close(half, tensor([2 / 1.5, 1 / 1.5, 0, 0]))
-
-
-def test_the_maxima_of_fire_are_over_the_batch_before_its_filter():
-    """FiRe-OPD: the second rollout is dropped, and its entropies 8 and 4 are still the maxima."""
-    one = torch.ones(2, 2, dtype=torch.float64)
-    batch = Batch(
-        ids=torch.zeros(2, 2, dtype=torch.long),
-        mask=torch.ones(2, 2, dtype=torch.bool),
-        group=torch.arange(2),
-        source=torch.zeros(2, dtype=torch.long),
-        stopped=torch.ones(2, dtype=torch.bool),
-        outcome=torch.zeros(2),
-        sampler_logp=-one,
-        student_logp=-one,
-        teacher_logp=tensor([[-1.0, -1], [-9, -9]]),
-        teacher_entropy=tensor([[4.0, 2], [8, 0]]),
-        student_entropy=tensor([[2.0, 1], [4, 0]]),
-        scores=(one,),
-    )
-    (target,) = METHODS["fire"](drop=0.5).prepare(batch)
-    raw = tensor([(2 - 4 / 8) * (1 + 2 / 4), (2 - 2 / 8) * (1 + 1 / 4)])
-    close(target.weight, torch.stack([raw / raw.mean() / 2, torch.zeros(2)]))  # over the 2 tokens that are kept
 
 
 @POISON
@@ -303,7 +281,7 @@ def test_the_mechanism_fires(m, world, ids, given):
     """Some token weighs more than another, and of the gates some open and some do not."""
     batch = world.measure(m, ids, **given)
     for leaf in (w for term in m.terms for w in term.weights):
-        weight = call(leaf, dataclasses.replace(batch, valid=batch.mask))[batch.mask]
+        weight = call(leaf, batch)[batch.mask]
         assert weight.isfinite().all() and (weight >= 0).all()
         assert weight.max() > weight.min()
         if not isinstance(leaf, Confidence | PrefixAgreement | Frozen | FrozenWindow):
@@ -316,7 +294,7 @@ def test_weights_leave_the_denominator_alone(m, world, ids, given):
     for term, target in zip(m.terms, m.prepare(batch), strict=True):
         want = term.coef * batch.mask.double()
         for leaf in term.weights:
-            want = want * call(leaf, dataclasses.replace(batch, valid=batch.mask)).where(batch.mask, 0)
+            want = want * call(leaf, batch).where(batch.mask, 0)
         close(target.weight * batch.mask.sum(), want)
 
 
@@ -340,7 +318,6 @@ def test_statistics_are_of_the_whole_batch(m, request, world, ids, given):
 def test_masked_columns_do_not_leak(m, world, ids, given):
     batch = world.measure(m, ids, **given)
     for leaf in (w for term in m.terms for w in term.weights):
-        batch = dataclasses.replace(batch, valid=batch.mask)
         want = call(leaf, batch)[batch.mask]
         columns = {name: getattr(batch, name) for name in reads(leaf)}
         for junk in (NAN, INF, -INF):
