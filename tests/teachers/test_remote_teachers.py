@@ -537,7 +537,7 @@ def test_a_run_does_not_go_on_with_other_weights(pair, server, tmp_path, hide):
 def test_two_teachers_of_which_some_are_served(pair, server, tmp_path):
     """Bytes are counted whoever comes first; --teacher-local is of --teacher alone; averages have their own place."""
     prompts = tmp_path / "prompts.jsonl"
-    asked = [{"prompt": f"{i} + 1?", "answer": f"{i + 1}", "teacher": "x" * (i % 2)} for i in range(24)]
+    asked = [{"prompt": f"{i} + 1", "answer": f"{i + 1}", "teacher": "x" * (i % 2)} for i in range(24)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
     other = tiny(tmp_path / "other", seed=7, width=48)
     changes = {"prompts": str(prompts), "steps": 2}

@@ -12,7 +12,7 @@ from opd.core.errors import Refusal, foreign_errors
 from opd.models.load import base, head
 from opd.rollouts.engines.kv_cache import Stream
 
-PROMPTS, TOKENS = (9, 4, 6), 12  # lengths of the prompts, and tokens decoded between two changes of the rows
+PROMPTS, TOKENS = (9, 4, 6), 9  # lengths of the prompts, and tokens decoded between two changes of the rows
 EXACT, ROUNDED = 1e-3, 1.0  # nats: largest differences in fp32, and in lower precision
 
 
