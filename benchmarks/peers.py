@@ -43,7 +43,7 @@ def ours_autograd(case: Case, shape: Shape) -> Tensor:
 def ours_torch(case: Case, shape: Shape) -> Tensor:
     """Run the head pass with closed-form gradients in torch, as on machines without Triton and C compiler."""
     with (
-        patch("opd.head.sweep.fuses", lambda device: False),
+        patch("opd.head.sweep.uses_triton", lambda device: False),
         patch("opd.head.sweep.native.runs", lambda *logits: False),
     ):
         return ours(case, shape)

@@ -55,7 +55,7 @@ def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mappin
         turns, tools = _turns(prompt.messages), _tools(prompt)
         template = tokenizer.chat_template
         text = _template_text(tokenizer, turns, tools, chat_template_kwargs) if template else ""
-        _check_unread(tokenizer, prompt, text, chat_template_kwargs)
+        _check_unread(tokenizer, turns, tools, text, chat_template_kwargs)
         if template:
             return _token_ids(tokenizer, text, add_special=False)
         text = "\n\n".join(turn["content"] for turn in turns)
@@ -152,7 +152,7 @@ def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
         return call
     try:
         function = {**function, "arguments": json.loads(function["arguments"])}
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": function} if "function" in call else function
 
@@ -163,36 +163,35 @@ def _tools(prompt: Prompt) -> list[Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     return tools if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools) else []
 
 
-def _check_unread(tokenizer: Tokenizer, prompt: Prompt, text: str, chat_template_kwargs: Mapping[str, Any]) -> None:
+def _check_unread(
+    tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: list[Any], text: str, arguments: Mapping[str, Any]
+) -> None:
     """Refuse tool calls that do not appear in the rendered text, and warn of other content that does not.
 
     A key does not appear if the text is the same without it.
     """
-    turns, tools = _turns(prompt.messages), _tools(prompt)
     keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value not in (None, "", [], {}))
-    who = f"{'the chat template of ' if tokenizer.chat_template else ''}{model_name(tokenizer)}"
+    reader = f"{'the chat template of ' if tokenizer.chat_template else ''}{model_name(tokenizer)}"
     for name in [*(key for key in keys if key not in ("role", "content")), *["tools"] * bool(tools)]:
         try:
             other_turns = [{key: value for key, value in turn.items() if key != name} for turn in turns]
             other_tools = [] if name == "tools" else tools
-            if tokenizer.chat_template and text != _template_text(
-                tokenizer, other_turns, other_tools, chat_template_kwargs
-            ):
+            if tokenizer.chat_template and text != _template_text(tokenizer, other_turns, other_tools, arguments):
                 continue
         except Refusal:  # the template needs the key
             continue
         if name == "tool_calls":
             raise Refusal(
-                f"messages: turns have tool_calls, which {who} does not read, so the calls would be missing: use a "
+                f"messages: turns have tool_calls, which {reader} does not read, so the calls would be missing: use a "
                 "model whose chat template reads them, or remove these rows"
             )
         where = "the column tools" if name == "tools" else f"{name} of chat turns"
-        warnings.warn(f"{where} is not used: {who} does not read it", stacklevel=2)
+        warnings.warn(f"{where} is not used: {reader} does not read it", stacklevel=2)
 
 
 def _template_text(

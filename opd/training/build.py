@@ -104,10 +104,10 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
 
 def _check_trackers(config: Train) -> None:
     """Refuse a tracker that Accelerate does not know or that is not installed."""
-    known = sorted({str(tracker) for tracker in LoggerType} - {"all"})
+    supported = sorted({str(tracker) for tracker in LoggerType} - {"all"})
     for name in config.trackers:
-        if name not in known:
-            raise Refusal(f"--trackers {name}: unknown; choose {', '.join(known)}")
+        if name not in supported:
+            raise Refusal(f"--trackers {name}: unknown; choose {', '.join(supported)}")
         if name not in map(str, get_available_trackers()):
             raise Refusal(f"--trackers {name}: not installed; pip install {name.replace('_', '-')}")
 

@@ -226,7 +226,7 @@ class Trainer:
             return
         excluded = batch.teacher_logp == -torch.inf
         bad = batch.mask & ~batch.teacher_logp.isfinite()
-        if self.method.bounded():
+        if bad.any() and self.method.bounded():
             bad = bad & ~excluded
         if bad.any():
             token = int(batch.ids[bad][0])

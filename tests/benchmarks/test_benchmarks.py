@@ -22,9 +22,9 @@ FEW = Growth(
 
 
 def test_the_head_and_its_error_against_float64():
-    found = head.measured(Shape(**{**vars(SMALL), "arms": ("floor", "ours", "naive", "careful")}))
+    found = head.measured(Shape(**{**vars(SMALL), "arms": ("floor", "ours", "ours-torch", "naive", "careful")}))
     errors = [row["error"] for name, row in found.numbers["rows"].items() if name != "floor"]
-    assert len(errors) == 3 and all(max(e.values()) < 1e-5 for e in errors)
+    assert len(errors) == 4 and all(max(e.values()) < 1e-5 for e in errors)
     assert found.rows[0][0] == "floor" and found.rows[0][2].startswith("1.00")
 
 

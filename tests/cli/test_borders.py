@@ -30,7 +30,7 @@ BORDER = {
 }  # fmt: skip
 GUARDS = {"disk", "foreign_errors", "reading", "fill", "suppress"}  # contexts in which an error becomes a line
 # Sites outside a guard, by file and function, with the reason why no error of a user can reach them unseen.
-CALLER, OWN = "its only caller has the guard", "a file or module of the package"
+CALLER, OWN = "every caller has the guard", "a file or module of the package"
 ALLOWED = {
     "__init__.py:__dir__": OWN,
     "__init__.py:__getattr__": OWN,

@@ -135,7 +135,8 @@ def test_csv_rows_that_would_shift_are_refused(tmp_path, text, words):
 def test_a_broken_line_is_named_and_shown(tmp_path):
     said = refusal(write(tmp_path / "a.jsonl", {"question": "a", "answer": "1"}, "", '{"question": "b" "answer"'))
     assert "line 3 is not JSON" in said and '{"question": "b" "answer"' in said
-    assert "line 2" in refusal(write(tmp_path / "b.jsonl", {"question": "a"}, "[1]")) and "[1]" in said + "[1]"
+    said = refusal(write(tmp_path / "b.jsonl", {"question": "a"}, "[1]"))
+    assert "line 2: '[1]' is not an object" in said
     (tmp_path / "c.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
     assert "not UTF-8" in refusal(tmp_path / "c.jsonl")
 
@@ -254,6 +255,9 @@ def test_sharegpt_json_text_and_text_parts_are_read(tmp_path):
         assert prompt.messages == tuple(plain[:2]) and prompt.response == "a"
     (prompt,) = tasked(write(tmp_path / "a.jsonl", {"prompt": "[1, 2] or [3]?", "answer": "1"})).prompts
     assert question(prompt) == "[1, 2] or [3]?"
+    deep = "[" * 100_000 + "]" * 100_000  # deeper than a JSON parser goes
+    (prompt,) = tasked(write(tmp_path / "deep.jsonl", {"prompt": deep, "answer": "1", "tools": deep})).prompts
+    assert question(prompt) == deep
 
 
 @pytest.mark.parametrize(

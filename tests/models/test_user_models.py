@@ -92,6 +92,7 @@ def test_tied_heads_and_buffers_of_old_versions_load(tmp_path):
 COMMANDS = {
     "train student": ("train", "--student BAD --teacher GOOD vopd", "--student"),
     "train teacher": ("train", "--student GOOD --teacher BAD vopd", "--teacher"),
+    "train reference": ("train", "--student GOOD --teacher OTHER --reference BAD g-opd", "--reference"),
     "doctor student": ("doctor", "--student BAD --teacher GOOD vopd", "--student"),
     "doctor teacher": ("doctor", "--student GOOD --teacher BAD vopd", "--teacher"),
     "eval": ("eval", "--model BAD", "--model"),
@@ -102,6 +103,7 @@ COMMANDS = {
 def test_every_command_names_the_tensor(tmp_path, capsys, case):
     command, flags, flag = COMMANDS[case]
     bad = rewritten(tiny(tmp_path / "bad", seed=1), without(LAYER))
+    flags = flags.replace("OTHER", str(tiny(tmp_path / "other", seed=3)))
     flags = flags.replace("GOOD", str(tiny(tmp_path / "good", seed=2))).replace("BAD", str(bad))
     options = ["--prompts", "embedded:ledger-short", "--max-new-tokens", "8"]
     options += ["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "2"] if command == "train" else []

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.tiny_models import auto_class, tiny_config
 from opd.core.errors import Refusal
@@ -15,6 +14,7 @@ from opd.models.verify import verify_head
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.verify_cache import verify_cache
+from tests.rollouts.test_hf_engine import other
 
 STATES = (
     "qwen3_next",
@@ -102,15 +102,7 @@ def test_a_cache_that_changes_the_log_probs_is_refused(kind):
 
 def test_the_numbers_are_in_the_refusal(monkeypatch):
     """A model that forgets its positions once it has a cache."""
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = other("llama")
     verify_cache(model, field="student")
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **x: forward(**x))

@@ -49,7 +49,7 @@ def _json_turns(text: str) -> list[Any] | None:
         return None
     try:
         turns = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets of another kind, or too deep
         return None
     keys = [turn.keys() if isinstance(turn, dict) else () for turn in turns]
     return turns if keys and all("role" in k or {"from", "value"} <= {*k} for k in keys) else None

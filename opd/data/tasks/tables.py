@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,19 +222,26 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
             f" first is row {without_answer[0]}: whatever the response, they score 0",
             stacklevel=2,
         )
+    _warn_of_unused(rows, columns, used, unread, data.source)
+    return lengths
+
+
+def _warn_of_unused(
+    rows: Rows, columns: Columns, used: Collection[str], unread: Mapping[str, int], source: str
+) -> None:
+    """Warn of content that no model reads; `unread` has the keys of closing turns, each with its first row."""
     for key, number in unread.items():
         warnings.warn(
-            f"{data.source}: the closing assistant turn of row {number} has {key!r}, which is not used: the reference"
+            f"{source}: the closing assistant turn of row {number} has {key!r}, which is not used: the reference"
             " response is the turn's content",
             stacklevel=2,
         )
     for name in [name for name in MEDIA if name in rows.column_names and name not in used]:
-        warnings.warn(f"{data.source}: column {name!r} is not used: models read the text of a row only", stacklevel=2)
+        warnings.warn(f"{source}: column {name!r} is not used: models read the text of a row only", stacklevel=2)
     if columns["prompt"] == "instruction" and "input" in rows.column_names:
         warnings.warn(
-            f"{data.source}: column 'input' is not used: --prompt-column instruction+input joins the two", stacklevel=2
+            f"{source}: column 'input' is not used: --prompt-column instruction+input joins the two", stacklevel=2
         )
-    return lengths
 
 
 def _top_names(rows: Rows, name: str) -> set[str]:

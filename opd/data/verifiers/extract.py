@@ -107,10 +107,10 @@ def last_formula(text: str) -> str:
     if not formulas:
         return ""
     start = formulas[-1].start()
-    for before, after in list(pairwise(formulas))[::-1]:
-        if after.start() != start or not _JOINT.fullmatch(text[before.end() : start]):
+    for earlier, later in list(pairwise(formulas))[::-1]:
+        if later.start() != start or not _JOINT.fullmatch(text[earlier.end() : start]):
             break
-        start = before.start()
+        start = earlier.start()
     return text[start : formulas[-1].end()]
 
 

@@ -98,12 +98,12 @@ def _fraction(x: Rational) -> Fraction:
 def _same_relation(a: Relational, b: Relational) -> bool:
     """Return whether two relations say the same: their sides differ by the same expression, up to a factor."""
     flipped = {sympy.Lt: sympy.Gt, sympy.Le: sympy.Ge}
-    (left, a_kind), (right, b_kind) = (
+    (a_difference, a_kind), (b_difference, b_kind) = (
         (x.rhs - x.lhs, flipped[x.func]) if x.func in flipped else (x.lhs - x.rhs, x.func) for x in (a, b)
     )
     if a_kind is not b_kind:
         return False
-    ratio = sympy.simplify(left / right) if right != 0 else sympy.nan
+    ratio = sympy.simplify(a_difference / b_difference) if b_difference != 0 else sympy.nan
     if not (ratio.is_number and ratio.is_finite) or ratio == 0:
-        return bool(left == right)
+        return bool(a_difference == b_difference)
     return bool(a_kind in (sympy.Eq, sympy.Ne) or ratio.is_positive)

@@ -49,7 +49,7 @@ def _dropped_marks(tokenizer: Tokenizer, think_end: str) -> dict[int, list[tuple
     for mark in dict.fromkeys(filter(None, (*chain(*MARKS), think_end))):
         is_token = mark in vocabulary
         ids = (vocabulary[mark],) if is_token else tuple(tokenizer(mark, add_special_tokens=False)["input_ids"])
-        decoded, whole = (str(tokenizer.decode(list(ids), skip_special_tokens=skip)) for skip in (True, False))
-        if mark not in decoded and "".join(mark.split()) in "".join(whole.split()):
+        decoded, with_special = (str(tokenizer.decode(list(ids), skip_special_tokens=skip)) for skip in (True, False))
+        if mark not in decoded and "".join(mark.split()) in "".join(with_special.split()):
             marks_by_first_id.setdefault(ids[0], []).append((ids, mark))
     return {first: sorted(marks, key=lambda pair: -len(pair[0])) for first, marks in marks_by_first_id.items()}

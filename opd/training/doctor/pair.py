@@ -110,10 +110,10 @@ def templates(session: Session) -> Iterator[Finding]:
 def rendered(session: Session) -> Iterator[Finding]:
     """Show the first prompt of each model as text, with its special tokens."""
     prompts = session.prompts.first(TEXTS)
-    shown = [("student", session.collector.tokenizer, prompts[0].ids)]
+    readers = [("student", session.collector.tokenizer, prompts[0].ids)]
     for name, tokenizer in session.prompts.teacher_tokenizers.items():
-        shown += [(teacher_label(name), tokenizer, p.teacher_ids) for p in prompts if p.teacher == name][:1]
-    for label, tokenizer, ids in shown:
+        readers += [(teacher_label(name), tokenizer, p.teacher_ids) for p in prompts if p.teacher == name][:1]
+    for label, tokenizer, ids in readers:
         text = str(tokenizer.decode(list(ids)))
         detail = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}\n...\n{text[-SHOWN // 2 :]}"
         yield ok(what=f"{label} reads its first prompt as {len(ids)} tokens", detail=detail)
