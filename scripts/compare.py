@@ -7,6 +7,7 @@ teacher runs as `opd serve` in another process, which returns log-probs, or text
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from soak import serving
 from opd.methods import METHODS
 
 PAIR = "--student embedded:student --prompts embedded:ledger --eval-prompts embedded:ledger --preset embedded"
+# Control for the methods with groups of 8 rollouts, which see an eighth of the prompts that the other methods see.
+GROUPED = "opd --per-prompt 8"
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Compare:
 
     out: Path = Path("outputs/compare")
     """Folder that holds a run folder for each method and seed."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Names of the methods to run.  Default: all."""
+    methods: tuple[str, ...] = (*METHODS, GROUPED)
+    """Names of the methods to run, each may be followed by run flags.  Default: all, and the control."""
     seeds: int = 1
     steps: int = 20
     batch: int = 32
@@ -43,13 +46,14 @@ def main(config: Compare) -> None:
     with server as (url, _):
         for name in config.methods:
             for seed in range(config.seeds):
-                folder = config.out / f"{name}-{seed}"
+                folder = config.out / f"{name.replace(' --', '-').replace(' ', '-')}-{seed}"
                 if not (folder / "checkpoints" / f"step-{config.steps:06d}").is_dir():
                     _train(config, name, seed, folder, url)
                 print(_row(name, seed, folder), flush=True)
 
 
 def _train(config: Compare, name: str, seed: int, folder: Path, url: str) -> None:
+    name, *flags = shlex.split(name)
     method = METHODS[name]()
     address = f"openai:teacher@{url}/v1" if method.asks else url
     teacher = [] if method.teacher else ["--teacher", address if url else "embedded:teacher"]
@@ -61,7 +65,18 @@ def _train(config: Compare, name: str, seed: int, folder: Path, url: str) -> Non
             pair = "--student embedded:student --teacher embedded:teacher --prompts embedded:ledger"
             _opd(["rock", *pair.split(), "--top", "8", "--max-new-tokens", "256", "--out", str(file)])
         rocks = ["--tokens", str(file)]
-    run = [*PAIR.split(), *teacher, *size.split(), "--seed", str(seed), "--save-every", "1000", "--resume", "--quiet"]
+    run = [
+        *PAIR.split(),
+        *teacher,
+        *size.split(),
+        "--seed",
+        str(seed),
+        "--save-every",
+        "1000",
+        "--resume",
+        "--quiet",
+        *flags,
+    ]
     _opd(["train", *run, "--out", str(folder), name, *rocks])
 
 

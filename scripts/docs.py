@@ -125,7 +125,8 @@ def section(row: dict[str, Any]) -> str:
         lines.append("")
     lines += [f"{'Token-local' if row['token_local'] else 'Batch'}. Reads {listed(row['reads'])}.", ""]
     if chosen := spelled("paper", name):
-        lines += [f"`--preset paper` is `{chosen}`.", ""]
+        flags = method_flags("paper", name)
+        lines += [f"`--preset paper` is `{' '.join([chosen, *([name, *flags] if flags else [])])}`.", ""]
     if flags := method_flags("embedded", name):
         lines += [f"`--preset embedded` is also `{name} {' '.join(flags)}`.", ""]
     return "\n".join(lines)

@@ -15,13 +15,14 @@ def check(plan: Plan) -> None:
     positive(config, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")
-    positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature")
+    positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "teacher_loss_temperature")
     for name in (*positive_or_0, "staleness", "importance_cap"):
         if not getattr(config, name) >= 0:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise Refusal(f"--betas {config.betas[0]} {config.betas[1]}: both must lie in [0, 1)")
     finite(config, "lr", "lora_alpha", "loss_temperature", "weight_decay", "eval_temperature")
+    finite(config, "teacher_loss_temperature")
     check_seed(config.seed)
     config.sampling.check()
     config.remote.check()
@@ -33,8 +34,9 @@ def check(plan: Plan) -> None:
     if (reason := policy.tempering_refusal()) and not config.compares():
         s = config.sampling
         raise Refusal(
-            f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --loss-temperature "
-            f"{config.loss_temperature}: {policy} {reason}: leave them at 1, 1, 0 and 1, or take another method"
+            f"--temperature {s.temperature}, --top-p {s.top_p}, --top-k {s.top_k}, --teacher-loss-temperature "
+            f"{config.teacher_loss_temperature}, --loss-temperature {config.loss_temperature}: {policy} {reason}: "
+            "leave them at 1, 1, 0, 0 and 1, or take another method"
         )
     if config.batch % (policy.per_prompt * policy.updates):
         raise Refusal(
@@ -101,9 +103,9 @@ def _check_teachers(plan: Plan) -> None:
                 f"{flag}self: the student itself; the KL between the two is 0 and nothing is learnt: "
                 "give --context, what the teacher knows and the student does not, or name another teacher"
             )
-    missing = [part for part in ("{prompt}", "{context}") if part not in config.context_template]
+    missing = [part for part in ("{prompt}", "{context}") if part not in plan.context_template]
     if missing:
-        raise Refusal(f"--context-template {config.context_template!r}: lacks {' and '.join(missing)}")
+        raise Refusal(f"--context-template {plan.context_template!r}: lacks {' and '.join(missing)}")
     question = plan.method.asks
     if config.judge and (question is None or not question.uses_judge):
         raise Refusal(f"--judge {config.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
@@ -129,10 +131,10 @@ def warnings(plan: Plan) -> list[str]:
     """Return warnings about settings that are allowed but bias the gradient, each with its reason."""
     config = plan.config
     out, s = [], config.sampling
-    if config._tempered():
+    if config.tempered():
         out.append(
             f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
-            "distribution than the loss assumes: gradients are biased (1, 1, 0 is unbiased)"
+            f"distribution than the loss assumes: gradients are biased ({config.loss_temperature:g}, 1, 0 is unbiased)"
         )
     if plan.method.rollouts.updates > 1:
         out.append("more than one update per rollout batch: from the second on, rollouts are off policy")

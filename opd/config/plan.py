@@ -15,6 +15,14 @@ from opd.losses.terms import PolicyGradient, Term
 from opd.losses.token_weights import TruncatedImportance
 from opd.methods.method import Method
 
+CONTEXT = """{prompt}
+
+Here is a correct solution:
+
+{context}
+
+Now answer the question in your own words."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +33,7 @@ class Plan:
     teachers: Mapping[str, ModelName]  # by route name; "" is --teacher
     judge: ModelName | None  # None: --teacher, where the method asks a judge
     context: str  # privileged context that only the teacher reads: a column's name, "peer", or "" for none
+    context_template: str  # of the teacher's prompt, with {prompt} and {context}
 
     def names(self) -> list[str]:
         """Return the names of the student and of its teachers."""
@@ -48,6 +57,7 @@ def resolved(config: Train) -> Plan:
         MappingProxyType({name: model_names.parse(model) for name, model in teachers.items()}),
         model_names.parse(config.judge) if config.judge else None,
         config.context or (default.context if default else ""),
+        config.context_template or (default.template if default else "") or CONTEXT,
     )
 
 

@@ -15,17 +15,27 @@ from opd.core.sampling import Sampling
 
 _EVERY_LAYER = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 _LORA = dict(lora_rank=64, lora_alpha=128.0, lora_targets=_EVERY_LAYER)
-# vOPD, arXiv:2605.07865, released configuration; PowerOPD, arXiv:2606.17199, Section 5 and the authors' scripts.
-_VOPD = dict(lr=1e-5, schedule="cosine", **_LORA, batch=256, max_new_tokens=2048)
+# vOPD, arXiv:2605.07865, released configuration (holi-lab/vOPD, configs/training): one epoch of guanning-ai/dapo14k,
+# 14,116 problems in whole batches of 4 processes x 64; TRL gives both models the same ids and trains on the EOS.
+_VOPD = dict(
+    lr=1e-5,
+    schedule="cosine",
+    **_LORA,
+    batch=256,
+    steps=55,
+    max_new_tokens=2048,
+    teacher_prompt="same",
+    stop_token="train",
+)
+# PowerOPD, arXiv:2606.17199, Section 5 and the authors' scripts.
 _POWER = dict(lr=5e-7, batch=32, steps=1500, stop_token="mask", top_p=0.95, top_k=20, max_new_tokens=1024)
 PAPER: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("vopd", "vopd-topk", "opd", "opd-full"), _VOPD),
     **dict.fromkeys(("poweropd", "opd-clip", "opd-tanh", "opd-zscore"), _POWER),
-    # Rethinking OPD, arXiv:2604.13016, released code: 64 prompts x 4.
-    "opd-topk": dict(batch=256, per_prompt=4, max_new_tokens=7168),
-    # TOP-D, arXiv:2607.04751: 512 prompts x 8.  The paper makes 16 clipped updates per batch; here it is 1, because
-    # `topd` has no importance ratio.
-    "topd": dict(lr=1e-6, batch=4096, per_prompt=8),
+    # Rethinking OPD, arXiv:2604.13016, released script on_policy_distillation.sh (thunlp/OPD): 64 prompts x 4.
+    "rethinking-opd": dict(lr=1e-6, weight_decay=0.01, batch=256, per_prompt=4, max_new_tokens=7168),
+    # TOP-D, arXiv:2607.04751: 512 prompts x 8 in 16 updates of 32 prompts.
+    "topd": dict(lr=1e-6, batch=4096, per_prompt=8, updates=16, max_new_tokens=16384),
     # TV-OPD, arXiv:2609.08341, training set-up: 64 prompts x 1.
     "opd-tv": dict(lr=1e-6, weight_decay=0.01, batch=64, max_new_tokens=16384),
     # FiRe-OPD, arXiv:2606.02684, set-up of the experiments: three passes over DeepMath.
@@ -34,8 +44,17 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     "iw-opd": dict(lr=1e-5, batch=1024, max_new_tokens=16384),
     # Baseline in TrOPD's comparison, arXiv:2606.01249, which states no sampling temperature; 128 prompts x 4.
     "entropy": dict(lr=5e-6, batch=512, per_prompt=4, steps=200, max_new_tokens=8096),
-    # SCOPE, arXiv:2604.10688, set-up of the experiments: 256 prompts x 8, sampled at 0.6.
-    "scope": dict(lr=5e-5, weight_decay=0.01, batch=2048, temperature=0.6, max_new_tokens=12288),
+    # SCOPE, arXiv:2604.10688, set-up of the experiments: 256 prompts x 8, sampled at 0.6.  As in the released code, the
+    # student's logits are divided by the sampling temperature, and the teacher's are not.
+    "scope": dict(
+        lr=5e-5,
+        weight_decay=0.01,
+        batch=2048,
+        temperature=0.6,
+        loss_temperature=0.6,
+        teacher_loss_temperature=1.0,
+        max_new_tokens=12288,
+    ),
     # KAT, arXiv:2606.09471, appendix C, the 1.7B student: 3 % warm-up; the response length limit is read off a figure.
     "kat": dict(lr=1e-6, schedule="cosine", warmup=12, batch=128, steps=400, top_p=0.95, max_new_tokens=2048),
     # TRB, arXiv:2605.31159, training set-up: 64 prompts x 4, one pass over 25,600 of them.
@@ -55,8 +74,10 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     ),
     # G-OPD, arXiv:2602.12125, released script for a single teacher.
     "g-opd": dict(lr=1e-5, weight_decay=0.01, importance_cap=5.0, batch=1024, max_new_tokens=16384),
-    # OPSD, arXiv:2601.18734, released script of the 1.7B model; it samples at temperature 1.1 and uses --teacher base.
-    "opsd": dict(lr=2e-4, **_LORA, batch=32, temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=2048),
+    # OPSD, arXiv:2601.18734, released script of the 1.7B model, which samples at temperature 1.1.
+    "opsd": dict(
+        teacher="base", lr=2e-4, **_LORA, batch=32, temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=2048
+    ),
     # SDPO, arXiv:2601.20802, released script of the runs without feedback: 32 prompts x 8.
     "sdpo": dict(lr=1e-5, weight_decay=0.01, warmup=10, batch=256, max_new_tokens=8192),
     # OmniOPD, arXiv:2606.01476, Section 5 and appendix: 250 steps over 17,000 prompts, so about 64 a step.
@@ -95,7 +116,12 @@ EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     # prompt: these runs demonstrate a step, but they degrade the student (docs/LOG.md).
     **{name: {"context_template": "{context} {prompt}"} for name in ("opsd", "sdft", "sdpo")},
 }
-EMBEDDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # flags of the methods themselves
+# Flags of the methods themselves.
+PAPER_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "vopd-topk": {"k": 100},  # released configuration; the paper's k is 20, the method's default
+    "topd": {"future": True, "whiten": True, "clip": 0.2},
+}
+EMBEDDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "kat": {"window": 8, "floor": 8, "buffer": 512, "ready": 64, "after": 4},  # responses are 50 to 160 tokens
     "npd": {"pool": 4},
     "trb": {"anneal": 20},
@@ -104,12 +130,13 @@ EMBEDDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {  # flags of the methods 
     # Stage tags of the embedded task.  Its models generate solutions only, so they cannot reflect.
     "rubricem": {"tags": ("<plan>", "<work>", "<check>", "<answer>"), "references": 2, "reflections": 0},
 }
+ARGUMENTS = {"paper": PAPER_ARGUMENTS, "embedded": EMBEDDED_ARGUMENTS}
 _SAMPLING = {field.name: field.default for field in fields(Sampling)}
 
 
 def arguments(preset: str, method: str) -> list[str]:
     """Return the method flags that a preset sets.  Put the user's flags after them, so that those override."""
-    return _words(EMBEDDED_ARGUMENTS.get(method, {}) if preset == "embedded" else {})
+    return _words(ARGUMENTS.get(preset, {}).get(method, {}))
 
 
 def run_arguments(preset: str, method: str) -> list[str]:
@@ -145,6 +172,6 @@ def _chosen(preset: str, method: str) -> Mapping[str, Any]:
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:
-    """Return command-line words of flags and their values."""
-    words = lambda value: map(str, value if isinstance(value, tuple) else (value,))
+    """Return command-line words of flags and their values.  A flag that is True stands without a value."""
+    words = lambda value: () if value is True else map(str, value if isinstance(value, tuple) else (value,))
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", *words(value))]

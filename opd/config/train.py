@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 else:
     Method = Any  # no flag: the command line reads METHOD by itself
 
-CONTEXT = """{prompt}
-
-Here is a correct solution:
-
-{context}
-
-Now answer the question in your own words."""
-
 
 def _vopd() -> Method:
     from opd.methods.vopd import vopd
@@ -62,8 +54,9 @@ class Train:
     """Privileged context in the teacher's prompt, which the student does not see.  A column of the row (response,
     answer or any other), or peer: a correct response among the prompt's other rollouts.  Empty: the method's default,
     which is none for most methods."""
-    context_template: str = CONTEXT
-    """Template of the teacher's prompt when --context is set; it must contain {prompt} and {context}."""
+    context_template: str = ""
+    """Template of the teacher's prompt when --context is set; it must contain {prompt} and {context}.  Empty: the
+    published one for opsd, sdft and sdpo, and for other methods one that calls the context a correct solution."""
     method: Annotated[Method, tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=_vopd)
     """Training method; on the command line it is METHOD, followed by its flags."""
     out: Path = Path("outputs/opd")
@@ -100,6 +93,10 @@ class Train:
     sampling: Sampling = Sampling()
     loss_temperature: float = 1.0
     """Divide the logits of student and teacher by this value in the loss.  --temperature changes only the sampler."""
+    teacher_loss_temperature: float = 0.0
+    """Divide the teacher's logits by this value instead of --loss-temperature.  0: by --loss-temperature.  SCOPE
+    divides only the student's, by the sampling temperature: --temperature 0.6 --loss-temperature 0.6
+    --teacher-loss-temperature 1."""
     stop_token: StopToken = "canonical"
     """Treatment of the stop token in the loss.  canonical: count the stop tokens of both models as a single token;
     train: keep them as different tokens; mask: do not train on them."""
@@ -186,10 +183,15 @@ class Train:
             case "cosine":
                 return self.lr * (1 + math.cos(math.pi * done)) / 2
 
-    def _tempered(self) -> bool:
-        """Return whether temperature, top-p or top-k make the sampler differ from the student's distribution."""
-        return self.sampling.temperature != 1 or self.sampling.top_p < 1 or self.sampling.top_k > 0
+    def teacher_temperature(self) -> float:
+        """Return the value that divides the teacher's logits in the loss."""
+        return self.teacher_loss_temperature or self.loss_temperature
+
+    def tempered(self) -> bool:
+        """Return whether temperature, top-p or top-k make the sampler differ from the loss's student distribution."""
+        s = self.sampling
+        return s.temperature != self.loss_temperature or s.top_p < 1 or s.top_k > 0
 
     def compares(self) -> bool:
-        """Return whether the sampler's log-probs and the loss's log-probs are of the same distribution."""
-        return not self._tempered() and self.loss_temperature == 1
+        """Return whether sampler, student and teacher are compared at temperature 1, without truncation."""
+        return not self.tempered() and self.loss_temperature == 1 == self.teacher_temperature()

@@ -91,7 +91,7 @@ class Prompts:
         """Return the prompt's token ids for a teacher: its chat template, with the privileged context if not empty."""
         tokenizer = self.teacher_tokenizers[teacher]
         if context:
-            prompt = prompts.fill_template(prompt, self.plan.config.context_template, context=context)
+            prompt = prompts.fill_template(prompt, self.plan.context_template, context=context)
         arguments = prompts.used_arguments(
             tokenizer, prompts.parse_template_arguments(self.plan.config.data.template_args)
         )

@@ -155,7 +155,7 @@ class Sweep:
         columns = HeadColumns(**values, scores=scores)
         self.columns.fill(rows, columns)
         unscaled = torch.ones_like(sums.e) if self.fused else sums.e
-        return columns, sums, self.student.hidden.head.scale / v.temperature / unscaled
+        return columns, sums, self.student.hidden.head.scale / v.temperature_of(self.student.hidden.head) / unscaled
 
     def _fused(self, z: Tensor, t: Tensor | None, ids: Tensor, gradient: Tensor, sums: Sums, form: Form | None) -> None:
         """Sweep some rows in Triton."""

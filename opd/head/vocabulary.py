@@ -20,6 +20,7 @@ class Head:
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float = 0.0  # 0: none; else z -> softcap * tanh(z / softcap), Gemma 2, arXiv:2408.00118
+    temperature: float | None = None  # divides the logits in the loss; None: the vocabulary's temperature
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Vocabulary:
     """The settings that make the logits of both models comparable distributions."""
 
     size: int  # number of ids that both models have; further rows are cut from both
-    temperature: float = 1.0  # divides both models' logits; affects the gradient
+    temperature: float = 1.0  # divides the logits of all models without their own; affects the gradient
     stop: tuple[int, ...] = ()  # ids merged into one class, at every position, under the first id
     chunk_bytes: int = 256 << 20  # budget for both models' logits of a chunk, in bytes
     rounded: bool = False  # keep logits in at most bf16: halves memory traffic, changes the KL by some percent
@@ -53,11 +54,16 @@ class Vocabulary:
         """Return b for the common ids, detached, or None."""
         return None if head.bias is None else head.bias.detach()[: self.size]
 
+    def temperature_of(self, head: Head) -> float:
+        """Return the value that divides the logits of a head."""
+        return self.temperature if head.temperature is None else head.temperature
+
     def curve(self, head: Head) -> tuple[float, float | None]:
         """Return (inner, outer): logits are inner (W h + b), or outer tanh(inner (W h + b)) under a softcap."""
+        temperature = self.temperature_of(head)
         if head.softcap:
-            return head.scale / head.softcap, head.softcap / self.temperature
-        return head.scale / self.temperature, None
+            return head.scale / head.softcap, head.softcap / temperature
+        return head.scale / temperature, None
 
     def logits(
         self, raw: Float[Tensor, "N V"], head: Head, ids: Int[Tensor, " V"] | None = None

@@ -86,8 +86,20 @@ class Whiten:
 
 
 @dataclass(frozen=True)
+class GroupWhiten:
+    """(x - mean) / std over the trained tokens of a prompt's rollouts.  TOP-D, arXiv:2607.04751."""
+
+    eps: float = 1e-6
+
+    def __call__(self, x: PerToken, group: Int[Tensor, " B"], mask: Mask) -> PerToken:
+        per_token = group[:, None].expand_as(mask)[mask]
+        standardised = group_centred(x[mask], per_token, torch.ones_like(per_token, dtype=torch.bool), self.eps)
+        return x.where(mask, 0).masked_scatter(mask, standardised)
+
+
+@dataclass(frozen=True)
 class MeanFuture:
-    """x_t plus the mean of x over the later trained tokens of its rollout.  TOP-D, arXiv:2607.04751."""
+    """x_t plus the mean of x over the later trained tokens of its rollout.  TOP-D, arXiv:2607.04751, Eq. 8."""
 
     def __call__(self, x: PerToken, mask: Mask) -> PerToken:
         x = x.where(mask, 0)

@@ -162,3 +162,18 @@ class GeneralisedKL(OnSupport):
 
     def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> PerPosition:
         return kl(p, q) + (q.exp() - p.exp()).sum(-1)
+
+
+@dataclass(frozen=True)
+class SupportMeanKL(OnSupport):
+    """`GeneralisedKL` divided by the student's detached mass on the support.  Rethinking OPD, arXiv:2604.13016.
+
+    Its gradient is that of the loss of the official code, -sum_v sg[w_v (log q_v - log p_v)] log p_v, where w is p
+    renormalised on the support.
+    """
+
+    support: Support = Support()
+    bucketed: ClassVar[bool] = False
+
+    def on(self, p: Float[Tensor, "*N k"], q: Float[Tensor, "*N k"]) -> PerPosition:
+        return GeneralisedKL(self.support).on(p, q) / p.detach().exp().sum(-1)

@@ -7,7 +7,18 @@ line, the generated docs and the law tests then include it.
 from collections.abc import Callable
 
 from opd.methods.async_opd import async_opd
-from opd.methods.classic import gkd, gkd_forward, gkd_reverse, opd, opd_clip, opd_full, opd_tanh, opd_topk, opd_zscore
+from opd.methods.classic import (
+    gkd,
+    gkd_forward,
+    gkd_reverse,
+    opd,
+    opd_clip,
+    opd_full,
+    opd_tanh,
+    opd_topk,
+    opd_zscore,
+    rethinking_opd,
+)
 from opd.methods.eopd import eopd, eopd_sampled
 from opd.methods.kat import kat
 from opd.methods.method import Method
@@ -27,7 +38,8 @@ from opd.methods.vopd import vopd, vopd_topk
 
 __all__ = [  # noqa: RUF022  (in the order of `opd methods`)
     "vopd", "vopd_topk", "poweropd",
-    "opd", "opd_full", "opd_topk", "gkd", "gkd_forward", "gkd_reverse", "opd_clip", "opd_tanh", "opd_zscore",
+    "opd", "opd_full", "opd_topk", "rethinking_opd", "gkd", "gkd_forward", "gkd_reverse",
+    "opd_clip", "opd_tanh", "opd_zscore",
     "reopold", "topd", "opd_signlog", "opd_tv", "opd_plus", "g_opd",
     "fire", "iw_opd", "entropy", "eopd", "eopd_sampled", "scope", "rock_freeze",
     "kat", "trb", "tropd", "oprd",

@@ -14,6 +14,7 @@ from opd.losses.divergences import (
     RenormalisedKL,
     ReverseKL,
     Support,
+    SupportMeanKL,
 )
 from opd.losses.rewards import Clip, Tanh
 from opd.losses.terms import Match, PolicyGradient
@@ -47,7 +48,9 @@ def opd_topk(
     support: Literal["student", "teacher"] = "student",
     tail: Literal["bucket", "renorm", "generalised"] = "bucket",
 ) -> Method:
-    """Reverse KL on the top-k tokens.  Rethinking OPD, arXiv:2604.13016; generalised: MOPD, arXiv:2606.30406, Eq. 5.
+    """Reverse KL on the top-k tokens and the rest.  verl issue 7856; generalised: MOPD, arXiv:2606.30406, Eq. 5.
+
+    `rethinking-opd` is the published top-k loss.
 
     Args:
         k: Number of tokens in the support.
@@ -61,6 +64,18 @@ def opd_topk(
         "generalised": GeneralisedKL,
     }
     return Method((Match(leaves[tail](Support(k, support))),))
+
+
+def rethinking_opd(k: int = 16) -> Method:
+    """Policy gradient on each of the student's top k tokens, weighted by p.  Rethinking OPD, arXiv:2604.13016.
+
+    The loss is -sum_v sg[w_v (log q_v - log p_v)] log p_v, w the student's probabilities renormalised on its top k.
+    Its gradient is that of `opd-topk --tail generalised`, divided by the student's mass on the top k.
+
+    Args:
+        k: Number of the student's most probable tokens.
+    """
+    return Method((Match(SupportMeanKL(Support(k))),))
 
 
 def _mixture(share: float, other: Literal["teacher", "response"]) -> RolloutPolicy:

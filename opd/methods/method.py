@@ -31,6 +31,7 @@ class Privileged:
 
     weights: str = "self"  # self: current weights; base: weights before training; ema:RATE: moving average
     context: str = "response"  # a column of the prompt's row; peer: a correct response from the same group
+    template: str = ""  # of the teacher's prompt, with {prompt} and {context}; "": the default of --context-template
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,19 @@ from opd.losses.terms import Match
 from opd.methods.method import Method, Privileged
 from opd.methods.rollout_policies.on_policy import OnPolicy
 
+# Teacher prompts as published: OPSD, siyan-zhao/OPSD, data_collator.py (without --reason_first); SDFT,
+# idanshen/Self-Distillation, main.py; SDPO, lasgroup/SDPO, verl/trainer/config/actor/actor.yaml (without feedback).
+OPSD = (
+    "{prompt}\n\nHere is a reference solution to this problem:\n{context}\n\n\nAfter understanding the reference "
+    "solution and the rationale behind each step, now articulate your own step-by-step reasoning that derives the same "
+    "final answer to the problem below:\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
+SDFT = (
+    "\n{prompt}\n\nThis is an example for a response to the question:\n{context}\n\n"
+    "Now answer with a response of your own, including the thinking process.\n"
+)
+SDPO = "{prompt}\nCorrect solution:\n\n{context}\n\nCorrectly solve the original question."
+
 
 @dataclass(frozen=True)
 class ClippedForwardKL:
@@ -27,7 +40,8 @@ class ClippedForwardKL:
 def opsd(beta: float = 0.5, clip: float = 0.0) -> Method:
     """Self-distillation: the student with the solution in its context is the teacher.  OPSD, arXiv:2601.18734.
 
-    The released runs use --teacher base, the weights before training.
+    The released runs use --teacher base, the weights before training.  The teacher's prompt is the released one, which
+    asks for the answer in a box; --context-template replaces it.
 
     Args:
         beta: The teacher's share of the Jensen-Shannon mixture, inside (0, 1).
@@ -35,12 +49,12 @@ def opsd(beta: float = 0.5, clip: float = 0.0) -> Method:
             0.05).
     """
     divergence: Divergence = ClippedForwardKL(clip) if clip else JSD(beta)
-    return Method((Match(divergence),), teacher=Privileged("self", "response"))
+    return Method((Match(divergence),), teacher=Privileged("self", "response", OPSD))
 
 
 def sdft() -> Method:
     """Reverse KL to the base model (or --teacher ema:RATE) with a demonstration in context.  SDFT, arXiv:2601.19897."""
-    return Method((Match(ReverseKL()),), teacher=Privileged("base", "response"))
+    return Method((Match(ReverseKL()),), teacher=Privileged("base", "response", SDFT))
 
 
 def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
@@ -60,4 +74,4 @@ def sdpo(k: int = 100, beta: float = 0.5, per_prompt: int = 8) -> Method:
     support = Support(k, "student")
     ends: dict[float, Divergence] = {0.0: BucketForwardKL(support), 1.0: BucketKL(support)}
     term = Match(ends[beta] if beta in ends else BucketJSD(support, beta))
-    return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged("ema:0.05", "peer"))
+    return Method((term,), rollouts=OnPolicy(per_prompt), teacher=Privileged("ema:0.05", "peer", SDPO))

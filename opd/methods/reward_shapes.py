@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Literal
 
-from opd.losses.advantages import MeanFuture
+from opd.core.types import Column
+from opd.losses.advantages import GroupWhiten, MeanFuture
 from opd.losses.rewards import Floor, ForwardKLPlus, JSDPlus, Power, Proximal, ReverseKLPlus, Reward, Sign, SignedLog
+from opd.losses.surrogates import Clipped, Reinforce
 from opd.losses.target_distribution import Extrapolated
 from opd.losses.terms import PolicyGradient
 from opd.methods.method import Method
@@ -31,14 +33,20 @@ def reopold(share: float = 0.3) -> Method:
     return Method((PolicyGradient(Floor(share)),))
 
 
-def topd(alpha: float = 0.1, future: bool = False) -> Method:
+def topd(alpha: float = 0.1, future: bool = False, whiten: bool = False, clip: float = 0.0) -> Method:
     """Log ratio to a proximal teacher, log(alpha q/p + 1 - alpha).  TOP-D, arXiv:2607.04751.
+
+    The paper's method is --future --whiten --clip 0.2 with 8 rollouts per prompt, which --preset paper sets.
 
     Args:
         alpha: The teacher's share of the proximal teacher (paper: 0.1 to 0.2).  The reward is at least log(1 - alpha).
         future: Add the mean of the rollout's later rewards, as in the paper.
+        whiten: Standardise over all tokens of a prompt's rollouts, as in the paper.
+        clip: Clip range of the importance ratio, for several --updates (paper: 0.2).  0 leaves the ratio out.
     """
-    return Method((PolicyGradient(Proximal(alpha), transforms=(MeanFuture(),) if future else ()),))
+    transforms: tuple[Column, ...] = (*[MeanFuture()] * future, *[GroupWhiten()] * whiten)
+    surrogate = Clipped(clip, clip) if clip else Reinforce()
+    return Method((PolicyGradient(Proximal(alpha), transforms=transforms, surrogate=surrogate),))
 
 
 def opd_signlog() -> Method:

@@ -77,10 +77,11 @@ def open_server(model: ScoringServer, plan: Plan, *, field: str) -> Server:
             f"--{field} {url}: it gives log-probs of the sampled tokens alone, and columns that other teachers fill "
             f"({', '.join(other_teachers)}) would have holes: serve it by `opd serve`, or leave out --route"
         )
-    if not server.identity and config.loss_temperature != 1:
+    if not server.identity and config.teacher_temperature() != 1:
+        flag = "--teacher-loss-temperature" if config.teacher_loss_temperature else "--loss-temperature"
         raise Refusal(
-            f"--loss-temperature {config.loss_temperature}: --{field} {url} gives log-probs at temperature 1 alone: "
-            "leave it at 1, or serve the teacher by `opd serve`"
+            f"{flag} {config.teacher_temperature()}: --{field} {url} gives log-probs at temperature 1 alone: take "
+            "--teacher-loss-temperature 1, or serve the teacher by `opd serve`"
         )
     return server
 

@@ -150,6 +150,8 @@ class Passes:
             output = teacher.hidden(rollouts, trained, ids=session.vocabulary.canonical(drawn))
         else:
             output = teacher.hidden(rollouts, trained, None if lenses is None else lenses.teacher)
+        if isinstance(output, Hidden) and (temperature := session.config.teacher_loss_temperature):
+            output = replace(output, head=replace(output.head, temperature=temperature))
         reference = None if session.reference is None else session.reference.hidden(rollouts, trained)
         outputs = FrozenOutputs(output, reference, None if lenses is None else lenses.student)
         size = outputs.nbytes() + sum(x.nbytes() for x in cache.values())

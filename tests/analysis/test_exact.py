@@ -17,7 +17,17 @@ from opd.losses.rewards import Clip, LogRatio, Power, Tanh
 from opd.losses.surrogates import Clipped, ImportanceSampling
 from opd.losses.terms import Match, PolicyGradient, Positions
 from opd.methods import METHODS, vopd
-from opd.methods.classic import gkd, gkd_forward, opd, opd_clip, opd_full, opd_tanh, opd_topk, opd_zscore
+from opd.methods.classic import (
+    gkd,
+    gkd_forward,
+    opd,
+    opd_clip,
+    opd_full,
+    opd_tanh,
+    opd_topk,
+    opd_zscore,
+    rethinking_opd,
+)
 from opd.methods.method import Method
 from opd.methods.pg import opd_optimal, opd_stratified
 from opd.methods.reward_shapes import poweropd
@@ -63,6 +73,7 @@ REVERSE_KL = {
     "importance sampling": Method((PolicyGradient(surrogate=ImportanceSampling()),)),
     "clipped": Method((PolicyGradient(baseline=Value(), surrogate=Clipped()),)),
     "opd-topk V": opd_topk(7),
+    "rethinking-opd V": rethinking_opd(7),
 }  # fmt: skip
 
 
@@ -120,6 +131,19 @@ def test_matching_descends_its_divergence_without_noise(m, d):
     student, teacher = PAIRS["strong"](5, 7)
     mean, variance = expectation(m, student, teacher)
     close(mean, exact(d, student, teacher))
+    close(variance, torch.zeros(5))
+
+
+@pairs
+@pytest.mark.parametrize("k", [1, 3])
+def test_rethinking_opd_is_the_published_loss(pair, k):
+    """-sum_v sg[w_v (log q_v - log p_v)] log p_v over the student's top k, w its probabilities renormalised there."""
+    student, teacher = pair(5, 7)
+    mean, variance = expectation(rethinking_opd(k), student, teacher)
+    live, q = student.clone().requires_grad_(), teacher.log_softmax(-1)
+    top = live.topk(k).indices
+    p, q, w = live.log_softmax(-1).gather(-1, top), q.gather(-1, top), live.gather(-1, top).softmax(-1)
+    close(mean, grad(-((w * (q - p)).detach() * p).sum(-1), live))
     close(variance, torch.zeros(5))
 
 

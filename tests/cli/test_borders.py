@@ -137,7 +137,16 @@ def test_every_number_is_used_or_refused_by_its_name(no_models, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "flag", ["--lr", "--temperature", "--loss-temperature", "--weight-decay", "--lora-alpha", "--eval-temperature"]
+    "flag",
+    [
+        "--lr",
+        "--temperature",
+        "--loss-temperature",
+        "--teacher-loss-temperature",
+        "--weight-decay",
+        "--lora-alpha",
+        "--eval-temperature",
+    ],
 )
 def test_infinite_settings_are_refused(no_models, tmp_path, capsys, flag):
     line = one_line(capsys, [*RUN, "--out", str(tmp_path / "run"), flag, "inf", "opd-full"])

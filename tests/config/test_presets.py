@@ -15,7 +15,7 @@ from opd.core.errors import Refusal
 from opd.methods import METHODS
 
 BASE = Train(student="s", teacher="t", prompts="p")
-FIELDS = {f.name for f in fields(Train)} - {"student", "teacher", "prompts", "method"}
+FIELDS = {f.name for f in fields(Train)} - {"student", "prompts", "method"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,8 +52,8 @@ def test_every_paper_preset_is_of_a_method():
         ("scope", 256, 8, 5e-5, 12288),
         ("opd-tv", 64, 1, 1e-6, 16384),
         ("entropy", 128, 4, 5e-6, 8096),
-        ("topd", 512, 8, 1e-6, None),
-        ("opd-topk", 64, 4, None, 7168),
+        ("topd", 512, 8, 1e-6, 16384),
+        ("rethinking-opd", 64, 4, 1e-6, 7168),
         ("rock-freeze", 1, 4, 2e-6, 8000),
         ("oprd", 8, 2, 1e-5, 16384),
         ("g-opd", 1024, 1, 1e-5, 16384),
@@ -62,10 +62,39 @@ def test_every_paper_preset_is_of_a_method():
     ],
 )
 def test_numbers_as_published(name, prompts, each, lr, tokens):
-    run = replace(BASE, method=METHODS[name](), **settings("paper", name))
+    run = replace(BASE, method=method_of(name, arguments("paper", name)), **settings("paper", name))
     assert resolved(run).method.rollouts.per_prompt == each and run.batch == prompts * each
     assert run.lr == (BASE.lr if lr is None else lr)
     assert run.sampling.max_new_tokens == (BASE.sampling.max_new_tokens if tokens is None else tokens)
+
+
+VOPD = ("vopd", "vopd-topk", "opd", "opd-full")
+
+
+@pytest.mark.parametrize("name", VOPD)
+def test_vopd_as_released(name):
+    """holi-lab/vOPD: one epoch of 14,116 problems in batches of 256; equal ids for both models; the EOS is trained."""
+    run = replace(BASE, method=method_of(name, arguments("paper", name)), **settings("paper", name))
+    assert run.steps == 14_116 // run.batch
+    assert (run.teacher_prompt, run.stop_token, run.schedule, run.lora_rank) == ("same", "train", "cosine", 64)
+
+
+@pytest.mark.parametrize(("typed", "k"), [([], 100), (["--k", "20"], 20)])
+def test_flags_of_a_method_in_the_paper_preset_yield_to_the_users(typed, k):
+    assert method_of("vopd-topk", [*arguments("paper", "vopd-topk"), *typed]) == METHODS["vopd-topk"](k)
+
+
+def test_topd_as_published():
+    method = method_of("topd", arguments("paper", "topd"))
+    assert method == METHODS["topd"](0.1, future=True, whiten=True, clip=0.2)
+    run = resolved(replace(BASE, method=method, **settings("paper", "topd")))
+    assert run.config.batch // run.method.rollouts.updates == 32 * run.method.rollouts.per_prompt == 256
+
+
+def test_scope_tempers_the_student_by_the_sampling_temperature():
+    run = replace(BASE, method=METHODS["scope"](), **settings("paper", "scope"))
+    assert run.sampling.temperature == run.loss_temperature == 0.6 and run.teacher_temperature() == 1
+    assert not checks.warnings(resolved(run))  # the sampler is the distribution of the loss
 
 
 def test_rock_freeze_warms_up_for_a_twentieth():

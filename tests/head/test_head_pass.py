@@ -43,6 +43,7 @@ HEADS = {
     "softcap": {"softcap": 3.0},
     "scale": {"scale": 0.25},
     "all": {"bias": True, "softcap": 3.0, "scale": 2.0},
+    "teacher of its own temperature": {"teacher_temperature": 2.5},
 }
 LINEAR = {  # those with closed forms: under a softcap both ways are autograd
     "plain": {},
@@ -75,6 +76,7 @@ FORMS = {  # what a method's gradient is through, and methods that show it
         "bucket, Jensen-Shannon": Method((Match(BucketJSD(Support(5), 0.3)),)),
         "renormalised": Method((Match(RenormalisedKL(Support(5))),)),
         "generalised": Method((Match(GeneralisedKL(Support(5, "teacher"))),)),
+        "published top k": METHODS["rethinking-opd"](5),
         "all of them": Method((Match(BucketKL(Support(V))),)),
     },
     type(None): {
@@ -145,6 +147,7 @@ def case(kind: dict, dtype: torch.dtype, size: int = V, seed: int = 0) -> Case:
 
     student, leaves = side(HS, V, True)
     teacher, _ = side(HT, V + 11, False)  # a teacher whose head is padded further
+    teacher = replace(teacher, head=replace(teacher.head, temperature=kind.get("teacher_temperature")))
     ids = torch.randint(0, size, (N,), generator=g)
     return Case(student, teacher, ids, leaves, side(HT, V, False)[0])
 
@@ -159,7 +162,7 @@ def naive(c: Case, method: Method, targets: tuple[Target, ...], v: Vocabulary) -
         z = z * side.head.scale
         if side.head.softcap:
             z = side.head.softcap * torch.tanh(z / side.head.softcap)
-        p = torch.softmax(z / v.temperature, -1)
+        p = torch.softmax(z / (side.head.temperature or v.temperature), -1)
         if len(v.stop) > 1:
             rest = [i for i in range(v.size) if i not in v.stop]
             p = torch.cat((p[:, list(v.stop)].sum(-1, keepdim=True), p[:, rest]), -1)

@@ -13,7 +13,7 @@ from opd.core.types import DATA, STUDENT, TEACHER, Batch, call, pad, reads
 from opd.losses import advantages as transforms
 from opd.losses import baselines, divergences, estimators, reductions, rewards, surrogates
 from opd.losses import token_weights as weights
-from opd.losses.advantages import Discount, DiscountExpected, GroupAdvantage, MeanFuture, Whiten
+from opd.losses.advantages import Discount, DiscountExpected, GroupAdvantage, GroupWhiten, MeanFuture, Whiten
 from opd.losses.baselines import Optimal, TopKValue, Value
 from opd.losses.divergences import (
     JSD,
@@ -24,6 +24,7 @@ from opd.losses.divergences import (
     RenormalisedKL,
     ReverseKL,
     Support,
+    SupportMeanKL,
 )
 from opd.losses.estimators import Full, Sampled, Several, Stratified
 from opd.losses.reductions import Constant, LastTokens, SequenceMean, TokenMean
@@ -185,11 +186,12 @@ def test_divergence(d, want):
 def test_every_leaf_has_a_golden_value():
     more = (*test_reward_methods.FORWARD, *test_reward_methods.REWARDS)
     golden = {type(x) for x, *_ in (*DIVERGENCES, *REWARDS, *more)}
-    assert leaves(divergences) - {Support} <= golden and leaves(rewards) <= golden
+    # The gradient of SupportMeanKL is not that of its value, on purpose: test_exact.
+    assert leaves(divergences) - {Support, SupportMeanKL} <= golden and leaves(rewards) <= golden
     assert leaves(estimators) == {Sampled, Several, Stratified, Full}  # Several: test_async_opd
     assert leaves(baselines) == {Value, TopKValue, Optimal}
     # GroupAdvantage and the leaves of omniopd: test_text_teachers; StageScore, StageReturn: test_stages.
-    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, MeanFuture, GroupAdvantage}
+    assert leaves(transforms) == {Discount, DiscountExpected, Whiten, GroupWhiten, MeanFuture, GroupAdvantage}
     assert leaves(sys.modules[Posterior.__module__]) == {Posterior, CentredPosterior, Audited, Unaudited}
     assert leaves(sys.modules[StageScore.__module__]) >= {StageScore, StageReturn}
     assert leaves(reductions) == {TokenMean, SequenceMean, Constant, LastTokens}  # LastTokens: test_hidden_states

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.analysis.exact import measure
-from opd.losses.advantages import MeanFuture
+from opd.losses.advantages import GroupWhiten, MeanFuture
 from opd.losses.baselines import Optimal, TopKValue, Value
 from opd.losses.divergences import JSD, BucketForwardKL, ForwardKL, ReverseKL, Support
 from opd.losses.estimators import Full, Sampled, Stratified
@@ -252,6 +252,42 @@ def test_mean_of_the_future():
     for junk in (NAN, INF):
         x = tensor([[1.0, 2, junk, 4], [5, junk, junk, junk]])
         close(MeanFuture()(x, mask).where(mask, 0), tensor([[1.0 + 3, 2 + 4, 0, 4], [5, 0, 0, 0]]))
+
+
+def test_topd_of_the_paper():
+    """With scalars: R_t = r_t + mean of the later r, standardised over the tokens of the group; clipped ratio."""
+    method = METHODS["topd"](0.2, future=True, whiten=True, clip=0.2)
+    lengths, group = [3, 2, 1, 3], tensor([0, 1, 0, 1])
+    live, teacher = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 3, 5)
+    at = Positions(torch.randint(5, (4, 3)), live.log_softmax(-1), teacher.log_softmax(-1))
+    mask = torch.arange(3) < tensor(lengths)[:, None]
+    batch = measure(method, at, mask=mask, group=group)
+    p, q = (at.sampled(x).exp().tolist() for x in (at.student_logp.detach(), at.teacher_logp))
+    mean = lambda x: sum(x) / len(x) if x else 0.0
+    rewards = [[log(0.2 * q[i][t] / p[i][t] + 0.8) for t in range(n)] for i, n in enumerate(lengths)]
+    returns = [[r + mean(row[t + 1 :]) for t, r in enumerate(row)] for row in rewards]
+    advantage = torch.zeros(4, 3)
+    for i, row in enumerate(returns):
+        together = [r for j, other in enumerate(returns) if group[j] == group[i] for r in other]
+        deviation = mean([(r - mean(together)) ** 2 for r in together]) ** 0.5
+        advantage[i, : len(row)] = tensor([(r - mean(together)) / (deviation + 1e-6) for r in row])
+    (target,) = method.prepare(batch)
+    close(target.advantage, advantage)
+    # several updates later: the ratio to the measured student is clipped, and the mean is over the batch's 9 tokens
+    moved = (live.detach() + 0.5 * torch.randn(4, 3, 5)).requires_grad_()
+    later = Positions(at.ids, moved.log_softmax(-1), at.teacher_logp)
+    ratio = later.sampled(later.student_logp).exp() / tensor(p)
+    want = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).where(mask, 0).sum() / 9
+    close(method.loss(later, (target,)).sum(), want)
+
+
+def test_group_whitening_reads_no_padding():
+    mask, group = tensor([[True, False], [True, True], [True, False]]), tensor([7, 7, 8])
+    for junk in (NAN, INF):
+        x = tensor([[1.0, junk], [2, 6], [5, junk]])
+        high, low = (6 - 3) / (14 / 3) ** 0.5, (1 - 3) / (14 / 3) ** 0.5
+        want = tensor([[low, 0], [low / 2, high], [0, 0]])
+        close(GroupWhiten(eps=0.0)(x, group, mask).nan_to_num(0), want)
 
 
 # forward KLs on the teacher's top k, or clipped; p = (1/2, 1/3, 1/6), q = (1/3, 1/6, 1/2)

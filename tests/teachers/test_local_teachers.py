@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.config.model_names import AveragedStudent, ModelFiles, parse
-from opd.config.plan import resolved
-from opd.config.train import CONTEXT
+from opd.config.plan import CONTEXT, resolved
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt, Sampling
 from opd.core.types import Rollout
@@ -24,7 +23,7 @@ from opd.teachers.local import LocalTeacher, WithoutAdapter
 from tests.tiny_models import logged, tiny
 
 CPU = torch.device("cpu")
-METHOD = {name: METHODS[name]() for name in ("vopd", "opd", "fire", "sdft", "opsd", "sdpo", "g-opd")}
+METHOD = {name: METHODS[name]() for name in ("vopd", "opd", "fire", "sdft", "opsd", "sdpo", "g-opd", "scope")}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +112,34 @@ def test_each_prompt_is_scored_by_its_own_teacher(folders, prompts, tmp_path):
         )
         torch.testing.assert_close(columns["teacher_logp"][i][columns["mask"][i]], want, atol=1e-4, rtol=1e-4)
     assert domains == {"math", "code"}
+
+
+def test_scope_tempers_the_student_alone(folders, prompts, tmp_path):
+    """Student's logits over the sampling temperature, the teacher's as they are; weights and mean from these."""
+    sampled = Sampling(temperature=0.6, max_new_tokens=10)
+    temperatures = {"sampling": sampled, "loss_temperature": 0.6, "teacher_loss_temperature": 1.0}
+    run = opd.train(
+        config(folders, prompts, tmp_path / "run", "scope", teacher=folders["teacher"], steps=1, **temperatures)
+    )
+    rows, columns = saved(run, 1)
+    mask = columns["mask"]
+    session = opened(config(folders, prompts, tmp_path / "other", teacher=folders["teacher"]), METHOD["scope"])
+    student = AutoModelForCausalLM.from_pretrained(folders["student"])
+    likelihoods = []
+    for i, row in enumerate(rows):
+        prompt = session.prompts.student_ids(Prompt(messages=tuple(row["prompt"])))
+        ids = columns["ids"][i][mask[i]].tolist()
+        with torch.no_grad():
+            z = student(torch.tensor([[*prompt, *ids]])).logits[0][len(prompt) - 1 : -1]
+        p = (z / 0.6).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        q = logp(folders["teacher"], prompt, ids)
+        for name, want in (("student_logp", p), ("sampler_logp", p), ("teacher_logp", q)):
+            torch.testing.assert_close(columns[name][i][mask[i]], want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(columns["advantage.1"][i][mask[i]], q - p, atol=2e-4, rtol=1e-4)
+        likelihoods.append(q.mean())
+    assert not any(row["outcome"] for row in rows)  # all of the group are wrong: the teacher's perplexities weigh them
+    share = torch.stack(likelihoods).softmax(0) * len(rows) / mask.sum()
+    torch.testing.assert_close(columns["weight.1"].amax(1), share, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["vopd", "fire"])  # one pass, and statistics of the whole batch

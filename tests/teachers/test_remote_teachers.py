@@ -31,7 +31,15 @@ from opd.head.head_pass import head_pass, measure
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.baselines import TopKValue
-from opd.losses.divergences import BucketForwardKL, BucketJSD, BucketKL, GeneralisedKL, RenormalisedKL, Support
+from opd.losses.divergences import (
+    BucketForwardKL,
+    BucketJSD,
+    BucketKL,
+    GeneralisedKL,
+    RenormalisedKL,
+    Support,
+    SupportMeanKL,
+)
 from opd.losses.estimators import Stratified
 from opd.losses.terms import Match, PolicyGradient, Target
 from opd.methods import METHODS
@@ -233,7 +241,7 @@ TOPS = {
     "stratified over top k": Method((PolicyGradient(baseline=TopKValue(3), estimator=Stratified(4)),)),
     **{
         f"{leaf.__name__} of the {of}": Method((Match(leaf(Support(4, of))),))
-        for leaf in (BucketKL, BucketForwardKL, BucketJSD, RenormalisedKL, GeneralisedKL)
+        for leaf in (BucketKL, BucketForwardKL, BucketJSD, RenormalisedKL, GeneralisedKL, SupportMeanKL)
         for of in ("student", "teacher")
     },
 }
