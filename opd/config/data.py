@@ -25,7 +25,7 @@ class Data:
     answer_column: str = "answer,expected_answer,final_answer,ground_truth,reward_model.ground_truth,answerKey,label"
     """Column with the expected answer: the first of these names that is not empty in the first row.
     A list contains acceptable answers: a response is right if it matches any of them."""
-    response_column: str = "response,completion,solution,reference_solution"
+    response_column: str = "response,completion,solution,reference_solution,output"
     """Column with a reference response, for methods that train on data: the first of these names that exists."""
     choices_column: str = ""
     """Column with the options of a multiple-choice question: a list of up to 26 texts, {"label": [...], "text": [...]},

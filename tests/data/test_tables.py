@@ -1,12 +1,16 @@
 """Tables: files of rows are read without a change, and nothing of a row is dropped in silence."""
 
 import csv
+import gzip
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow
 import pytest
 
 from opd.config.data import Data
@@ -299,3 +303,179 @@ def test_what_is_not_used_is_said(tmp_path):
         assert tasked(source).prompts[0].response == "a"
     assert "'reasoning_content', which is not used" in str(said[0].message)
     assert "column 'image' is not used" in str(said[1].message)
+
+
+# ---- other writings of the same rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "question\tanswer\nx, y?\t007\n"),
+        ("a.CSV", 'question,answer\n"x, y?",007\n'),
+        ("a.csv", "question;answer\nx, y?;007\n"),
+        ("a.csv", "question|answer\nx, y?|007\n"),
+        ("a.csv", 'question, answer\n"x, y?", "007"\n'),
+        ("a.csv", '\n question ,answer\r\n\r\n"x, y?",007\r\n  \r\n'),
+        ("a.csv", 'question,answer,,\n"x, y?",007,,\n'),
+        ("a.ndjson", '{"question": "x, y?", "answer": "007"}\r\n\r\n'),
+        ("a.json", '{\n "question": "x, y?",\n "answer": "007"\n}'),
+        ("a.json", '{"version": 1, "data": [{"question": "x, y?", "answer": "007"}]}'),
+        ("a.json", '{\n "data": [\n  {"question": "x, y?", "answer": "007"}\n ]\n}'),
+        ("a.jsonl", ' [ {"question": "x, y?", "answer": "007"} ]\n'),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_usual_files_of_rows(tmp_path, name, text, zipped):
+    content = text.encode("utf-8-sig")
+    path = tmp_path / (f"{name}.gz" if zipped else name)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    (prompt,) = tasked(path).prompts
+    assert (question(prompt), prompt.answer, prompt.columns.keys() - {"version"}) == ("x, y?", "007", set())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[{}, 5]", "item 1 is '5'"),
+        ('[{"question": "a"} {}]', "Expecting ',' or ']'"),
+        ('[{"question": "a"}', "Expecting ',' or ']'"),
+        ('[{"question": "a"}]\n[{}]', "Extra data"),
+        ("[" * 10**5, "is not JSON (maximum recursion depth"),
+        ('{"question": ' + "[" * 10**5, "line 1 is not JSON (maximum recursion depth"),
+        ('{"question": "\\ud800", "answer": "1"}', "row 0 of"),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_with_the_place(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    assert words in refusal(tmp_path / "a.json")
+
+
+def test_an_unnamed_column_that_does_not_number_the_rows_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(",question,answer\nimportant,a,1\n")
+    assert "column 1 has no name" in refusal(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("opened", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_arrow_files_and_the_digits_of_small_floats(tmp_path, opened):
+    table = pyarrow.table({"question": ["a"], "answer": pyarrow.array([0.1], pyarrow.float32())})
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, opened(file, table.schema) as writer:
+        writer.write_table(table)
+    assert tasked(tmp_path / "a.arrow").prompts[0].answer == "0.1"
+
+
+def test_files_of_another_format_in_a_folder_are_named(tmp_path):
+    write(tmp_path / "a.jsonl", {"question": "a", "answer": "1"})
+    (tmp_path / "b.csv").write_text("question,answer\nb,2\n")
+    with pytest.warns(UserWarning, match=r"only .jsonl files are read, not b.csv"):
+        tasked(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_file_takes_about_its_size_in_memory(tmp_path, name):
+    """In a process of its own, at the peak: what the process has beyond a small file."""
+    lines = {"a.csv": "{q},{i}", "a.jsonl": '{{"question": "{q}", "answer": {i}}}'}
+    line = lines.get(name, lines["a.jsonl"])
+    rows = [line.format(q="x" * 2000, i=i) for i in range(20_000)]
+    start, comma, end = {"a.json": ("[", ",", "]"), "a.csv": ("question,answer\n", "\n", "\n")}.get(
+        name, ("", "\n", "\n")
+    )
+    code = "import sys, resource, pathlib; from opd.data.tasks.row_files import read_file;"
+    code += "rows = read_file(pathlib.Path(sys.argv[1])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for count in (1, len(rows)):
+        path = tmp_path / f"{count}-{name}"
+        path.write_text(start + comma.join(rows[:count]) + end)
+        peaks.append(int(subprocess.check_output([sys.executable, "-c", code, str(path)])) << 10)
+    assert peaks[1] - peaks[0] < 3 * path.stat().st_size
+
+
+@pytest.mark.parametrize("form", [json.dumps, str])
+def test_lists_in_a_csv_file_are_read_as_json_or_as_python_prints_them(tmp_path, form):
+    turns, choices = [{"role": "user", "content": "Which?"}], ["it's", "b"]
+    pd.DataFrame([{"messages": form(turns), "choices": form(choices), "answer": 1}]).to_csv(tmp_path / "a.csv")
+    (prompt,) = tasked(tmp_path / "a.csv", choices_column="choices", verifier="choice").prompts
+    assert (question(prompt), prompt.answer) == ("Which?\nA. it's\nB. b", "B")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user' 'content': 'x'}]",
+        '[{"role": "user", "content": "x"}',
+        "[{'role': 'user', 'content': 'x'}\n {}]",
+    ],
+)
+def test_text_that_is_nearly_turns_is_no_question(tmp_path, text):
+    assert "looks like chat turns" in refusal(write(tmp_path / "a.jsonl", {"messages": text, "answer": "1"}))
+
+
+def test_options_in_several_columns(tmp_path):
+    for names in (["A", "B", "C"], ["option_a", "option_b", "option_c"]):
+        row = dict(zip(["question", *names, "answer"], ["Which?", "cat", "dog", "", "B"], strict=True))
+        source = write(tmp_path / "a.jsonl", row)
+        (prompt,) = tasked(source, choices_column="+".join(names), verifier="choice").prompts
+        assert (question(prompt), prompt.answer, prompt.columns) == ("Which?\nA. cat\nB. dog", "B", {})
+        with pytest.warns(UserWarning, match=f"column '{names[0]}' is not used: --choices-column A\\+B"):
+            tasked(source, verifier="choice")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "letters"),
+    [
+        (["cat", "dog", "cow"], "2", "C"),
+        (["cat", "dog", "cow"], [0, 1, 0], "B"),
+        (["cat", "dog", "cow"], [0, 2], "AC"),
+        (["cat", "dog", "cat"], "cat", "AC"),
+        (["5", "1", "7"], "1", "B"),
+    ],
+)
+def test_right_options(tmp_path, choices, answer, letters):
+    source = write(tmp_path / "a.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
+    (prompt,) = tasked(source, choices_column="choices", verifier="choice").prompts
+    assert (prompt.answer, *prompt.other_answers) == tuple(letters)
+
+
+def test_an_answer_that_may_be_a_text_or_a_number_of_an_option_is_refused(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"question": "Which?", "choices": ["1", "2", "3"], "answer": "1"})
+    assert "text of option A, and the number from 0 of option B" in refusal(
+        source, choices_column="choices", verifier="choice"
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("context", "Oslo is a city.", r"--prompt-column context\+question joins the two"),
+        ("system", "Be brief.", "make turns of it"),
+        ("choices", ["a", "b"], "--choices-column shows"),
+        ("answer", '["a", "b"]', "is compared as this text"),
+    ],
+)
+def test_other_columns_of_a_question_are_named(tmp_path, column, value, words):
+    source = write(tmp_path / "a.jsonl", {"question": "Which?", "answer": "1", column: value})
+    with pytest.warns(UserWarning, match=words):
+        tasked(source)
+
+
+def test_tool_calls_are_mappings_or_refused(tmp_path):
+    row = lambda calls: {"messages": [CHAT[0], {**CHAT[1], "tool_calls": calls}, CHAT[2]], "answer": "1"}
+    (prompt,) = tasked(write(tmp_path / "a.jsonl", row(json.dumps([CALL])))).prompts
+    assert prompt.messages[1]["tool_calls"] == [CALL]
+    for calls in (["weather"], {"name": "weather"}, "weather()", [{"function": "weather"}]):
+        assert "turn 1 has the tool_calls" in refusal(write(tmp_path / "a.jsonl", row(calls)))
+
+
+def test_two_closing_assistant_turns_are_refused(tmp_path):
+    turns = [CHAT[0], {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "ends with two assistant turns" in refusal(write(tmp_path / "a.jsonl", {"messages": turns, "answer": "1"}))
+
+
+@pytest.mark.parametrize(("builder", "suffix"), [("csv", "csv"), ("json", "jsonl")])
+def test_answers_with_a_type_that_datasets_inferred_are_named(tmp_path, builder, suffix):
+    (tmp_path / "a.csv").write_text("question,answer\na,007\n")
+    write(tmp_path / "a.jsonl", {"question": "a", "answer": 1.5})
+    rows = datasets.load_dataset(builder, data_files=str(tmp_path / f"a.{suffix}"), cache_dir=str(tmp_path / "cache"))
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="which changes texts such as 007"):
+        tasked(tmp_path / "saved")

@@ -163,6 +163,11 @@ def test_thinking_is_not_read(opening, closing, name):
     assert score(rf"\boxed{{7}} {opening} no {closing} \boxed{{12}}", "12") == 1
 
 
+def test_a_number_with_a_large_exponent_is_no_other_number():
+    assert verify.numeric("1e100", "1") == verify.numeric("1e999999999", "1") == 0
+    assert verify.numeric("1e100", f"1{'0' * 100}") == 1
+
+
 def test_a_short_statement_after_the_box_is_the_final_answer():
     assert verify.math(r"try \boxed{7}The answer is 12.", "12") == 1
     assert verify.math(r"\boxed{7}. The answer is $\frac{1}{2}$.", "0.5") == 1

@@ -1,12 +1,14 @@
-"""Files of rows, `read_file(path) -> rows`: .jsonl, .json, .csv and .parquet, without a change of type or text.
+"""Files of rows, `read_file(path) -> rows`: JSON, CSV, Parquet and Arrow, without a change of type or text.
 
 Readers that infer the type of a column rewrite its values: 2020-01-01 becomes a time, 0.1000 becomes 0.1, and 1 beside
 a missing value becomes 1.0.  Here a JSON value keeps its type, a JSON number keeps its digits, and a CSV field is text.
 """
 
 import csv
+import gzip
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from opd.core.errors import Refusal
 
 Row = Mapping[str, Any]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+CSV_CHUNK = 1_000  # rows of a CSV file that are Python objects at the same time
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 
 class Number(float):
@@ -43,10 +49,10 @@ class Number(float):
 class JsonRows:
     """Rows of JSON files, with the part of the interface of `datasets.Dataset` that tasks use.
 
-    A row of a .jsonl file stays text until it is accessed.
+    A row stays text until it is accessed, so that a file takes about its size in memory.
     """
 
-    items: Sequence[str | Row]
+    items: Sequence[bytes | Row]
     column_names: Sequence[str]  # of all rows together; a row has None in a column that it lacks
 
     def __len__(self) -> int:
@@ -54,7 +60,7 @@ class JsonRows:
 
     def __getitem__(self, index: int) -> Row:
         item = self.items[index]
-        return dict.fromkeys(self.column_names) | (parse_json(item) if isinstance(item, str) else dict(item))
+        return dict.fromkeys(self.column_names) | (parse_json(item) if isinstance(item, bytes) else dict(item))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -70,25 +76,36 @@ class JsonRows:
 Rows: TypeAlias = datasets.Dataset | JsonRows
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON; numbers keep their digits."""
     return json.loads(text, parse_float=Number)
 
 
+def file_kind(path: Path) -> str:
+    """Return the suffix that tells a file's format: .csv for rows.CSV.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def read_file(path: Path) -> Rows:
-    """Read one file.  Raises Refusal, with the place, for text that is not the file's format."""
-    if path.suffix not in SUFFIXES:
-        raise Refusal(f"--prompts {path} is not a {', '.join(SUFFIXES)} file: convert it to one of these")
-    if path.suffix == ".parquet":
-        with path.open("rb") as file:  # not by its path: `datasets` takes brackets and :: for a pattern
-            return datasets.Dataset(pyarrow.parquet.read_table(file))
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refusal(f"--prompts {path} is not UTF-8 text ({error}): convert it to UTF-8") from error
-    if not text.strip():
-        raise Refusal(f"--prompts {path} could not be read: the file is empty")
-    return _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
+    """Read one file, gzipped or not.  Raises Refusal, with the place, for text that is not the file's format."""
+    kind = file_kind(path)
+    if kind not in SUFFIXES:
+        raise Refusal(
+            f"--prompts {path} is not a {', '.join(SUFFIXES)} file (or .gz of one): convert it to one of these"
+        )
+    with path.open("rb") as file:  # not by its path: `datasets` takes brackets and :: for a pattern
+        if kind in (".parquet", ".arrow"):
+            return _arrow_rows(file, kind)
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        content: io.BufferedIOBase = gzip.GzipFile(fileobj=file) if is_gzip else file
+        if not any(line.strip() for line in content):
+            raise Refusal(f"--prompts {path} could not be read: the file is empty")
+        content.seek(0)
+        try:
+            return _csv_rows(path, content, kind) if kind in (".csv", ".tsv") else _json_rows(path, content)
+        except UnicodeDecodeError as error:
+            raise Refusal(f"--prompts {path} is not UTF-8 text ({error}): convert it to UTF-8") from error
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -101,63 +118,137 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return JsonRows(items, list(names))
 
 
-def _json_rows(path: Path, text: str) -> JsonRows:
-    """Read JSON lines, or a list of objects; a .json file may contain either."""
-    if text.lstrip().startswith("["):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise Refusal(f"--prompts {path} is not JSON ({error}): correct this place") from error
-        for i, item in enumerate(items):
-            if not isinstance(item, dict):
-                raise Refusal(f"--prompts {path}: item {i} is {str(item)[:80]!r}, not an object with columns")
-        return JsonRows(items, list(dict.fromkeys(name for item in items for name in item)))
-    lines, names = [], dict[str, None]()
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+def _dataset(table: pyarrow.Table) -> datasets.Dataset:
+    return datasets.Dataset(table, fingerprint="rows")  # without a fingerprint, `datasets` pickles the table for a hash
+
+
+def _arrow_rows(file: io.BufferedIOBase, kind: str) -> datasets.Dataset:
+    """Read a Parquet or Arrow file.  Floats of 32 bits keep their digits: 0.1 does not become 0.10000000149011612."""
+    if kind == ".parquet":
+        table = pyarrow.parquet.read_table(file)
+    else:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        table = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(file).read_all()
+    for i, field in enumerate(table.schema):
+        if field.type == pyarrow.float32():
+            text = pyarrow.compute.cast(table.column(i), pyarrow.string())
+            table = table.set_column(i, field.name, pyarrow.compute.cast(text, pyarrow.float64()))
+    return _dataset(table)
+
+
+def _json_rows(path: Path, file: io.BufferedIOBase) -> JsonRows:
+    """Read JSON lines, a list of objects, an object, or a list under "data"; each file may contain any of them."""
+    first = next(line for line in file if line.strip()).decode("utf-8-sig").strip()
+    file.seek(0)
+    if first.startswith("["):
+        return _json_list(path, file.read().decode("utf-8-sig"))
+    if not _is_json(first) and _is_json(text := file.read().decode("utf-8-sig")):
+        return _unwrapped(parse_json(text))
+    file.seek(0)
+    items, names = [], dict[str, None]()
+    for number, line in enumerate(file, 1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if not text:
             continue
         try:
-            row = parse_json(line)
-        except ValueError as error:
+            row = parse_json(text)
+        except (ValueError, RecursionError) as error:
             raise Refusal(
-                f"--prompts {path}, line {number} is not JSON ({error}): {line.strip()[:80]!r}; correct it, with one "
-                "object on each line"
+                f"--prompts {path}, line {number} is not JSON ({error}): {text[:80]!r}; correct it, with one object on "
+                "each line"
             ) from error
         if not isinstance(row, dict):
-            raise Refusal(f"--prompts {path}, line {number}: {line.strip()[:80]!r} is not an object with columns")
-        lines.append(line)
+            raise Refusal(f"--prompts {path}, line {number}: {text[:80]!r} is not an object with columns")
+        items.append(text.encode())
         names.update(dict.fromkeys(row))
-    return JsonRows(lines, list(names))
+    return JsonRows(items, list(names)) if len(items) > 1 else _unwrapped(row)
 
 
-def _csv_rows(path: Path, text: str) -> datasets.Dataset:
-    """Read a .csv file as text.  A row with more or fewer fields than columns is refused: its values would shift."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[list[str]] = []
+def _is_json(text: str) -> bool:
     try:
-        names = next(reader)
-        for fields in filter(None, reader):
-            if len(fields) != len(names):
-                raise Refusal(
-                    f"--prompts {path}, row {len(rows)} (line {reader.line_num}) has {len(fields)} fields, and the "
-                    f"header has {len(names)} columns ({', '.join(names)}): {short_fields(fields)}; quote a field that "
-                    'contains a comma, and write a quote inside it twice ("")'
-                )
-            rows.append(fields)
-    except csv.Error as error:
-        raise Refusal(
-            f'--prompts {path}, line {reader.line_num}: {error}; write a quote inside a quoted field twice ("")'
-        ) from error
+        return isinstance(parse_json(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _unwrapped(document: Row) -> JsonRows:
+    """Return the rows of a file with a single object: those under "data", or the object as a row."""
+    rows = document.get("data")
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        rows = [document]
+    return JsonRows(rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+def _json_list(path: Path, text: str) -> JsonRows:
+    """Read a list of objects; each object is parsed alone, so that the list as a whole never takes memory."""
+    decoder, items, names = json.JSONDecoder(parse_float=Number), [], dict[str, None]()
+    skip = lambda position: _BLANK.match(text, position).end()  # type: ignore[union-attr]
+    position = skip(text.index("[") + 1)
+    try:
+        while not (text.startswith("]", position) and not items):
+            row, end = decoder.raw_decode(text, position)
+            if not isinstance(row, dict):
+                shown = text[position:end][:80]
+                raise Refusal(f"--prompts {path}: item {len(items)} is {shown!r}, not an object with columns")
+            items.append(text[position:end].encode())
+            names.update(dict.fromkeys(row))
+            position = skip(end)
+            if not text.startswith(",", position):
+                break
+            position = skip(position + 1)
+        if not text.startswith("]", position):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        if skip(position + 1) < len(text):
+            raise json.JSONDecodeError("Extra data behind the list", text, position + 1)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Refusal(f"--prompts {path} is not JSON ({error}): correct this place") from error
+    return JsonRows(items, list(names))
+
+
+def _csv_rows(path: Path, file: io.BufferedIOBase, kind: str) -> datasets.Dataset:
+    """Read a table as text.  A row with more or fewer fields than columns is refused: its values would shift."""
+    csv.field_size_limit(sys.maxsize)
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        header = next(line for line in text if line.strip())
+        text.seek(0)
+        marks = "\t" if kind == ".tsv" else ",;\t|"
+        separator = next((mark for mark in marks if mark in header), ",")
+        reader = csv.reader(text, strict=True, delimiter=separator, skipinitialspace=f"{separator} " in header)
+        tables, rows, count = list[pyarrow.Table](), list[list[str]](), 0
+        try:
+            names = [name.strip() for name in next(fields for fields in reader if "".join(fields).strip())]
+            for fields in reader:
+                if len(fields) < min(2, len(names)) and not "".join(fields).strip():
+                    continue
+                if len(fields) != len(names):
+                    raise Refusal(
+                        f"--prompts {path}, row {count} (line {reader.line_num}) has {len(fields)} fields, and the "
+                        f"header has {len(names)} columns ({', '.join(names)}): {short_fields(fields)}; quote a field "
+                        f'that contains {separator!r}, and write a quote inside it twice ("")'
+                    )
+                rows.append(fields)
+                count += 1
+                if len(rows) == CSV_CHUNK:
+                    tables.append(_text_table(path, names, rows))
+                    rows = []
+        except csv.Error as error:
+            raise Refusal(
+                f'--prompts {path}, line {reader.line_num}: {error}; write a quote inside a quoted field twice ("")'
+            ) from error
+    return _dataset(pyarrow.concat_tables([*tables, _text_table(path, names, rows)]))
+
+
+def _text_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> pyarrow.Table:
+    """Return rows as columns of text, without columns that have no name: row numbers by pandas, and empty ones."""
     columns = list(zip(*rows, strict=True)) or [()] * len(names)
     for i, name in enumerate(names):
         if names.count(name) > 1 and name:
             raise Refusal(f"--prompts {path}: two columns have the name {name!r}; rename one")
-        if not name and i and any(columns[i]):
+        if not name and any(value and not (i == 0 and value.isdigit()) for value in columns[i]):
             raise Refusal(f"--prompts {path}: column {i + 1} has no name in the header; give it one, or remove it")
-    # The first column of a file by pandas' `to_csv` has no name: it numbers the rows.
     named = {name: column for name, column in zip(names, columns, strict=True) if name}
-    return datasets.Dataset.from_dict(named, features=datasets.Features(dict.fromkeys(named, datasets.Value("string"))))
+    return pyarrow.table({name: pyarrow.array(column, pyarrow.string()) for name, column in named.items()})
 
 
 def short_fields(fields: Sequence[str]) -> str:

@@ -15,15 +15,23 @@ from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.data import hub
 from opd.data.tasks.answers import LETTERS, answer_texts, chosen, option_texts, value_text
-from opd.data.tasks.conversation import Unusable, parse_turns, split_reply, without_nulls
-from opd.data.tasks.row_files import SUFFIXES, Row, Rows, joined, read_file
+from opd.data.tasks.conversation import Unusable, parse_turns, parsed, split_reply, without_nulls
+from opd.data.tasks.row_files import SUFFIXES, Row, Rows, file_kind, joined, read_file
 from opd.data.tasks.task import LazyPrompts, Task, by_answer, make_prompt
 from opd.data.verifiers.verify import VERIFIERS, find
 
 datasets.disable_progress_bars()  # reading a table is quick, and its bars drown the lines that matter
 ROLES = ("prompt", "answer", "response", "choices")
 Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a missing column
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # usual names of columns that text models cannot read
+# Usual names of columns that belong to a question, with what a user can do so that a model reads them.
+MEDIA = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "models read the text of a row only")
+OPTIONS = dict.fromkeys(("choices", "options", "endings"), "--choices-column shows its options")
+OPTIONS |= dict.fromkeys(
+    ("A", "option_a", "opa", "option1"), "--choices-column A+B+C, by your names, shows such options"
+)
+PASSAGES = dict.fromkeys(("input", "context", "passage"), "--prompt-column {name}+{prompt} joins the two")
+TURNS = dict.fromkeys(("system", "system_prompt", "history", "functions"), "make turns of it in a column messages")
+UNREAD = MEDIA | OPTIONS | PASSAGES | TURNS | {"input": "--prompt-column {prompt}+input joins the two"}
 
 
 def table(data: Data, dataset: Rows | None = None) -> Task:
@@ -60,7 +68,7 @@ def read(data: Data) -> Rows:
     path, repository = Path(data.source).expanduser(), hub.Repository(*data.source.partition("@")[::2])
     if not path.exists():
         # Hub ids are NAME or OWNER/NAME, and a revision may hold slashes.
-        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or path.suffix in SUFFIXES:
+        if data.source.startswith((".", "/", "~")) or repository.id.count("/") > 1 or file_kind(path) in SUFFIXES:
             raise Refusal(f"--prompts {data.source} does not exist{nearest(path)}; correct the path")
         if ":" in data.source:
             raise Refusal(f"--prompts {data.source}: before a colon only embedded and reasoning-gym are known")
@@ -104,8 +112,12 @@ def _folder(path: Path, data: Data) -> Rows:
         )
     files = datasets.load_dataset_builder(str(path), data.subset or None).config.data_files or {}
     names = files.get(data.split, ())
-    if not names or any(Path(name).suffix not in SUFFIXES for name in names):
+    if not names or any(file_kind(Path(name)) not in SUFFIXES for name in names):
         return datasets.load_dataset(str(path), data.subset or None, split=data.split)
+    kinds = {file_kind(Path(name)) for name in names}
+    others = sorted(file.name for file in path.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
+    if others := [name for name in others if not name.startswith((".", "_"))]:
+        warnings.warn(f"{data.source}: only {', '.join(sorted(kinds))} files are read, not {others[0]}", stacklevel=2)
     return joined([read_file(Path(name)) for name in names])
 
 
@@ -139,7 +151,9 @@ def _select_columns(rows: Rows, data: Data, *, needs_answers: bool) -> Columns:
 def _pick(row: Row, wanted: str, fits: Callable[[object], bool]) -> str:
     """Return the first of some comma-separated names whose value fits; a single name only has to exist."""
     names = [name.strip() for name in wanted.split(",")]
-    existing = [name for name in names if name in row or _value_at(row, name) is not None]
+    existing = [
+        x for x in names if x in row or ("+" in x and name_parts(x) <= row.keys()) or _value_at(row, x) is not None
+    ]
     return next((name for name in existing if len(names) == 1 or fits(_value_at(row, name))), "")
 
 
@@ -189,10 +203,11 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
                 f"--prompt-column {columns['prompt']}, {place}: {reason}; name another column or correct the row"
             ) from reason
         last = turns[-1] if turns else {"role": "", "content": ""}
-        if last["role"] == "system":
+        if last["role"] in ("system", "assistant"):
             raise Refusal(
-                f"--prompt-column {columns['prompt']}, {place}: the conversation ends with a system turn, and no turn "
-                "asks for a response; add a user turn, or remove the row"
+                f"--prompt-column {columns['prompt']}, {place}: the conversation ends with "
+                f"{'a system turn' if last['role'] == 'system' else 'two assistant turns'}, and no turn asks for a "
+                "response; add a user turn, or remove the row"
             )
         if not last["content"].strip():
             without_prompt.append(number)
@@ -205,7 +220,12 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
             raise Refusal(f"--{role}-column {columns[role]}, {place}: {reason}") from reason
         if needs_answers and not texts:
             without_answer.append(number)
-        lengths.append(sum(len(str(turn).encode()) for turn in turns))
+        try:
+            lengths.append(sum(len("".join(map(str, turn.values())).encode()) for turn in turns))
+        except UnicodeEncodeError as error:
+            raise Refusal(
+                f"--prompt-column {columns['prompt']}, {place}: {error}, and no tokenizer reads it; correct the row"
+            ) from error
     if without_prompt:
         raise Refusal(
             f"--prompt-column {columns['prompt']}: {len(without_prompt)} of {len(rows)} rows have an empty prompt, the"
@@ -223,6 +243,7 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
             stacklevel=2,
         )
     _warn_of_unused(rows, columns, used, unread, data.source)
+    _warn_of_inferred(rows, columns["answer"], data.source)
     return lengths
 
 
@@ -236,11 +257,36 @@ def _warn_of_unused(
             " response is the turn's content",
             stacklevel=2,
         )
-    for name in [name for name in MEDIA if name in rows.column_names and name not in used]:
-        warnings.warn(f"{source}: column {name!r} is not used: models read the text of a row only", stacklevel=2)
-    if columns["prompt"] == "instruction" and "input" in rows.column_names:
+    row = rows[0]
+    is_text = isinstance(_value_at(row, columns["prompt"]), str)
+    for name in [name for name in UNREAD if value_text(row.get(name)).strip() and name not in used]:
+        if (name in OPTIONS and columns["choices"]) or (
+            name in PASSAGES and not (is_text and isinstance(row[name], str))
+        ):
+            continue
+        remedy = UNREAD[name].format(name=name, prompt=columns["prompt"])
+        warnings.warn(f"{source}: column {name!r} is not used: {remedy}", stacklevel=2)
+    first_answer = _value_at(row, columns["answer"])
+    items = parsed(first_answer) if isinstance(first_answer, str) else None
+    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
         warnings.warn(
-            f"{source}: column 'input' is not used: --prompt-column instruction+input joins the two", stacklevel=2
+            f"{source}: the answer {first_answer[:60]!r} is compared as this text; if it is a list of acceptable "
+            "answers, write it as a list (in .jsonl or .parquet)",
+            stacklevel=2,
+        )
+
+
+def _warn_of_inferred(rows: Rows, column: str, source: str) -> None:
+    """Warn if `datasets` read the answers from JSON or CSV and may have changed their text: hub and saved datasets."""
+    if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
+        return
+    dtype = getattr(rows.features[column], "dtype", "")
+    kept = {"json": ("", "string", "bool", "int64"), "csv": ("", "string")}.get(str(rows.info.builder_name), (dtype,))
+    if dtype not in kept:
+        warnings.warn(
+            f"{source}: `datasets` read the column {column!r} as {dtype}, which changes texts such as 007 and 1.50; to "
+            "keep them, download the files (hf download --repo-type dataset) and name their folder",
+            stacklevel=2,
         )
 
 
@@ -257,8 +303,14 @@ def _question(rows: Rows, value: object) -> tuple[tuple[Mapping[str, Any], ...],
 def _answers(row: Row, columns: Columns) -> tuple[str, ...]:
     """Return the acceptable answers of a row; that of a multiple-choice question is a letter."""
     value = _value_at(row, columns["answer"])
-    labels, texts = option_texts(_value_at(row, columns["choices"]))
+    labels, texts = option_texts(_options(row, columns))
     return chosen(value, labels, texts) if texts else answer_texts(value)
+
+
+def _options(row: Row, columns: Columns) -> Any:
+    """Return the options of a row: those of a column, or those in several columns, such as A+B+C+D."""
+    name = columns["choices"]
+    return {part: _value_at(row, part) for part in name.split("+")} if "+" in name else _value_at(row, name)
 
 
 def _prompt(rows: Rows, columns: Columns, data: Data, index: int) -> Prompt:
@@ -266,7 +318,7 @@ def _prompt(rows: Rows, columns: Columns, data: Data, index: int) -> Prompt:
     row = rows[index]
     value = _value_at(row, columns["prompt"])
     turns, reply = _question(rows, value)
-    _, texts = option_texts(_value_at(row, columns["choices"]))
+    _, texts = option_texts(_options(row, columns))
     answer, *other_answers = _answers(row, columns) or ("",)
     used = {part for name in columns.values() if "." not in name or name in row for part in _top_names(rows, name)}
     return make_prompt(

@@ -26,7 +26,7 @@ _BOX = re.compile(r"\\f?boxed\s*\{")
 _HASHES = re.compile(r"####[ \t]*([-+$€£]*\d[\d.,/%]*)[ \t]*$", re.MULTILINE)  # not the heading "#### Step 1"
 _STATED = re.compile(r"\banswer\b[\s*_]*(?:\bis\b|[:=])[\s*_:]*(\S[^\n]*)", re.IGNORECASE)
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"((?<![\w)\].])-)?(?:\$(-)?)?({_DIGITS})(?:[eE]([+-]?\d{{1,2}})(?!\d))?(?:/({_DIGITS}))?")
+_NUMBER = re.compile(rf"((?<![\w)\].])-)?(?:\$(-)?)?({_DIGITS})(?:[eE]([+-]?\d+))?(?:/({_DIGITS}))?")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _FORMULA = re.compile(r"\$\$[^$]+\$\$|(?<!\\)\$[^$\n]+(?<!\\)\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
 _JOINT = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*")
@@ -88,10 +88,10 @@ def _last_mark(text: str) -> tuple[int, str]:
 def _braced(text: str, start: int) -> str:
     """Return the text up to the brace that matches the brace before `start`; "" if none is within 4 TAIL characters."""
     depth = 1
-    for i in range(start, min(len(text), start + 4 * TAIL)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start, start + 4 * TAIL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[start:i]
+            return text[start : match.start()]
     return ""
 
 
@@ -126,7 +126,7 @@ def number(text: str, *, first: bool = False) -> Fraction | None:
     if not hits:
         return None
     minus, minus_too, top, power, bottom = hits[0 if first else -1].groups(default="")
-    if len(top) + len(bottom) > TAIL:
+    if len(top) + len(bottom) > TAIL or len(power) > 5:
         return None  # Python raises ValueError for integers of thousands of digits
     value = Fraction(top.replace(",", "")) * Fraction(10) ** int(power or 0)
     below = Fraction(bottom.replace(",", "") or 1)

@@ -11,7 +11,9 @@ Rules:
 - 50 and 50% are equal, and so are 0.5 and 50%.
 - "x = 5" is 5; "x = 5" is not "y = 5".  An equation whose left side is no name is equal only to equations.
 - Times and ratios are compared part by part; "a.m." may be missing.
-- Words, and sequences with dots, are compared as text, without regard to case.
+- Words, and sequences with dots, are compared as text, without regard to case.  So are dates, Roman numerals, "3 by 4",
+  version numbers, angles in minutes, lengths in feet and inches, and transposed matrices.
+- "5 million" and "3 dozen" are numbers, 5000000 and 36.
 - A base may be missing: 101_2 and 101 are equal.
 """
 
@@ -28,13 +30,20 @@ Equal = Callable[[str, str], bool]
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[a-zA-Z]+")
 _TIME = re.compile(r"(\d{1,2})((?::\d\d)*)\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _BASE = re.compile(r"(\d[\dA-Fa-f]*)_\{?(\d+)\}?")
-_NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?")
+_NAME = re.compile(
+    r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*(?:\s*\([^()]*\))?|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)|\\frac\{d\w\}\{d\w\}"
+)
 _EQUALS = re.compile(r"(?<![<>!:])=(?!=)|\\(?:approx|in)(?![a-z])")
 _INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|neq)(?![a-z])")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
 _SEPARATOR = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _SHORT_WORD = re.compile(r"(?<![a-zA-Z\\])(?:so|is|it|we|to|as|at|by|of|if|be|no)(?![a-zA-Z])", re.IGNORECASE)
+_LITERAL = re.compile(  # what math-verify would read as a product, a difference or the power of a variable
+    r"(?i:yes|no)|\d{4}-\d{1,2}-\d{1,2}|\d{1,2}-\d{1,2}-\d{4}|\d{1,2}/\d{1,2}/\d{4}|[IVXL]{2,}|\d+(?:\.\d+){2,}"
+    r"|.*(?:\d\s*['\"](?!\d{3})|\\degree\s*\d|\d\s+(?:by|to|of|in|at)\s+\d|\^\s*\{?\s*(?:T|\\top|\\dagger|\*)(?![a-zA-Z])).*"
+)
+_REALS = r"(-\infty ,\infty )"
 _FUNCTIONS = set(
     re.findall(r"\w+", "sin cos tan cot sec csc log exp sqrt frac max min gcd lcm mod det deg arg inf sup lim")
 )
@@ -48,7 +57,8 @@ def has_words(answer: str) -> bool:
 
 def same(gold: str, candidate: str, equal: Equal) -> bool:
     """Return whether two answers are equal."""
-    a, b = sorted((latex(gold), latex(candidate)))  # a fixed order: the verdict cannot depend on it
+    texts = (re.sub(r'^"([^"]*)"$', r"\1", latex(x).replace("''", '"')) for x in (gold, candidate))
+    a, b = sorted(texts)  # a fixed order: the verdict is symmetric
     return bool(a and b) and _same_answer(a, b, equal)
 
 
@@ -107,6 +117,7 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
 
 
 def _same_answer(a: str, b: str, equal: Equal) -> bool:
+    a, b = (_REALS if x == r"\mathbb{R}" else x for x in (a, b))
     if a == b:
         return True
     equations = [_Equation.of(x) for x in (a, b)]
@@ -115,6 +126,8 @@ def _same_answer(a: str, b: str, equal: Equal) -> bool:
     if all(x.is_equation for x in equations):
         return _same_item(a, b, equal)
     first, second = _List.of(a), _List.of(b)
+    if first.is_set != second.is_set and r"\emptyset" in (a, b):
+        return False
     if len(first.items) == len(second.items) == 1 and (
         first.is_set == second.is_set or not (first.opening and second.opening)
     ):
@@ -156,7 +169,8 @@ def _matching(first: Sequence[str], second: Sequence[str], equal: Equal) -> bool
 
 
 def _is_sequence(items: Sequence[str]) -> bool:
-    return any(r"\ldots" in item for item in items)
+    """Return whether the order of items without brackets counts: a sequence with dots, or answers to questions."""
+    return any(r"\ldots" in x or TEXT.sub(r"\1", x).strip().lower() in ("yes", "no", "true", "false") for x in items)
 
 
 @dataclass(frozen=True)
@@ -200,6 +214,11 @@ def _compact(text: str) -> str:
 def _same_text(a: str, b: str, equal: Equal) -> bool:
     first, second = (re.sub(r"[\\$(){}\"'.*,:;!]", "", plain(x)).casefold().strip() for x in (a, b))
     return first == second != ""
+
+
+def _same_literal(a: str, b: str, equal: Equal) -> bool:
+    first, second = (re.sub(r"\{(\w)\}", r"\1", "".join(x.split())).casefold() for x in (a, b))
+    return first == second
 
 
 def _is_time(text: str) -> bool:
@@ -272,12 +291,14 @@ def _without_parentheses(text: str) -> str:
     text = text.strip()
     while text.startswith("(") and text.endswith(")") and _end_of_group(text, 1) == len(text):
         text = text[1:-1].strip()
+    text = re.sub(r"((?<![_\d])\d+(?=\s*\()|\)(?=\s*(?:\(|\\frac)))", r"\1 \\cdot ", text)  # not 2(3) = 2 + 3
     return text.replace(r"\degree", r"\cdot \frac{\pi}{180}")
 
 
 # What an item may be other than an expression, and how it is compared then.
 _RULES: tuple[tuple[Callable[[str], bool], Callable[[str, str, Equal], bool]], ...] = (
     (lambda text: r"\ldots" in text, _same_text),
+    (lambda text: _LITERAL.fullmatch(TEXT.sub(r"\1", text).strip()) is not None, _same_literal),
     (_is_time, _same_time),
     (_has_colon, _same_time),
     (_has_words, _same_text),

@@ -36,6 +36,8 @@ def _parsed(text: str) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if any(x.expr.free_symbols.isdisjoint(x.variables) for y in (a, b) for x in y.atoms(sympy.Derivative)):
+        return bool(a == b)  # sympy says that dy/dx is 0
     if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
         return a.shape == b.shape and all(map(_same, a.flat(), b.flat()))
     if isinstance(a, Relational) and isinstance(b, Relational):
@@ -48,7 +50,7 @@ def _same(a: Any, b: Any) -> bool:
             matching = _ordered if kind is Tuple else _unordered
             return matching(a.args, b.args)
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
-        return _same_expression(a.doit(), b.doit())
+        return _same_expression(*(x.subs({s: sympy.I for s in x.free_symbols if s.name == "i"}).doit() for x in (a, b)))
     if isinstance(a, sympy.Set) or isinstance(b, sympy.Set):  # x >= 2 and [2, oo)
         return all(verify(x, y, allow_set_relation_comp=True, timeout_seconds=None) for x, y in ((a, b), (b, a)))
     return bool(a == b)

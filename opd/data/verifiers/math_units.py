@@ -14,10 +14,10 @@ _UNITS = {
     "degree": "deg", "radian": "rad", "C": "celsius", "F": "fahrenheit", "K": "kelvin", "N": "newton",
     "J": "joule", "kJ": "kilojoule", "W": "watt", "kW": "kilowatt", "MW": "megawatt", "mW": "milliwatt", "V": "volt",
     "A": "ampere amp", "Hz": "hertz", "Pa": "pascal", "kPa": "kilopascal", "mol": "mole", "eV": "electronvolt",
-    "dozen": "", "hundred": "", "thousand": "", "million": "", "billion": "", "trillion": "",
 }  # fmt: skip
 _NAMES = {name: unit for unit, others in _UNITS.items() for n in (unit, *others.split()) for name in (n, f"{n}s")}
 _RATES = {"mph": "mi / h", "kph": "km / h", "kmh": "km / h", "kmph": "km / h", "mps": "m / s", "per": "/"}
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3"}
 _VAGUE = {"unit", "the", "of", "a", "an", "exactly", "about", "approximately", "total", "in", "is", "are"}
 _LETTERS = "mgshlLtNJWVKCFA"  # letters that are a unit if a space or a slash stands before them
@@ -27,6 +27,7 @@ NUMERIC = re.compile(r"(?:[\d\s()+\-*/^{}.!,]|\\(?:frac|sqrt|pi|times|cdot)(?![a
 _UPRIGHT_DIGITS = re.compile(r"\\[a-z]+\s*\{([\d\s().,+-]*)\}")
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:\\?%|percent)\s*\}|percent)\s*")
 _CURRENCY = re.compile(r"(-?\s*)\\?([$€£¥₹])(.*)", re.DOTALL)
+_SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b(.*)", re.DOTALL | re.IGNORECASE)
 _UNIT_TEXT = re.compile(r"(?:\s|\\degree|[^\W\d_]|\^\s*(?:\{-?[1-6]\}|-?[1-6])|[$€£¥₹¢/.])*")
 _WORD = re.compile(r"(?<!\\)\b([^\W\d_]+)")
 _TOKEN = re.compile(r"(\\degree|[^\W\d_]+|[$€£¥₹¢/])(?:\s*\^\s*\{?(-?\d)\}?)?")
@@ -59,6 +60,8 @@ class Quantity:
         value = number[0].rstrip("^{( ")
         suffix = text[len(value) :]
         is_number = re.search(r"\d|\\pi", value) and all(value.count(a) == value.count(b) for a, b in ("{}", "()"))
+        if is_number and (match := _SCALE.fullmatch(TEXT.sub(r" \1 ", suffix))):
+            return cls.of(rf"({value}) \times {_SCALES[match[1].lower()]}{match[2]}")
         if is_number and _PERCENT.fullmatch(suffix):
             return cls(value, percent=True)
         if not is_number or not _is_unit_text(suffix):

@@ -15,7 +15,7 @@ _SYMBOLS = {
     "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ",
     "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ",
     "∅": r"\emptyset ", "→": r"\to ", "∠": r"\angle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "µ": r"\mu ",
+    "⌉": r"\rceil ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "⟨": r"\langle ", "⟩": r"\rangle ", "µ": r"\mu ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 }  # fmt: skip
 _GREEK = (
@@ -73,11 +73,15 @@ _REWRITES = tuple(
         (r"(?<=\d)(?:\{,\}|,\\!|\\[,:;! ]|~)\s*(?=\d{3}(?!\d))", ""),  # spaces and braces between thousands
         (r"(?<!\\)\\[,:;! ]|\\q?quad(?![a-z])|~", " "),
         (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda match: match[0].replace(" ", "")),
-        (r"\\[dtc]frac", r"\\frac"),
+        (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?=\.\d)", lambda match: match[0].replace(",", "")),
+        (r"\\(?:[dtcsx]|nice)frac(?![a-z])", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\(?:mathrm|mathit|mathbf|boldsymbol|operatorname)\s*\{([a-zA-Z])\}", r"\1"),
         (r"\\(?:lbrace|lbrack)(?![a-z])", r"\\{"),
         (r"\\(?:rbrace|rbrack)(?![a-z])", r"\\}"),
+        (r"\\langle(?![a-z])", "("),
+        (r"\\rangle(?![a-z])", ")"),
+        (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\le(?![a-z])|\\leqslant|<=|=<", r"\\leq "),
         (r"\\ge(?![a-z])|\\geqslant|>=", r"\\geq "),
         (r"\\ne(?![a-z])|!=", r"\\neq "),

@@ -25,6 +25,8 @@ MARKS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss (harmony)
     ("<|channel|>commentary", "<|channel|>final<|message|>"),  # gpt-oss, tool calls
     ("<|content_thinking|>", "<|content_text|>"),  # Inkling
+    ("<|reasoning_thinking_start|>", "<|reasoning_thinking_end|>"),  # CWM
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
     ("Here is my thought process:", "Here is my response:"),  # Granite 3
     ("Here's my thought process:", "Here's my response:"),
 )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -136,13 +136,21 @@ def parse(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None
 
 
 def question_text(prompt: Prompt) -> str:
-    """Return a prompt as the judge reads it: a single user turn without its role, else all turns with their roles."""
+    """Return a prompt as the judge reads it: a single user turn without its role, else all turns with their roles.
+
+    A turn ends with its tool calls, each as a line of JSON.
+    """
     if not prompt.messages:
         return prompt.text
     first = prompt.messages[0]
     if len(prompt.messages) == 1 and first["role"] == "user":
         return first["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt.messages)
+    return "\n\n".join(f"{turn['role']}: {_turn_text(turn)}" for turn in prompt.messages)
+
+
+def _turn_text(turn: Mapping[str, Any]) -> str:
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    return "\n".join(filter(None, [turn["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]))
 
 
 def escaped(text: str) -> str:
