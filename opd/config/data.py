@@ -11,9 +11,9 @@ class Data:
     """Settings of the data: source of the prompts, columns of their rows, and the verifier."""
 
     source: Annotated[str, tyro.conf.Suppress] = "embedded:ledger"  # --prompts and --eval-prompts on the command line
-    """Source of the prompts: a .jsonl, .json, .parquet or .csv file, a folder of such files, a folder written by
-    `Dataset.save_to_disk`, a dataset id of the Hugging Face hub, embedded:ledger, embedded:ledger-short, or
-    reasoning-gym:NAME, with options as reasoning-gym:NAME?key=value&key=value."""
+    """Source of the prompts: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, gzipped or not, a folder of
+    such files, a folder written by `Dataset.save_to_disk`, a dataset id of the Hugging Face hub, embedded:ledger,
+    embedded:ledger-short, or reasoning-gym:NAME, with options as reasoning-gym:NAME?key=value&key=value."""
     subset: str = ""
     """Configuration name of a hub dataset ("main" for openai/gsm8k).  Empty: the dataset's default."""
     split: str = "train"
@@ -29,8 +29,9 @@ class Data:
     """Column with a reference response, for methods that train on data: the first of these names that exists."""
     choices_column: str = ""
     """Column with the options of a multiple-choice question: a list of up to 26 texts, {"label": [...], "text": [...]},
-    {"A": text, ...}, or a list of {"label", "text"}.  They are added under the question as "A. ...", and the answer, a
-    number from 0, a label or a text, becomes a letter.  Empty: no options."""
+    {"A": text, ...}, or a list of {"label", "text"}, or the JSON text of one of these; or several columns, as A+B+C+D.
+    They are added under the question as "A. ...", and the answer, a number from 0, a label or a text, becomes a letter.
+    A list of zeros and ones marks the right options.  Empty: no options."""
     verifier: str = "math"
     """Verifier that compares a response with the expected answer: math (LaTeX and expressions), numeric (last number,
     as for GSM8K), exact (same text), choice (a letter), none (no answers; nothing is scored), or module:function for a

@@ -41,7 +41,7 @@ from opd.rollouts.batch import collate
 from opd.rollouts.engines.hf import HFEngine
 from opd.teachers.judges.annotator import TeacherTexts
 from opd.teachers.judges.chunk_annotator import ChunkAnnotator
-from opd.teachers.judges.judge_requests import FormModel, parse
+from opd.teachers.judges.judge_requests import FormModel, parse, question_text
 from opd.teachers.judges.rubric_judge import GRADE, RUBRIC, AnswerGroup, ModelJudge, Rubric
 from opd.teachers.judges.verifier_judge import VerifierJudge
 from opd.teachers.text.answer_cache import AnswerCache
@@ -325,6 +325,17 @@ def test_a_teacher_that_is_down_stops_the_run(tmp_path):
     with pytest.raises(Refusal, match=r"100% of the last 10 questions failed.*--judge-failures.*--resume"):
         teacher.continuations(questions(40), 1, 4, 0)
     assert teacher.traffic()["teacher_failed"] < 20  # the others were not waited for
+
+
+def test_a_judge_reads_the_tool_calls_of_earlier_turns():
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = (
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4 mm", "tool_call_id": "c1"},
+    )
+    called = 'assistant: {"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert question_text(Prompt(messages=turns)) == f"user: Rain?\n\n{called}\n\ntool: 4 mm"
 
 
 def test_keys_come_from_the_environment_and_go_nowhere(tmp_path, monkeypatch, capsys):
