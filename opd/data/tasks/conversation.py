@@ -95,12 +95,13 @@ def _turn(turn: object, i: int) -> Turn:
 def _tool_calls(calls: object, i: int) -> list[Mapping[str, Any]]:
     """Return the tool calls of a turn, which may be JSON text, as mappings with the name of a function."""
     calls = parsed(calls) if isinstance(calls, str) else calls
-    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in calls or ()]
-    if not isinstance(calls, list) or any(not isinstance(f, Mapping) or "name" not in f for f in functions):
+    listed: list[Any] = calls if isinstance(calls, list) else [None]
+    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in listed]
+    if any(not isinstance(f, Mapping) or "name" not in f for f in functions):
         raise Unusable(
             f'turn {i} has the tool_calls {str(calls)[:80]!r}, and not a list of {{"function": {{"name", ...}}}}'
         )
-    return calls
+    return listed
 
 
 def _content(content: object, i: int) -> str:

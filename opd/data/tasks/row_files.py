@@ -23,6 +23,7 @@ import pyarrow.parquet
 from opd.core.errors import Refusal
 
 Row = Mapping[str, Any]
+Binary: TypeAlias = io.BufferedReader | gzip.GzipFile
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 CSV_CHUNK = 1_000  # rows of a CSV file that are Python objects at the same time
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -98,7 +99,7 @@ def read_file(path: Path) -> Rows:
             return _arrow_rows(file, kind)
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        content: io.BufferedIOBase = gzip.GzipFile(fileobj=file) if is_gzip else file
+        content: Binary = gzip.GzipFile(fileobj=file) if is_gzip else file
         if not any(line.strip() for line in content):
             raise Refusal(f"--prompts {path} could not be read: the file is empty")
         content.seek(0)
@@ -122,7 +123,7 @@ def _dataset(table: pyarrow.Table) -> datasets.Dataset:
     return datasets.Dataset(table, fingerprint="rows")  # without a fingerprint, `datasets` pickles the table for a hash
 
 
-def _arrow_rows(file: io.BufferedIOBase, kind: str) -> datasets.Dataset:
+def _arrow_rows(file: Binary, kind: str) -> datasets.Dataset:
     """Read a Parquet or Arrow file.  Floats of 32 bits keep their digits: 0.1 does not become 0.10000000149011612."""
     if kind == ".parquet":
         table = pyarrow.parquet.read_table(file)
@@ -137,7 +138,7 @@ def _arrow_rows(file: io.BufferedIOBase, kind: str) -> datasets.Dataset:
     return _dataset(table)
 
 
-def _json_rows(path: Path, file: io.BufferedIOBase) -> JsonRows:
+def _json_rows(path: Path, file: Binary) -> JsonRows:
     """Read JSON lines, a list of objects, an object, or a list under "data"; each file may contain any of them."""
     first = next(line for line in file if line.strip()).decode("utf-8-sig").strip()
     file.seek(0)
@@ -182,7 +183,7 @@ def _unwrapped(document: Row) -> JsonRows:
 
 def _json_list(path: Path, text: str) -> JsonRows:
     """Read a list of objects; each object is parsed alone, so that the list as a whole never takes memory."""
-    decoder, items, names = json.JSONDecoder(parse_float=Number), [], dict[str, None]()
+    decoder, items, names = json.JSONDecoder(parse_float=Number), list[bytes](), dict[str, None]()
     skip = lambda position: _BLANK.match(text, position).end()  # type: ignore[union-attr]
     position = skip(text.index("[") + 1)
     try:
@@ -206,7 +207,7 @@ def _json_list(path: Path, text: str) -> JsonRows:
     return JsonRows(items, list(names))
 
 
-def _csv_rows(path: Path, file: io.BufferedIOBase, kind: str) -> datasets.Dataset:
+def _csv_rows(path: Path, file: Binary, kind: str) -> datasets.Dataset:
     """Read a table as text.  A row with more or fewer fields than columns is refused: its values would shift."""
     csv.field_size_limit(sys.maxsize)
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
