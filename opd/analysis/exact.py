@@ -6,7 +6,7 @@ At a single context, only the vocabulary is enumerated, which is cheap on real m
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -235,7 +235,7 @@ class World:
         if absent := method.models() - {"teacher_logp", "reference_logp"}:
             return f"is against {', '.join(sorted(absent))}, which the world has not"
         batch = self.measure(method, self.sequences())
-        measured = {f.name for f in fields(batch) if getattr(batch, f.name) is not None}
+        measured = {name for name in COLUMNS if getattr(batch, name) is not None}
         reasons = {
             "outcome": "reads outcome, and the world has no verifier",
             "coin": "flips a coin, which is not enumerated; its expectation may be a method of its own (tropd --soft)",

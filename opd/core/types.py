@@ -99,6 +99,12 @@ class Batch:
     stage_scores: Float[Tensor, "B K"] | None = None  # a judge's score of each stage, from 0 to 1; nan if it has none
     scores: tuple[Float[Tensor, "B T"] | None, ...] = ()  # reward - baseline at the sampled token, per term
     notes: Mapping[str, Tensor] = field(default_factory=dict)  # notes of the sampler, [B] or [B, T]; for metrics
+    unfiltered: Bool[Tensor, "B T"] | None = None  # the mask before the filters of a method, once they are applied
+
+    @property
+    def valid(self) -> Bool[Tensor, "B T"]:
+        """Return the mask before the filters of a method, which is `mask` until they are applied."""
+        return self.mask if self.unfiltered is None else self.unfiltered
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """Return the batch restricted to some rows."""
@@ -116,7 +122,7 @@ class Batch:
 UNPROMPTED_COLUMNS = frozenset({"student_alone", "teacher_alone"})  # columns that need a pass without the prompt
 # known before any scoring
 ROLLOUT_COLUMNS = UNPROMPTED_COLUMNS | frozenset(
-    {"ids", "mask", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
+    {"ids", "mask", "valid", "group", "source", "stopped", "outcome", "sampler_logp", "prefix", "coin"}
 )
 MEASURED = frozenset({"student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "reverse_kl"})
 # filled from the answers of a text-only teacher or a judge

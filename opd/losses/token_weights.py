@@ -94,7 +94,7 @@ class TeacherEntropyAbove:
 class Confidence:
     """(1 + teacher c_T)(1 + student c_S), scaled to mean 1 in each rollout.  FiRe-OPD, arXiv:2606.02684, Eq. 5-8.
 
-    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  Outliers affect the maxima, over the trained tokens of the batch.
+    c_T = 1 - H(q)/max H(q), c_S = H(p)/max H(p).  The maxima are over the batch before its filters, outliers included.
     """
 
     teacher: float = 1.0
@@ -105,8 +105,8 @@ class Confidence:
             if not value >= 0:
                 raise ValueError(f"{name}={value}: the strength of a confidence is 0 (off) or more")
 
-    def __call__(self, teacher_entropy: PerToken, student_entropy: PerToken, mask: Mask) -> PerToken:
-        sure, confused = 1 - _of_largest(teacher_entropy, mask), _of_largest(student_entropy, mask)
+    def __call__(self, teacher_entropy: PerToken, student_entropy: PerToken, mask: Mask, valid: Mask) -> PerToken:
+        sure, confused = 1 - _of_largest(teacher_entropy, valid), _of_largest(student_entropy, valid)
         weight = (1 + self.teacher * sure) * (1 + self.student * confused)
         return weight / row_mean(weight, mask).clamp(min=torch.finfo(weight.dtype).tiny)[:, None]
 

@@ -149,6 +149,7 @@ class Method:
     @torch.no_grad()
     def prepare(self, batch: Batch) -> tuple[Target, ...]:
         """Return a target per term.  Targets have advantages if the batch was measured before."""
+        batch = replace(batch, unfiltered=batch.mask)
         for keep in self.filters:
             batch = replace(batch, mask=batch.mask & call(keep, batch))
         scale = call(self.reduction, batch).where(batch.mask, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.analysis.exact import World
-from opd.core.types import call, reads
+from opd.core.types import Batch, call, reads
 from opd.losses.divergences import BucketForwardKL, ReverseKL, Support
 from opd.losses.rewards import One
 from opd.losses.terms import Match, PolicyGradient
@@ -86,10 +86,36 @@ def test_confidence(junk):
     student = masked(tensor([[2.0, 1, 9, 0], [1, 0, 9, 9], [9, 9, 9, 9]]), junk)
     raw = tensor([[1 * 2, 1.5 * 1.5, 0, 2 * 1], [1.75 * 1.5, 1.25 * 1, 0, 0], [0, 0, 0, 0]])
     want = raw / tensor([[(2 + 2.25 + 2) / 3], [(2.625 + 1.25) / 2], [1.0]])
-    close(masked(Confidence()(teacher, student, MASK)), want)
-    close(masked(Confidence(0.0, 0.0)(teacher, student, MASK)), MASK.double())
-    half = masked(Confidence(0.0, 2.0)(teacher, student, MASK))[1]
+    close(masked(Confidence()(teacher, student, MASK, MASK)), want)
+    close(masked(Confidence(0.0, 0.0)(teacher, student, MASK, MASK)), MASK.double())
+    half = masked(Confidence(0.0, 2.0)(teacher, student, MASK, MASK))[1]
     close(half, tensor([2 / 1.5, 1 / 1.5, 0, 0]))
+
+
+@POISON
+def test_the_maxima_of_fire_are_over_the_batch_before_its_filter(junk):
+    """The second rollout is dropped, and its entropies, 8 and 4, are still the maxima."""
+    mask = tensor([[1.0, 1, 0], [1, 1, 0]]).bool()
+    column = lambda *rows: tensor(rows).where(mask, junk)
+    batch = Batch(
+        ids=torch.zeros(2, 3, dtype=torch.long),
+        mask=mask,
+        group=torch.arange(2),
+        source=torch.zeros(2, dtype=torch.long),
+        stopped=torch.ones(2, dtype=torch.bool),
+        outcome=torch.zeros(2),
+        sampler_logp=column([-1.0, -1, 0], [-1, -1, 0]),
+        teacher_logp=column([-1.0, -1, 0], [-9, -9, 0]),
+        teacher_entropy=column([4.0, 2, 0], [8, 0, 0]),
+        student_entropy=column([2.0, 1, 0], [4, 0, 0]),
+        scores=(torch.ones(2, 3, dtype=torch.float64),),
+    )
+    raw = tensor([(2 - 4 / 8) * (1 + 2 / 4), (2 - 2 / 8) * (1 + 1 / 4), 0])
+    (target,) = METHODS["fire"](drop=0.5).prepare(batch)
+    close(target.weight, torch.stack([raw / raw.sum(), 0 * raw]))  # mean 1, over the 2 tokens that are kept
+    raw = torch.stack([raw, tensor([(2 - 8 / 8) * (1 + 4 / 4), 2 * 1, 0])])
+    (target,) = METHODS["fire"](drop=0.0).prepare(batch)
+    close(target.weight, raw / raw.sum(1, keepdim=True) / 2)
 
 
 @POISON
