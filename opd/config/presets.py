@@ -2,7 +2,7 @@
 
 The preset `paper` holds the settings of the method's publication, as far as it states them.  The preset `embedded`
 holds settings tuned on the embedded pair of models.  Explicit flags override a preset.  The names are those of the
-flags: fields of `Train` and of `Sampling`.
+flags: fields of `Train`, `Sampling` and `Data`.
 """
 
 import shlex
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from opd.config.data import Data
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 
@@ -29,6 +30,18 @@ _VOPD = dict(
 )
 # PowerOPD, arXiv:2606.17199, Section 5 and the authors' scripts.
 _POWER = dict(lr=5e-7, batch=32, steps=1500, stop_token="mask", top_p=0.95, top_k=20, max_new_tokens=1024)
+# RubricEM, arXiv:2605.10899, appendix B.1: the stages of its system prompt, in other words and without search tools.
+# It holds no numbers, because `--judge verifier` reads those of a question.
+SCAFFOLD = (
+    "Work on the question in four stages, one after another. Write every stage, however short, between its tags. "
+    "First the plan, <structured_plan>...</structured_plan>: what the question asks for, openly and implicitly; a "
+    "rubric for the answer, with the facts that it needs, the connections that it should make and the faults that it "
+    "must avoid; and steps that satisfy the rubric. Then the research, <state_evaluation>...</state_evaluation>: take "
+    "these steps, compare what you have with plan and rubric after each, and revise both where they prove wrong. Then "
+    "the review, <rubric_review>...</rubric_review>: hold what you have against each point of the rubric, and state "
+    "what the answer must still avoid; and <writing_plan>...</writing_plan>: the thesis and outline of the answer. "
+    "Last the answer, <answer>...</answer>: write it by this outline, and nothing after it."
+)
 PAPER: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("vopd", "vopd-topk", "opd", "opd-full"), _VOPD),
     **dict.fromkeys(("poweropd", "opd-clip", "opd-tanh", "opd-zscore"), _POWER),
@@ -85,7 +98,7 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     # ROPD, arXiv:2605.07396, released configuration: 32 prompts x 8 in four updates of 8 prompts.
     "ropd": dict(lr=1e-6, weight_decay=0.01, batch=256, updates=4, steps=500, max_new_tokens=8192),
     # RubricEM, arXiv:2605.10899, settings of the reinforcement learning: 32 prompts x 8.
-    "rubricem": dict(lr=5e-7, batch=256, steps=1400, max_new_tokens=18_432),
+    "rubricem": dict(lr=5e-7, batch=256, steps=1400, max_new_tokens=18_432, system=SCAFFOLD),
     # AsyncOPD, arXiv:2606.24143, settings of the experiments: batches of 256 in four updates.
     "async-opd": dict(lr=3e-6, weight_decay=0.01, batch=256, updates=4, steps=200, staleness=4, max_new_tokens=16384),
     # NPD, arXiv:2605.05940, from secondary notes: lr falls from 1e-5 to 1e-6 (here to 0).  Batch size and response
@@ -132,6 +145,7 @@ EMBEDDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 }
 ARGUMENTS = {"paper": PAPER_ARGUMENTS, "embedded": EMBEDDED_ARGUMENTS}
 _SAMPLING = {field.name: field.default for field in fields(Sampling)}
+_PARTS = {"sampling": Sampling, "data": Data}  # settings of a run that have fields of their own
 
 
 def arguments(preset: str, method: str) -> list[str]:
@@ -152,10 +166,11 @@ def spelled(preset: str, method: str) -> str:
 
 def settings(preset: str, method: str) -> Mapping[str, Any]:
     """Return the `Train` fields that a preset sets for a method.  Raises Refusal for an unknown preset."""
-    chosen = _chosen(preset, method)
-    sampling = {name: value for name, value in chosen.items() if name in _SAMPLING}
-    run = {name: value for name, value in chosen.items() if name not in _SAMPLING}
-    return {**run, "sampling": Sampling(**sampling)} if sampling else run
+    settings = dict(_chosen(preset, method))
+    for part, kind in _PARTS.items():
+        if values := {f.name: settings.pop(f.name) for f in fields(kind) if f.name in settings}:
+            settings[part] = kind(**values)
+    return settings
 
 
 def _chosen(preset: str, method: str) -> Mapping[str, Any]:

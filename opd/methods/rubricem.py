@@ -21,16 +21,12 @@ from opd.methods.rollout_policies.on_policy import OnPolicy
 
 @dataclass(frozen=True)
 class StageScore:
-    """x times a judge's score of the stage that contains the token.  RubricEM, arXiv:2605.10899.
-
-    A stage without a score gets the score of the last stage, the answer.  An answer without a score counts 0.
-    """
+    """x times a judge's score of the stage that contains the token, 0 without a score.  RubricEM, arXiv:2605.10899."""
 
     def __call__(
         self, x: PerToken, stage: Int[Tensor, "B T"], stage_scores: Float[Tensor, "B K"], mask: Mask
     ) -> PerToken:
-        scores = stage_scores.to(x.dtype)
-        scores = scores.where(scores.isfinite(), scores[:, -1:]).nan_to_num(0.0)
+        scores = stage_scores.to(x.dtype).nan_to_num(0.0)
         return x.where(mask, 0) * scores.gather(1, stage.where(mask, 1) - 1)
 
 
@@ -42,9 +38,8 @@ LAMBDA = ((1.0, 0.4, 0.6, 0.8), (0.0, 1.0, 0.4, 0.8), (0.0, 0.0, 1.0, 0.8), (0.0
 class StageReturn:
     """The group advantage of a stage's return, given to all tokens of the stage.  RubricEM, arXiv:2605.10899, SS-GRPO.
 
-    G_k = sum_{j >= k} matrix_kj R_j, R_j the mean of x over the trained tokens of stage j; A_k = (G_k - mean) / (std +
-    eps) over the same stage of the group's rollouts.  A stage without tokens gets the R of the last stage, the answer;
-    without an answer that is 0.  x may be any reward.
+    G_k = sum_{j >= k} matrix_kj R_j, R_j the mean of x over the trained tokens of stage j, 0 without any.
+    A_k = (G_k - mean) / (std + eps), over the rollouts of the group that have tokens of stage k.  x may be any reward.
     """
 
     matrix: tuple[tuple[float, ...], ...] = LAMBDA
@@ -59,16 +54,12 @@ class StageReturn:
 
     def __call__(self, x: PerToken, stage: Int[Tensor, "B T"], group: Int[Tensor, " B"], mask: Mask) -> PerToken:
         # In float64: a small deviation would amplify rounding differences between rows of equal returns.
-        returns = stage_means(x.double(), stage, mask, len(self.matrix)) @ torch.tensor(self.matrix).double().T
-        trained = mask.any(1)
-        advantages = torch.stack([group_centred(column, group, trained, self.eps) for column in returns.unbind(1)], 1)
+        means, counts = segment_means(x.double(), stage, mask, len(self.matrix))
+        returns = means[:, 1:] @ torch.tensor(self.matrix).double().T
+        is_there = counts[:, 1:] > 0
+        columns = zip(returns.unbind(1), is_there.unbind(1), strict=True)
+        advantages = torch.stack([group_centred(x, group, among, self.eps) for x, among in columns], 1)
         return advantages.gather(1, stage.where(mask, 1) - 1).to(x.dtype).where(mask, 0)
-
-
-def stage_means(x: PerToken, stage: Int[Tensor, "B T"], mask: Mask, stages: int) -> Float[Tensor, "B K"]:
-    """Return the mean of x over the trained tokens of each stage, [B, K]; without any, the last stage's mean, or 0."""
-    means, counts = segment_means(x, stage, mask, stages)
-    return means[:, 1:].where(counts[:, 1:] > 0, means[:, -1:])
 
 
 TAGS = ("<structured_plan>", "<state_evaluation>", "<rubric_review>|<writing_plan>", "<answer>")
@@ -102,6 +93,7 @@ def rubricem(
 
     --judge (empty: the teacher) compares a prompt's rollouts and writes criteria for each stage, in addition to the
     criteria kept from earlier.  It marks every rollout by all of them; the criteria whose marks vary least are dropped.
+    A missing stage scores 0, and a stage is compared with the same stage of the rollouts that have it.
     The student also generates reflections on one rollout per prompt.  They are judged and trained on one step later.
     The best reflection is added to the prompt when the same question returns (matched by exact text; the paper also
     matches similar questions by embedding).  A reflection's reward is a single verdict; the paper's Algorithm 1
@@ -112,7 +104,8 @@ def rubricem(
         per_prompt: Number of rollouts per prompt.
         beta: Weight of the KL to the --reference (empty: the initial student).  0 turns it off.
         clip: Clip the ratio to the sampling policy to 1 +- clip.
-        tags: Tags that open each stage, the answer's tag last.  a|b matches either tag.
+        tags: Tags that open each stage, the answer's tag last.  a|b matches either tag.  The prompts must tell the
+            student to write them: --preset paper sets a --system for the default tags.
         returns: Credit matrix, row by row: how much each later stage's score counts for a stage.  Empty is the paper's
             matrix for four stages.
         caps: Number of criteria kept for each stage.

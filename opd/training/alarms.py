@@ -31,6 +31,7 @@ def alarms(log: Log) -> list[Alarm]:
         agreement_trap,
         length_explosion,
         truncated,
+        unstaged,
         entropy_collapse,
         repeating,
         sampler_gap,
@@ -50,6 +51,12 @@ def trend(log: Log, name: str) -> tuple[float, float]:
         return math.nan, math.nan
     fifth = len(values) // 5
     return float(np.mean(values[:fifth])), float(np.mean(values[-fifth:]))
+
+
+def late(log: Log, name: str) -> float:
+    """Return the mean of a metric over the last fifth of the steps, of a short run too; nan without values."""
+    values = list(log.series(name).values())
+    return float(np.mean(values[-max(1, len(values) // 5) :])) if values else math.nan
 
 
 def refused(log: Log) -> Iterator[Alarm]:
@@ -100,14 +107,23 @@ def length_explosion(log: Log) -> Iterator[Alarm]:
 
 def truncated(log: Log) -> Iterator[Alarm]:
     """Report more than 10 % of responses that end at the length limit, over the last fifth of the steps."""
-    values = list(log.series("stopped").values())
-    late = float(np.mean(values[-max(1, len(values) // 5) :])) if values else 1.0
-    if late < 0.9:
+    stopped = late(log, "stopped")
+    if stopped < 0.9:
         limit = log.config.get("sampling.max_new_tokens", "?")
         yield Alarm(
             "truncated generations",
-            f"{1 - late:.0%} of the last rollouts were cut at --max-new-tokens {limit}",
+            f"{1 - stopped:.0%} of the last rollouts were cut at --max-new-tokens {limit}",
             "raise --max-new-tokens, or --truncated drop; if none ends at all, the stop token is wrong",
+        )
+
+
+def unstaged(log: Log) -> Iterator[Alarm]:
+    """Report that a judge of stages gets rollouts of which none has a stage before the answer."""
+    if late(log, "unstaged") == 1:
+        yield Alarm(
+            "no stages",
+            "100% of the last rollouts have no stage before the answer, so only scores of answers train the student",
+            "let --system tell it to write the --tags, as --preset paper does, or name the tags that it writes",
         )
 
 

@@ -194,7 +194,7 @@ def made(**changes):
         "teacher_entropy": 0.4,
         "refused": 0.0,
     }
-    healthy |= {"sampler_gap": 1e-4, "repetition": 0.1}
+    healthy |= {"sampler_gap": 1e-4, "repetition": 0.1, "unstaged": 0.99}
     rows = [{"step": s, "reverse_kl": 1 / s, **healthy} for s in range(1, 21)]
     rows = [{**row, **{name: value(row["step"]) for name, value in changes.items()}} for row in rows]
     return tuple(rows)
@@ -213,6 +213,7 @@ def test_phases_are_what_a_step_waits_for():
         ("refused steps", {"refused": lambda s: float(s == 7)}),
         ("length explosion", {"length": lambda s: 50.0 + 10 * s}),
         ("truncated generations", {"stopped": lambda s: 1 - s / 25}),
+        ("no stages", {"unstaged": lambda s: float(s > 16)}),
         ("entropy collapse", {"student_entropy": lambda s: 0.5 / s}),
         ("repetition", {"repetition": lambda s: s / 25}),
         ("sampler gap", {"sampler_gap": lambda s: 0.6 * (s == 3)}),

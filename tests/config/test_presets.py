@@ -7,12 +7,15 @@ import pytest
 
 from opd.cli import main
 from opd.cli.method_names import method_of
+from opd.cli.train import TrainFlags, _run
 from opd.config import checks
 from opd.config.plan import resolved
-from opd.config.presets import PAPER, arguments, settings
+from opd.config.presets import PAPER, SCAFFOLD, arguments, settings
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.methods import METHODS
+from opd.methods.rubricem import TAGS
+from opd.teachers.judges import stage_tags
 
 BASE = Train(student="s", teacher="t", prompts="p")
 FIELDS = {f.name for f in fields(Train)} - {"student", "prompts", "method"}
@@ -101,3 +104,14 @@ def test_rock_freeze_warms_up_for_a_twentieth():
     chosen = settings("paper", "rock-freeze")
     assert chosen["warmup"] == 0.05 * chosen["steps"] == 500
     assert chosen["steps"] * chosen["batch"] == 4 * 10_000
+
+
+def test_rubricem_tells_the_student_to_write_its_stages():
+    """The system prompt names every tag of the method, opening and closing; by them a text has all stages."""
+    tags = [tag for stage in TAGS for tag in stage.split("|")]
+    assert all(f"{tag}...</{tag[1:]}" in SCAFFOLD for tag in tags)
+    assert all(stage_tags.texts(SCAFFOLD, TAGS)) and not any(c.isdigit() for c in SCAFFOLD)
+    words = ["--student", "s", "--teacher", "t", "--prompts", "p", "--preset", "paper"]
+    read = lambda *more: _run([*words, *more, "rubricem"], TrainFlags, "opd train", "").run
+    assert read().data.system == SCAFFOLD == settings("paper", "rubricem")["data"].system
+    assert read().sampling.max_new_tokens == 18_432 and read("--system", "Be brief.").data.system == "Be brief."

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,12 +31,13 @@ from opd.losses.terms import Match, PolicyGradient, Positions, Target
 from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.methods.questions import Reflect, Stages
-from opd.methods.rubricem import LAMBDA, TAGS, JudgedRollouts, StageReturn, StageScore, stage_means
+from opd.methods.rubricem import LAMBDA, TAGS, JudgedRollouts, StageReturn, StageScore
 from opd.models.source import EMBEDDED
 from opd.teachers.judges import rubric_memory
 from opd.teachers.judges import stage_tags as stages
+from opd.teachers.judges.annotator import TeacherTexts
 from opd.teachers.judges.judge_requests import FormModel
-from opd.teachers.judges.reflections import with_notes
+from opd.teachers.judges.reflections import choose_attempts, with_notes
 from opd.teachers.judges.rubric_memory import DeferredReflection, RubricMemory, StageCriterion
 from opd.teachers.judges.stage_annotator import column_criteria
 from opd.teachers.judges.stage_judge import Contrast, ModelStageJudge, Reflection, StagedResponse
@@ -157,43 +159,48 @@ def test_the_embedded_task_has_four():
 
 
 def test_returns_by_hand(float64):
-    """Three rollouts of a group: scores -> returns by the published matrix -> z-scores, on the tokens of the stages."""
-    scores = torch.tensor([[1.0, 0.5, 0.0, 1.0], [0.5, 0.5, 1.0, 0.0], [0.0, 1.0, torch.nan, 0.5], [1, 1, 1, 1]])
-    stage = torch.tensor([[1, 1, 2, 3, 4], [1, 2, 3, 4, 4], [1, 2, 3, 4, 0], [1, 2, 3, 4, 4]])
-    mask, group = stage > 0, torch.tensor([0, 0, 0, 1])
-    returns = torch.tensor(
-        [
-            [1 + 0.2 + 0 + 0.8, 0.5 + 0 + 0.8, 0 + 0.8, 1],
-            [0.5 + 0.2 + 0.6 + 0, 0.5 + 0.4 + 0, 1 + 0, 0],
-            [0 + 0.4 + 0.3 + 0.4, 1 + 0.2 + 0.4, 0.5 + 0.4, 0.5],  # review without a score: the answer's
-        ]
-    )
-    centred = returns - returns.mean(0)
-    z = centred / (centred.square().mean(0).sqrt() + 1e-6)
+    """Scores -> returns by the published matrix -> z-scores over the rollouts with the stage, on the stage's tokens."""
+    nan = torch.nan
+    scores = torch.tensor([[1, 0.5, 0, 1], [0.5, 0.5, 1, 0], [0, 1, nan, 0.5], [nan, nan, nan, 0.2], [1, 1, 1, 1]])
+    stage = torch.tensor([[1, 1, 2, 3, 4], [1, 2, 3, 4, 4], [1, 2, 3, 4, 0], [4, 4, 4, 0, 0], [1, 2, 3, 4, 4]])
+    mask, group = stage > 0, torch.tensor([0, 0, 0, 0, 1])
+    returns = [
+        [1 + 0.2 + 0 + 0.8, 0.5 + 0 + 0.8, 0 + 0.8, 1],
+        [0.5 + 0.2 + 0.6 + 0, 0.5 + 0.4 + 0, 1 + 0, 0],
+        [0 + 0.4 + 0 + 0.4, 1 + 0 + 0.4, 0 + 0.4, 0.5],  # a review that the judge did not score
+        [nan, nan, nan, 0.2],  # nothing but an answer
+    ]
+    z = [[], [], [], []]
+    for k in range(4):
+        of_stage = np.array([row[k] for row in returns if not math.isnan(row[k])])
+        for i in range(4):
+            z[i].append((returns[i][k] - of_stage.mean()) / (of_stage.std() + 1e-6))
     wanted = torch.tensor(
         [
-            [z[0, 0], z[0, 0], z[0, 1], z[0, 2], z[0, 3]],
-            [z[1, 0], z[1, 1], z[1, 2], z[1, 3], z[1, 3]],
-            [z[2, 0], z[2, 1], z[2, 2], z[2, 3], 0],
+            [z[0][0], z[0][0], z[0][1], z[0][2], z[0][3]],
+            [z[1][0], z[1][1], z[1][2], z[1][3], z[1][3]],
+            [z[2][0], z[2][1], z[2][2], z[2][3], 0],
+            [z[3][3], z[3][3], z[3][3], 0, 0],
             [0, 0, 0, 0, 0],  # alone in its group
         ]
     )
-    x = StageScore()(torch.ones(4, 5), stage, scores, mask)
+    x = StageScore()(torch.ones(5, 5), stage, scores, mask)
     close(x[0], torch.tensor([1, 1, 0.5, 0, 1]))
+    close(x[2], torch.tensor([0, 1, 0, 0.5, 0]))
     close(StageReturn()(x, stage, group, mask), wanted)
-    assert abs(float(z[0, 0]) - (2.0 - 4.4 / 3) / (returns[:, 0].std(correction=0) + 1e-6)) < 1e-9
 
 
 def test_missing_stages(float64):
-    """Without tokens a stage has the answer's score; a response without an answer has 0 there."""
+    """A stage without tokens earns 0 and takes no part in its statistics; here stages of two rollouts, or of one."""
     stage = torch.tensor([[1, 1, 4, 4], [1, 2, 3, 3], [4, 4, 4, 4]])
     x = torch.tensor([[0.2, 0.4, 0.5, 0.7], [1.0, 1.0, 0.5, 0.5], [1.0, 0.0, 1.0, 0.0]])
-    mask = torch.ones(3, 4, dtype=torch.bool)
-    close(stage_means(x, stage, mask, 4), torch.tensor([[0.3, 0.6, 0.6, 0.6], [1, 1, 0.5, 0], [0.5] * 4]))
-    mask[2] = False  # not in the statistics
-    some = StageReturn()(x, stage, torch.zeros(3, dtype=torch.long), mask)
-    close(some[:2], StageReturn()(x[:2], stage[:2], torch.zeros(2, dtype=torch.long), mask[:2]))
-    assert (some[2] == 0).all()
+    mask, group = torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
+    # Plans: 0.3 + 0.8 * 0.6 = 0.78 and 1 + 0.4 * 1 + 0.6 * 0.5 = 1.7, 0.46 from their mean; answers: 0.6 and 0.5.
+    plan, answer = 0.46 / (0.46 + 1e-6), 0.05 / (0.05 + 1e-6)
+    wanted = torch.tensor([[-plan, -plan, answer, answer], [plan, 0, 0, 0], [-answer] * 4])
+    close(StageReturn()(x, stage, group, mask), wanted)
+    mask[2] = False  # then the first rollout has the only answer
+    close(StageReturn()(x, stage, group, mask), torch.tensor([[-plan, -plan, 0, 0], [plan, 0, 0, 0], [0] * 4]))
 
 
 def test_equal_scores_have_no_advantage_however_long_the_stages_are():
@@ -296,12 +303,13 @@ def test_the_loss_by_hand(float64):
         compact,
         tuple(replace(t, **{k: None if v is None else v.flatten() for k, v in vars(t).items()}) for t in targets),
     ).sum()
-    returns = torch.tensor([[1.0, 0.0], [0.75, 0.5], [1.5, 1.0]])
-    z = (returns - returns.mean(0)) / (returns.std(0, correction=0) + 1e-6)
+    # Stage 1, of the first two rollouts: returns 1 and 0.75.  Stage 2, of all three: 0, 0.5 and 1.
+    plan, answer = 0.125 / (0.125 + 1e-6), 0.5 / ((1 / 6) ** 0.5 + 1e-6)
+    z = [[plan, -answer], [-plan, 0.0], [math.nan, answer]]
     wanted = torch.zeros(())
     for i, row in enumerate((0, 1, 3)):
         for t in range(3):
-            a, ratio = z[i, stage[row, t] - 1], (own[row, t] - old[row, t]).exp()
+            a, ratio = z[i][stage[row, t] - 1], (own[row, t] - old[row, t]).exp()
             ref = reference[row, t]
             wanted = wanted - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) / 9
             wanted = wanted + 0.1 * (ref.exp() * (ref - logp[row, t])).sum() / 9
@@ -367,6 +375,18 @@ def test_an_episode_is_what_it_was_after_a_file(tmp_path):
 def test_batches_come_again():
     assert [Reflect(window=3).prompt_batch(step) for step in range(1, 14)] == [1, 2, 3, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
     assert [Reflect(window=0).prompt_batch(step) for step in (1, 2, 9)] == [1, 2, 9]
+
+
+def test_a_reflection_is_asked_for_without_the_system_turn():
+    """The system turn may tell the student to write stages."""
+    turns = ({"role": "system", "content": "Write stages."}, {"role": "user", "content": "Why?"})
+    text, task = AutoTokenizer.from_pretrained(EMBEDDED / "student"), load(Data(source="embedded:ledger", limit=1))
+    stream = Prompts(task, text, {"": text}, resolved(Train(student="", prompts="")), 60, "60 tokens")
+    rollout = DeferredReflection(turns, "", "", 0, (1,), (), (), True, 1.0).rollout(0, 0)
+    reflect = Reflect(template="{prompt} {response}")
+    (attempt,), (request,) = choose_attempts([rollout], reflect, stream, TeacherTexts({}, text, 60, 0), 1)
+    assert attempt.prompt.messages == turns
+    assert request.prompt.messages == ({"role": "user", "content": "Why? "},)
 
 
 def test_templates_are_filled_at_once():
@@ -706,6 +726,29 @@ def test_rollouts_without_a_judgement_stop_the_run(tmp_path, capsys):
         assert cli.main(["train", *told, *where, "rubricem", *AGAIN]) == 2
     error = capsys.readouterr().err
     assert re.search("--judge openai:grader.*: 100% of the last 10 judgements failed.*no json object", error), error
+
+
+BRIEF = ["--steps", "1", "--max-new-tokens", "16"]  # tokens enough for the tag of the first stage
+OTHERS = ["rubricem", "--tags", "<think>", "<look>", "<read>", "<tell>"]  # tags that the student never writes
+
+
+def test_a_student_that_writes_no_stages_is_refused(tmp_path, capsys):
+    told = [*PAIR, *SMALL, *BRIEF]
+    for command in ("doctor", "train"):
+        assert cli.main([command, *told, "--out", str(tmp_path / command), *OTHERS]) == 2
+        out, err = capsys.readouterr()
+        said = " ".join((out + err).split())
+        assert "--tags '<think>' '<look>' '<read>' '<tell>': 0 of 8 rollouts (0%)" in said and "--system" in said
+        assert not (tmp_path / command / "metrics.jsonl").exists()
+    assert cli.main(["doctor", *told, "--out", str(tmp_path / "x"), "rubricem"]) == 0
+
+
+def test_training_without_stages_raises_an_alarm(tmp_path, capsys):
+    loud = [word for word in [*PAIR, *SMALL, *BRIEF, "--no-doctor"] if word != "--quiet"]
+    for name, method in (("none", OTHERS), ("some", ["rubricem"])):
+        assert cli.main(["train", *loud, "--out", str(tmp_path / name), *method]) == 0
+        (row,), error = logged(tmp_path / name), capsys.readouterr().err
+        assert (row["unstaged"] == 1) == ("warning: no stages: step 1: 100%" in error) == (name == "none"), error
 
 
 @pytest.mark.parametrize(

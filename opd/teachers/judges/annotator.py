@@ -42,6 +42,9 @@ class Annotator:
     # counters of a judge since the last call, for perf.jsonl
     traffic: Callable[[], dict[str, float]] = field(default=dict, kw_only=True)
 
+    def check(self, sample: Callable[[], Sequence[Rollout]]) -> None:
+        """Raise Refusal if the question does not fit the student's rollouts; `sample` generates some to look at."""
+
     def prompts(self, step: int, count: int, memory: Memory) -> list[Rendered]:
         """Return the `count` prompts of a step."""
         return self.prompt_stream.batch(step, count)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from opd.core.rng import uniform
+from opd.core.sampling import Prompt
 from opd.core.types import Rollout
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
@@ -41,9 +42,14 @@ def choose_attempts(
         draw = float(uniform(texts.seed, step, rollouts[rows[0]].index, ATTEMPT_CHOICE))
         rollout = rollouts[rows[int(draw * len(rows))]]
         response = response_text.decode(texts.tokenizer, rollout.ids, texts.think_end)
-        prompt = prompts.fill_template(rollout.prompt, reflect.template, response=response)
+        prompt = prompts.fill_template(_without_system(rollout.prompt), reflect.template, response=response)
         ids = prompt_stream.student_ids(prompt)
         if len(ids) <= prompt_stream.room:
             attempts.append(rollout)
             requests.append(Rendered(prompt, ids, ids, rollout.teacher))
     return attempts, requests
+
+
+def _without_system(prompt: Prompt) -> Prompt:
+    """Return a prompt without its system turn, which may tell the student to write stages; a reflection has none."""
+    return replace(prompt, messages=tuple(turn for turn in prompt.messages if turn["role"] != "system"))

@@ -5,7 +5,7 @@ RubricEM, arXiv:2605.10899.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -47,6 +47,17 @@ class StageAnnotator(Annotator):
     texts: TeacherTexts
     judge: ModelStageJudge | VerifierStageJudge
     failure_limit: FailureLimit  # of the judge, counted over rollouts and reflections
+
+    def check(self, sample: Callable[[], Sequence[Rollout]]) -> None:
+        """Raise Refusal if no rollout has a stage before the answer."""
+        rollouts, tags = sample(), self.question.tags
+        stages = [stage_tags.numbered(self.texts.tokenizer, rollout.ids, tags) for rollout in rollouts]
+        if all(number == len(tags) for numbers in stages for number in numbers):
+            raise Refusal(
+                f"--tags {' '.join(map(repr, tags))}: 0 of {len(rollouts)} rollouts (0%) have a stage before the "
+                "answer, so only scores of answers would train the student; let --system tell it to write these tags, "
+                "as --preset paper does, or name the tags that it writes"
+            )
 
     def prompts(self, step: int, count: int, memory: Memory) -> list[Rendered]:
         """Return the prompts of a step.  With reflections, prompts return and have the notes on earlier attempts."""
@@ -216,7 +227,11 @@ class StageAnnotator(Annotator):
         """Return the mean score and the share of tokens of each stage, and the scores of the reflections."""
         if batch.stage is None or batch.stage_scores is None or batch.judged is None:
             return {}
-        metrics = {"unjudged": float(1 - batch.judged.float().mean())}
+        staged = ((batch.stage > 0) & (batch.stage < batch.stage_scores.shape[1])).any(1)
+        metrics = {
+            "unjudged": float(1 - batch.judged.float().mean()),
+            "unstaged": float(1 - staged.float().mean()),  # share of rollouts that consist only of the answer
+        }
         for k, column in enumerate(batch.stage_scores[batch.judged].unbind(1), 1):
             scores = column[column.isfinite()]
             if scores.numel():

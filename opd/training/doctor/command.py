@@ -67,13 +67,16 @@ def doctor(config: Train) -> list[Finding]:
 def examine_run(trainer: Trainer) -> list[Finding]:
     """Run the checks that need no rollouts, then the checks on a few rollouts, and return the findings.
 
-    The second part is skipped if the first part finds an error, or if the method takes only text from its teacher.
+    The second part is skipped if the first part finds an error.  If the method takes only text from its teacher, the
+    second part only checks that the rollouts fit the method's question.
     Call it on every process.  It trains nothing and writes no files.
     """
     session = trainer.session
     findings = _findings(BEFORE, session)
-    if errors(findings) or trainer.method.asks is not None:  # a text-only teacher scores no tokens
+    if errors(findings):
         return findings
+    if trainer.method.asks is not None:  # a text-only teacher scores no tokens
+        return findings + _findings({"question": settings.question}, trainer)
     plan = replace(session.plan, method=Method())
     rehearsed = rehearse_run(session, replace(trainer, session=replace(session, plan=plan, lenses=None)))
     findings += _findings({"finite": teacher.finite}, rehearsed)

@@ -33,10 +33,9 @@ class RehearsedRun:
 
 def rehearse_run(session: Session, trainer: Trainer) -> RehearsedRun:
     """Run a timed trial step without an optimizer step, then score its rollouts after the alternative prompt."""
-    prompts, sampling, task = _prompts(session), session.config.sampling, session.prompts.task
     clock, start = Clock(), time.perf_counter()
     with clock("rollout"):
-        rollouts = trainer.rollout_source.collect(prompts, OnPolicy(), sampling, NoiseStep.REHEARSAL, task)
+        rollouts = sample_rollouts(trainer)
     with clock("measure"):
         batch = trainer.measure(rollouts, NoiseStep.REHEARSAL)
     with clock("update"):
@@ -47,6 +46,13 @@ def rehearse_run(session: Session, trainer: Trainer) -> RehearsedRun:
         others = [replace(r, teacher_prompt_ids=ids) for r, ids in zip(rollouts, alternatives, strict=True)]
         alternative_logp = trainer.measure(others, NoiseStep.REHEARSAL).teacher_logp
     return RehearsedRun(session, rollouts, batch, alternative_logp, clock.seconds, time.perf_counter() - start)
+
+
+def sample_rollouts(trainer: Trainer) -> list[Rollout]:
+    """Generate a few rollouts as at the first step, whatever the method's rollout policy."""
+    session = trainer.session
+    sampling, task = session.config.sampling, session.prompts.task
+    return trainer.rollout_source.collect(_prompts(session), OnPolicy(), sampling, NoiseStep.REHEARSAL, task)
 
 
 def _prompts(session: Session) -> list[Rendered]:

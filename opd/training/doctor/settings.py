@@ -5,15 +5,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from opd.config import checks
+from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.core.types import DATA, RIGHT
 from opd.data.prompts import short
 from opd.head.backend import backend_name
 from opd.teachers.remote import LogpTeacher
 from opd.training.doctor.findings import Finding, error, note, ok, teacher_label, warning
-from opd.training.doctor.rehearsal import RehearsedRun
+from opd.training.doctor.rehearsal import RehearsedRun, sample_rollouts
 from opd.training.metrics import repetition
 from opd.training.session import Session
+from opd.training.trainer import Trainer
 
 VERIFIED = 32  # prompts whose reference answers are verified
 FULL = 0.2  # highest learning rate of full fine-tuning times the width: 1e-4 at 2048, 5e-5 at 4096
@@ -190,6 +192,14 @@ def sampler(run: RehearsedRun) -> Iterator[Finding]:
         )
     else:
         yield ok(what=f"sampler and trainer agree to {gap:.1g} nats")
+
+
+def question(trainer: Trainer) -> Iterator[Finding]:
+    """Check that the method's question to a teacher or judge fits the student's rollouts."""
+    try:
+        trainer.session.annotator.check(lambda: sample_rollouts(trainer))
+    except Refusal as refusal:
+        yield error(what=str(refusal))
 
 
 def head_pass_backend(session: Session) -> Iterator[Finding]:
