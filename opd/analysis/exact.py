@@ -95,7 +95,7 @@ def dependence_reason(method: Method) -> str:
     """Return the reason why a token's loss depends on more than its position, or "" if it does not."""
     if unsupported := [type(x).__name__ for x in method.terms if not isinstance(x, PolicyGradient | Match)]:
         return f"{', '.join(unsupported)} is not a function of next-token distributions"
-    leaves = [*method.filters, *(x for t in method.terms for x in t.weights)]
+    leaves = [*method.filters, *filter(None, [method.rollouts.admits]), *(x for t in method.terms for x in t.weights)]
     leaves += [x for t in method.terms if isinstance(t, PolicyGradient) for x in t.transforms]
     if leaves:
         return f"{', '.join(map(repr, leaves))} looks at the columns of a batch"
@@ -244,7 +244,7 @@ class World:
             UNPROMPTED_COLUMNS, "reads what is said of a response without its prompt, and the world has none"
         )
         missing = {c: f"reads {c}, which the world does not measure" for c in sorted(COLUMNS - measured)}
-        return next((reason for c, reason in (missing | reasons).items() if c in method.reads()), "")
+        return next((reason for c, reason in (missing | reasons).items() if c in method.rollout_columns()), "")
 
     def note(self, method: Method) -> str:
         """Return what is assumed about a method whose rollouts change over a run, or "" if nothing is."""

@@ -73,7 +73,7 @@ def _explained(name: str) -> dict[str, Any]:
         "defaults": {p.name: p.default for p in inspect.signature(factory).parameters.values()},
         "arguments": document.split("Args:\n")[1] if "Args:" in document else "",
         "token_local": method.local(),
-        "reads": sorted(method.reads()),
+        "reads": sorted(method.rollout_columns()),
         "presets": presets,
     }
 

@@ -21,6 +21,12 @@ def check(plan: Plan) -> None:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise Refusal(f"--betas {config.betas[0]} {config.betas[1]}: both must lie in [0, 1)")
+    if not 0 <= config.min_lr_ratio < 1:
+        raise Refusal(f"--min-lr-ratio {config.min_lr_ratio}: the last learning rate as a share of --lr, in [0, 1)")
+    if config.min_lr_ratio and config.schedule == "constant":
+        raise Refusal(
+            f"--min-lr-ratio {config.min_lr_ratio}: --schedule constant does not fall; add --schedule cosine or linear"
+        )
     finite(config, "lr", "lora_alpha", "loss_temperature", "weight_decay", "eval_temperature")
     finite(config, "teacher_loss_temperature")
     check_seed(config.seed)
@@ -72,7 +78,7 @@ def _check_engine(plan: Plan) -> None:
         return
     if reason := policy.engine_refusal():
         raise Refusal(f"--engine {engine}: {policy} {reason}")
-    if "student_alone" in plan.method.reads():
+    if "student_alone" in plan.method.rollout_columns():
         raise Refusal(
             f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
             "alone tells: leave the flag out, or switch the filter off (npd --no-filtered)"
@@ -120,6 +126,8 @@ def _check_teachers(plan: Plan) -> None:
         raise Refusal(f"--context {context}: is in the teacher's prompt, and --teacher-prompt same has none")
     if context == "peer" and policy.per_prompt < 2:
         raise Refusal("--context peer: another rollout of the same prompt; set --per-prompt to 2 or more (SDPO: 8)")
+    if context == "peer" and policy.pooled:
+        raise Refusal(f"--context peer: another rollout of the step, and {policy} is scored before its steps are known")
     if context == "peer" and policy.teacher_takes_part():
         raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {policy}")
     moving = [model for model in teachers.values() if isinstance(model, CurrentStudent | AveragedStudent)]

@@ -101,9 +101,9 @@ PAPER: Mapping[str, Mapping[str, Any]] = {
     "rubricem": dict(lr=5e-7, batch=256, steps=1400, max_new_tokens=18_432, system=SCAFFOLD),
     # AsyncOPD, arXiv:2606.24143, settings of the experiments: batches of 256 in four updates.
     "async-opd": dict(lr=3e-6, weight_decay=0.01, batch=256, updates=4, steps=200, staleness=4, max_new_tokens=16384),
-    # NPD, arXiv:2605.05940, from secondary notes: lr falls from 1e-5 to 1e-6 (here to 0).  Batch size and response
-    # length are not stated; packed sequences have 32768 tokens.
-    "npd": dict(lr=1e-5, schedule="cosine"),
+    # NPD, arXiv:2605.05940, from secondary notes: lr falls from 1e-5 to 1e-6.  Batch size and response length are not
+    # stated; packed sequences have 32768 tokens.
+    "npd": dict(lr=1e-5, schedule="cosine", min_lr_ratio=0.1),
     # Rock Tokens, arXiv:2605.09253, second stage: a single pass over 10,000 prompts x 4, 5 % warm-up.  Betas and cosine
     # schedule are the defaults of the framework that the paper names.
     "rock-freeze": dict(

@@ -107,7 +107,9 @@ class Train:
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate schedule after the warm-up.  cosine and linear fall to 0 at the last step."""
+    """Learning rate schedule after the warm-up.  cosine and linear fall to --min-lr-ratio x --lr at the last step."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of --schedule cosine or linear, as a share of --lr, in [0, 1)."""
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -175,13 +177,8 @@ class Train:
         if update <= self.warmup:
             return self.lr * update / self.warmup
         done = (update - self.warmup - 1) / max(1, total - self.warmup)
-        match self.schedule:
-            case "constant":
-                return self.lr
-            case "linear":
-                return self.lr * (1 - done)
-            case "cosine":
-                return self.lr * (1 + math.cos(math.pi * done)) / 2
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
     def teacher_temperature(self) -> float:
         """Return the value that divides the teacher's logits in the loss."""

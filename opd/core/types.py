@@ -28,14 +28,14 @@ RIGHT = 0.5  # outcomes above it are right
 
 @dataclass(frozen=True)
 class Others:
-    """Additional tokens that the engine sampled at each response position; flat, [T * count]."""
+    """Tokens at each response position and their log-probs under a model; flat, [T * count]."""
 
     ids: array  # "i"
     logp: array  # "f", nats
 
     @classmethod
     def none(cls) -> "Others":
-        """Return an empty value, with no additional tokens."""
+        """Return an empty value, without tokens."""
         return cls(array("i"), array("f"))
 
 
@@ -55,7 +55,8 @@ class Rollout:
     outcome: float = 0.0  # verifier's score
     mask: tuple[bool, ...] = ()  # tokens trained on; empty: all of them
     prefix: int = 0  # number of leading tokens that the teacher generated
-    others: Others | None = None  # set if the method uses additional sampled tokens
+    others: Others | None = None  # additional tokens that the engine sampled; set if the method uses them
+    teacher_scores: Others | None = None  # of the response's token, then of the teacher's top k; kept with a pool
     # from the sampler: a value, or one per token
     notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     teacher: str = ""  # name of the teacher that scores it (--route); "" is --teacher
@@ -87,6 +88,8 @@ class Batch:
     student_logp: Float[Tensor, "B T"] | None = None  # computed by the trainer, not the engine
     student_entropy: Float[Tensor, "B T"] | None = None
     teacher_logp: Float[Tensor, "B T"] | None = None
+    teacher_top: Int[Tensor, "B T k"] | None = None  # the teacher's top k, kept since the rollout entered a pool
+    teacher_top_logp: Float[Tensor, "B T k"] | None = None  # their log-probs under the teacher
     teacher_entropy: Float[Tensor, "B T"] | None = None
     reverse_kl: Float[Tensor, "B T"] | None = None  # KL(student || teacher) over the whole vocabulary
     hidden_distance: Float[Tensor, "B T"] | None = None  # mean over layers of the matched hidden states

@@ -13,7 +13,16 @@ from operator import mul
 
 import torch
 
-from opd.core.types import ANSWER_COLUMNS, MEASURED, ROLLOUT_COLUMNS, Batch, Column, call, reads
+from opd.core.types import (
+    ANSWER_COLUMNS,
+    MEASURED,
+    ROLLOUT_COLUMNS,
+    STUDENT_COLUMNS,
+    Batch,
+    Column,
+    call,
+    reads,
+)
 from opd.losses.estimators import Sampled, Several
 from opd.losses.reductions import TokenMean
 from opd.losses.rewards import One
@@ -81,6 +90,10 @@ class Method:
         leaves = (self.reduction, *self.filters, *(leaf for term in self.terms for leaf in term.column_leaves()))
         return frozenset().union(*map(reads, leaves))
 
+    def rollout_columns(self) -> frozenset[str]:
+        """Return the names of the columns that `prepare` or the rollout policy reads."""
+        return self.reads() | self.rollouts.reads()
+
     def needs(self) -> frozenset[str]:
         """Return what every teacher must provide.
 
@@ -116,6 +129,13 @@ class Method:
         needs, tops = self.needs(), self.supports()
         kinds = {"student": "chosen", "drawn": "chosen", "teacher": "teacher_top"}
         return needs - {"vocabulary"} | {"teacher_logp", *(kinds[who] for who in tops)} if tops else needs
+
+    def keeps_scores(self) -> bool:
+        """Return True if steps train on log-probs that the teacher gave once, when a rollout entered a pool.
+
+        They are of the response's tokens and of the teacher's top k.
+        """
+        return self.rollouts.pooled and self.needs_of_tokens() <= STUDENT_COLUMNS | {"teacher_logp", "teacher_top"}
 
     def models(self) -> frozenset[str]:
         """Return the names, in `Positions`, of the distributions with which the terms compare the student."""

@@ -59,13 +59,19 @@ def npd(
     the student has drifted.  Rollouts are not packed: rows of similar length share a micro-batch (docs/performance.md).
     With --worker, rollouts are generated in the background.
 
+    The teacher scores a rollout once, when it enters the pool.  Its log-probs of the response and of its top k stay
+    with the rollout, in main memory and in checkpoints: 8 (k + 1) bytes per token.  A teacher that moves (--teacher
+    ema:RATE) is thus the one of that time.  Each step trains on --batch rollouts that pass the filter, or on all of a
+    pool that has fewer.  Steps take them in order, and after the last the first again: if a share s passes, a pass over
+    them takes s times --pool steps.  If none passes, the run ends with a message.
+
     Args:
         weight: Weight of the KL, in (0, 1].  The likelihood of the rollout has weight 1 - weight.
         k: Number of the teacher's most probable tokens in the KL.
         tau: Largest Delta-IFD of a rollout that is kept.
-        pool: Number of rollout batches in an epoch.
-        epochs: Passes over the prompts of a pool before the next prompts are used.
-        refresh: Number of passes after which a new snapshot generates the rollouts again.
+        pool: Number of rollout batches in a pool, and of steps in an epoch.
+        epochs: Epochs on the prompts of a pool before the next prompts are used.
+        refresh: Number of epochs after which a new snapshot generates the rollouts again.
         drift: KL of the student to the snapshot, in nats per token, above which a new snapshot is taken immediately.
         filtered: Apply the Delta-IFD filter.  Off keeps all rollouts.
     """
@@ -73,5 +79,5 @@ def npd(
         raise ValueError(f"weight={weight}: the share of the KL lies in (0, 1]")
     data = (PolicyGradient(One(), coef=1 - weight),) if weight < 1 else ()
     match = Match(BucketForwardKL(Support(k, "teacher")), coef=weight)
-    filters = (DeltaIFD(0.0, tau),) if filtered else ()
-    return Method((*data, match), rollouts=Snapshot(pool, epochs, (refresh,), drift), filters=filters)
+    admits = DeltaIFD(0.0, tau) if filtered else None
+    return Method((*data, match), rollouts=Snapshot(pool, epochs, (refresh,), drift, admits=admits))

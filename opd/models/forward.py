@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -59,13 +59,27 @@ def cross_entropies(hidden: Hidden | TeacherLogps, rollouts: Sequence[Rollout], 
     The mean starts at the second token; a response with a single token gets 0.  `hidden` is computed from the rows and
     masks that `unprompted` returns.
     """
-    if isinstance(hidden, TeacherLogps):
-        logp = hidden.logp
-    else:
-        ids = torch.tensor([x for r in rollouts for x in r.ids[1:]], dtype=torch.long, device=hidden.states.device)
-        logp = scores(hidden, vocabulary.canonical(ids)[:, None], vocabulary, 1).logp[:, 0]
+    ids = torch.tensor([x for r in rollouts for x in r.ids[1:]], dtype=torch.long)
+    logp = token_logps(hidden, ids, vocabulary, 0)[1][:, 0]
     parts = logp.double().split([max(0, len(r.ids) - 1) for r in rollouts])
     return [-float(part.mean()) if len(part) else 0.0 for part in parts]
+
+
+def token_logps(
+    hidden: Hidden | TeacherLogps, ids: Int[Tensor, " N"], vocabulary: Vocabulary, k: int
+) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
+    """Return each token and the model's k most probable tokens at its position, and their log-probs in nats.
+
+    A teacher without an LM head may name more tokens than k.
+    """
+    if isinstance(hidden, TeacherLogps):
+        ids, logp = ids.to(hidden.logp.device)[:, None], hidden.logp[:, None]
+        if hidden.ids is None or hidden.others is None:
+            return ids, logp
+        return torch.cat((ids, hidden.ids), -1), torch.cat((logp, hidden.others), -1)
+    tokens = vocabulary.canonical(ids.to(hidden.states.device))[:, None]
+    found = scores(hidden, tokens, vocabulary, k)
+    return torch.cat((tokens, found.top_ids), -1), torch.cat((found.logp, found.top_logp), -1)
 
 
 def predictors(hidden: Float[Tensor, "B L H"], trained: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from opd.core.rng import uniform
 from opd.core.sampling import StopToken, Truncated
@@ -25,10 +27,11 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         rows.append(mask)
     notes = {name: [torch.tensor(r.notes[name]) for r in rollouts] for name in (rollouts[0].notes if rollouts else ())}
     columns: dict[str, Any] = {name: torch.stack(notes.pop(name)) for name in UNPROMPTED_COLUMNS & notes.keys()}
-    extra = [(r.others, len(r.ids)) for r in rollouts if r.others is not None]
-    if extra and len(extra) == len(rollouts):
-        columns["others"] = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in extra], 0)
-        columns["others_logp"] = pad([torch.tensor(x.logp).view(n, -1) for x, n in extra], 0.0)
+    if rollouts and all(r.others is not None for r in rollouts):
+        columns["others"], columns["others_logp"] = _padded(rollouts, "others")
+    if rollouts and all(r.teacher_scores is not None for r in rollouts):
+        ids, logp = _padded(rollouts, "teacher_scores")
+        columns |= {"teacher_logp": logp[..., 0], "teacher_top": ids[..., 1:], "teacher_top_logp": logp[..., 1:]}
     return Batch(
         ids=pad([torch.tensor(r.ids) for r in rollouts], 0),
         mask=pad(rows, False),
@@ -43,6 +46,13 @@ def collate(rollouts: Sequence[Rollout], *, stop_token: StopToken, truncated: Tr
         # The fifth key, 1, separates this noise from the sampling noise, which has only the first four.
         coin=pad([torch.from_numpy(uniform(seed, step, r.index, np.arange(len(r.ids)), 1)) for r in rollouts], 0.0),
     )
+
+
+def _padded(rollouts: Sequence[Rollout], name: str) -> tuple[Int[Tensor, "B T k"], Float[Tensor, "B T k"]]:
+    """Return the ids and the log-probs of a field of type `Others`."""
+    rows = [(getattr(r, name), len(r.ids)) for r in rollouts]
+    ids = pad([torch.tensor(x.ids, dtype=torch.long).view(n, -1) for x, n in rows], 0)
+    return ids, pad([torch.tensor(x.logp).view(n, -1) for x, n in rows], 0.0)
 
 
 def masks(batch: Batch, rollouts: Sequence[Rollout]) -> list[list[bool]]:

@@ -1,11 +1,11 @@
-"""The rollout buffer: `RolloutBuffer.take(step, memory)` returns this process's share of the rollouts of a step.
+"""The rollout buffer: `RolloutBuffer.take(step, memory)` yields this process's share of the batches of a step.
 
 A rollout batch is identified by the number of the first step that trains on it.  This number keys its noise, so
 generating a batch again with the same weights gives the same rollouts.  Checkpoints include the buffered batches.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -28,6 +28,8 @@ SCALARS = {
     "prefix": torch.int64,
 }
 
+LISTS = ("others", "teacher_scores")  # fields of type `Others`
+
 Batches = dict[int, list[Rollout]]  # rollouts by batch number, without prompts (see `without_prompts`)
 
 
@@ -39,8 +41,8 @@ class RolloutBuffer:
     def advance(self, step: int, memory: Memory) -> None:
         """Note that `step` steps are done; the batches that the new weights allow may now be generated."""
 
-    def take(self, step: int, memory: Memory) -> list[Rollout]:
-        """Return the rollouts that `step` trains on."""
+    def take(self, step: int, memory: Memory) -> Iterator[tuple[int, list[Rollout]]]:
+        """Yield the batches that `step` may train on, with their numbers, in order."""
         raise NotImplementedError
 
     def settle(self) -> None:
@@ -66,16 +68,16 @@ class InProcessBuffer(RolloutBuffer):
     total: int  # number of steps in the run
     batches: Batches = field(default_factory=dict)
 
-    def take(self, step: int, memory: Memory) -> list[Rollout]:
-        """Generate the batches that belong to the weights before `step`; return the rollouts that `step` trains on."""
-        number = self.policy.batch_number(step, memory)
+    def take(self, step: int, memory: Memory) -> Iterator[tuple[int, list[Rollout]]]:
+        """Generate the batches that belong to the weights before `step`; yield those that `step` may train on."""
+        numbers = self.policy.batches(step, memory)
         discard(self.batches, self.policy.oldest_valid(step, memory))
-        for new in sorted({*self.policy.open_batches(step, memory), number} - self.batches.keys()):
+        for new in sorted({*self.policy.open_batches(step, memory), *numbers} - self.batches.keys()):
             if new <= self.total:  # the run ends before later batches are used
                 self.batches[new] = without_prompts(self.generate(new, memory), step - 1)
-        rollouts = self.batches[number]
+        taken = [(n, self.batches[n]) for n in numbers if n <= self.total]
         discard(self.batches, self.policy.oldest_needed(step, memory))
-        return rollouts
+        yield from taken
 
 
 def discard(batches: Batches, first: int) -> None:
@@ -118,10 +120,11 @@ def to_tensors(batches: Mapping[int, Sequence[Rollout]]) -> dict[str, Tensor]:
         columns["length"] = torch.tensor([len(r.ids) for r in rollouts])
         columns["ids"] = _flat((r.ids for r in rollouts), torch.int64)
         columns["sampler_logp"] = _flat((r.sampler_logp for r in rollouts), torch.float64)
-        if rollouts and rollouts[0].others is not None:
-            extra = [r.others or Others.none() for r in rollouts]
-            columns["others"] = _flat((x.ids for x in extra), torch.int32)
-            columns["others_logp"] = _flat((x.logp for x in extra), torch.float32)
+        for name in LISTS:
+            if rollouts and getattr(rollouts[0], name) is not None:
+                lists: list[Others] = [getattr(r, name) or Others.none() for r in rollouts]
+                columns[name] = _flat((x.ids for x in lists), torch.int32)
+                columns[f"{name}_logp"] = _flat((x.logp for x in lists), torch.float32)
         for name, first in (rollouts[0].notes if rollouts else {}).items():
             values: list[Any] = [r.notes[name] for r in rollouts]
             if isinstance(first, float):
@@ -153,10 +156,11 @@ def _rollouts(columns: Mapping[str, Tensor]) -> list[Rollout]:
     fields |= {name: per_token(columns[name]) for name in ("ids", "sampler_logp")}
     notes = {k.removeprefix("note."): x.tolist() for k, x in columns.items() if k.startswith("note.")}
     notes |= {k.removeprefix("notes."): per_token(x) for k, x in columns.items() if k.startswith("notes.")}
-    if "others" in columns:
-        sizes = [len(columns["others"]) // max(1, sum(lengths)) * n for n in lengths]
-        parts = zip(columns["others"].split(sizes), columns["others_logp"].split(sizes), strict=True)
-        fields["others"] = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
+    for name in LISTS:
+        if name in columns:
+            sizes = [len(columns[name]) // max(1, sum(lengths)) * n for n in lengths]
+            parts = zip(columns[name].split(sizes), columns[f"{name}_logp"].split(sizes), strict=True)
+            fields[name] = [Others(array("i", ids.tolist()), array("f", logp.tolist())) for ids, logp in parts]
     return [
         Rollout(
             prompt_ids=(),

@@ -1,6 +1,7 @@
 """Micro-batched forward (and backward) passes of a rollout batch through the student, its teachers and the LM head."""
 
 import contextlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,15 +10,16 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
+from opd.core.errors import Refusal
 from opd.core.tensors import map_tensors
-from opd.core.types import Batch, Rollout
+from opd.core.types import Batch, Others, Rollout, call
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.outputs import Alternatives, HeadColumns
 from opd.losses.terms import Target
 from opd.methods.method import Method
 from opd.models.batching import Rows, micro_batches, rows
-from opd.models.forward import cross_entropies, unprompted
-from opd.rollouts.batch import assemble, masks
+from opd.models.forward import cross_entropies, token_logps, unprompted
+from opd.rollouts.batch import assemble, collate, masks
 from opd.teachers.remote import LogpTeacher
 from opd.training.session import Session
 
@@ -115,7 +117,8 @@ class Passes:
         self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], weighted: Sequence[int]
     ) -> None:
         """Request the next micro-batch's scores from a teacher server while the student runs the current one."""
-        if not weighted or tuple(rollouts[i].index for i in indices) in self.cached_outputs:
+        scored = batch.teacher_top is not None or tuple(rollouts[i].index for i in indices) in self.cached_outputs
+        if scored or not weighted:
             return
         part = _part(batch, rollouts, weighted)
         teacher = self.session.teachers[part.rollouts[0].teacher]
@@ -142,7 +145,9 @@ class Passes:
             return cache[key]
         teacher = session.teachers[rollouts[0].teacher if rollouts else ""]
         output: Hidden | TeacherLogps | None
-        if isinstance(teacher, LogpTeacher) and teacher.likeliest:
+        if part.batch.teacher_top is not None:
+            output = self._kept_scores(part.batch)
+        elif isinstance(teacher, LogpTeacher) and teacher.likeliest:
             student_tops = self._tops(part, FrozenOutputs(None), teacher.likeliest)
             output = teacher.hidden(rollouts, trained, ids=student_tops.ids)
         elif isinstance(teacher, LogpTeacher) and part.batch.others is not None:
@@ -158,6 +163,15 @@ class Passes:
         if not session.method.local() and size <= CACHE_BYTES:
             cache[key] = outputs
         return outputs
+
+    def _kept_scores(self, batch: Batch) -> TeacherLogps:
+        """Return what the teacher said of the trained tokens when their rollouts entered a pool."""
+        assert batch.teacher_logp is not None and batch.teacher_top is not None and batch.teacher_top_logp is not None
+        device, k = self.session.accelerator.device, self.session.method.supports().get("teacher", 0)
+        logp, ids, others = (
+            x[batch.mask].to(device) for x in (batch.teacher_logp, batch.teacher_top, batch.teacher_top_logp)
+        )
+        return TeacherLogps(logp, ids, others, min(k, self.session.vocabulary.size)) if k else TeacherLogps(logp)
 
     @torch.no_grad()
     def _tops(self, part: "_Part", outputs: FrozenOutputs, k: int) -> Alternatives:
@@ -185,6 +199,58 @@ class Passes:
             replace(r, notes={**r.notes, "teacher_alone": values[i]}) if i in values else r
             for i, r in enumerate(rollouts)
         ]
+
+    def admitted(self, rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
+        """Let the teacher score the rollouts of batch `number`, which enters a pool; add what later steps read.
+
+        That is the note `admitted`, 1 for a rollout that steps train on, and `teacher_scores` if the method keeps them.
+        Every process must call it, with the rollouts of all processes.
+        """
+        session, method, config = self.session, self.session.method, self.session.config
+        whole = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=number)
+        k, parts = method.supports().get("teacher", 0), list[tuple[int, Others]]()
+        for indices in self.micro_batches(whole, rollouts):
+            part = _part(whole, rollouts, indices)
+            output = session.teachers[part.rollouts[0].teacher if indices else ""].hidden(part.rollouts, part.masks)
+            assert output is not None, "a method that reads log q has a teacher that scores"
+            ids, logp = token_logps(output, part.batch.ids[part.batch.mask], session.vocabulary, k)
+            lengths = [len(r.ids) for r in part.rollouts]
+            rows = zip(ids.int().cpu().split(lengths), logp.float().cpu().split(lengths), strict=True)
+            parts += zip(indices, [Others(_packed("i", x), _packed("f", y)) for x, y in rows], strict=True)
+        scores = dict(gather_object(parts))
+        scored = [replace(r, teacher_scores=scores[i]) for i, r in enumerate(rollouts)]
+        batch = collate(scored, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=number)
+        self.check_teacher(batch)
+        admits = method.rollouts.admits
+        verdicts = [True] * len(scored) if admits is None else call(admits, batch).any(1).tolist()
+        if not method.keeps_scores():
+            scored = list(rollouts)
+        return [
+            replace(r, notes={**r.notes, "admitted": float(verdict)})
+            for r, verdict in zip(scored, verdicts, strict=True)
+        ]
+
+    def check_teacher(self, batch: Batch) -> None:
+        """Refuse log-probs of the teacher that are no numbers, or, unless the loss is bounded, infinite."""
+        if batch.teacher_logp is None:
+            return
+        excluded = batch.teacher_logp == -torch.inf
+        bad = batch.mask & ~batch.teacher_logp.isfinite()
+        if bad.any() and self.session.method.bounded():
+            bad = bad & ~excluded
+        if bad.any():
+            token = int(batch.ids[bad][0])
+            text = self.session.collector.tokenizer.decode([token])
+            what = "probability 0" if excluded[bad][0] else "no number as log-prob"
+            raise Refusal(
+                f"the teacher gives {what} to token {token} ({text!r}), which the student generated, so the loss is "
+                "not finite: is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
+            )
+
+
+def _packed(kind: str, x: Tensor) -> array:
+    """Return a tensor of int32 (`i`) or float32 (`f`) as an array."""
+    return array(kind, x.numpy().tobytes())
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         out["staleness"], out["staleness_max"] = float(notes["staleness"].mean()), float(notes["staleness"].max())
         if (drift := measured_drift(batch)) is not None:
             out["drift"] = drift  # KL(student || weights that generated it), nats
+    if "admitted" in notes:
+        out["admitted"] = float(notes["admitted"].mean())  # share of the pool that passes the policy's filter
     if "threshold" in notes:
         out["threshold"] = float(notes["threshold"].mean())  # nats
     if "prefix_limit" in notes and batch.prefix is not None:

@@ -69,17 +69,71 @@ class RolloutSource:
 
     def take(self, step: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return the rollouts that `step` trains on, from all processes, in order."""
-        policy = self.session.method.rollouts
+        policy, batch = self.session.method.rollouts, self.session.config.batch
         source = self.source or self.open(step - 1, memory, {}, print)
-        rollouts, number = source.take(step, memory), policy.batch_number(step, memory)
-        prompts = self._prompts(policy.prompt_step(number), memory)
-        if "teacher_alone" in self.session.method.reads():
-            rollouts = passes.with_teacher_alone(rollouts, buffer.with_prompts(rollouts, prompts, policy.per_prompt))
+        first = (step - policy.batches(step, memory).start) * batch  # position in the pool's admitted rollouts
+        shares: dict[int, list[Rollout]] = {}
+        places: list[tuple[int, int]] = []  # batch number and index of each admitted rollout
+        for number, rollouts in source.take(step, memory):
+            shares[number] = self._scored(rollouts, number, memory, passes)
             if number in source.batches:
-                source.batches[number] = rollouts
-        if self.session.config.staleness or policy.frozen_sampler:
-            rollouts = buffer.with_staleness(rollouts, step)
-        return buffer.with_prompts(gather_object(rollouts), prompts, policy.per_prompt)
+                source.batches[number] = shares[number]
+            places += gather_object([(number, r.index) for r in shares[number] if r.notes.get("admitted", 1)])
+            if len(places) >= first + batch:
+                break
+        candidates = len(shares) * batch
+        if not places:
+            raise Refusal(
+                f"step {step} has nothing to train on: none of the {candidates} rollouts of its pool passes "
+                f"{policy.admits}; widen the window or leave the filter out (npd --tau, --no-filtered), or check that "
+                "the teacher suits the prompts"
+            )
+        chosen = [places[(first + i) % len(places)] for i in range(min(batch, len(places)))]
+        mine = {(number, r.index): r for number, part in shares.items() for r in part}
+        found = dict(gather_object([(place, mine[place]) for place in chosen if place in mine]))
+        return self._numbered([(place, found[place]) for place in chosen], step, memory, len(places) / candidates)
+
+    def _numbered(
+        self, chosen: Sequence[tuple[tuple[int, int], Rollout]], step: int, memory: Memory, admitted: float
+    ) -> list[Rollout]:
+        """Return the rollouts of a step, chosen by (batch number, index), with their prompts and places in its batch.
+
+        `admitted` is the share of the candidates that the policy admits.
+        """
+        policy, out, groups = self.session.method.rollouts, list[Rollout](), dict[tuple[int, int], int]()
+        numbers = dict.fromkeys(number for (number, _), _ in chosen)
+        prompts = {number: self._prompts(policy.prompt_step(number), memory) for number in numbers}
+        for i, ((number, _), r) in enumerate(chosen):
+            (r,) = buffer.with_prompts([r], prompts[number], policy.per_prompt)
+            notes = r.notes | {"admitted": admitted} if "admitted" in r.notes else r.notes
+            group = groups.setdefault((number, r.group), len(groups))
+            out.append(replace(r, index=i, group=group, notes=notes))
+        has_staleness = self.session.config.staleness or policy.frozen_sampler
+        return buffer.with_staleness(out, step) if has_staleness else out
+
+    def _scored(self, rollouts: list[Rollout], number: int, memory: Memory, passes: Passes) -> list[Rollout]:
+        """Return this process's share of a batch with all that the method needs of the teacher before a step.
+
+        A pool's rollouts are scored and admitted when a step takes them for the first time.
+        """
+        method = self.session.method
+        policy, has_alone = method.rollouts, "teacher_alone" in method.rollout_columns()
+        enters = method.keeps_scores() or policy.admits is not None
+        if enters and all(gather_object(["admitted" in r.notes for r in rollouts])):
+            return rollouts
+        if not (enters or has_alone):
+            return rollouts
+        prompts = self._prompts(policy.prompt_step(number), memory)
+        prompted = lambda: buffer.with_prompts(rollouts, prompts, policy.per_prompt)
+        if has_alone:
+            rollouts = passes.with_teacher_alone(rollouts, prompted())
+        if enters:
+            entered = {r.index: r for r in passes.admitted(gather_object(prompted()), number)}
+            kept = [entered[r.index] for r in rollouts]
+            rollouts = [
+                replace(r, notes=x.notes, teacher_scores=x.teacher_scores) for r, x in zip(rollouts, kept, strict=True)
+            ]
+        return rollouts
 
     def collect(
         self,
@@ -121,7 +175,7 @@ class RolloutSource:
             first=first + part.start * policy.per_prompt,
             total=self.session.config.steps,
             memory=dict(memory),
-            unprompted="student_alone" in self.session.method.reads(),
+            unprompted="student_alone" in self.session.method.rollout_columns(),
         )
 
     def _generate(self, request: RolloutRequest, task: Task) -> list[Rollout]:

@@ -136,12 +136,13 @@ class Trainer:
         batch, memory = session.annotator.annotate(batch, rollouts, memory, self._training_step(step, clock))
         numbers: dict[str, float] = {}
         alternatives: dict[str, Tensor] = {}
-        share = config.batch // policy.updates
+        updates = min(policy.updates, len(rollouts))  # a pool may have fewer rollouts than a batch
+        share = min(config.batch, len(rollouts)) // updates
         saves = step in (1, config.steps) or step % config.rollouts_every == 0
-        for update in range(policy.updates):
-            last = update + 1 == policy.updates  # the last update also trains on the annotator's extra rollouts
+        for update in range(updates):
+            last = update + 1 == updates  # the last update also trains on the annotator's extra rollouts
             part = slice(update * share, len(rollouts) if last else (update + 1) * share)
-            if last and (saves or session.shows_heads()):
+            if last and (saves or (session.shows_heads() and batch.teacher_top is None)):
                 sample = part if saves else slice(part.start, part.start + max(1, share // LOOKED_AT))
                 with clock("save" if saves else "look"):
                     alternatives = self.passes.alternatives(batch[sample], rollouts[sample])
@@ -189,7 +190,7 @@ class Trainer:
         config, session = self.config, self.session
         targets = self.method.prepare(batch)
         batch, loss = self.passes.run(batch, rollouts, targets)
-        self._check(batch)
+        self.passes.check_teacher(batch)
         if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
             self._check_engine(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
@@ -219,23 +220,6 @@ class Trainer:
         numbers |= session.annotator.metrics(generated, extra)
         numbers |= metrics.by_task(generated, [r.prompt for r in rollouts[:count]])
         return batch, numbers | metrics.by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
-
-    def _check(self, batch: Batch) -> None:
-        """Refuse log-probs of the teacher that are no numbers, or, unless the loss is bounded, infinite."""
-        if batch.teacher_logp is None:
-            return
-        excluded = batch.teacher_logp == -torch.inf
-        bad = batch.mask & ~batch.teacher_logp.isfinite()
-        if bad.any() and self.method.bounded():
-            bad = bad & ~excluded
-        if bad.any():
-            token = int(batch.ids[bad][0])
-            text = self.session.collector.tokenizer.decode([token])
-            what = "probability 0" if excluded[bad][0] else "no number as log-prob"
-            raise Refusal(
-                f"the teacher gives {what} to token {token} ({text!r}), which the student generated, so the loss is "
-                "not finite: is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
-            )
 
     def _check_engine(self, batch: Batch) -> None:
         engine = self.config.speaker

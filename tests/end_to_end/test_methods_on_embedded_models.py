@@ -58,7 +58,7 @@ FIRED = {  # of each step's numbers; a list of them where it takes a step or mor
         [r["staleness"] for r in rows] == [0, 1, 0]
         and rows[1]["tokens"] == rows[0]["tokens"]
         and rows[1]["drift"] > 1e-6 > abs(rows[0]["drift"])
-        and all(0 < r["weighted_0"] == r["weighted_1"] < 1 for r in rows)
+        and all(r["weighted_0"] == r["weighted_1"] == 1 > r["admitted"] > 0 for r in rows)
     ),
     "opd-zscore": lambda r: r["advantage_std"] > 0,
 }

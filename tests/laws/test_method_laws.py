@@ -20,6 +20,7 @@ from opd.losses.token_weights import TruncatedImportance
 from opd.methods import METHODS, omniopd, pg
 from opd.methods.classic import gkd, gkd_forward, opd, opd_topk
 from opd.methods.method import Method
+from opd.methods.npd import DeltaIFD
 from opd.methods.pg import opd_stratified
 from opd.methods.privileged import opsd, sdpo
 from opd.methods.rollout_policies.on_policy import OnPolicy
@@ -57,6 +58,7 @@ VARIANTS = {
         (PolicyGradient(baseline=Optimal(), surrogate=ImportanceSampling()),), SequenceMean(), OnPolicy(updates=2)
     ),
     "clipped": Method((PolicyGradient(Power(0.5), transforms=(Discount(0.9), Whiten()), surrogate=Clipped()),)),
+    "Delta-IFD": Method((Match(ForwardKL()),), filters=(DeltaIFD(),)),
     "baseline and future": Method((PolicyGradient(baseline=Value(), transforms=(DiscountExpected(0.9),)),)),
     "two terms": Method(
         (PolicyGradient(transforms=(Discount(0.5),), coef=0.3), Match(ForwardKL(), (TruncatedImportance(),), 2.0)),

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.core.sampling import Sampling
-from opd.core.types import STUDENT, Batch
+from opd.core.types import STUDENT, Batch, Column, reads
 from opd.losses.terms import PolicyGradient
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -86,12 +86,18 @@ class RolloutPolicy:
     on_policy: ClassVar[bool] = False  # the current student generates every token of every rollout
     stationary: ClassVar[bool] = False  # the policy is the same at every step
     frozen_sampler: ClassVar[bool] = False  # exactly the weights before a certain step generate a batch
+    pooled: ClassVar[bool] = False  # several steps train on the same rollouts
+    admits: Column | None = None  # selects the rollouts of a pool that are trained on, once, when they enter it
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
         for name in ("per_prompt", "updates"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}: a rollout batch needs {name} >= 1")
+
+    def reads(self) -> frozenset[str]:
+        """Return the names of the columns that `admits` reads."""
+        return frozenset() if self.admits is None else reads(self.admits)
 
     # What a method and a run must provide.  A reason completes a sentence that begins with the policy; "" allows.
 
@@ -124,9 +130,13 @@ class RolloutPolicy:
 
     # Which batches are generated, and when.
 
-    def batch_number(self, step: int, memory: Memory) -> int:
-        """Return the number of the batch that a step trains on."""
-        return step
+    def batches(self, step: int, memory: Memory) -> range:
+        """Return the numbers of the batches that a step may train on.
+
+        The steps from the first number on train on the rollouts of these batches that `admits` selects, --batch of them
+        each, in order, and after the last on the first again.
+        """
+        return range(step, step + 1)
 
     def open_batches(self, step: int, memory: Memory) -> range:
         """Return the numbers of the batches that may be generated once the weights before `step` are available."""

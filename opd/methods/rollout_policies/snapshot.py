@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from opd.core.types import Batch
+from opd.core.types import MEASURED, ROLLOUT_COLUMNS, Batch, Column
 from opd.losses.terms import PolicyGradient
 from opd.methods.rollout_policies.base import Memory, RolloutPolicy
 
@@ -17,9 +17,13 @@ from opd.methods.rollout_policies.base import Memory, RolloutPolicy
 class Snapshot(RolloutPolicy):
     """The policy in which a frozen snapshot of the student generates a pool of rollouts.  NPD, arXiv:2605.05940.
 
-    A snapshot generates `pool` batches.  Each is trained on once per epoch, until the next snapshot replaces them.  A
-    cycle has `epochs` epochs over the same prompts and begins with a new snapshot.  Another snapshot is taken after
-    each epoch in `refresh`, and when KL(student || snapshot) on a batch exceeds `drift` nats per token.
+    A snapshot generates `pool` batches, and the next `pool` steps are an epoch.  A cycle has `epochs` epochs over the
+    same prompts and begins with a new snapshot, which replaces the pool.  Another snapshot is taken after each epoch in
+    `refresh`, and when KL(student || snapshot) on a batch exceeds `drift` nats per token.
+
+    The teacher scores each rollout once, when it enters the pool, and `admits` selects those that are trained on.  The
+    steps take them in order, a whole batch each, and after the last again the first.  If `admits` selects a share s, a
+    step therefore trains on as many rollouts as without it, and an epoch is 1/s passes over the selected rollouts.
     """
 
     pool: int = 16  # number of batches per epoch
@@ -28,7 +32,9 @@ class Snapshot(RolloutPolicy):
     drift: float = 0.10
     per_prompt: int = 1
     updates: int = 1
+    admits: Column | None = None
     frozen_sampler: ClassVar[bool] = True
+    pooled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +45,11 @@ class Snapshot(RolloutPolicy):
             raise ValueError(f"refresh={self.refresh}: epochs after which a snapshot is taken, 1 to {self.epochs - 1}")
         if not self.drift > 0:
             raise ValueError(f"drift={self.drift}: a bound in nats, above 0; inf never refreshes early")
+        if later := self.reads() - ROLLOUT_COLUMNS - {"teacher_logp"}:
+            raise ValueError(f"admits={self.admits}: reads {', '.join(sorted(later))}, unknown when a rollout enters")
+
+    def needs(self) -> frozenset[str]:
+        return self.reads() & MEASURED
 
     def check_policy_gradient(self, term: PolicyGradient, columns: frozenset[str]) -> None:
         if not term.corrected():
@@ -53,9 +64,8 @@ class Snapshot(RolloutPolicy):
     def tempering_refusal(self) -> str:
         return "takes the log-probs of the draw for the snapshot's own, in its drift and in Delta-IFD"
 
-    def batch_number(self, step: int, memory: Memory) -> int:
-        start = self.start(step, memory)
-        return start + (step - start) % self.pool  # each epoch uses the batches in order
+    def batches(self, step: int, memory: Memory) -> range:
+        return self.open_batches(self.start(step, memory), memory)
 
     def open_batches(self, step: int, memory: Memory) -> range:
         if self.start(step, memory) < step:

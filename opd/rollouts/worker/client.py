@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -95,11 +95,16 @@ class WorkerBuffer(RolloutBuffer):
             self._clean()
             self._send()
 
-    def take(self, step: int, memory: Memory) -> list[Rollout]:
-        """Return the rollouts that `step` trains on; wait until they are generated."""
-        number = self.policy.batch_number(step, memory)
+    def take(self, step: int, memory: Memory) -> Iterator[tuple[int, list[Rollout]]]:
+        """Yield the batches that `step` may train on; wait for each until it is generated."""
+        self.depth = len(self.batches)
+        for number in self.policy.batches(step, memory):
+            if number <= self.total:
+                yield number, self._batch(number, step, memory)
+
+    def _batch(self, number: int, step: int, memory: Memory) -> list[Rollout]:
+        """Return a batch; wait until it is generated."""
         with self.changed:
-            self.depth = len(self.batches)
             lost = number not in self.batches and all(job.batch_number != number for job in self._pending())
         if lost:  # a checkpoint that was saved by another number of processes may lack the batch
             self._save(step - 1)
