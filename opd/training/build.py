@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -151,7 +152,11 @@ def _prompts(
     """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
     config = plan.config
     texts = {name: info.tokenizer for name, info in teacher_infos.items()}
-    context = min(context_of(info.config) for info in (student_info, *teacher_infos.values()))
+    configs = [info.config for info in (student_info, *teacher_infos.values())]
+    if config.reference:
+        reference = locate(config.reference, field="reference", trust_remote_code=config.trust_remote_code)
+        configs.append(models.config(reference, field="reference").get_text_config())
+    context = min(map(context_of, configs))
     room = context.tokens - config.sampling.max_new_tokens
     prompts, held_out = Prompts(load(config.data), student_info.tokenizer, texts, plan, room, str(context)), None
     if config.eval_prompts:
@@ -173,8 +178,10 @@ def _accelerator(plan: Plan) -> Accelerator:
     config, method = plan.config, plan.method
     set_seed(config.seed)
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    # A method without the LM head leaves parameters without gradient (head, upper layers): DDP must not wait for them.
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=method.headless())]
+    # Some parameters get no gradient: those of experts that no token reaches, of indexers that only select tokens, and
+    # of the LM head for a method that does not read it.  DDP must not wait for them.  It warns once if there are none.
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP")
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     if method.asks is not None:
         handlers.append(InitProcessGroupKwargs(timeout=ANSWER_TIMEOUT))
     check_launch()

@@ -2,7 +2,7 @@
 
 A checkpoint is a model folder that transformers, peft and vLLM load.  The training state lies in its subfolder:
 
-    state.json                     the step
+    state.json                     the step, and the trained parameters that never had a gradient
     optimizer.safetensors          AdamW's state, by parameter name
     memory.safetensors             tensors that the method carries from step to step, if any
     draws.safetensors              rollouts that are generated and not yet trained on, if any
@@ -42,6 +42,7 @@ class TrainingState:
 
     step: int = 0
     optimizer: OptimizerState = field(default_factory=dict)
+    without_state: Sequence[str] = ()  # trained parameters that never had a gradient, such as those of unused experts
     memory: Memory = field(default_factory=dict)
     rollouts: buffer.Batches = field(default_factory=dict)  # by batch number, without prompts
     bridge: Mapping[str, Tensor] = field(default_factory=dict)
@@ -52,7 +53,8 @@ def save(state: TrainingState, checkpoint: Path) -> None:
     """Write the training state of a checkpoint; tensors that are empty get no file."""
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "state.json").write_text(json.dumps({"step": state.step}))
+    numbers = {"step": state.step, "without_state": list(state.without_state)}
+    (folder / "state.json").write_text(json.dumps(numbers))
     named = {f"{name}/{key}": x for name, row in state.optimizer.items() for key, x in row.items()}
     save_tensors(named, folder / "optimizer.safetensors")
     parts = {"memory": state.memory, "draws": buffer.to_tensors(state.rollouts), "bridge": state.bridge}
@@ -84,9 +86,11 @@ def _load(folder: Path, num_teachers: int) -> TrainingState:
     for key, x in load_file(folder / "optimizer.safetensors").items():
         name, field = key.rsplit("/", 1)
         optimizer.setdefault(name, {})[field] = x
+    numbers = json.loads((folder / "state.json").read_text())
     return TrainingState(
-        step=json.loads((folder / "state.json").read_text())["step"],
+        step=numbers["step"],
         optimizer=optimizer,
+        without_state=numbers.get("without_state", ()),
         memory=_tensors(folder / "memory.safetensors"),
         rollouts=buffer.from_tensors(_tensors(folder / "draws.safetensors")),
         bridge=_tensors(folder / "bridge.safetensors"),
@@ -109,26 +113,33 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
 
 
-def optimizer_state(student: torch.nn.Module, optimizer: AcceleratedOptimizer) -> OptimizerState:
-    """Return the optimizer's whole state, on the main process only.  Every process must call it."""
-    state: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
-    return state.get("state", {})  # only the main process has it
+def optimizer_state(
+    student: torch.nn.Module, optimizer: AcceleratedOptimizer
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    """Return the optimizer's whole state, and the names of its parameters without state, on the main process only.
+
+    Every process must call it.
+    """
+    saved: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_MAIN)
+    state = saved.get("state", {})  # only the main process has it
+    names = [name for group in saved.get("param_groups", ()) for name in group["params"]]
+    return state, tuple(name for name in names if name not in state)
 
 
 def restore_optimizer(
-    student: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: OptimizerState, checkpoint: Path, *, partial: bool
+    student: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: TrainingState, checkpoint: Path
 ) -> None:
-    """Load an optimizer's state on every process.
-
-    Raises Refusal if the state of a trained parameter is missing, unless `partial`: some parameters then never receive
-    a gradient.
-    """
+    """Load an optimizer's state on every process.  Raises Refusal if the state of a trained parameter is missing."""
     current: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer, options=ON_EVERY)
-    missing = sorted(current["state"].keys() - saved.keys())
-    if missing and not partial:
+    missing = sorted(current["state"].keys() - saved.optimizer.keys() - set(saved.without_state))
+    if missing:
         raise Refusal(
             f"--resume: optimizer.safetensors of {checkpoint} lacks the state of {len(missing)} trained parameters, "
             f"such as {missing[0]}; remove this checkpoint to continue from the one before"
         )
-    current["state"] |= saved
+    current["state"] |= saved.optimizer
     set_optimizer_state_dict(student, optimizer.optimizer, current, options=ON_EVERY)
+    # torch gives every parameter a state.  AdamW must start that of the others at their first gradient.
+    for name, parameter in student.named_parameters():
+        if name.removeprefix("module.") in saved.without_state:
+            optimizer.optimizer.state.pop(parameter, None)

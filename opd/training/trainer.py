@@ -72,19 +72,28 @@ class Trainer:
         """Write a checkpoint.  Every process must call it, to gather sharded values; only the main process writes."""
         session = self.session
         weights = session.accelerator.get_state_dict(session.student)
-        optimizer = checkpoint.optimizer_state(session.student, session.optimizer)
+        optimizer, without_state = checkpoint.optimizer_state(session.student, session.optimizer)
         rollouts = self.rollout_source.buffered()
         if session.accelerator.is_main_process:
             adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
             session.collector.tokenizer.save_pretrained(folder)
             projections = {} if session.lenses is None else bridge.tensors(session.lenses)
             teachers = [teacher.state() for teacher in session.teachers.values()]
-            checkpoint.save(TrainingState(step, optimizer, memory, rollouts, projections, teachers), folder)
+            state = TrainingState(
+                step=step,
+                optimizer=optimizer,
+                without_state=without_state,
+                memory=memory,
+                rollouts=rollouts,
+                bridge=projections,
+                teachers=teachers,
+            )
+            checkpoint.save(state, folder)
 
     def restore(self, state: TrainingState, folder: Path) -> None:
         """Set optimizer and teachers to the state of the checkpoint in `folder`; the weights are already loaded."""
         student, optimizer = self.session.student, self.session.optimizer
-        checkpoint.restore_optimizer(student, optimizer, state.optimizer, folder, partial=self.method.headless())
+        checkpoint.restore_optimizer(student, optimizer, state, folder)
         for teacher, saved in zip(self.session.teachers.values(), state.teachers, strict=True):
             teacher.restore(saved)
 
