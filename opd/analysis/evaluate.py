@@ -142,6 +142,12 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     ids = [prompts.render(tokenizer, p, chat_template_kwargs=arguments) for p in task.prompts]
     verify_cache(model, field="model")
     context = context_of(models.base(model).config.get_text_config())
+    rows = len(models.head(model).weight)
+    if beyond := [token for prompt_ids in ids for token in prompt_ids if token >= rows]:
+        raise Refusal(
+            f"--model {config.model}: a prompt holds token {beyond[0]} ({tokenizer.decode([beyond[0]])!r}), and the "
+            f"model has {rows} rows of embeddings: use the tokenizer that these weights came with"
+        )
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context.tokens:
         raise Refusal(

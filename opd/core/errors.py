@@ -22,8 +22,10 @@ def foreign_errors(message: str, remedy: str = "") -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().split("\n")[0][:300]
+    """Return the first line of an error's message, and the second if the first ends with a colon."""
+    first, _, rest = str(error).strip().partition("\n")
+    second = rest.strip().split("\n")[0].strip()
+    return (f"{first.strip()} {second}".strip() if first.rstrip().endswith(":") else first)[:300]
 
 
 def positive(settings: object, *names: str) -> None:

@@ -111,6 +111,9 @@ def fetch(repository: Repository, files: Sequence[str]) -> None:
 def no_safetensors(missing_file: str, available: Sequence[str]) -> str:
     """Return which file of weights is missing, and whether the repository has a pickle instead."""
     pickles = sorted(name for name in available if name.removesuffix(".index.json").endswith(PICKLES))
+    others = sorted(name for name in available if name.endswith((".safetensors", ".gguf")))
+    if others and not pickles:
+        return f"there is no {missing_file} in it, beside {others[0]}: download it again, or name a .gguf file itself"
     if not pickles:
         return f"there is no {missing_file} in it: no weights to load"
     return (

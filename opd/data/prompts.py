@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal
@@ -31,18 +30,33 @@ class Rendered:
     teacher: str = ""  # name of the teacher that scores the responses: a --route, or "" for --teacher
 
 
-def stop_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return a model's stop ids: its generation config's, else its tokenizer's EOS.  Raises Refusal without any."""
-    eos = generation_config.eos_token_id
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    if not ids and "eos_token" in tokenizer.special_tokens_map:
-        ids = (tokenizer.eos_token_id,)
+def stop_ids(eos: object, tokenizer: Tokenizer, fallback: object = None) -> tuple[int, ...]:
+    """Return stop ids: `eos` of the generation config, else the tokenizer's EOS, else `fallback`; at least one."""
+    own = tokenizer.eos_token_id if "eos_token" in tokenizer.special_tokens_map else None
+    ids = next(filter(None, (_ids(eos, tokenizer), _ids(own, tokenizer), _ids(fallback, tokenizer))), ())
     if not ids:
         raise Refusal(
             f"eos_token_id: {model_name(tokenizer)} has none, in its generation config or its tokenizer, so it would "
             "never stop: set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json"
         )
     return tuple(sorted(set(ids)))
+
+
+def _ids(eos: object, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids in a value of eos_token_id.  Raises Refusal unless it is an id, a list of ids, or nothing."""
+    ids = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
+    if not all(type(i) is int for i in ids):
+        raise Refusal(
+            f"eos_token_id {short(eos)}: {model_name(tokenizer)} has no token ids there; write a number, or a list of "
+            "numbers, into its generation_config.json"
+        )
+    tokens = set(tokenizer.get_vocab().values())
+    if ids and not tokens.intersection(ids):
+        raise Refusal(
+            f"eos_token_id {short(eos)}: no token of {model_name(tokenizer)}, so it would never stop; correct it in "
+            "generation_config.json"
+        )
+    return tuple(ids)
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any]) -> tuple[int, ...]:

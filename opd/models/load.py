@@ -1,8 +1,10 @@
 """Loading of models and of what belongs to them: tokenizer, configuration, stop ids, weights, head."""
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +19,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from opd.core.errors import Refusal, foreign_errors
-from opd.data import hub, prompts
+from opd.core.errors import Refusal, first_line, foreign_errors
+from opd.data import prompts
 from opd.data.hub import Missing
 from opd.head.onednn import Linear, use_onednn
 from opd.head.vocabulary import Head
-from opd.models import adapters
+from opd.models import adapters, weight_files
 from opd.models.source import ModelSource
 
 disable_progress_bar()  # loading bars drown the lines that matter
@@ -37,11 +38,26 @@ disable_progress_bar()  # loading bars drown the lines that matter
 
 def tokenizer(source: ModelSource, *, field: str) -> Tokenizer:
     """Load the model's tokenizer; that of an adapter without one is its base's."""
-    has_tokenizer = any((Path(source.folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    folder = Path(source.folder)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     if source.base is not None and not has_tokenizer:
         return tokenizer(source.base, field=field)
-    with foreign_errors(f"--{field} {source}: its tokenizer does not load"):
+    config(source, field=field)  # transformers reads it for the tokenizer, too, and its errors belong to it
+    with foreign_errors(f"--{field} {source}: its tokenizer does not load", f"correct its files in {folder}"):
+        if "auto_map" in _json(folder / "tokenizer_config.json") and not source.trust_remote_code:
+            raise Missing("it comes with Python code of its own; read it, then add --trust-remote-code")
         return AutoTokenizer.from_pretrained(source.folder, **source.options())
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Return the settings in a file, {} without the file.  Raises Missing if they are none."""
+    try:
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise Missing(f"{file.name} is not JSON ({first_line(error)})") from error
+    if not isinstance(settings, dict):
+        raise Missing(f"{file.name} holds a {type(settings).__name__} in place of named settings")
+    return settings
 
 
 def config(source: ModelSource, *, field: str) -> PretrainedConfig:
@@ -49,13 +65,17 @@ def config(source: ModelSource, *, field: str) -> PretrainedConfig:
     base_model = source.base_source()
     with foreign_errors(f"--{field} {source}: its config.json does not load"):
         _require_known_type(base_model)
-        return AutoConfig.from_pretrained(base_model.folder, **base_model.options())
+        config = AutoConfig.from_pretrained(base_model.folder, **base_model.options())
+        if not base_model.trust_remote_code and not _language_models(config):
+            names = ", ".join(config.architectures or ()) or f"model_type {config.model_type}"
+            raise Missing(f"{names} is no language model that predicts the next token; name another model")
+    return config
 
 
 def _require_known_type(source: ModelSource) -> None:
     """Raise Missing if transformers has no class for the model and may not run the model's own."""
-    settings = json.loads((Path(source.folder) / "config.json").read_text())
-    kind = settings.get("model_type", "")
+    settings = _json(Path(source.folder) / "config.json")
+    kind = str(settings.get("model_type") or "")
     if kind in CONFIG_MAPPING or (source.trust_remote_code and "auto_map" in settings):
         return
     if "auto_map" in settings:
@@ -67,19 +87,37 @@ def _require_known_type(source: ModelSource) -> None:
     raise Missing(f"transformers {transformers.__version__} has no model_type {kind!r}; a newer one may")
 
 
+def _language_models(config: PretrainedConfig) -> list[str]:
+    """Return the names of transformers' classes that predict the next token for a configuration."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    return [mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping]
+
+
+def _require_language_model(config: PretrainedConfig) -> None:
+    """Raise Missing for a model that was saved as something else, such as an embedding model with a tied head."""
+    named, classes = config.architectures or (), _language_models(config)
+    others = [name for name in named if name not in classes and hasattr(transformers, name)]
+    if classes and others and len(others) == len(named):
+        raise Missing(
+            f"{others[0]} is no language model that predicts the next token, as {' or '.join(classes)} is; name "
+            "another model, or correct architectures in config.json"
+        )
+
+
 def stop_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the stop ids of a model; nothing else of its generation config is used."""
-    try:
-        config = GenerationConfig.from_pretrained(source.base_source().folder, local_files_only=True)
-    except OSError:
-        config = GenerationConfig()
-    return prompts.stop_ids(config, tokenizer)
+    """Return the stop ids of a model: its generation config's, else its tokenizer's EOS, else its config's."""
+    folder = Path(source.base_source().folder)
+    with foreign_errors(f"{source}: its stop ids cannot be read"):
+        settings, model = _json(folder / "generation_config.json"), _json(folder / "config.json")
+    in_text = model.get("text_config")
+    fallback = model.get("eos_token_id", in_text.get("eos_token_id") if isinstance(in_text, dict) else None)
+    return prompts.stop_ids(settings.get("eos_token_id"), tokenizer, fallback)
 
 
 def load(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load the weights in eval mode (no pass uses dropout); an adapter is merged into its base."""
     with foreign_errors(f"--{field} {source}: its weights do not load"):
-        model = _load_model(source, dtype)
+        model = _load_model(source, dtype, field)
     use_onednn(model)
     return cast(PreTrainedModel, model.to(device).eval())  # type: ignore[arg-type]  # transformers' stub of `to`
 
@@ -87,20 +125,24 @@ def load(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.d
 def load_adapter(source: ModelSource, *, field: str, dtype: torch.dtype, device: torch.device) -> PeftModel:
     """Load a base with the adapter of a checkpoint, to train the adapter further."""
     with foreign_errors(f"--{field} {source}: its weights do not load"):
-        model = _load_adapter_model(source, dtype, trainable=True)
+        model = _load_adapter_model(source, dtype, field, trainable=True)
     use_onednn(model)
     return model.to(device).eval()
 
 
-def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(source: ModelSource, dtype: torch.dtype, field: str) -> PreTrainedModel:
     """Load a model, its adapter merged.  Raises Missing, and any error of transformers and peft."""
     if source.base is not None:
-        return adapters.merge(_load_adapter_model(source, dtype, trainable=False))
-    _require_safetensors(source)
+        return adapters.merge(_load_adapter_model(source, dtype, field, trainable=False))
+    base_config = config(source, field=field)
+    weight_files.require(source)
     options = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True, **source.options()}
-    auto_class: Any = _auto_class(AutoConfig.from_pretrained(source.folder, **source.options()))
-    model, report = auto_class.from_pretrained(source.folder, output_loading_info=True, **options)
+    auto_class: Any = _auto_class(base_config)
+    with _without_report():
+        model, report = auto_class.from_pretrained(source.folder, output_loading_info=True, **options)
     _require_weights(report)
+    _require_language_model(base_config)
+    _require_finite(model)
     _freeze_all_but_text(model)
     return cast(PreTrainedModel, model)
 
@@ -127,6 +169,26 @@ def _require_weights(report: Mapping[str, Collection]) -> None:
         raise Missing(f"its files {' and '.join(faults)}; correct the files or config.json, or name another model")
 
 
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of missing and unexpected tensors from the output: `_require_weights` names them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    keep = lambda record: "LOAD REPORT" not in record.getMessage()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    """Raise Missing for weights that are not finite, but for the head's bias, which `verify_finite` reads by token."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    for name, weight in model.named_parameters():
+        if weight is not bias and not weight.isfinite().all():
+            raise Missing(f"{name} holds numbers that are not finite; name a copy of the model that is not damaged")
+
+
 def _listed(names: Sequence[str]) -> str:
     """Return the first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -141,25 +203,11 @@ def _freeze_all_but_text(model: PreTrainedModel) -> None:
             parameter.requires_grad_(id(parameter) in reached)
 
 
-def _load_adapter_model(source: ModelSource, dtype: torch.dtype, *, trainable: bool) -> PeftModel:
+def _load_adapter_model(source: ModelSource, dtype: torch.dtype, field: str, *, trainable: bool) -> PeftModel:
     """Load a base with its adapter, not merged.  Raises Missing, and any error of transformers and peft."""
     assert source.base is not None
-    _require_safetensors(source)
-    return adapters.apply(Path(source.folder), _load_model(source.base, dtype), trainable=trainable)
-
-
-def _require_safetensors(source: ModelSource) -> None:
-    """Fetch the missing weight files of a model.  Raises Missing if its weights are not safetensors."""
-    folder = Path(source.folder)
-    stem = "model" if source.base is None else "adapter_model"
-    index = folder / f"{stem}.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [f"{stem}.safetensors"]
-    absent = sorted({name for name in files if not (folder / name).is_file()})
-    present = [path.name for path in folder.iterdir()]
-    if absent and source.repository is not None and not any(name.endswith(hub.PICKLES) for name in present):
-        hub.fetch(source.repository, absent)
-    elif absent:
-        raise Missing(hub.no_safetensors(absent[0], present))
+    weight_files.require(source)
+    return adapters.apply(Path(source.folder), _load_model(source.base, dtype, field), trainable=trainable)
 
 
 def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -52,6 +52,10 @@ def locate(name: str, *, field: str, trust_remote_code: bool = False) -> ModelSo
         return _find_source(name, trust_remote_code)
     except Missing as error:
         raise Refusal(f"--{field} {name}: {error}") from error
+    except RecursionError as error:
+        raise Refusal(
+            f"--{field} {name}: its {ADAPTER_CONFIG} leads back to itself: correct base_model_name_or_path there"
+        ) from error
 
 
 def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
@@ -88,7 +92,8 @@ def _check_folder(source: ModelSource) -> ModelSource:
     if (folder / "method.txt").is_file():
         raise Missing("this run has no checkpoint yet; name one that has, or the folder of a saved model")
     if not (folder / "config.json").is_file():
-        raise Missing("the folder holds no config.json; name the folder of a saved model")
+        gguf = min((path.name for path in folder.glob("*.gguf")), default="")
+        raise Missing(f"the folder holds no config.json; name {gguf and f'its {gguf}, or '}the folder of a saved model")
     return source
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
@@ -221,12 +221,19 @@ def test_no_stop_at_all_is_refused():
 
 @pytest.mark.parametrize(("eos", "ids"), [(3, (3,)), (0, (0,)), ([5, 3, 5], (3, 5)), (None, ENDS), ([], ENDS)])
 def test_stop_ids_are_the_generation_configs_else_the_tokenizers(eos, ids):
-    assert prompts.stop_ids(GenerationConfig(eos_token_id=eos, temperature=0.6, do_sample=True), byte_level()) == ids
+    assert prompts.stop_ids(eos, byte_level(), 7) == ids
 
 
 def test_a_model_that_never_stops_is_refused():
     with pytest.raises(Refusal, match=r"eos_token_id: this model has none.*set eos_token_id in generation_config.json"):
-        prompts.stop_ids(GenerationConfig(), byte_level(eos_token=None))
+        prompts.stop_ids(None, byte_level(eos_token=None))
+    assert prompts.stop_ids(None, byte_level(eos_token=None), [7]) == (7,)
+
+
+@pytest.mark.parametrize("eos", ["</s>", [[3]], 3.0, [3, None], True, 9999, -1, {"id": 3}])
+def test_stop_ids_that_are_no_tokens_are_refused(eos):
+    with pytest.raises(Refusal, match=r"^eos_token_id .*(no token ids there|no token of this model)[^\n]*$"):
+        prompts.stop_ids(eos, byte_level())
 
 
 # Special tokens, spelling, templates
@@ -414,7 +421,7 @@ EMBEDDED_TOKENIZERS = sorted(EMBEDDED.glob("**/tokenizer.json"))
 def test_the_embedded_models_share_one_tokenizer():
     loaded = [AutoTokenizer.from_pretrained(path.parent) for path in EMBEDDED_TOKENIZERS]
     for other in loaded:
-        rows, eos = len(other), prompts.stop_ids(GenerationConfig(), other)
+        rows, eos = len(other), prompts.stop_ids(None, other)
         agreed = tokens.compare_tokenizers(
             loaded[0], other, student_rows=rows, teacher_rows=rows, student_eos=eos, teacher_eos=eos
         )
