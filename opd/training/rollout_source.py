@@ -105,7 +105,7 @@ class RolloutSource:
         prompts = {number: self._prompts(policy.prompt_step(number), memory) for number in numbers}
         for i, ((number, _), r) in enumerate(chosen):
             (r,) = buffer.with_prompts([r], prompts[number], policy.per_prompt)
-            notes = r.notes | {"admitted": admitted} if "admitted" in r.notes else r.notes
+            notes = {**r.notes, "admitted": admitted} if "admitted" in r.notes else r.notes
             group = groups.setdefault((number, r.group), len(groups))
             out.append(replace(r, index=i, group=group, notes=notes))
         has_staleness = self.session.config.staleness or policy.frozen_sampler
