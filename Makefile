@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Workers that spin while they wait steal the cores of the ones that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test check docs bench clean
+.PHONY: install demo test soak check docs bench clean
 
 install: .venv/installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns
 
 check: install docs
 	$(BIN)/ruff check

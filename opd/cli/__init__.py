@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, Stopped
 
 USAGE = """usage: opd COMMAND ...
 
@@ -45,7 +45,10 @@ COMMANDS = {  # command -> its module and function; imported when used, because 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.  Returns 0 on success, and 2 after printing a line about an error that the user can fix."""
+    """Run a command.
+
+    Returns 0 on success, 2 after printing a line about an error that the user can fix, and the code of a stopped run.
+    """
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
         match args:
@@ -70,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         print(f"opd: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        return stop.code
     except KeyboardInterrupt:
         print("opd: stopped; what was saved is whole", file=sys.stderr)
         return 130

@@ -42,6 +42,7 @@ class DoctorFlags(TrainFlags):
 
 def train(args: list[str]) -> int:
     """Train, and print the run folder."""
+    args = _without_auto(args)
     flags = _run(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
     from opd.training.train import train  # imported after parsing: help and mistakes are reported at once
 
@@ -55,6 +56,12 @@ def train(args: list[str]) -> int:
             name = shlex.quote(str(folder))
             print(f"next: `opd report {name}` draws the run, `opd inspect {name}` its rollouts", file=sys.stderr)
     return 0
+
+
+def _without_auto(args: list[str]) -> list[str]:
+    """Return the words with `--resume auto` as --resume, which starts a run or continues it, as the user has it."""
+    args = ["--resume" if word == "--resume=auto" else word for word in args]
+    return [word for before, word in zip(["", *args], args, strict=False) if (before, word) != ("--resume", "auto")]
 
 
 def doctor(args: list[str]) -> int:

@@ -16,7 +16,7 @@ def check(plan: Plan) -> None:
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")
     positive_or_0 = ("warmup", "weight_decay", "lora_rank", "eval_temperature", "teacher_loss_temperature")
-    for name in (*positive_or_0, "staleness", "importance_cap"):
+    for name in (*positive_or_0, "staleness", "importance_cap", "save_minutes", "time_limit"):
         if not getattr(config, name) >= 0:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -28,7 +28,7 @@ def check(plan: Plan) -> None:
             f"--min-lr-ratio {config.min_lr_ratio}: --schedule constant does not fall; add --schedule cosine or linear"
         )
     finite(config, "lr", "lora_alpha", "loss_temperature", "weight_decay", "eval_temperature")
-    finite(config, "teacher_loss_temperature")
+    finite(config, "teacher_loss_temperature", "save_minutes", "time_limit")
     check_seed(config.seed)
     config.sampling.check()
     config.remote.check()

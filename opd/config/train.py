@@ -62,8 +62,9 @@ class Train:
     out: Path = Path("outputs/opd")
     """Run folder for the configuration, metrics and checkpoints."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with bitwise the same results as an uninterrupted run.
-    Without a checkpoint the run starts from the beginning."""
+    """Continue the run in --out from its newest whole checkpoint, with bitwise the same results as an uninterrupted
+    run.  Without a checkpoint the run starts from the beginning, so one command serves a scheduler that starts jobs
+    again.  --resume auto is the same."""
     steps: int = 100
     """Number of training steps; each trains on a batch of rollouts."""
     batch: int = 64
@@ -156,8 +157,13 @@ class Train:
     """Sampling temperature of evaluations.  0: greedy."""
     save_every: int = 50
     """Steps between checkpoints.  The last step always saves."""
+    save_minutes: float = 0.0
+    """Minutes after which a step saves a checkpoint, too.  0: only --save-every counts."""
+    time_limit: float = 0.0
+    """Minutes after the start at which the run must have ended: it saves and ends with exit code 75 after the last step
+    that leaves time for that.  0: no limit."""
     keep: int = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep.  Checkpoints before a step that was refused stay."""
     rollouts_every: int = 50
     """Steps between saved rollout batches (texts and per-token columns)."""
     trackers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -45,6 +45,15 @@ def follow_umask(path: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, so that they survive a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputFile:
     """A file that the user named, and that a command writes completely or not at all.

@@ -1,4 +1,4 @@
-"""The error `Refusal`, a line that tells the user what is wrong and what to do, and checks that raise it."""
+"""The errors `Refusal`, a line that tells the user what is wrong and what to do, and `Stopped`; checks that refuse."""
 
 import contextlib
 import math
@@ -7,6 +7,18 @@ from collections.abc import Iterator
 
 class Refusal(ValueError):
     """An error that the user can fix: a line that names the flag, the value, the reason and the remedy."""
+
+
+class Stopped(Exception):
+    """The end of a run before its last step, by a signal or --time-limit; the run is saved.
+
+    `code` is the exit code: 130 for SIGINT, 143 for SIGTERM, and 75 for --time-limit and for SIGUSR1, with which
+    schedulers warn of their own time limit.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
     elif is_dataclass(value) and not isinstance(value, type):
         result = replace(value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
     return result
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return whether a tensor has only finite numbers, without a second tensor of its size."""
+    return not x.is_floating_point() or not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

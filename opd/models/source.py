@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from opd.core.errors import Refusal, first_line
 from opd.data import hub
 from opd.data.hub import Missing
 from opd.models.adapters import ADAPTER_CONFIG, BASE_FOLDER
+from opd.models.checkpoints import damage_of, newest_checkpoint
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -72,8 +74,7 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
     if path.is_file():
         raise Missing("is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
-        path = newest_checkpoint(path) or path
-        return _check_folder(ModelSource(str(path.resolve()), trust_remote_code, name=name))
+        return _check_folder(ModelSource(str(_checked_weights(path).resolve()), trust_remote_code, name=name))
     repository = hub.parse(name)
     if repository is None:
         raise Missing(f"no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
@@ -82,6 +83,16 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
     except Missing as error:
         raise Missing(f"{hub.no_path(path)}{error}") from error
     return _check_folder(ModelSource(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
+
+
+def _checked_weights(path: Path) -> Path:
+    """Return a folder, or the newest whole checkpoint of a run folder; refuse a checkpoint with damaged weights."""
+    newest, damaged = newest_checkpoint(path)
+    for line in damaged:
+        warnings.warn(f"{line}; {newest} is used", stacklevel=2)
+    if newest is None and (damage := damage_of(path, weights_only=True)):
+        raise Missing(f"it is damaged: {damage}; name an earlier checkpoint, or restore it from a copy")
+    return newest or path
 
 
 def _check_folder(source: ModelSource) -> ModelSource:
@@ -116,11 +127,6 @@ def _base_of(folder: Path, trust_remote_code: bool) -> ModelSource:
             f"the base model of this adapter, {name}, is missing: {error}; restore it, or correct "
             f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         ) from error
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the last complete checkpoint of a run folder, or None."""
-    return max((run / "checkpoints").glob("step-[0-9]*"), default=None)
 
 
 def _dequantised(file: Path) -> Path:

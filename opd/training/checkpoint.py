@@ -2,7 +2,8 @@
 
 A checkpoint is a model folder that transformers, peft and vLLM load.  The training state lies in its subfolder:
 
-    state.json                     the step, and the trained parameters that never had a gradient
+    state.json                     the seal: the step, the trained parameters that never had a gradient, and the size
+                                   and digest of every other file
     optimizer.safetensors          AdamW's state, by parameter name
     memory.safetensors             tensors that the method carries from step to step, if any
     draws.safetensors              rollouts that are generated and not yet trained on, if any
@@ -27,10 +28,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from opd.core.errors import Refusal, foreign_errors
 from opd.core.tensors import save_tensors
 from opd.methods.rollout_policies.base import Memory
+from opd.models.checkpoints import STATE, seal, seal_of
 from opd.rollouts import buffer
 from opd.teachers.base import TeacherState
 
-STATE = "training_state"  # a subfolder, because servers load every *.safetensors file of the model folder as weights
 OptimizerState = Mapping[str, Mapping[str, Tensor]]  # by parameter, then by AdamW's name: step, exp_avg, exp_avg_sq
 ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
 ON_EVERY = StateDictOptions(full_state_dict=True)  # the whole state, on every process
@@ -49,12 +50,13 @@ class TrainingState:
     teachers: Sequence[TeacherState] = ()  # in the order of --teacher and the --routes
 
 
-def save(state: TrainingState, checkpoint: Path) -> None:
-    """Write the training state of a checkpoint; tensors that are empty get no file."""
+def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> None:
+    """Write the training state of a checkpoint, and its seal with the history of the run in the folder `run`.
+
+    The model must be saved before.  Tensors that are empty get no file.
+    """
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = {"step": state.step, "without_state": list(state.without_state)}
-    (folder / "state.json").write_text(json.dumps(numbers))
     named = {f"{name}/{key}": x for name, row in state.optimizer.items() for key, x in row.items()}
     save_tensors(named, folder / "optimizer.safetensors")
     parts = {"memory": state.memory, "draws": buffer.to_tensors(state.rollouts), "bridge": state.bridge}
@@ -68,6 +70,7 @@ def save(state: TrainingState, checkpoint: Path) -> None:
             save_tensors(teacher.tensors, place / "teacher.safetensors")
         if teacher.server_weights:
             (place / "teacher.json").write_text(json.dumps({"weights": teacher.server_weights}))
+    seal(checkpoint, {"step": state.step, "without_state": list(state.without_state)}, run)
 
 
 def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
@@ -77,16 +80,16 @@ def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
     of files drop empty folders.
     """
     with foreign_errors(f"checkpoint {checkpoint}: cannot be read", "remove it, then resume from the one before"):
-        return _load(checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint, num_teachers)
+        folder = checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
+        return _load(folder, seal_of(checkpoint), num_teachers)
 
 
-def _load(folder: Path, num_teachers: int) -> TrainingState:
-    """Return the training state in a folder."""
+def _load(folder: Path, numbers: Mapping[str, Any], num_teachers: int) -> TrainingState:
+    """Return the training state in a folder; `numbers` are those of the seal."""
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "optimizer.safetensors").items():
         name, field = key.rsplit("/", 1)
         optimizer.setdefault(name, {})[field] = x
-    numbers = json.loads((folder / "state.json").read_text())
     return TrainingState(
         step=numbers["step"],
         optimizer=optimizer,

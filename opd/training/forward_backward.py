@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
-from opd.core.errors import Refusal
 from opd.core.tensors import map_tensors
 from opd.core.types import Batch, Others, Rollout, call
 from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
@@ -21,6 +20,7 @@ from opd.models.batching import Rows, micro_batches, rows
 from opd.models.forward import cross_entropies, token_logps, unprompted
 from opd.rollouts.batch import assemble, collate, masks
 from opd.teachers.remote import LogpTeacher
+from opd.training.guards import check_teacher
 from opd.training.session import Session
 
 CACHE_BYTES = 2 << 30  # bytes: limit of the teacher outputs cached between the measuring and the training pass
@@ -220,7 +220,7 @@ class Passes:
         scores = dict(gather_object(parts))
         scored = [replace(r, teacher_scores=scores[i]) for i, r in enumerate(rollouts)]
         batch = collate(scored, stop_token=config.stop_token, truncated=config.truncated, seed=config.seed, step=number)
-        self.check_teacher(batch)
+        check_teacher(batch, self.session.method, self.session.collector.tokenizer)
         admits = method.rollouts.admits
         verdicts = [True] * len(scored) if admits is None else call(admits, batch).any(1).tolist()
         if not method.keeps_scores():
@@ -229,23 +229,6 @@ class Passes:
             replace(r, notes={**r.notes, "admitted": float(verdict)})
             for r, verdict in zip(scored, verdicts, strict=True)
         ]
-
-    def check_teacher(self, batch: Batch) -> None:
-        """Refuse log-probs of the teacher that are no numbers, or, unless the loss is bounded, infinite."""
-        if batch.teacher_logp is None:
-            return
-        excluded = batch.teacher_logp == -torch.inf
-        bad = batch.mask & ~batch.teacher_logp.isfinite()
-        if bad.any() and self.session.method.bounded():
-            bad = bad & ~excluded
-        if bad.any():
-            token = int(batch.ids[bad][0])
-            text = self.session.collector.tokenizer.decode([token])
-            what = "probability 0" if excluded[bad][0] else "no number as log-prob"
-            raise Refusal(
-                f"the teacher gives {what} to token {token} ({text!r}), which the student generated, so the loss is "
-                "not finite: is the teacher's vocabulary masked or its precision too low (--teacher-precision fp32)?"
-            )
 
 
 def _packed(kind: str, x: Tensor) -> array:

@@ -20,6 +20,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
+def is_main_process() -> bool:
+    """Return whether this is the process that writes, known before Accelerate connects the processes."""
+    return num_processes() == 1 or int(os.environ.get("RANK", 0)) == 0
+
+
 def needs_cpu_backend() -> bool:
     """Return True for several processes on a machine without GPUs: Accelerate connects those only with `cpu=True`."""
     return num_processes() > 1 and not torch.accelerator.is_available()

@@ -1,4 +1,4 @@
-"""Progress output: a bar on a terminal, plain lines elsewhere.  It also handles Ctrl-C: save, then stop."""
+"""Progress output: a bar on a terminal, plain lines elsewhere.  It also notes signals that ask the run to stop."""
 
 import contextlib
 import os
@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
+AT_ONCE = {signal.SIGINT, signal.SIGTERM}  # signals that stop the run at once if they are repeated
+AGAIN = 1.0  # seconds
 
 
 @contextlib.contextmanager
@@ -25,14 +27,27 @@ def loading(*names: str, quiet: bool) -> Iterator[None]:
         yield
 
 
+class StoppingColumn(ProgressColumn):
+    """Tells that the run stops after the current step."""
+
+    def __init__(self, progress: "Progress") -> None:
+        super().__init__()
+        self.progress = progress
+
+    def render(self, task: Task) -> Text:
+        return Text("stopping after this step; again to stop now without saving" if self.progress.signal else "")
+
+
 class Progress:
     """Shows steps, main metrics and time left.
 
-    The first SIGINT or SIGTERM stops the run after the current step; a second stops it at once.
+    The first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after the current step.  A second SIGINT or SIGTERM, at
+    least AGAIN seconds later, stops it at once: launchers send one twice.
     """
 
     def __init__(self, steps: int, start: int, *, quiet: bool) -> None:
-        self.steps, self.quiet, self.interrupted = steps, quiet, False
+        self.steps, self.quiet = steps, quiet
+        self.signal, self.signal_time = 0, 0.0  # the first signal, and when it came
         self.console = Console(stderr=True, quiet=quiet)
         self.bar = Bar(
             TextColumn("{task.description}"),
@@ -40,6 +55,7 @@ class Progress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[health]}"),
+            StoppingColumn(self),
             console=self.console,
             disable=quiet or not sys.stderr.isatty(),
         )
@@ -48,7 +64,7 @@ class Progress:
         self.warned: set[str] = set()
 
     def __enter__(self) -> "Progress":
-        self.handlers = {name: signal.signal(name, self._interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {name: signal.signal(name, self._note) for name in (*AT_ONCE, signal.SIGUSR1)}
         self.bar.start()
         return self
 
@@ -57,11 +73,12 @@ class Progress:
         for name, handler in self.handlers.items():
             signal.signal(name, handler)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal.  A handler runs between any two instructions of the program, so it must do no more."""
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+        elif {number, self.signal} <= AT_ONCE and time.monotonic() - self.signal_time > AGAIN:
             raise KeyboardInterrupt
-        self.interrupted = True
-        self.say("stopping after this step; again to stop now without saving")
 
     def say(self, line: str) -> None:
         """Print a line that stays above the progress bar."""

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.core.disk import disk, follow_umask, reading
+from opd.config.train import Train
+from opd.core.disk import disk, flush_to_disk, follow_umask, reading
 from opd.core.errors import Refusal
 from opd.core.tensors import save_tensors
 from opd.core.types import Batch, Rollout
@@ -36,6 +37,7 @@ from opd.data.prompts import digest
 from opd.head.backend import backend_name
 from opd.losses.terms import Target
 from opd.methods.method import Method
+from opd.models.checkpoints import checkpoints, folder_name
 
 
 def plain(value: object) -> object:
@@ -58,13 +60,19 @@ def flat(value: object, path: str = "") -> list[tuple[str, object]]:
     return [(path, value)]
 
 
+def defaults() -> dict[str, object]:
+    """Return the default of each setting of a run that has one, by dotted name."""
+    settings = {f.name: plain(getattr(Train(student="", prompts=""), f.name)) for f in fields(Train)}
+    return dict(flat(json.loads(json.dumps(settings))))
+
+
 def load_json(path: Path) -> Any:
     """Return the content of a JSON file that opd wrote; refuse a damaged file."""
     with reading(path):
         return json.loads(path.read_text())
 
 
-LEFT = ("answers.sqlite*", "engine", ".worker-*")  # files that a run leaves if it ends before its first step
+LEFT = ("answers.sqlite*", "engine", ".worker-*", ".lock")  # what a run leaves if it ends before its first step
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,11 @@ class Run:
         return self.folder.is_dir() and all(any(map(p.match, LEFT)) for p in self.folder.iterdir())
 
     def matches(self, settings: Mapping[str, object], free: frozenset[str]) -> None:
-        """Refuse to resume with settings that differ from the saved ones, except for the settings in `free`."""
-        before = dict(flat(load_json(self.folder / "config.json")))
+        """Refuse to resume with settings that differ from the saved ones, except for the settings in `free`.
+
+        A setting that the saved ones lack, because a later version introduced it, had its default.
+        """
+        before = defaults() | dict(flat(load_json(self.folder / "config.json")))
         served = lambda x: str(x).startswith("http")
         for name, value in flat(json.loads(json.dumps(settings))):
             was = before.get(name)
@@ -112,10 +123,8 @@ class Run:
             self._write("environment.json", json.dumps({**environment(), **asked}, indent=2))
             for name in ("metrics.jsonl", "perf.jsonl"):
                 path = self.folder / name
-                # A killed process may leave a partial last line: keep complete lines up to the checkpoint's step.
-                lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step and step > 0]
-                self._write(name, "".join(kept))
+                lines = path.read_bytes().splitlines(keepends=True) if path.is_file() and step > 0 else []
+                self._write(name, "".join(line.decode() for line in lines if 0 <= _step_of(line) <= step))
 
     def log(self, name: str, row: Mapping[str, object]) -> None:
         """Append a line to NAME.jsonl (metrics or perf)."""
@@ -172,31 +181,56 @@ class Run:
             save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: it marks a complete set of files
 
     @contextlib.contextmanager
-    def checkpoint(self, step: int, keep: int, main: bool) -> Iterator[Path]:
-        """Yield a temporary folder to fill, rename it once it is complete, then keep the newest `keep` checkpoints."""
+    def checkpoint(self, step: int, keep: int | None, main: bool) -> Iterator[Path]:
+        """Yield a temporary folder to fill, rename it once it is complete and on the disk, then remove old checkpoints.
+
+        The newest `keep` up to this step stay; None keeps all.  A checkpoint of the same step is replaced.
+        """
         root = self.folder / "checkpoints"
-        final, part = root / f"step-{step:06d}", root / f".part-{step:06d}"
+        final, part, replaced = root / folder_name(step), root / f".part-{step:06d}", root / f".replaced-{step:06d}"
         if not main:
             yield part
             return
         try:
             with disk(f"checkpoint {final}"):
-                shutil.rmtree(part, ignore_errors=True)
+                self.clean()
                 part.mkdir(parents=True)
                 yield part
                 follow_umask(part)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(part, final)
+                for path in (*part.rglob("*"), part, *self.folder.glob("*.jsonl")):
+                    flush_to_disk(path)
+                if final.exists():
+                    final.rename(replaced)
+                part.rename(final)
+                flush_to_disk(root)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-        for old in sorted(root.glob("step-[0-9]*"))[:-keep]:
+            self.clean()
+        finished = [folder for saved, folder in checkpoints(self.folder).items() if saved <= step]
+        for old in finished[:-keep] if keep else ():
             shutil.rmtree(old)
+
+    def clean(self) -> None:
+        """Remove what a killed process left of a checkpoint that it was writing, and restore one being replaced."""
+        root = self.folder / "checkpoints"
+        for replaced in root.glob(".replaced-*"):
+            final = root / f"step-{replaced.name.removeprefix('.replaced-')}"
+            replaced.rename(final) if not final.exists() else shutil.rmtree(replaced, ignore_errors=True)
+        for part in root.glob(".part-*"):
+            shutil.rmtree(part, ignore_errors=True)
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
         part = path.with_name(path.name + ".part")
         part.write_text(text)
         os.replace(part, path)
+
+
+def _step_of(line: bytes) -> int:
+    """Return the step of a log's line; -1 if the line is incomplete or no line of a log, as after a power cut."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if line.endswith(b"\n"):
+            return int(json.loads(line)["step"])
+    return -1
 
 
 def environment() -> dict[str, object]:

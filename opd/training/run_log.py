@@ -54,7 +54,7 @@ def read(folder: Path) -> Log:
     if not rows:
         raise Refusal(f"RUN {folder}: no step is finished yet; wait for the first line of its metrics.jsonl")
     environment = folder / "environment.json"
-    evals = sorted((folder / "evals").glob("step-*.jsonl"))
+    evals = sorted((folder / "evals").glob("step-*.jsonl"), key=step_of)
     return Log(
         folder=folder,
         config=dict(flat(load_json(folder / "config.json"))),
@@ -73,7 +73,7 @@ def step_of(path: Path) -> int:
 
 def saved(run: Path) -> dict[int, Path]:
     """Return the paths of a run's saved rollouts by step, without the file suffix."""
-    return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"))}
+    return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"), key=step_of)}
 
 
 def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:

@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from opd.config.train import Train
-from opd.core.errors import Refusal
 from opd.core.intervals import interval
 from opd.core.rng import NoiseStep
 from opd.core.sampling import Sampling
@@ -36,13 +35,13 @@ from opd.training import checkpoint, metrics
 from opd.training import hidden_bridge as bridge
 from opd.training.checkpoint import TrainingState
 from opd.training.forward_backward import Passes, width
+from opd.training.guards import Guards, check_teacher
 from opd.training.rollout_source import RolloutSource
 from opd.training.run_folder import Run
 from opd.training.session import Session
 from opd.training.timing import Clock
 
 LOOKED_AT = 16  # at steps that save no rollouts, 1 in LOOKED_AT rollouts is measured for top-token agreement
-PATIENCE = 5  # the run stops after this many non-finite gradients in a row
 
 
 @dataclass
@@ -52,11 +51,12 @@ class Trainer:
     session: Session
     run: Run
     on_metrics: Callable[[dict[str, float]], object] = lambda row: None  # gets each line of metrics.jsonl
-    refused: int = 0  # consecutive optimizer steps skipped because of non-finite gradients
+    guards: Guards = field(init=False)
     passes: Passes = field(init=False)
     rollout_source: RolloutSource = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guards = Guards(self.session, self.run.folder)
         self.passes = Passes(self.session)
         self.rollout_source = RolloutSource(self.session)
 
@@ -75,6 +75,7 @@ class Trainer:
         optimizer, without_state = checkpoint.optimizer_state(session.student, session.optimizer)
         rollouts = self.rollout_source.buffered()
         if session.accelerator.is_main_process:
+            self.guards.check_saved(step, weights, optimizer)
             adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
             session.collector.tokenizer.save_pretrained(folder)
             projections = {} if session.lenses is None else bridge.tensors(session.lenses)
@@ -88,7 +89,7 @@ class Trainer:
                 bridge=projections,
                 teachers=teachers,
             )
-            checkpoint.save(state, folder)
+            checkpoint.save(state, folder, self.run.folder)
 
     def restore(self, state: TrainingState, folder: Path) -> None:
         """Set optimizer and teachers to the state of the checkpoint in `folder`; the weights are already loaded."""
@@ -193,15 +194,15 @@ class Trainer:
     def _update(self, batch: Batch, rollouts: Sequence[Rollout], update: int) -> tuple[Batch, dict[str, float]]:
         """Make an optimizer step and return the measured batch and metrics.
 
-        A step with a non-finite gradient is skipped and recorded as `refused` = 1.  Raises Refusal after PATIENCE
-        skipped steps in a row.
+        A step with a non-finite gradient is skipped and recorded as `refused` = 1.  Raises Refusal after several such
+        steps in a row, and after several steps without a token to train on.
         """
         config, session = self.config, self.session
         targets = self.method.prepare(batch)
         batch, loss = self.passes.run(batch, rollouts, targets)
-        self.passes.check_teacher(batch)
+        check_teacher(batch, self.method, session.collector.tokenizer)
         if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
-            self._check_engine(batch)
+            self.guards.check_engine(batch)
         norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
         lr = config.learning_rate(update, config.steps * self.method.rollouts.updates)
         finite = bool(norm.isfinite())
@@ -213,12 +214,7 @@ class Trainer:
             for teacher in session.teachers.values():
                 teacher.follow()
         session.optimizer.zero_grad()
-        self.refused = 0 if finite else self.refused + 1
-        if self.refused == PATIENCE:
-            raise Refusal(
-                f"the gradient was not finite {PATIENCE} steps in a row; the last checkpoint is whole: lower --lr, "
-                "or look at the saved rollouts"
-            )
+        self.guards.check_update(targets, batch, finite=finite)
         numbers = {"loss": loss, "grad_norm": float(norm), "grad_clipped": min(float(norm), config.max_grad_norm)}
         numbers |= {"lr": lr, "refused": float(not finite)}
         count = sum(r.index < config.batch for r in rollouts)
@@ -229,20 +225,6 @@ class Trainer:
         numbers |= session.annotator.metrics(generated, extra)
         numbers |= metrics.by_task(generated, [r.prompt for r in rollouts[:count]])
         return batch, numbers | metrics.by_teacher(generated, session.teachers, [r.teacher for r in rollouts[:count]])
-
-    def _check_engine(self, batch: Batch) -> None:
-        engine = self.config.speaker
-        if engine.engine == "hf" or batch.student_logp is None or not self.config.compares():
-            return
-        generated = batch.written()
-        difference = (batch.student_logp - batch.sampler_logp)[generated].abs()
-        mismatch = float(difference.mean()) if generated.any() else 0.0
-        if not mismatch <= engine.max_mismatch:
-            raise Refusal(
-                f"--engine {engine.engine}: its log-probs are {mismatch:.3g} nats from the trainer's on average, above "
-                f"--max-mismatch {engine.max_mismatch}: its weights, precision or vocabulary are others; compare with "
-                "--precision fp32, or --engine hf"
-            )
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return and log metrics on the held-out prompts: accuracy, and the reverse KL in nats per token."""

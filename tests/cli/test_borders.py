@@ -2,12 +2,13 @@
 
 import ast
 import math
+import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import opd
 from opd.cli import main
@@ -17,7 +18,8 @@ from opd.config.presets import spelled
 from opd.core.errors import Refusal
 from opd.core.types import Batch
 from opd.methods import METHODS
-from opd.training.trainer import Trainer
+from opd.models.source import EMBEDDED
+from opd.training.guards import check_teacher
 
 RUN = [
     "train", "--student", "embedded:student", "--teacher", "embedded:teacher", "--prompts", "embedded:ledger-short",
@@ -42,6 +44,7 @@ ALLOWED = {
     "cli/tools.py:_run": OWN,
     "config/rock.py:_is_rock_list": "`OutputFile.ours`: what cannot be read is no output of ours",
     "core/disk.py:check": "`OutputFile.ours`, called under a guard",
+    "core/disk.py:flush_to_disk": "under `Run.checkpoint`",
     "core/disk.py:write": "`OutputFile.open`, which is a guard",
     "data/tasks/row_files.py:read_file": CALLER,
     "data/tasks/tables.py:_folder": CALLER,
@@ -51,6 +54,9 @@ ALLOWED = {
     "models/adapters.py:apply": CALLER,
     "models/adapters.py:save": "under `Run.checkpoint`",
     "models/adapters.py:save_base": CALLER,
+    "models/checkpoints.py:_digest": "under `Run.checkpoint`, or in `damage_of`, for which an error is damage",
+    "models/checkpoints.py:seal_of": "in `damage_of`, for which an error is damage, or in `checkpoint.load`, a guard",
+    "models/checkpoints.py:seal": "under `Run.checkpoint`",
     "models/load.py:_load_model": CALLER,
     "models/weight_files.py:require": CALLER,
     "models/remote/opd_protocol.py:pack_tokenizer": "a temporary folder",
@@ -64,7 +70,9 @@ ALLOWED = {
     "training/doctor/cost.py:free_bytes": "/sys/fs/cgroup, if it is a file",
     "training/rollout_source.py:take": "`RolloutSource.open` is no file",
     "training/run_folder.py:_write": CALLER,
-    "training/train.py:train": "`RolloutSource.open` is no file",
+    "training/run_lock.py:_acquire": CALLER,
+    "training/run_lock.py:_me": "/proc, if it is a file",
+    "training/train.py:_train": "`RolloutSource.open` is no file",
     "training/trainer.py:save": "under `Run.checkpoint`",
     "core/tensors.py:save_tensors": CALLER,
 }
@@ -212,10 +220,11 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, capsys):
     assert "config.json: cannot be read" in line
 
 
+TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED / "teacher")
+
+
 def checked(name: str, teacher_logp: float) -> None:
     method, column = METHODS[name](), torch.full((1, 2), teacher_logp)
-    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
-    session = SimpleNamespace(collector=SimpleNamespace(tokenizer=tokenizer))
     batch = Batch(
         ids=torch.tensor([[5, 6]]),
         mask=torch.tensor([[True, False]]),
@@ -226,12 +235,12 @@ def checked(name: str, teacher_logp: float) -> None:
         sampler_logp=torch.zeros(1, 2),
         teacher_logp=column,
     )
-    Trainer._check(SimpleNamespace(method=method, session=session), batch)  # type: ignore[arg-type]
+    check_teacher(batch, method, TOKENIZER)
 
 
 @pytest.mark.parametrize("name", ["opd", "vopd", "vopd-topk", "opd-signlog", "iw-opd", "opd-full", "g-opd"])
 def test_a_token_that_the_teacher_excludes_is_refused_where_the_loss_is_unbounded(name):
-    with pytest.raises(Refusal, match=r"probability 0 to token 5 \('<5>'\)"):
+    with pytest.raises(Refusal, match=re.escape(f"probability 0 to token 5 ({TOKENIZER.decode([5])!r})")):
         checked(name, -math.inf)
 
 

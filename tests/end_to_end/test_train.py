@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import opd
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, Stopped
 from opd.head.sweep import ModelLogits
 from opd.methods import METHODS
 from opd.methods.constructors import constructors
@@ -257,16 +257,18 @@ def test_ctrl_c_in_an_evaluation_saves_that_step(pair, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Trainer, "evaluate", interrupted)
     told = config(pair, tmp_path / "run", steps=9, save_every=9, eval_prompts="embedded:ledger-short", quiet=False)
-    run = opd.train(replace(told, eval_every=2, eval_limit=4))
-    assert "interrupted: step 2 is saved" in capsys.readouterr().err
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    with pytest.raises(Stopped) as stop:
+        opd.train(replace(told, eval_every=2, eval_limit=4))
+    assert stop.value.code == 130 and "stopped: step 2 of 9 is saved" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(pair, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_saves_says_how_to_go_on_and_is_in_the_exit_code(pair, tmp_path, number, code):
     run = launch(command(pair, tmp_path / "run", "--save-every", "100", "--steps", "500", "vopd"))
     wait_for(tmp_path / "run" / "rollouts" / "step-000001.jsonl", run)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(120) == 0
+    run.send_signal(number)
+    assert run.wait(120) == code
     assert "--resume" in run.stderr.read()
     step = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     assert json.loads((step / "training_state/state.json").read_text())["step"] == logged(tmp_path / "run")[-1]["step"]

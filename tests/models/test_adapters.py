@@ -19,7 +19,8 @@ from opd.core.errors import Refusal
 from opd.methods import METHODS
 from opd.models import adapters
 from opd.models import load as models
-from opd.models.source import EMBEDDED, ModelSource, locate, newest_checkpoint
+from opd.models.checkpoints import newest_checkpoint
+from opd.models.source import EMBEDDED, ModelSource, locate
 from opd.models.verify import verify_head
 from opd.teachers.serve.server import _open
 from scripts import fake_hub
@@ -43,7 +44,7 @@ def logits(model) -> torch.Tensor:
 
 
 def checkpoint(run: Path) -> Path:
-    found = newest_checkpoint(run)
+    found, _ = newest_checkpoint(run)
     assert found is not None
     return found
 

@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from opd.core.errors import Refusal
+from opd.models.checkpoints import STATE
 from opd.teachers.base import TeacherState
-from opd.training.checkpoint import STATE, TrainingState, load, optimizer_state, restore_optimizer, save
+from opd.training.checkpoint import TrainingState, load, optimizer_state, restore_optimizer, save
 
 
 def test_teachers_without_state_need_no_folder(tmp_path):
