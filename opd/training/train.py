@@ -110,12 +110,12 @@ def _run_steps(trainer: Trainer, progress: Progress, state: TrainingState) -> No
         last = step == config.steps or stops
         if not progress.quiet and (step % LOOK_EVERY == 0 or last):
             for alarm in alarms(read(run.folder)):
-                progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
+                progress.warn(alarm.name, f"step {step}, {alarm.text}; {alarm.remedy}")
         if last or step % config.save_every == 0:
             with run.checkpoint(step, config.keep, accelerator.is_main_process) as folder:
                 trainer.save(step, memory, folder)
             accelerator.wait_for_everyone()
-        if stops:
+        if stops and step < config.steps:
             progress.say(f"interrupted: step {step} is saved; the same command with --resume goes on from there")
             return
 
