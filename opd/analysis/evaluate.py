@@ -137,6 +137,7 @@ def evaluate(config: Evaluate) -> EvaluationScores:
             "numeric, exact, choice), and the column of the answers by --answer-column"
         )
     tokenizer = models.tokenizer(source, field="model")
+    config.sampling.check_vocabulary(len(tokenizer))
     stop = models.stop_ids(source, tokenizer)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
@@ -159,7 +160,6 @@ def evaluate(config: Evaluate) -> EvaluationScores:
             f"{len(ids[longest])} tokens; with --max-new-tokens "
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
         )
-    config.sampling.check_vocabulary(len(tokenizer))
     engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)
     prompt_rows = [i for i in ids for _ in range(config.samples)]
     request = GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))

@@ -76,7 +76,7 @@ class AveragedStudent(ModelName):
 StudentItself = CurrentStudent | InitialStudent | AveragedStudent
 
 
-def parse(name: str, *, flag: str) -> ModelName:
+def parse(name: str, *, flag: str = "--teacher ") -> ModelName:
     """Return the value that a model's name stands for; `flag` named it, for the error.
 
     Raises Refusal for an ema rate outside (0, 1].

@@ -106,10 +106,11 @@ class Prompts:
 
     def _check_routes(self) -> None:
         """Refuse a --route that no training prompt has, and, without --teacher, a prompt without a route."""
-        if not self.plan.config.route:
+        config, columns = self.plan.config, self.task.prompts[0].columns
+        if not config.route:
             return
-        counts, columns = self.route_counts, self.task.prompts[0].columns
-        place = f"--route-column {(column := self.plan.config.route_column)}"
+        counts, column = self.route_counts, config.route_column
+        place = f"--route-column {column}"
         if column not in columns and not self.optional:
             there = f"{suggestion(column, columns)}; there are {', '.join(columns) or 'none'}"
             raise Refusal(f"{place}: {self.source} has no such column beside prompt and answer{there}")
