@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from opd.core.errors import Refusal, suggestion
 
@@ -91,9 +91,16 @@ def _short_warnings() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         show = warnings.showwarning
 
-        def show_short(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        def show_short(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if not Path(filename).is_relative_to(Path(__file__).parents[1]):
-                show(message, category, filename, *rest)
+                show(message, category, filename, lineno, file, line)
             elif os.environ.get("RANK", "0") == "0":
                 print(f"warning: {message}", file=sys.stderr)
 

@@ -91,11 +91,11 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> An
     name, *method_words = words.remaining or ("",)
     if name.startswith("-"):
         flag = flag_name(name.lstrip("-").partition("=")[0])
-        method = next((word for word in method_words if word in method_names), "")
-        if method and flag in flag_names(method):
-            raise Refusal(f"{flag}: is a flag of the method; write it after METHOD, as in {method} {name} ...")
+        later = next((word for word in method_words if word in method_names), "")
+        if later and flag in flag_names(later):
+            raise Refusal(f"{flag}: is a flag of the method; write it after METHOD, as in {later} {name} ...")
         raise unknown_flag(name, words.names(), prog=prog)
-    if name not in method_names and (later := next((word for word in method_words if word in method_names), None)):
+    if name not in method_names and (later := next((word for word in method_words if word in method_names), "")):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
     absent = words.missing()
     if name in method_names and words.present.isdisjoint({"--teacher", "--route"}):

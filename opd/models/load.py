@@ -96,7 +96,7 @@ def _require_known_type(source: ModelSource) -> None:
 def _language_models(config: PretrainedConfig) -> list[str]:
     """Return the names of transformers' classes that predict the next token for a configuration."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    return [mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping]
+    return [str(mapping[type(config)].__name__) for mapping in mappings if type(config) in mapping]  # type: ignore[attr-defined]
 
 
 def _require_language_model(config: PretrainedConfig) -> None:
