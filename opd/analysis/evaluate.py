@@ -17,7 +17,7 @@ from opd.core.intervals import INTERVALS, Paired, paired
 from opd.core.sampling import Prompt
 from opd.data import prompts
 from opd.data.tasks import benchmarks as sets
-from opd.data.tasks.load import load
+from opd.data.tasks.load import check_columns, load
 from opd.data.tasks.task import Task
 from opd.data.verifiers import response_text
 from opd.data.verifiers.extract import final, plain, without_thinking
@@ -87,7 +87,7 @@ class EvaluationScores:
         return [
             {
                 "prompt": prompts.digest(prompt),
-                "question": prompt.text or prompt.messages[-1]["content"],
+                "question": prompt.question(),
                 "answer": prompt.answer,
                 "outcomes": row,
                 "majority": self.majorities[i],
@@ -129,10 +129,15 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     with loading(config.model, quiet=False):
         source = locate(config.model, field="model", trust_remote_code=config.trust_remote_code)
     data = replace(config.data, source=config.prompts, seed=config.seed)
+    check_columns(data, config.prompts)
     task = sets.load(config.set, data) if config.set else load(data)
     if not task.scored:
-        raise Refusal("--verifier none: nothing would be scored; name a verifier (math, numeric, exact, choice)")
+        raise Refusal(
+            "--verifier none: opd eval scores responses, and needs problems with answers: name a verifier (math, "
+            "numeric, exact, choice), and the column of the answers by --answer-column"
+        )
     tokenizer = models.tokenizer(source, field="model")
+    config.sampling.check_vocabulary(len(tokenizer))
     stop = models.stop_ids(source, tokenizer)
     device = models.device(config.device, field="device")
     with loading(config.model, quiet=False):
@@ -151,7 +156,8 @@ def evaluate(config: Evaluate) -> EvaluationScores:
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context.tokens:
         raise Refusal(
-            f"--prompts {task.name}: prompt {longest} has {len(ids[longest])} tokens; with --max-new-tokens "
+            f"--prompts {config.prompts}: row {longest} ({prompts.short(task.prompts[longest].question())}) has "
+            f"{len(ids[longest])} tokens; with --max-new-tokens "
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
         )
     engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)

@@ -33,10 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from opd.analysis.exact import dependence_reason, slopes
+from opd.config.checks import check_vocabulary
 from opd.config.commands import Variance
 from opd.config.plan import resolved
 from opd.config.train import Train
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, renamed
 from opd.core.intervals import CONFIDENCE, Estimate
 from opd.head.inputs import Hidden
 from opd.head.sweep import blocks
@@ -93,6 +94,9 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
             raise Refusal(f"--methods {name}: compares with a third model, and here are two; leave it out")
     methods = {name: METHODS[name]() for name in ("opd", "opd-full")} | dict(methods)
     session = open_session(resolved(replace(_run(config), method=methods["opd"])))
+    for name, method in methods.items():
+        with renamed({"--k": f"--methods {name}: k"}):
+            check_vocabulary(method, config.sampling, session.vocabulary.size)
     student = session.plain()
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad and re.search(config.parameters, n)}
     if not trained:

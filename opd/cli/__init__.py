@@ -1,12 +1,16 @@
 """The command line: a function for each command; `USAGE` lists them."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
+from typing import TextIO
 
-from opd.core.errors import Refusal, Stopped
+from opd.core.errors import Refusal, Stopped, suggestion
 
 USAGE = """usage: opd COMMAND ...
 
@@ -63,15 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module, function = COMMANDS[name]
                 command: Callable[[list[str]], int] = vars(import_module(module))[function]
                 try:
-                    return command(words)
+                    with _short_warnings():
+                        return command(words)
                 finally:
                     sys.stdout.flush()  # here a closed pipe is still distinguishable from other errors
             case [name, *_]:
-                from opd.cli.parse import suggestion
-
                 raise Refusal(f"{name}: unknown command{suggestion(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
-        print(f"opd: {error}", file=sys.stderr)
+        print("opd:", *str(error).splitlines(), file=sys.stderr)  # a value of the user may have several lines
         return 2
     except Stopped as stop:
         return stop.code
@@ -83,6 +86,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1  # like rich, which prints the tables
     return 0
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print opd's own warnings without a line of its code, and hide what libraries tell developers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        show = warnings.showwarning
+
+        def show_short(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not Path(filename).is_relative_to(Path(__file__).parents[1]):
+                show(message, category, filename, lineno, file, line)
+            elif os.environ.get("RANK", "0") == "0":
+                print(f"warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show_short
+        yield
 
 
 def _check_processes(command: str) -> None:

@@ -9,8 +9,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from opd.cli.parse import flag_name, suggestion, unknown_flag
-from opd.core.errors import Refusal
+from opd.cli.parse import flag_name, unknown_flag
+from opd.core.errors import Refusal, suggestion
 
 
 @cache

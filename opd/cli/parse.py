@@ -6,7 +6,6 @@ only as boxes of several lines.
 """
 
 import contextlib
-import difflib
 import inspect
 import io
 import re
@@ -20,11 +19,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, suggestion
 
 HELP = ("-h", "--help")
 BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})  # words that other tools take after a flag
-CLOSE = 0.7  # lowest ratio of difflib at which a name counts as a misspelling of another
 TRL_FLAGS: Mapping[str, tuple[str, ...]] = {  # flag of TRL or transformers -> flags of opd; the command has one of them
     "model-name-or-path": ("--student", "--model"),
     "student-model-name-or-path": ("--student",),
@@ -36,15 +34,18 @@ TRL_FLAGS: Mapping[str, tuple[str, ...]] = {  # flag of TRL or transformers -> f
     "learning-rate": ("--lr",),
     "lr-scheduler-type": ("--schedule",),
     "warmup-steps": ("--warmup",),
+    "warmup-ratio": ("--warmup",),
     "adam-beta1": ("--betas",),
     "adam-beta2": ("--betas",),
     "max-steps": ("--steps",),
     "num-train-epochs": ("--steps",),
     "per-device-train-batch-size": ("--batch",),
+    "per-device-eval-batch-size": ("--decode-rows",),
     "gradient-accumulation-steps": ("--micro-batch-tokens",),
     "num-generations": ("--per-prompt",),
     "num-iterations": ("--updates",),
     "max-completion-length": ("--max-new-tokens",),
+    "max-length": ("--max-new-tokens",),
     "bf16": ("--precision bf16",),
     "dtype": ("--precision",),
     "torch-dtype": ("--precision",),
@@ -136,10 +137,12 @@ def parse_flags(
         words = scan_words(what, args)
     except OpaqueType:
         return run_tyro(what, args, prog=prog, description=description)
+    after = {value: flag for flag, _, value in zip(args, args[1:], args[2:], strict=False) if flag in words.present}
     for word in sorted(words.remaining, key=lambda word: not word.startswith("-")):  # a misspelt flag before its value
         if word.startswith("-"):
             raise unknown_flag(word, [*words.names(), *other_flags], prog=prog)
-        raise Refusal(f"{word}: {strays.get(word, 'belongs to no flag')}; `{prog} --help` lists the flags")
+        reason = f"belongs to no flag ({after[word]} takes one value)" if word in after else "belongs to no flag"
+        raise Refusal(f"{word}: {strays.get(word, reason)}; `{prog} --help` lists the flags")
     refuse_missing(words.missing(), example)
     return run_tyro(what, words.own_words, prog=prog, description=description)
 
@@ -177,12 +180,6 @@ def unknown_flag(word: str, names: Sequence[str], *, prog: str) -> Refusal:
     similar = suggestion(bare, ["help", *(name.removeprefix("--") for name in names)], "--")
     meant = f" (opd calls it {translated[0]})" if translated else similar
     return Refusal(f"{flag}: unknown flag{meant}; `{prog} --help` lists the flags")
-
-
-def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message with the candidate that was probably meant; "" if none is similar."""
-    close = difflib.get_close_matches(name.lower(), candidates, 1, CLOSE)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 def scan_words(what: Any, args: Sequence[str]) -> Words:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from opd.cli.method_sources import check_flags, check_name, listing
-from opd.cli.parse import asks_for_help, refuse_missing, run_tyro, scan_words, unknown_flag
+from opd.cli.method_sources import check_flags, check_name, flag_names, listing
+from opd.cli.parse import asks_for_help, flag_name, refuse_missing, run_tyro, scan_words, unknown_flag
 from opd.config.presets import arguments, run_arguments
 from opd.config.train import Train
 from opd.core.errors import Refusal
@@ -97,11 +97,15 @@ def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> An
     words = scan_words(kind, args)
     name, *method_words = words.remaining or ("",)
     if name.startswith("-"):
+        flag = flag_name(name.lstrip("-").partition("=")[0])
+        later = next((word for word in method_words if word in method_names), "")
+        if later and flag in flag_names(later):
+            raise Refusal(f"{flag}: is a flag of the method; write it after METHOD, as in {later} {name} ...")
         raise unknown_flag(name, words.names(), prog=prog)
-    if name not in method_names and (later := next((word for word in method_words if word in method_names), None)):
+    if name not in method_names and (later := next((word for word in method_words if word in method_names), "")):
         raise Refusal(f"{name}: belongs to no flag, and METHOD is {later}; --prompts takes one file, folder or name")
     absent = words.missing()
-    if name in method_names and "--teacher" not in words.present:
+    if name in method_names and words.present.isdisjoint({"--teacher", "--route"}):
         from opd.methods import METHODS
 
         absent += [] if METHODS[name]().teacher else ["--teacher"]

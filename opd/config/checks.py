@@ -1,9 +1,15 @@
 """Checks of a run's plan before anything loads: `check(plan)` refuses, `warnings(plan)` reports what is only risky."""
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 from opd.config.model_names import AveragedStudent, ChatEndpoint, CurrentStudent, ScoringServer
-from opd.config.plan import Plan
+from opd.config.plan import Plan, teacher_flag
 from opd.core.errors import Refusal, check_seed, finite, positive
+from opd.core.sampling import Sampling
 from opd.losses.terms import PolicyGradient
+from opd.methods.method import Method
 
 
 def check(plan: Plan) -> None:
@@ -91,22 +97,26 @@ def _check_teachers(plan: Plan) -> None:
     """Refuse a missing teacher, and settings of teacher, judge or context that contradict each other."""
     config = plan.config
     teachers, context, policy = plan.teachers, plan.context, plan.method.rollouts
-    if not teachers[""].name:
+    if not all(model.name for model in teachers.values()):
         raise Refusal("--teacher must be given; `opd train --help` explains what can stand there")
+    if config.route_column != "teacher" and not config.route:
+        raise Refusal(f"--route-column {config.route_column}: there is no --route; add --route NAME=MODEL")
     for pair in config.remote.route_token_env:
         name, _, variable = pair.partition("=")
         if not (name and variable and isinstance(teachers.get(name), ScoringServer | ChatEndpoint)):
             raise Refusal(f"--route-token-env {pair}: write NAME=VARIABLE, with the NAME of a --route to a server")
     if (key := config.remote.judge_token_env) and not isinstance(plan.judge, ScoringServer | ChatEndpoint):
         raise Refusal(f"--judge-token-env {key}: no --judge is behind a server; leave it out")
+    tokenizer = config.remote.teacher_tokenizer
+    if tokenizer and not any(isinstance(model, ScoringServer) for model in teachers.values()):
+        raise Refusal(f"--teacher-tokenizer {tokenizer}: is that of a server, and no teacher is one; leave it out")
     local = config.remote.teacher_local
-    if local and not isinstance(teachers[""], ScoringServer):
+    if local and not isinstance(teachers.get(""), ScoringServer):
         raise Refusal(f"--teacher-local {local}: is compared with --teacher, and that is no server here: leave it out")
     for name, model in teachers.items():
-        flag = f"--route {name}=" if name else "--teacher "
         if isinstance(model, CurrentStudent) and not context:
             raise Refusal(
-                f"{flag}self: the student itself; the KL between the two is 0 and nothing is learnt: "
+                f"{teacher_flag(name)}self: the student itself; the KL between the two is 0 and nothing is learnt: "
                 "give --context, what the teacher knows and the student does not, or name another teacher"
             )
     missing = [part for part in ("{prompt}", "{context}") if part not in plan.context_template]
@@ -116,10 +126,15 @@ def _check_teachers(plan: Plan) -> None:
     if config.judge and (question is None or not question.uses_judge):
         raise Refusal(f"--judge {config.judge}: the method asks no judge; leave it out, or take ropd or rubricem")
     if config.judge and question is not None and not question.uses_teacher:
+        name, model = next(iter(teachers.items()))
         raise Refusal(
-            f"--teacher {teachers['']}: is never asked, for the judge is --judge {config.judge} and the method takes "
-            "no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
+            f"{teacher_flag(name)}{model}: is never asked, for the judge is --judge {config.judge} and the method "
+            "takes no answers of a teacher; add --references 1 or more after the METHOD, or name the judge as --teacher"
         )
+    if not config.judge and question is not None and question.uses_judge and "" not in teachers:
+        raise Refusal("--judge must be given: --route names several teachers, and no --teacher that could be the judge")
+    if config.reference and "reference_logp" not in plan.method.models():
+        raise Refusal(f"--reference {config.reference}: the method reads no reference model; leave it out")
     if context and question is not None:
         raise Refusal(f"--context {context}: a teacher that is asked for texts is told nothing more: leave it out")
     if context and config.teacher_prompt == "same":
@@ -130,9 +145,33 @@ def _check_teachers(plan: Plan) -> None:
         raise Refusal(f"--context peer: another rollout of the step, and {policy} is scored before its steps are known")
     if context == "peer" and policy.teacher_takes_part():
         raise Refusal(f"--context peer: is known once rollouts are written, and the teacher takes part in {policy}")
-    moving = [model for model in teachers.values() if isinstance(model, CurrentStudent | AveragedStudent)]
+    moving = [name for name, model in teachers.items() if isinstance(model, CurrentStudent | AveragedStudent)]
     if moving and (reason := policy.moving_teacher_refusal()):
-        raise Refusal(f"--teacher {moving[0]}: its weights move, and it {reason}")
+        raise Refusal(f"{teacher_flag(moving[0])}{teachers[moving[0]]}: its weights move, and it {reason}")
+
+
+def check_vocabulary(method: Method, sampling: Sampling, size: int) -> None:
+    """Refuse numbers of tokens, and token ids, that lie beyond a vocabulary of `size` tokens."""
+    sampling.check_vocabulary(size)
+    for name, value in _leaf_fields(method):
+        if name == "k" and value > size:
+            raise Refusal(f"--k {value}: the vocabulary has {size} tokens; lower it to {size} or less")
+        if name == "ids" and max(value, default=0) >= size:
+            raise Refusal(
+                f"--tokens: its file lists id {max(value)}, and the vocabulary ends at {size - 1}; name a list that "
+                "`opd rock` made for these models"
+            )
+
+
+def _leaf_fields(value: object) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of all fields of a dataclass, and of those in its fields."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaf_fields(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield field.name, getattr(value, field.name)
+            yield from _leaf_fields(getattr(value, field.name))
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -144,6 +183,8 @@ def warnings(plan: Plan) -> list[str]:
             f"sampling at temperature {s.temperature}, top_p {s.top_p}, top_k {s.top_k} draws from another "
             f"distribution than the loss assumes: gradients are biased ({config.loss_temperature:g}, 1, 0 is unbiased)"
         )
+    if config.lora_targets != "all-linear" and not config.lora_rank:
+        out.append(f"--lora-targets {config.lora_targets} is not read: --lora-rank is 0, which trains all weights")
     if plan.method.rollouts.updates > 1:
         out.append("more than one update per rollout batch: from the second on, rollouts are off policy")
     bare = [t for t in plan.method.terms if isinstance(t, PolicyGradient) and not t.corrected()]

@@ -76,24 +76,27 @@ class AveragedStudent(ModelName):
 StudentItself = CurrentStudent | InitialStudent | AveragedStudent
 
 
-def parse(name: str) -> ModelName:
-    """Return the value that a model's name stands for.  Raises Refusal for an ema rate outside (0, 1]."""
+def parse(name: str, *, flag: str = "--teacher ") -> ModelName:
+    """Return the value that a model's name stands for; `flag` named it, for the error.
+
+    Raises Refusal for an ema rate outside (0, 1].
+    """
     if name.startswith(("http://", "https://")):
         return ScoringServer(name)
     if name.startswith("openai:"):
         return ChatEndpoint(name, *_endpoint(name.removeprefix("openai:")))
     if name == "ema" or name.startswith("ema:"):
-        return AveragedStudent(name, _rate(name) if ":" in name else DEFAULT_EMA_RATE)
+        return AveragedStudent(name, _rate(name, flag) if ":" in name else DEFAULT_EMA_RATE)
     return {"verifier": Verifier, "self": CurrentStudent, "base": InitialStudent}.get(name, ModelFiles)(name)
 
 
-def _rate(name: str) -> float:
+def _rate(name: str, flag: str) -> float:
     try:
         rate = float(name.removeprefix("ema:"))
     except ValueError:
         rate = -1.0
     if not 0 < rate <= 1:
-        raise Refusal(f"--teacher {name}: write ema:RATE with the student's share of each step in (0, 1], such as 0.05")
+        raise Refusal(f"{flag}{name}: write ema:RATE with the student's share of each step in (0, 1], such as 0.05")
     return rate
 
 

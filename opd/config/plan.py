@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from opd.config import model_names
-from opd.config.model_names import ModelName
+from opd.config.model_names import ModelName, parse
 from opd.config.train import Train
 from opd.core.errors import Refusal, at_least
 from opd.core.types import Column
@@ -30,7 +29,7 @@ class Plan:
 
     config: Train  # `data` reads --prompts with the run's seed
     method: Method  # with the run's overrides of rollouts, reduction and importance cap
-    teachers: Mapping[str, ModelName]  # by route name; "" is --teacher
+    teachers: Mapping[str, ModelName]  # by route name; "" is --teacher, which routes make optional
     judge: ModelName | None  # None: --teacher, where the method asks a judge
     context: str  # privileged context that only the teacher reads: a column's name, "peer", or "" for none
     context_template: str  # of the teacher's prompt, with {prompt} and {context}
@@ -40,12 +39,18 @@ class Plan:
         return [self.config.student, *map(str, self.teachers.values())]
 
 
+def teacher_flag(name: str) -> str:
+    """Return what stands before a teacher's model on the command line, from its route name."""
+    return f"--route {name}=" if name else "--teacher "
+
+
 def resolved(config: Train) -> Plan:
     """Return the plan of a run.  Raises Refusal for routes, models or overrides that cannot be read."""
     at_least(config, per_prompt=0, updates=0)
     config = replace(config, data=replace(config.data, source=config.prompts, seed=config.seed))
     default = config.method.teacher
-    teachers = {"": config.teacher or (default.weights if default else "")}
+    weights = config.teacher or (default.weights if default and not config.route else "")
+    teachers = {"": weights} if weights or not config.route else {}
     for route in config.route:
         name, equals, model = route.partition("=")
         if not (name and equals and model) or name in teachers:
@@ -54,8 +59,8 @@ def resolved(config: Train) -> Plan:
     return Plan(
         config,
         _method(config),
-        MappingProxyType({name: model_names.parse(model) for name, model in teachers.items()}),
-        model_names.parse(config.judge) if config.judge else None,
+        MappingProxyType({name: parse(model, flag=teacher_flag(name)) for name, model in teachers.items()}),
+        parse(config.judge, flag="--judge ") if config.judge else None,
         config.context or (default.context if default else ""),
         config.context_template or (default.template if default else "") or CONTEXT,
     )

@@ -56,14 +56,14 @@ class Remote:
         if not 0 <= self.judge_failures <= 1:
             raise Refusal(f"--judge-failures {self.judge_failures}: a share lies in [0, 1]")
 
-    def towards(self, field: str, model: ModelName, teacher: ModelName) -> "Remote":
+    def towards(self, field: str, model: ModelName, teacher: ModelName | None) -> "Remote":
         """Return these settings with the key for the model of flag `field`.
 
         `field` is "teacher", "judge" or "route NAME".  The key of --teacher is sent only to the host of --teacher.
         """
         named = {f"route {name}": variable for name, _, variable in (x.partition("=") for x in self.route_token_env)}
         named |= {"judge": self.judge_token_env}
-        own = self.teacher_token_env if model.host() == teacher.host() else ""
+        own = self.teacher_token_env if teacher is not None and model.host() == teacher.host() else ""
         return replace(self, teacher_token_env=named.get(field, "") or own)
 
     def keep(self, field: str) -> str:

@@ -40,8 +40,8 @@ class Train:
     prompts: str
     """Training prompts: .jsonl, .parquet or .csv file, dataset folder, hub id, reasoning-gym:NAME, or embedded:NAME."""
     route: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=MODEL: use this teacher for the prompts whose --route-column holds NAME; all other prompts use --teacher.
-    Repeat the flag for several teachers."""
+    """NAME=MODEL: use this teacher for the prompts whose --route-column holds NAME.  Repeat the flag for several
+    teachers.  --teacher, if given, takes all other prompts; without it, every prompt must have a route."""
     route_column: str = "teacher"
     """Column of --prompts with the name of each prompt's --route."""
     reference: str = ""

@@ -1,8 +1,12 @@
 """The errors `Refusal`, a line that tells the user what is wrong and what to do, and `Stopped`; checks that refuse."""
 
 import contextlib
+import difflib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+CLOSE = 0.7  # lowest ratio of difflib at which a name counts as a misspelling of another
 
 
 class Refusal(ValueError):
@@ -33,11 +37,28 @@ def foreign_errors(message: str, remedy: str = "") -> Iterator[None]:
         raise Refusal(f"{message}: {reason}" + (f"; {remedy}" if remedy else "")) from error
 
 
+@contextlib.contextmanager
+def renamed(words: Mapping[str, str]) -> Iterator[None]:
+    """Replace words in refusals: code that serves several flags names one, and the user typed another."""
+    try:
+        yield
+    except Refusal as refusal:
+        pattern = "|".join(rf"(?<![\w-]){re.escape(word)}(?![\w-])" for word in words)
+        raise Refusal(re.sub(pattern, lambda match: words[match[0]], str(refusal))) from refusal
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, and the second if the first ends with a colon."""
-    first, _, rest = str(error).strip().partition("\n")
-    second = rest.strip().split("\n")[0].strip()
-    return (f"{first.strip()} {second}".strip() if first.rstrip().endswith(":") else first)[:300]
+    """Return the first line of an error's message, or all lines as one if the first announces the others."""
+    text = str(error).strip()
+    line = text.split("\n")[0].rstrip()
+    return (" ".join(text.split()) if line.endswith(":") else line)[:300]
+
+
+def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message with the candidate that was probably meant; "" if none is similar."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), by_lower, 1, CLOSE)
+    return f" (did you mean {prefix}{by_lower[close[0]]}?)" if close else ""
 
 
 def positive(settings: object, *names: str) -> None:

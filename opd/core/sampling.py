@@ -21,6 +21,10 @@ class Prompt:
     response: str = ""  # a reference response, if the data has one
     columns: Mapping[str, object] = field(default_factory=dict)  # the rest of the row: metadata, teacher, context
 
+    def question(self) -> str:
+        """Return the text of the last turn, or the plain text."""
+        return str(self.messages[-1]["content"]) if self.messages else self.text
+
 
 StopToken = Literal["canonical", "train", "mask"]  # treatment of a response's terminal token
 Truncated = Literal["train", "drop"]  # treatment of a response cut at the length limit
@@ -49,3 +53,8 @@ class Sampling:
         if self.top_k < 0:
             raise Refusal(f"--top-k {self.top_k}: a number of tokens, or 0 for the whole vocabulary")
         at_least(self, max_new_tokens=1)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise Refusal if a value lies beyond a vocabulary of `size` tokens."""
+        if self.top_k > size:
+            raise Refusal(f"--top-k {self.top_k}: the vocabulary has {size} tokens; lower it, or leave it at 0 for all")

@@ -77,7 +77,7 @@ def render(tokenizer: Tokenizer, prompt: Prompt, *, chat_template_kwargs: Mappin
         text = prompt.text
     if chat_template_kwargs:
         reason = f"{model_name(tokenizer)} has no template" if prompt.messages else "a plain-text row uses none"
-        raise Refusal(f"chat_template_kwargs: {short(dict(chat_template_kwargs))} has no effect: {reason}; drop it")
+        raise Refusal(f"--template-args {short(dict(chat_template_kwargs))}: has no effect: {reason}; drop it")
     return _token_ids(tokenizer, text, add_special=True)
 
 
@@ -230,7 +230,7 @@ def _template_text(
     used = used_arguments(tokenizer, chat_template_kwargs)
     if unread := [name for name in chat_template_kwargs if name not in used]:
         raise Refusal(
-            f"chat_template_kwargs: {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
+            f"--template-args {', '.join(unread)}: the template of {model_name(tokenizer)} never reads it, so "
             "it would be ignored: correct the name, or give it only to the model that knows it"
         )
     return str(text)

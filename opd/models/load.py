@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,11 @@ def tokenizer(source: ModelSource, *, field: str) -> Tokenizer:
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     if source.base is not None and not has_tokenizer:
         return tokenizer(source.base, field=field)
+    if not any(re.search(r"token|vocab|\.model$", path.name) for path in folder.iterdir()):
+        raise Refusal(
+            f"--{field} {source}: its folder holds no tokenizer; copy the tokenizer files of the model that it was "
+            "made from into it"
+        )
     config(source, field=field)  # transformers reads it for the tokenizer, too, and its errors belong to it
     with foreign_errors(f"--{field} {source}: its tokenizer does not load", f"correct its files in {folder}"):
         if "auto_map" in _json(folder / "tokenizer_config.json") and not source.trust_remote_code:
@@ -90,7 +96,7 @@ def _require_known_type(source: ModelSource) -> None:
 def _language_models(config: PretrainedConfig) -> list[str]:
     """Return the names of transformers' classes that predict the next token for a configuration."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    return [mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping]
+    return [str(mapping[type(config)].__name__) for mapping in mappings if type(config) in mapping]  # type: ignore[attr-defined]
 
 
 def _require_language_model(config: PretrainedConfig) -> None:

@@ -64,7 +64,7 @@ def server_info(server: Server, student: ModelInfo, config: Train) -> ModelInfo:
 def open_server(model: ScoringServer, plan: Plan, *, field: str) -> Server:
     """Connect to a server.  Raises Refusal if it does not provide what the run needs."""
     config, url = plan.config, model.name
-    server = connect(url, config.remote.towards(field, model, plan.teachers[""]), field=field)
+    server = connect(url, config.remote.towards(field, model, plan.teachers.get("")), field=field)
     needs = Method.needs if server.identity else Method.needs_of_tokens
     gives = "final states and the head" if server.identity else "log-probs of the sampled tokens and of its top ones"
     gives += ", of any named token, too" if server.chosen else ""

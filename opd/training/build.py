@@ -14,12 +14,13 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, LoggerType, set_seed
 
+from opd.config.checks import check_vocabulary
 from opd.config.plan import Plan
 from opd.config.train import Train
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, renamed
 from opd.data import tokenizers as tokens
 from opd.data.prompt_stream import Prompts
-from opd.data.tasks.load import load
+from opd.data.tasks.load import check_columns, load
 from opd.head.vocabulary import Vocabulary
 from opd.models import load as models
 from opd.models import lora
@@ -53,8 +54,10 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     agreements = {name: _compared_tokenizers(student_info, info) for name, info in infos.items()}
     stop = tuple(dict.fromkeys(id for a in agreements.values() for id in a.stop))
     differ = any(set(student_info.stop) != set(info.stop) for info in infos.values())
+    size = min(a.vocabulary for a in agreements.values())
+    check_vocabulary(method, config.sampling, size)
     vocabulary = Vocabulary(
-        size=min(a.vocabulary for a in agreements.values()),
+        size=size,
         temperature=config.loss_temperature,
         stop=stop if config.stop_token == "canonical" and differ else (),
         chunk_bytes=config.chunk_mb << 20,
@@ -151,6 +154,7 @@ def _prompts(
 ) -> tuple[Prompts, Prompts | None]:
     """Load the training prompts and the held-out prompts (None without --eval-prompts), and check their lengths."""
     config = plan.config
+    check_columns(config.data, config.prompts, config.eval_prompts)
     texts = {name: info.tokenizer for name, info in teacher_infos.items()}
     configs = [info.config for info in (student_info, *teacher_infos.values())]
     if config.reference:
@@ -162,7 +166,9 @@ def _prompts(
     if config.eval_prompts:
         # Seed 0 selects the same random subset of held-out rows in every run.
         chosen = replace(config.data, source=config.eval_prompts, split="test", limit=config.eval_limit, seed=0)
-        held_out = Prompts(load(chosen), student_info.tokenizer, texts, plan, room, str(context), optional=True)
+        with renamed({"--prompts": "--eval-prompts", "--split test": "its split test"}):
+            held_out_task = load(chosen)
+        held_out = Prompts(held_out_task, student_info.tokenizer, texts, plan, room, str(context), optional=True)
     if room < 1:
         raise Refusal(
             f"--max-new-tokens {config.sampling.max_new_tokens}: the models' context of {context} leaves none "

@@ -79,7 +79,7 @@ def text_model(
     config = plan.config
     config.remote.check()
     if isinstance(model, model_names.ChatEndpoint):
-        return EndpointModel(model, config.remote.towards(field, model, plan.teachers[""]), field=field)
+        return EndpointModel(model, config.remote.towards(field, model, plan.teachers.get("")), field=field)
     if isinstance(model, model_names.StudentItself | model_names.ScoringServer):
         url = f"openai:MODEL@{model.name.rstrip('/')}/v1"
         name = url if isinstance(model, model_names.ScoringServer) else "a model by its name"

@@ -143,7 +143,7 @@ class Passes:
         key, lenses = tuple(r.index for r in rollouts), session.lenses
         if key in cache:
             return cache[key]
-        teacher = session.teachers[rollouts[0].teacher if rollouts else ""]
+        teacher = session.teachers[rollouts[0].teacher if rollouts else next(iter(session.teachers))]
         output: Hidden | TeacherLogps | None
         if part.batch.teacher_top is not None:
             output = self._kept_scores(part.batch)

@@ -139,7 +139,7 @@ def _run_steps(trainer: Trainer, progress: Progress, state: TrainingState, stops
         last = step == config.steps or code
         if not progress.quiet and (step % LOOK_EVERY == 0 or last):
             for alarm in alarms(read(run.folder)):
-                progress.warn(alarm.name, f"step {step}: {alarm.text}: {alarm.remedy}")
+                progress.warn(alarm.name, f"step {step}, {alarm.text}; {alarm.remedy}")
         if saves:
             began = time.monotonic()
             # A refused step leaves the weights as they were, perhaps after a bad update: older checkpoints stay.

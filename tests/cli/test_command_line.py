@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -118,6 +121,177 @@ def test_a_prompt_longer_than_the_context(capsys, tmp_path, rows):
     line = train(capsys, tmp_path, prompts=["--prompts", file])
     assert "row 1" in line and "context" in line
     assert "--max-new-tokens 512" in train(capsys, tmp_path, "--max-new-tokens", "512")
+
+
+def answered(capsys, tmp_path, rows, *args: str, columns: list[object], teacher: tuple[str, ...] = ()) -> str:
+    """Train on rows with these values in the column `who`; the refusal."""
+    file = rows(*({"prompt": "1+1?", "answer": "2", "who": value} for value in columns))
+    models = ["--student", "embedded:student", *teacher]
+    line = train(capsys, tmp_path, "--route-column", "who", *args, models=models, prompts=["--prompts", file])
+    assert file in line
+    return line
+
+
+DEFAULT = ("--teacher", "embedded:teacher")
+
+
+def test_a_route_that_no_row_has(capsys, tmp_path, rows):
+    ask = partial(answered, capsys, tmp_path, rows)
+    for teacher in ((), DEFAULT):
+        line = ask("--route", "Math=embedded:teacher", columns=["math", "code"], teacher=teacher)
+        assert "--route Math: no row of --prompts" in line and "in --route-column who (did you mean math?)" in line
+        assert "the column has 'code', 'math'" in line
+    line = ask("--route", "a=embedded:teacher", "--route-column", "whom", columns=["a"], teacher=DEFAULT)
+    assert "--route-column whom: " in line and "(did you mean who?); there are who" in line
+    line = ask("--route", "x=embedded:teacher", columns=[None, None], teacher=DEFAULT)
+    assert "the column has nothing" in line
+
+
+def test_a_row_without_a_route_needs_a_default_teacher(capsys, tmp_path, rows):
+    ask = partial(answered, capsys, tmp_path, rows, "--route", "1=embedded:teacher")
+    assert "1 of 2 rows" in (line := ask(columns=[1, 2])) and "have '2' there, and no --route has that name" in line
+    assert "add --route 2=MODEL, or --teacher MODEL" in line
+    assert "1 of 3 rows" in (line := ask(columns=["1", None, 1.0])) and "have nothing there" in line
+    assert "--judge must be given" in train(
+        capsys, tmp_path, "--route", "a=embedded:teacher", models=MODELS[:2], method=("ropd",)
+    )
+    held_out = ["--eval-prompts", "embedded:ledger-short"]
+    line = train(
+        capsys,
+        tmp_path,
+        *("--route", "1=embedded:teacher", "--route-column", "who", *held_out),
+        models=MODELS[:2],
+        prompts=["--prompts", rows({"prompt": "1+1?", "answer": "2", "who": 1})],
+    )
+    assert "rows of --eval-prompts embedded:ledger-short have nothing there" in line
+
+
+def test_routes_reach_their_teachers_without_a_default(tmp_path, rows):
+    """A number, its text and a float name the same route; the first rows of a run have both teachers."""
+    names = [1, "1", 1.0, "b"]
+    file = rows(*({"prompt": f"{i}+1?", "answer": "2", "who": names[i % 4]} for i in range(8)))
+    routes = ["--route", "1=embedded:teacher", "--route", "b=embedded:small", "--route-column", "who"]
+    size = ["--steps", "1", "--batch", "8", "--max-new-tokens", "4", "--no-doctor", "--quiet"]
+    words = ["train", "--student", "embedded:student", *routes, "--prompts", file, *size]
+    assert main([*words, "--out", str(tmp_path / "run"), "opd-full"]) == 0
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["reverse_kl.1"] != row["reverse_kl.b"] and "reverse_kl." not in row
+    assert main([*words, "--out", str(tmp_path / "run"), "--resume", "opd-full"]) == 0
+
+
+def test_a_value_that_looks_like_a_route_is_reported_beside_a_default_teacher(capsys, tmp_path, rows):
+    file = rows(*({"prompt": f"{i}+1?", "answer": "2", "who": ["code", "Code", "math"][i % 3]} for i in range(6)))
+    words = ["train", *MODELS, "--route", "code=embedded:small", "--route-column", "who", "--prompts", file]
+    size = ["--steps", "1", "--batch", "2", "--max-new-tokens", "4", "--no-doctor"]
+    assert main([*words, *size, "--out", str(tmp_path / "run"), "opd"]) == 0
+    assert "2 prompts have 'Code' in --route-column who (did you mean code?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--verifier", "--prompt-column", "--answer-column", "--choices-column", "--subset"])
+@pytest.mark.parametrize("source", ["embedded:ledger-short", "reasoning-gym:basic_arithmetic"])
+def test_a_name_that_the_source_does_not_read_is_refused(capsys, tmp_path, flag, source):
+    assert f"{flag} nope: is not read" in train(capsys, tmp_path, flag, "nope", prompts=["--prompts", source])
+    assert f"{flag} nope: is not read" in refused(
+        capsys, "eval", "--model", "embedded:student", "--prompts", source, flag, "nope"
+    )
+
+
+def test_a_verifier_of_held_out_rows_is_read_beside_embedded_prompts(capsys, tmp_path, rows):
+    held_out = rows({"prompt": "1+1?", "gold": "2"})
+    line = train(capsys, tmp_path, "--eval-prompts", held_out, "--answer-column", "glod")
+    assert "--answer-column glod" in line and "answer, gold" not in line and "gold" in line
+    assert "--verifier mathh is not known" in train(
+        capsys, tmp_path, "--eval-prompts", held_out, "--answer-column", "gold", "--verifier", "mathh"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--eval-prompts nope.parquet", "--eval-prompts nope.parquet does not exist"),
+        ("--eval-prompts embedded:ledgr", "--eval-prompts embedded:ledgr is not known"),
+        ("--judge ema:7", "--judge ema:7: write ema:RATE"),
+        ("--route a=ema:7", "--route a=ema:7: write ema:RATE"),
+        ("--reference nope", "--reference nope: the method reads no reference model"),
+        ("--teacher-tokenizer nope", "--teacher-tokenizer nope: is that of a server"),
+        ("--route-column who", "--route-column who: there is no --route"),
+        ("--top-k 1000", "--top-k 1000: the vocabulary has 145 tokens"),
+        ("--system x --no-chat", "--system 'x': "),
+        ('--template-args {"thinking":1}', "--template-args thinking: "),
+    ],
+)
+def test_a_refusal_names_the_flag_that_was_typed(capsys, tmp_path, flags, says):
+    line = train(capsys, tmp_path, *flags.split())
+    assert line.startswith(f"opd: {says}") and "--prompts" not in line.replace("--eval-prompts", "")
+
+
+def test_a_row_is_named_with_its_file_and_text(capsys, tmp_path, rows):
+    file = rows({"prompt": "1+1?", "answer": "2"}, {"prompt": "9" * 600, "answer": "2"})
+    line = train(capsys, tmp_path, "--eval-prompts", file)
+    assert f"--eval-prompts {file}: row 1 ('9999" in line
+    line = refused(capsys, "eval", "--model", "embedded:student", "--prompts", file)
+    assert f"--prompts {file}: row 1 ('9999" in line
+
+
+@pytest.mark.parametrize(
+    "method", ["vopd-topk", "opd-topk", "opd-stratified", "eopd", "kat", "trb", "tropd", "npd", "sdpo"]
+)
+def test_more_tokens_than_the_vocabulary_has(capsys, tmp_path, method):
+    line = train(capsys, tmp_path, method=(method, "--k", "146"))
+    assert line == "opd: --k 146: the vocabulary has 145 tokens; lower it to 145 or less\n"
+
+
+def test_listed_tokens_beyond_the_vocabulary(capsys, tmp_path):
+    (tmp_path / "ids.json").write_text("[3, 145]")
+    line = train(capsys, tmp_path, method=("rock-freeze", "--tokens", str(tmp_path / "ids.json")))
+    assert "lists id 145, and the vocabulary ends at 144" in line
+    words = ["variance", *MODELS, *LEDGER, "--rollouts", 6, "--methods", "vopd-topk:k=146"]
+    assert "--methods vopd-topk:k=146: " in refused(capsys, *words)
+
+
+def test_a_model_without_a_tokenizer(capsys, tmp_path):
+    folder = tiny(tmp_path / "bare", seed=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    says = f"{folder}: its folder holds no tokenizer; copy the tokenizer files"
+    assert says in train(capsys, tmp_path, models=["--student", folder, "--teacher", "embedded:teacher"])
+    assert says in refused(capsys, "eval", "--model", folder, *LEDGER)
+
+
+def test_evaluation_without_answers_leads_out(capsys, rows):
+    words = ["eval", "--model", "embedded:student", "--prompts", rows({"prompt": "1+1?"})]
+    assert "train without scores by --verifier none" in refused(capsys, *words)
+    line = refused(capsys, *words, "--verifier", "none")
+    assert "needs problems with answers" in line and "--answer-column" in line
+
+
+def test_warnings_are_lines_without_a_place_in_the_code(tmp_path, rows):
+    """In a process of its own, because libraries warn once."""
+    answers = ({"answer": "2"}, {"answer": ""})
+    file = rows(*({"prompt": f"{i}+1?", **answers[i % 2], "image": "x.png"} for i in range(4)))
+    words = [*MODELS, "--prompts", file, "--out", str(tmp_path / "run"), "--lora-rank", "2", "--lora-targets", "q_proj"]
+    size = ["--steps", "1", "--batch", "2", "--max-new-tokens", "4", "--no-doctor"]
+    command = [sys.executable, "-m", "opd", "train", *words, *size, "vopd"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr and ".py" not in done.stderr
+    assert f"warning: 2 of 4 rows of {file} have no answer" in done.stderr
+    assert f"warning: {file}: column 'image' is not used" in done.stderr
+
+
+@pytest.mark.parametrize(("steps", "advice"), [(1, False), (2, True)])
+def test_an_interrupted_run_is_resumed_unless_it_is_complete(capsys, tmp_path, monkeypatch, steps, advice):
+    trainer = import_module("opd.training.trainer").Trainer
+    step = trainer.step
+
+    def interrupted(self, number, memory):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number, memory)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    words = ["train", *MODELS, *LEDGER, "--steps", steps, "--batch", 2, "--max-new-tokens", 4, "--no-doctor"]
+    assert main([str(word) for word in (*words, "--out", tmp_path / "run", "vopd")]) == 0
+    assert ("--resume goes on from there" in capsys.readouterr().err) == advice
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,9 @@ def test_all_that_is_missing_is_named_at_once(capsys):
             "--prefix no: the flag takes no value; write --prefix for",
         ),
         (f"train {TRAIN} vopd gkd", "gkd: a run has one METHOD; add its terms by --also gkd:WEIGHT; `opd train vopd"),
+        (f"train {TRAIN} --k 5 vopd-topk", "--k: is a flag of the method; write it after METHOD, as in vopd-topk --k"),
+        (f"train {TRAIN} --beta=1 gkd", "--beta: is a flag of the method; write it after METHOD, as in gkd --beta=1"),
+        ("eval --model m --prompts a.jsonl b.jsonl", "b.jsonl: belongs to no flag (--prompts takes one value); `opd"),
         (
             f"train {TRAIN} embedded:ledger vopd",
             "embedded:ledger: belongs to no flag, and METHOD is vopd",
@@ -169,6 +172,17 @@ def test_all_that_is_missing_is_named_at_once(capsys):
 )
 def test_a_mistake_is_one_line(words, line, capsys):
     assert refused(capsys, words).startswith(line)
+
+
+@pytest.mark.parametrize("what", [*SETTINGS, *METHODS.values()], ids=lambda what: what.__name__)
+def test_a_value_that_is_no_number_is_refused_in_plain_words(what):
+    for flag in flags_of(what):
+        if flag.kind in (int, float) and not flag.positional:
+            with pytest.raises(Refusal, match=f"^{flag.name} ten: must be a (whole )?number$"):
+                scan_words(what, [flag.name, "ten", *["1"] * ((flag.count or 1) - 1)])
+        elif flag.kind is bool:
+            with pytest.raises(Refusal, match=f"^{flag.name} True: the flag takes no value"):
+                scan_words(what, [flag.name, "True"])
 
 
 def test_words_are_read_as_tyro_reads_them():

@@ -77,12 +77,12 @@ def test_the_longest_row_of_a_file_is_checked_wherever_it_stands(tmp_path: Path)
     rows = [{"prompt": "1+1?", "answer": "2", "hint": "two"}] * 600
     stream(write(tmp_path / "short.jsonl", *rows)).check()
     for name, late in (("q.jsonl", {"prompt": "1+1? " * 40}), ("cjk.jsonl", {"prompt": "数学" * 20})):
-        with pytest.raises(Refusal, match="row 550 has"):
+        with pytest.raises(Refusal, match=r"row 550 \(.*\) has"):
             stream(write(tmp_path / name, *rows[:550], rows[0] | late, *rows[:40])).check()
     source = write(tmp_path / "hint.jsonl", *rows[:550], rows[0] | {"hint": "two " * 40}, *rows[:40])
     stream(source).check()
     template = {"context": "hint", "context_template": "{context} {prompt}"}
-    with pytest.raises(Refusal, match="row 550 has"):
+    with pytest.raises(Refusal, match=r"row 550 \(.*\) has"):
         stream(source, **template).check()
 
 

@@ -195,7 +195,7 @@ def test_alarms_are_said_once_while_it_trains(pair, tmp_path, capsys, monkeypatc
     run_of(pair, tmp_path / "run", steps=20, longest=4)
     err = capsys.readouterr().err
     assert next(looked) == 2
-    assert err.count("entropy collapse") == 1 and "warning: entropy collapse: step 10: entropy fell: lower --lr" in err
+    assert err.count("entropy collapse") == 1 and "warning: entropy collapse: step 10, entropy fell; lower --lr" in err
 
 
 def test_a_run_whose_responses_are_cut_says_so(pair, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Tables, `table(data) -> Task`: rows of files, folders and hub datasets, and the prompts made of their columns."""
 
 import random
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -22,6 +24,7 @@ from opd.data.verifiers.verify import VERIFIERS, find
 
 datasets.disable_progress_bars()  # reading a table is quick, and its bars drown the lines that matter
 ROLES = ("prompt", "answer", "response", "choices")
+PATTERN = re.compile(r"[][*?]|::")  # marks in a path that `datasets` takes for a pattern or another file system
 Columns = Mapping[str, str]  # the selected column for each of ROLES; "" for a missing column
 # Usual names of columns that belong to a question, with what a user can do so that a model reads them.
 MEDIA = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "models read the text of a row only")
@@ -56,7 +59,7 @@ def table(data: Data, dataset: Rows | None = None) -> Task:
             if not score(answer, answer):  # a score that is always 0 may not be noticed for days
                 raise Refusal(
                     f"--verifier {data.verifier} cannot read the expected answer {answer[:80]!r} of prompt {i} of"
-                    f" {data.source}; choose another verifier or answer_column"
+                    f" {data.source}; choose another --verifier or --answer-column"
                 )
     path = Path(data.source).expanduser()
     name = path.stem if path.is_file() else path.name if path.is_dir() else data.source
@@ -103,22 +106,30 @@ def _folder(path: Path, data: Data) -> Rows:
     if (path / "dataset_dict.json").exists():
         splits = datasets.load_from_disk(str(path))
         if data.split not in splits:
-            raise Refusal(f"--split {data.split} is not in --prompts {data.source}: choose {', '.join(splits)}")
+            raise Refusal(f"--split {data.split} is not in --prompts {data.source}, which has {', '.join(splits)}")
         return splits[data.split]
-    if any(mark in str(path.resolve()) for mark in ("[", "]", "*", "?", "::")):
-        raise Refusal(
-            f"--prompts {data.source}: `datasets` takes []*? and :: in the name of a folder for a pattern; rename the "
-            "folder, or name one of its files"
-        )
-    files = datasets.load_dataset_builder(str(path), data.subset or None).config.data_files or {}
-    names = files.get(data.split, ())
-    if not names or any(file_kind(Path(name)) not in SUFFIXES for name in names):
-        return datasets.load_dataset(str(path), data.subset or None, split=data.split)
-    kinds = {file_kind(Path(name)) for name in names}
-    others = sorted(file.name for file in path.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not any(PATTERN.search(str(file)) for file in (path.resolve(), *files)):
+        return _data_files(path, data, {})
+    with tempfile.TemporaryDirectory() as folder:
+        links = {Path(folder).resolve() / PATTERN.sub("_", str(file.relative_to(path))): file for file in files}
+        for link, file in links.items():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.absolute())
+        return _data_files(Path(folder), data, links)
+
+
+def _data_files(folder: Path, data: Data, links: Mapping[Path, Path]) -> Rows:
+    """Read the files of a split in a folder; `links` has the files behind links whose names are no patterns."""
+    files = datasets.load_dataset_builder(str(folder), data.subset or None).config.data_files or {}
+    names = [Path(name) for name in files.get(data.split, ())]
+    if not names or any(file_kind(name) not in SUFFIXES for name in names):
+        return datasets.load_dataset(str(folder), data.subset or None, split=data.split)
+    kinds = {file_kind(name) for name in names}
+    others = sorted(file.name for file in folder.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
     if others := [name for name in others if not name.startswith((".", "_"))]:
         warnings.warn(f"{data.source}: only {', '.join(sorted(kinds))} files are read, not {others[0]}", stacklevel=2)
-    return joined([read_file(Path(name)) for name in names])
+    return joined([read_file(links.get(name, name)) for name in names])
 
 
 def _select_columns(rows: Rows, data: Data, *, needs_answers: bool) -> Columns:
@@ -142,8 +153,9 @@ def _select_columns(rows: Rows, data: Data, *, needs_answers: bool) -> Columns:
             raise Refusal(f"--{role}-column {names} is not there; {available}")
     if needs_answers and not columns["answer"]:
         raise Refusal(
-            f"--answer-column {data.answer_column}: not there, or empty in the first row, and"
-            f" --verifier {data.verifier} needs answers; {available}; name one, or --verifier none"
+            f"--answer-column {data.answer_column}: {data.source} has no such column, or nothing there in its first "
+            f"row, and --verifier {data.verifier} needs answers; {available}; name one, or train without scores by "
+            "--verifier none"
         )
     return columns
 
@@ -234,7 +246,7 @@ def _check(rows: Rows, row_numbers: Sequence[int], columns: Columns, data: Data,
     if len(without_answer) == len(rows):
         raise Refusal(
             f"--answer-column {columns['answer']} is empty in all {len(rows)} rows of {data.source}; name another"
-            " column, or set verifier to none"
+            " column, or train without scores by --verifier none"
         )
     if without_answer:
         warnings.warn(

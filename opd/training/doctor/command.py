@@ -36,6 +36,7 @@ BEFORE: Checks[Session] = {
     "server": pair.server,
     "settings": settings.risky_settings,
     "method": settings.compatible,
+    "routes": settings.routes,
     "learning rate": settings.learning_rate,
     "length": settings.lengths,
     "verifier": settings.verifier,
@@ -84,8 +85,8 @@ def examine_run(trainer: Trainer) -> list[Finding]:
 
 
 def static_findings(session: Session) -> list[Finding]:
-    """Return the findings that need neither rollouts nor a forward: risky settings and vocabulary differences."""
-    return _findings({"settings": settings.risky_settings, "tokens": pair.vocabulary}, session)
+    """Return the findings that need neither rollouts nor a forward: risky settings, routes, vocabularies."""
+    return _findings({name: BEFORE[name] for name in ("settings", "routes", "tokens")}, session)
 
 
 def _findings(named_checks: Checks[T], subject: T) -> list[Finding]:

@@ -179,7 +179,7 @@ def duration(run: RehearsedRun) -> Iterator[Finding]:
     times = [config.steps * s + evaluation for s in step]
     tokens = int(run.batch.mask.sum()) * share
     per_step, total = (range_text(*map(duration_text, x)) for x in (step, times))
-    speed = range_text(*(f"{tokens / s:.0f}" for s in reversed(step)))
+    speed = range_text(*(f"{tokens / s:.2g}" if tokens < 10 * s else f"{tokens / s:.0f}" for s in reversed(step)))
     yield ok(
         what=f"a step of {config.batch} rollouts takes about {per_step}, {config.steps} of them {total}, {speed} "
         f"tokens/s (an estimate from {n} rollouts, which took {run.seconds:.1f} s; responses may grow)"

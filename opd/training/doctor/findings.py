@@ -37,7 +37,8 @@ class Finding:
     detail: str = ""  # several lines for the reader, such as a diff or a table
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.check}: {': '.join(filter(None, (self.what, self.why, self.do)))}"
+        reason = f" ({self.why})" if self.why else ""
+        return f"{self.level}: {self.check}: {self.what}{reason}" + (f"; {self.do}" if self.do else "")
 
 
 ok = partial(Finding, level=Level.OK)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from opd.config import checks
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, suggestion
 from opd.core.sampling import Prompt
 from opd.core.types import DATA, RIGHT
 from opd.data.prompts import short
@@ -66,6 +66,21 @@ def compatible(session: Session) -> Iterator[Finding]:
     if not missing:
         needs = ", ".join(sorted(method.needs() | method.reads() & {"outcome", "group"}))
         yield ok(what=f"what it reads is there: {needs}")
+
+
+def routes(session: Session) -> Iterator[Finding]:
+    """Report how many prompts each teacher scores, and values of --route-column that look like misspelt routes."""
+    if not session.config.route:
+        return
+    names, counts = [name for name in session.teachers if name], session.prompts.route_counts
+    yield ok(what=", ".join(f"{counts[name]} prompts of {name}" for name in names) + f", {counts.total()} in all")
+    for value in counts.keys() - {"", *names}:
+        if meant := suggestion(value, names):
+            yield warning(
+                what=f"{counts[value]} prompts have {value!r} in --route-column {session.config.route_column}{meant}, "
+                "which no --route names, and --teacher scores them",
+                do="correct these rows, or add a --route for them",
+            )
 
 
 def learning_rate(session: Session) -> Iterator[Finding]:
@@ -145,9 +160,11 @@ def response_ends(run: RehearsedRun) -> Iterator[Finding]:
     stopped = float(run.batch.stopped.float().mean())
     if stopped < 0.9:
         room = run.session.prompts.room + max_tokens - max(len(r.prompt_ids) for r in run.rollouts)
-        larger = min(2 * max_tokens, room)
-        advice = f"--max-new-tokens {larger}, or" if larger > max_tokens else "the context allows no more:"
+        advice = f"raise --max-new-tokens (the context has room for {room}), or add"
+        if room <= max_tokens:
+            advice = "the context allows no more: add"
         never = stopped == 0
+        cut = next(r for r in run.rollouts if not r.stopped)
         wrong = "; a student that never says its stop token has the wrong one, or is no chat model" if never else ""
         yield warning(
             what=f"none of {len(lengths)} rollouts ended within --max-new-tokens {max_tokens}"
@@ -155,6 +172,7 @@ def response_ends(run: RehearsedRun) -> Iterator[Finding]:
             else f"{1 - stopped:.0%} of {len(lengths)} rollouts were cut at --max-new-tokens {max_tokens}",
             why=f"a cut response has no end to learn from, and lengths then grow to the limit{wrong}",
             do=f"{advice} --truncated drop" + ("; compare the finding `turn end`" if never else ""),
+            detail=f"the end of the first that was cut: {short(run.session.collector.text(cut.ids)[-50:])}",
         )
         return
     budget = int(np.quantile(lengths, 0.95))
