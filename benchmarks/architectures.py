@@ -32,7 +32,7 @@ from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal, at_least, one_line, positive
 from opd.core.sampling import Sampling
 from opd.models.source import EMBEDDED
-from opd.training.run_log import lines
+from opd.training.run_files import ROLLOUT, read_rows
 from opd.training.train import train
 
 LIMIT = 1e-3  # nats between a saved log-prob and the plain forward; rounding of fp32 is below 1e-4
@@ -278,7 +278,7 @@ def largest_differences(
         path = run / "rollouts" / f"step-{step:06d}"
         columns = load_file(path.with_suffix(".safetensors"))
         owners |= {"teacher_logp": "teacher"}
-        for i, row in enumerate(lines(path.with_suffix(".jsonl"))):
+        for i, row in enumerate(read_rows(path.with_suffix(".jsonl"), ROLLOUT, (object,), growing=False)):
             text = str(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False))
             prompt = tokenizer(text, add_special_tokens=False).input_ids
             ids, trained = (columns[name][i, : row["tokens"]] for name in ("ids", "mask"))

@@ -7,15 +7,13 @@ listed with the reason.
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.config.commands import Rescore
-from opd.core.disk import reading
 from opd.core.errors import Refusal
 from opd.core.types import Batch
 from opd.losses.baselines import Value
@@ -26,10 +24,11 @@ from opd.losses.terms import Match, MatchHidden, PolicyGradient, Target, Term
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
 from opd.training.metrics import weight_metrics
-from opd.training.run_folder import load_json
-from opd.training.run_log import lines, saved_at
+from opd.training.run_files import REMEDY, read_object, read_rollouts
+from opd.training.run_log import saved_at
 
 NAMES = constructors()
+NEEDED = {f.name for f in fields(Batch) if f.default is f.default_factory is MISSING}  # columns of every batch
 OWN_METHOD, NO_ADVANTAGE = "the run's own", "a token has a weight and no advantage"
 BEFORE, AFTER = 12, 4  # tokens of context shown before and after a token
 EXPECTED = {LogRatio(): 0.0, ReverseKLPlus(): -1.0}  # rewards with mean -KL + constant -> the constant
@@ -97,9 +96,11 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
     if config.tokens < 0:
         raise Refusal(f"--tokens {config.tokens}: a number of tokens to show, 0 or more")
     step, path = saved_at(config.run, config.step, "config.json")
-    with reading(path.with_suffix(".safetensors")):
-        rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
-    method_text = str(load_json(config.run / "config.json")["method"])
+    saved = read_rollouts(path)
+    rows, columns = saved.rows, saved.columns
+    if missing := sorted(NEEDED - columns.keys()):
+        raise Refusal(f"{path}.safetensors: the column {missing[0]} is missing; {REMEDY}")
+    method_text = read_object(config.run / "config.json", {"method": (str,)})["method"]
     batch, terms, run_method = batch_of(columns), own_targets(columns), parse_method(method_text)
     own_lacks = (NO_ADVANTAGE,) * any(t.advantage is None for t in terms)
     targets_by_method = {OWN_METHOD: (terms, own_lacks)}
@@ -109,8 +110,7 @@ def rescore(config: Rescore, methods: Mapping[str, Method]) -> Rescored:
         if not lacks and (method_pull := pull(targets, batch.mask)) is not None:
             pulls[name] = method_pull
     beside = next(iter(pulls), "")
-    texts = load_json(path.with_suffix(".tokens.json"))
-    text_of = lambda ids: "".join(texts.get(str(i), "") for i in ids)
+    text_of = lambda ids: "".join(saved.texts[i] for i in ids)
     verdicts = {}
     for name, (targets, lacks) in targets_by_method.items():
         agreement = None

@@ -1,6 +1,7 @@
 """The command line: a function for each command; `USAGE` lists them."""
 
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-from opd.core.errors import Refusal, Stopped, suggestion
+from opd.core.errors import Refusal, Stopped, printable, suggestion
 
 USAGE = """usage: opd COMMAND ...
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case [name, *_]:
                 raise Refusal(f"{name}: unknown command{suggestion(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
-        print("opd:", *str(error).splitlines(), file=sys.stderr)  # a value of the user may have several lines
+        print(f"opd: {printable(error)}", file=sys.stderr)
         return 2
     except Stopped as stop:
         return stop.code
@@ -85,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _stdout_is_closed():
             raise
         return 1  # like rich, which prints the tables
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"opd: {printable(error.filename)}: no file has so long a name; name another one", file=sys.stderr)
+        return 2
     return 0
 
 

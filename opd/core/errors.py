@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 CLOSE = 0.7  # lowest ratio of difflib at which a name counts as a misspelling of another
 
+LONGEST_WORD = 300  # characters between blanks: paths are shorter
+LONGEST_MESSAGE = 1500  # characters of a message: its beginning names the flag, and its end the remedy
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
+
 
 class Refusal(ValueError):
     """An error that the user can fix: a line that names the flag, the value, the reason and the remedy."""
@@ -92,3 +96,19 @@ def one_line(message: object, limit: int = 200) -> str:
     """Return a message as one line of at most `limit` characters."""
     text = " ".join(str(message).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(message: object) -> str:
+    """Return a message as a line that a terminal shows and does not obey; what it quotes may come from anywhere.
+
+    Control characters become escapes, such as \\x1b, and words and messages that are too long lose their middle.
+    """
+    words = [_cut(word, LONGEST_WORD) for word in str(message).split()]
+    line = _cut(" ".join(words), LONGEST_MESSAGE)
+    return UNPRINTABLE.sub(lambda character: character[0].encode("unicode_escape", "surrogatepass").decode(), line)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Return a text without its middle, if it is too long."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"

@@ -1,18 +1,21 @@
-"""Tensors inside values, `map_tensors(function, value)`, and in safetensors files, `save_tensors(tensors, path)`."""
+"""Tensors inside values, `map_tensors(function, value)`, and in files, `save_tensors` and `load_tensors`."""
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opd.core.disk import follow_umask
 
 T = TypeVar("T")
+SEAL = "sha256."  # before the name of a tensor: the key of its digest in the metadata of the file
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
@@ -34,9 +37,36 @@ def all_finite(x: Tensor) -> bool:
     return not x.is_floating_point() or not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file, which appears under its name only once it is complete."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, sealed: bool = False) -> None:
+    """Write tensors to a safetensors file, which appears under its name only once it is complete.
+
+    A `sealed` file holds the digest of each tensor, which `load_tensors` compares.
+    """
     part = path.with_name(f"{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, part, {SEAL + name: _digest(x) for name, x in plain.items()} if sealed else None)
     follow_umask(part)
     os.replace(part, path)
+
+
+def load_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Load the named tensors that a safetensors file has, or all; others, some large, are not read.
+
+    Raises ValueError if a tensor of a sealed file is missing or differs from its digest.
+    """
+    with safe_open(path, "pt") as file:
+        saved = set(file.keys())
+        seals = {k.removeprefix(SEAL): v for k, v in (file.metadata() or {}).items() if k.startswith(SEAL)}
+        tensors = {name: file.get_tensor(name) for name in (names or sorted(saved)) if name in saved}
+    for name in (set(names) or saved | seals.keys()) & (saved | seals.keys()) if seals else ():
+        if name not in tensors or _digest(tensors[name]) != seals.get(name):
+            raise ValueError(f"{name} is not what was written")
+    return tensors
+
+
+def _digest(x: Tensor) -> str:
+    """Return a hash of a tensor's type, shape and bytes."""
+    content = x.reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
+    digest.update(content.data)
+    return digest.hexdigest()

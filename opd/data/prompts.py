@@ -12,12 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from opd.core import json_text
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
+from opd.data.verifiers import sandbox
 
 # Chat templates that write the date get this one, that of Llama 3.1's template, so that a resumed run renders the
 # prompts of the first run.
 DATE = datetime(2024, 7, 26)
+_TRIED: set[str] = set()  # chat templates that stay within the limits of time and memory
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ def loses_text(tokenizer: Tokenizer, text: str) -> bool:
 def parse_template_arguments(text: str) -> Mapping[str, Any]:
     """Parse the JSON object of --template-args.  Raises Refusal if the text is not a JSON object."""
     try:
-        arguments = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        arguments = json_text.parse(text or "{}")
+    except ValueError as error:
         raise Refusal(f"--template-args {text}: not json ({error}); write '{{\"enable_thinking\": false}}'") from error
     if not isinstance(arguments, dict):
         raise Refusal(f"--template-args {text}: must be a json object such as '{{\"enable_thinking\": false}}'")
@@ -162,11 +165,11 @@ def _turns(messages: tuple[Mapping[str, Any], ...]) -> list[dict[str, Any]]:
 def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a tool call whose arguments are a mapping; APIs write them as JSON text, which a template would quote."""
     function = call.get("function", call)
-    if not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        function = {**function, "arguments": json.loads(function["arguments"])}
-    except (ValueError, RecursionError):
+        function = {**function, "arguments": json_text.parse(function["arguments"])}
+    except ValueError:
         return call
     return {**call, "function": function} if "function" in call else function
 
@@ -176,8 +179,8 @@ def _tools(prompt: Prompt) -> list[Any]:
     tools = prompt.columns.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
+            tools = json_text.parse(tools)
+        except ValueError:
             return []
     return tools if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools) else []
 
@@ -217,9 +220,12 @@ def _template_text(
     arguments = {"tools": tools or None, **chat_template_kwargs}
     try:
         template = _dated(tokenizer.get_chat_template(tools=arguments["tools"]))
+        _check_limits(tokenizer, template, turns, arguments)
         text = tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
         )
+    except Refusal:
+        raise
     except Exception as error:  # a template is a program by the model's author and may raise any exception
         roles = ", ".join(turn["role"] for turn in turns)
         raise Refusal(
@@ -234,6 +240,24 @@ def _template_text(
             "it would be ignored: correct the name, or give it only to the model that knows it"
         )
     return str(text)
+
+
+def _check_limits(
+    tokenizer: Tokenizer, template: str, turns: list[dict[str, Any]], arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a chat template that needs too much time or memory; a child process tries each template once."""
+    if template in _TRIED:
+        return
+    common = {**tokenizer.special_tokens_map, **arguments, "add_generation_prompt": True}
+    question = {"role": "user", "content": "What is 2 + 3?"}
+    conversations = (turns, [question], [question, {"role": "assistant", "content": "5"}, question])
+    if not sandbox.score("template", template, [common | {"messages": messages} for messages in conversations]):
+        raise Refusal(
+            f"messages: the chat template of {model_name(tokenizer)} takes more than {sandbox.CPU_LIMIT:g} s or "
+            f"{sandbox.TEMPLATE_MEMORY >> 20} MB for a conversation: it is broken, or meant to do harm: set another "
+            "chat_template"
+        )
+    _TRIED.add(template)
 
 
 def _dated(template: str) -> str:

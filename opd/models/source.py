@@ -3,10 +3,8 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from opd.core import json_text
 from opd.core.disk import disk, nearest
 from opd.core.errors import Refusal, first_line
 from opd.data import hub
@@ -54,14 +53,13 @@ def locate(name: str, *, field: str, trust_remote_code: bool = False) -> ModelSo
         return _find_source(name, trust_remote_code)
     except Missing as error:
         raise Refusal(f"--{field} {name}: {error}") from error
-    except RecursionError as error:
-        raise Refusal(
-            f"--{field} {name}: its {ADAPTER_CONFIG} leads back to itself: correct base_model_name_or_path there"
-        ) from error
 
 
-def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
-    """Find the files of a model, and those of its base if it is an adapter.  Raises Missing."""
+def _find_source(name: str, trust_remote_code: bool, above: tuple[Path, ...] = ()) -> ModelSource:
+    """Find the files of a model, and those of its base if it is an adapter.  Raises Missing.
+
+    `above` are the folders of the adapters that lead to it.
+    """
     if name.startswith("embedded:"):
         folder = EMBEDDED / name.removeprefix("embedded:")
         if not (folder / "config.json").is_file():
@@ -74,7 +72,7 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
     if path.is_file():
         raise Missing("is a file; name the folder of a saved model, or a .gguf file")
     if path.is_dir():
-        return _check_folder(ModelSource(str(_checked_weights(path).resolve()), trust_remote_code, name=name))
+        return _check_folder(ModelSource(str(_checked_weights(path).resolve()), trust_remote_code, name=name), above)
     repository = hub.parse(name)
     if repository is None:
         raise Missing(f"no such folder or .gguf file{nearest(path)}; a hub id looks like owner/name")
@@ -82,7 +80,8 @@ def _find_source(name: str, trust_remote_code: bool) -> ModelSource:
         folder, commit = hub.snapshot(repository)
     except Missing as error:
         raise Missing(f"{hub.no_path(path)}{error}") from error
-    return _check_folder(ModelSource(str(folder), trust_remote_code, replace(repository, revision=commit), name=name))
+    found = ModelSource(str(folder), trust_remote_code, replace(repository, revision=commit), name=name)
+    return _check_folder(found, above)
 
 
 def _checked_weights(path: Path) -> Path:
@@ -95,11 +94,13 @@ def _checked_weights(path: Path) -> Path:
     return newest or path
 
 
-def _check_folder(source: ModelSource) -> ModelSource:
+def _check_folder(source: ModelSource, above: tuple[Path, ...]) -> ModelSource:
     """Return the source of a model or adapter folder, with the adapter's base.  Raises Missing for any other folder."""
     folder = Path(source.folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return replace(source, base=_base_of(folder, source.trust_remote_code))
+        if folder in above:
+            raise Missing(f"it is its own base; correct base_model_name_or_path in {folder / ADAPTER_CONFIG}")
+        return replace(source, base=_base_of(folder, source.trust_remote_code, (*above, folder)))
     if (folder / "method.txt").is_file():
         raise Missing("this run has no checkpoint yet; name one that has, or the folder of a saved model")
     if not (folder / "config.json").is_file():
@@ -108,20 +109,21 @@ def _check_folder(source: ModelSource) -> ModelSource:
     return source
 
 
-def _base_of(folder: Path, trust_remote_code: bool) -> ModelSource:
+def _base_of(folder: Path, trust_remote_code: bool, above: tuple[Path, ...]) -> ModelSource:
     """Find the model that an adapter was trained on; raises Missing."""
     try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+        settings = json_text.parse((folder / ADAPTER_CONFIG).read_text())
         name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise Missing(f"its {ADAPTER_CONFIG} cannot be read: {first_line(error)}") from error
-    if not name:
+    if not name or not isinstance(name, str):
         raise Missing(f"its {ADAPTER_CONFIG} names no base model: write base_model_name_or_path into it")
     beside = folder.parent.parent / BASE_FOLDER  # the run folder may have been moved after the run
     if Path(name).name == BASE_FOLDER and not Path(name).exists() and (beside / "config.json").is_file():
         name = str(beside)
     try:
-        return _find_source(f"{name}@{revision}" if revision and not Path(name).exists() else name, trust_remote_code)
+        pinned = f"{name}@{revision}" if revision and not Path(name).exists() else name
+        return _find_source(pinned, trust_remote_code, above)
     except Missing as error:
         raise Missing(
             f"the base model of this adapter, {name}, is missing: {error}; restore it, or correct "
@@ -136,15 +138,18 @@ def _dequantised(file: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd" / f"{file.stem}-{key}"
     if (cache / "config.json").is_file():
         return cache
+    # The folder around the file is not read: its configuration could name code.
+    options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    quantization = GgufConfig(dequantize=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar: `progress.loading` shows one
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+                file.parent, quantization_config=quantization, dtype=torch.float32, use_safetensors=True, **options
             )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     except ImportError as error:
         raise Refusal(f"{file}: reading a GGUF file needs the gguf package: pip install 'opd[gguf]'") from error
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except Exception as error:  # the parser follows whatever the file says, and fails in many ways
         raise Refusal(f"{file}: not a GGUF file that transformers can read: {first_line(error)}") from error
     # Several processes may convert at once: each writes a separate folder, and the first to finish renames it.
     with disk(f"writing {cache}", "mend that, or set XDG_CACHE_HOME to another folder"):

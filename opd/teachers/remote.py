@@ -22,8 +22,9 @@ from opd.head.inputs import Hidden, TeacherLogps
 from opd.head.vocabulary import Head
 from opd.losses.hidden_states import Lens
 from opd.models.remote import opd_protocol as wire
-from opd.models.remote.client import Malformed, Traffic, read_json
+from opd.models.remote.client import ANSWER_BYTES, Malformed, Traffic, read_json
 from opd.models.remote.vllm_protocol import (
+    DTYPES,
     OPD_SERVE_COLUMNS,
     OTHER_SERVER_COLUMNS,
     TOKENS_PER_REQUEST,
@@ -36,7 +37,6 @@ from opd.models.remote.vllm_protocol import (
 from opd.teachers.base import BaseTeacher, TeacherState
 
 TIES = 2  # tokens scored in addition to the student's top k: rounding may reorder ties in the student's next pass
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 K = TypeVar("K", Hidden, TeacherLogps)
 R = TypeVar("R")
 NONE: Mapping[str, int] = MappingProxyType({})
@@ -129,7 +129,9 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
         super().__init__(server, to=to)
         identity = server.identity
         self.dtype, self.width = DTYPES[identity["dtype"]], identity["width"]
-        tensors = self.client.get("/opd/head", self._tensors("weight", (identity["rows"], self.width)))
+        shape = (identity["rows"], self.width)
+        limit = ANSWER_BYTES + (shape[0] + 1) * self.width * self.dtype.itemsize
+        tensors = self.client.get("/opd/head", self._tensors("weight", shape), limit=limit)
         weight, bias = tensors["weight"].to(to), tensors.get("bias")
         self.head = Head(weight, None if bias is None else bias.to(to), identity["scale"], identity["softcap"])
 
@@ -158,6 +160,8 @@ class HiddenTeacher(_ServerTeacher[Hidden]):
                 raise Malformed(f"no safetensors: {error}") from error
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != self.dtype:
                 raise Malformed(f"{name} is not {shape} of {self.dtype}")
+            if not tensors[name].isfinite().all():
+                raise Malformed(f"{name} is not finite")
             return tensors
 
         return read

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from opd.core.errors import printable
+
 LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 AT_ONCE = {signal.SIGINT, signal.SIGTERM}  # signals that stop the run at once if they are repeated
 AGAIN = 1.0  # seconds
@@ -22,7 +24,11 @@ AGAIN = 1.0  # seconds
 def loading(*names: str, quiet: bool) -> Iterator[None]:
     """Show on a terminal which models are being loaded; print nothing elsewhere, or on ranks other than 0."""
     console = Console(stderr=True, quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
-    status = console.status(Text(f"loading {', '.join(names)}")) if console.is_terminal else contextlib.nullcontext()
+    status = (
+        console.status(Text(f"loading {printable(', '.join(names))}"))
+        if console.is_terminal
+        else contextlib.nullcontext()
+    )
     with status:
         yield
 
@@ -82,7 +88,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays above the progress bar."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, name: str, line: str) -> None:
         """Print a warning the first time that its name occurs."""

@@ -178,7 +178,8 @@ class Run:
             folder.mkdir(exist_ok=True)
             self._write(f"rollouts/step-{step:06d}.tokens.json", json.dumps(tokens))
             self._write(f"rollouts/step-{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            save_tensors(tensors, folder / f"step-{step:06d}.safetensors")  # last: it marks a complete set of files
+            # last: it marks a complete set of files
+            save_tensors(tensors, folder / f"step-{step:06d}.safetensors", sealed=True)
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int | None, main: bool) -> Iterator[Path]:

@@ -1,24 +1,24 @@
 """Reading of run folders, `read(folder) -> Log`, and grouping of runs that differ only by seed, `group_runs(logs)`."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from opd.core.disk import reading
 from opd.core.errors import Refusal
 from opd.core.intervals import interval
 from opd.methods import METHODS
-from opd.training.run_folder import flat, load_json
+from opd.training.run_files import NUMBER, REMEDY, Row, read_columns, read_object, read_rows
+from opd.training.run_folder import flat
 
 INCIDENTAL = frozenset({"seed", "data.seed", "out", "resume", "quiet", "keep", "trackers"})  # ignored in grouping
-Row = Mapping[str, Any]
+STEP_NAME = re.compile(r"step-(\d+)")  # the stem of a file that is written once at a step
+EVALUATION = {"prompt": (str,), "outcome": NUMBER, "length": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ class Log:
 
     def columns(self, step: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load the named columns of a step as far as they were saved; other columns, some large, are not read."""
-        path = self.folder / "rollouts" / f"step-{step:06d}.safetensors"
-        with reading(path), safe_open(path, "pt") as file:
-            saved_names = set(file.keys())
-            return {name: file.get_tensor(name) for name in names if name in saved_names}
+        return read_columns(self.folder / "rollouts" / f"step-{step:06d}.safetensors", names)
 
     def series(self, name: str) -> dict[int, float]:
         """Return a number by step, from any of the three logs."""
@@ -47,33 +44,41 @@ class Log:
 
 
 def read(folder: Path) -> Log:
-    """Read a run folder.  Raise Refusal if the folder is not a run or has no finished step."""
+    """Read a run folder.  Raise Refusal if the folder is not a run, is damaged, or has no finished step."""
     if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
         raise Refusal(f"RUN {folder}: there is no {missing[0]} in it; name the --out folder of an `opd train`")
     rows = lines(folder / "metrics.jsonl")
     if not rows:
         raise Refusal(f"RUN {folder}: no step is finished yet; wait for the first line of its metrics.jsonl")
+    steps = tuple(r for r in rows if "loss" in r)
+    for expected, row in enumerate(steps, 1):
+        if row["step"] != expected:
+            raise Refusal(f"{folder / 'metrics.jsonl'}: step {row['step']} in the place of step {expected}; {REMEDY}")
     environment = folder / "environment.json"
-    evals = sorted((folder / "evals").glob("step-*.jsonl"), key=step_of)
+    evals = at_steps(folder / "evals", ".jsonl")
     return Log(
         folder=folder,
-        config=dict(flat(load_json(folder / "config.json"))),
-        environment=load_json(environment) if environment.is_file() else {},
-        steps=tuple(r for r in rows if "loss" in r),
+        config=dict(flat(read_object(folder / "config.json", {"method": (str,)}))),
+        environment=read_object(environment, {}) if os.path.lexists(environment) else {},
+        steps=steps,
         evaluations=tuple(r for r in rows if "loss" not in r),
-        perf=tuple(lines(folder / "perf.jsonl")),
-        prompts={step_of(p): {r["prompt"]: r for r in lines(p)} for p in evals},
+        perf=tuple(lines(folder / "perf.jsonl", "seconds")),
+        prompts={
+            step: {r["prompt"]: r for r in read_rows(p, EVALUATION, (*NUMBER, bool), growing=False)}
+            for step, p in evals.items()
+        },
     )
 
 
-def step_of(path: Path) -> int:
-    """Return the step in a file name such as `step-000100.jsonl`."""
-    return int(path.stem.removeprefix("step-"))
+def at_steps(folder: Path, suffix: str) -> dict[int, Path]:
+    """Return the files of a folder with names such as `step-000100.jsonl`, by their steps."""
+    names = ((STEP_NAME.fullmatch(path.stem), path) for path in sorted(folder.glob(f"step-*{suffix}")))
+    return {int(name[1]): path for name, path in names if name}
 
 
 def saved(run: Path) -> dict[int, Path]:
     """Return the paths of a run's saved rollouts by step, without the file suffix."""
-    return {step_of(p): p.with_suffix("") for p in sorted((run / "rollouts").glob("step-*.safetensors"), key=step_of)}
+    return {step: path.with_suffix("") for step, path in at_steps(run / "rollouts", ".safetensors").items()}
 
 
 def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
@@ -87,11 +92,10 @@ def saved_at(run: Path, step: int, *needed: str) -> tuple[int, Path]:
     return step, paths[step]
 
 
-def lines(path: Path) -> list[Row]:
-    """Return the complete lines of a log; the last line of a running job may be incomplete and is then left out."""
-    with reading(path):
-        text = path.read_text() if path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def lines(path: Path, *required: str) -> list[Row]:
+    """Return the complete lines of a log, whose values are numbers; a log that no step has written yet is empty."""
+    fields = dict.fromkeys(required, NUMBER) | {"step": (int,)}
+    return read_rows(path, fields, NUMBER, growing=True) if os.path.lexists(path) else []
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,13 @@ class RunGroup:
             if shares is not None:
                 prompt_interval = interval(shares.mean(0).tolist())
                 return min(prompt_interval.low, *values), max(prompt_interval.high, *values)
-            bands = [(r["eval_low"], r["eval_high"]) for run in self.runs for r in run.evaluations if r["step"] == step]
-            return min(low for low, _ in bands), max(high for _, high in bands)
+            bounds = [
+                run.series(end)[step]
+                for run in self.runs
+                for end in ("eval_low", "eval_high")
+                if step in run.series(end)
+            ]
+            return min(*bounds, *values), max(*bounds, *values)
         if name == "eval_reverse_kl":  # runs share prompts: averaging runs does not reduce this error
             errors = [run.series("eval_reverse_kl_se").get(step, 0.0) for run in self.runs]
             centre, half_width = sum(values) / len(values), 1.96 * sum(errors) / len(errors)
@@ -145,11 +154,15 @@ class RunGroup:
         return min(values), max(values)
 
     def held_out(self, name: str, step: int, among: Sequence[str] = ()) -> np.ndarray | None:
-        """Return a number [runs, prompts] of the held-out prompts (or `among`) at a step; None if a run lacks it."""
+        """Return a number [runs, prompts] of the held-out prompts (or `among`) at a step; None if a prompt lacks it."""
         tables_by_run = [run.prompts.get(step) for run in self.runs]
         tables = [t for t in tables_by_run if t]
         shared = list(among) or self.shared(step)
-        if len(tables) < len(tables_by_run) or not shared or any(p not in t for t in tables for p in shared):
+        if (
+            len(tables) < len(tables_by_run)
+            or not shared
+            or any(name not in t.get(p, ()) for t in tables for p in shared)
+        ):
             return None
         return np.array([[float(t[p][name]) for p in shared] for t in tables])
 

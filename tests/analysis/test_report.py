@@ -24,7 +24,7 @@ from opd.analysis.report.figures import (
     training_effects,
 )
 from opd.analysis.report.inspect import inspect, rock_shares
-from opd.analysis.report.page import finite, report
+from opd.analysis.report.page import presentable, report
 from opd.config.commands import Inspect, Report
 from opd.core.errors import Refusal
 from opd.core.intervals import paired
@@ -241,7 +241,7 @@ def test_alarm_of_agreement_without_accuracy(runs):
 
 
 def test_what_json_has_no_word_for():
-    assert finite({"a": [math.nan, 1.23456789, "x"], 3: math.inf}) == {"a": [None, 1.23457, "x"], "3": None}
+    assert presentable({"a": [math.nan, 1.23456789, "x"], 3: math.inf}) == {"a": [None, 1.23457, "x"], "3": None}
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,82 @@ def test_inspect_in_a_browser(runs, visit, tmp_path):
     page.keyboard.press("Escape")
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
+    page.click("#keys button")
+    assert not page.locator("#keys").is_visible()
+
+
+HOSTILE = (
+    "/*policy*//*style*//*data*//*program*/ <script>document.title='ran'</script></script></style><!--<script> "
+    "<img src=x onerror=\"document.title='ran'\"><svg onload=\"document.title='ran'\"> \u2028\u2029]]> '\" "
+    "<a href=\"javascript:document.title='ran'\">x</a> \0\x1b[31m \u202ereversed"
+)
+SHOWN = HOSTILE.translate({0: "\u2400", 0x1B: "\u241b", 0x202E: "[U+202E]"})
+
+
+def hostile_run(run, folder):
+    """Return a copy of a run with HOSTILE as every text, and as a name in every file."""
+    evil = shutil.copytree(run, folder)
+    change = lambda path, edit: path.write_text("".join(json.dumps(edit(json.loads(x))) + "\n" for x in path.open()))
+    text = lambda value: (
+        {k: text(v) for k, v in value.items()} | {HOSTILE: HOSTILE} if isinstance(value, dict) else HOSTILE
+    )
+    for name in ("config.json", "environment.json"):
+        (evil / name).write_text(json.dumps(text(json.loads((evil / name).read_text()))))
+    names = {HOSTILE: 1.0, f"outcome.{HOSTILE}": 0.5, f"teacher.{HOSTILE}.reverse_kl": 0.1}
+    change(evil / "metrics.jsonl", lambda row: row | names)
+    change(evil / "perf.jsonl", lambda row: row | {f"{HOSTILE}_s": 1.0})
+    texts = dict.fromkeys(("answer", "response"), HOSTILE)
+    prompts = (HOSTILE, [{"role": HOSTILE, "content": HOSTILE}])
+    for path in (evil / "rollouts").glob("step-*.jsonl"):
+        change(path, lambda row: row | texts | {"prompt": prompts[row["index"] % 2]})
+    for path in (evil / "rollouts").glob("*.tokens.json"):
+        path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), HOSTILE)))
+    return evil
+
+
+EVERYTHING = """() => {
+    const events = ["pointerenter", "pointermove", "mouseover", "click", "focus", "change", "input"];
+    for (const node of document.querySelectorAll("body *"))
+        for (const name of events) node.dispatchEvent(new MouseEvent(name, { bubbles: true, clientX: 9, clientY: 9 }));
+    const foreign = "img, iframe, a, base, object, embed, [onerror], [onload]";
+    const count = (selector) => document.querySelectorAll(selector).length;
+    return [document.title === "ran", count(foreign), count("script, style")];
+}"""
+
+
+def test_any_text_is_text(runs, visit, tmp_path):
+    """Marks of the template, markup, and characters that hide or reorder others, in every field of a run."""
+    evil = hostile_run(runs[0], tmp_path / "evil <b>&")
+    page = visit(inspect(Inspect(run=evil, out=tmp_path / "inspect.html")))
+    page.wait_for_selector("body[data-ready]")
+    assert page.locator("#prompt").text_content().startswith(SHOWN)
+    assert SHOWN in page.locator("#tokens .t").first.text_content()
+    assert page.evaluate(EVERYTHING) == [False, 0, 3]
+    page = visit(report(Report(runs=(evil,), out=tmp_path / "report.html")))
+    assert page.locator("#curves figure").count() >= 9
+    assert SHOWN in page.locator("#config").text_content() and SHOWN in page.locator("#environment").text_content()
+    page.click("#others summary")
+    page.wait_for_selector("#others svg")
+    assert SHOWN.replace("_", " ") in page.locator("#others").text_content() + page.locator("#curves").text_content()
+    assert page.evaluate(EVERYTHING) == [False, 0, 3]
+
+
+def test_the_policy_is_a_second_wall(runs, browser, tmp_path):
+    """Markup that reached the page after all runs no program, has no style, and fetches nothing."""
+    path = report(Report(runs=(runs[0],), out=tmp_path / "report.html"))
+    markup = "<script>document.title = 'ran'</script><i id=i style='color: red' onclick='document.title = 1'>x</i>"
+    path.write_text(path.read_text().replace("</body>", f"{markup}<img src=http://127.0.0.1:9/x></body>"))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.locator("#i").dispatch_event("click")
+    assert page.title() not in ("ran", "1")
+    assert page.evaluate("getComputedStyle(document.querySelector('#i')).color") != "rgb(255, 0, 0)"
+    fetched = "fetch('http://127.0.0.1:9/').then(() => 'sent', (error) => error.message)"
+    refused = []
+    page.on("console", lambda message: refused.append(message.text))
+    page.evaluate(fetched)
+    assert any("Content Security Policy" in text for text in refused)
+    page.close()
 
 
 def test_a_thousand_rollouts_scroll(runs, visit, tmp_path):

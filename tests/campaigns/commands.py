@@ -113,19 +113,29 @@ def start(
     arguments: Sequence[str],
     environment: Mapping[str, str] = MappingProxyType({}),
     before: Callable[[], object] = lambda: None,
+    typed: bytes = b"",
 ) -> Running:
-    """Start `opd ARGUMENTS` in a child without a terminal, after `before()` in it."""
+    """Start `opd ARGUMENTS` in a child without a terminal, whose input is `typed`, after `before()` in it."""
     output = tempfile.TemporaryFile()  # noqa: SIM115  # `Running.outcome` closes it
-    child = os.fork()
-    if not child:
-        os.environ.update(environment)
-        _be_opd(arguments, output.fileno(), before)
+    with tempfile.TemporaryFile() as keyboard:
+        keyboard.write(typed)
+        keyboard.seek(0)
+        child = os.fork()
+        if not child:
+            os.environ.update(environment)
+            _be_opd(arguments, keyboard.fileno(), output.fileno(), before)
     return Running(child, output)
 
 
-def run_command(arguments: Sequence[str], seconds: float = 60, before: Callable[[], object] = lambda: None) -> Outcome:
+def run_command(
+    arguments: Sequence[str],
+    seconds: float = 60,
+    before: Callable[[], object] = lambda: None,
+    *,
+    typed: bytes = b"",
+) -> Outcome:
     """Run `opd ARGUMENTS` in a child; SIGKILL ends it after `seconds`."""
-    return start(arguments, before=before).outcome(seconds)
+    return start(arguments, before=before, typed=typed).outcome(seconds)
 
 
 def start_ranks(arguments: Sequence[str], processes: int) -> list[Running]:
@@ -140,12 +150,13 @@ def start_ranks(arguments: Sequence[str], processes: int) -> list[Running]:
     return [start(arguments, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
 
-def _be_opd(arguments: Sequence[str], output: int, before: Callable[[], object]) -> None:
-    """Run a command with its output in a file, then end this process."""
+def _be_opd(arguments: Sequence[str], keyboard: int, output: int, before: Callable[[], object]) -> None:
+    """Run a command with its input and output in files, then end this process."""
     code = 1
     try:
         os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(keyboard, 0)
+        sys.stdin = os.fdopen(os.dup(0))
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1, errors="backslashreplace") for fd in (1, 2))

@@ -16,6 +16,7 @@ from opd.core.sampling import Prompt
 from opd.data.prompt_stream import Prompts
 from opd.data.prompts import loses_text, render
 from opd.data.tasks.load import load
+from opd.data.verifiers import sandbox
 from tests.data.test_tables import CHAT, TOOLS, write
 from tests.data.test_tokenizers import byte_level
 
@@ -65,6 +66,36 @@ def test_a_template_with_the_date_renders_the_same_on_every_day():
     assert text(dated, prompt) == "26 Jul 2024 2024 user:hi;" and datetime.now().year > 2024
     with pytest.warns(UserWarning, match="resumed on another day"):
         text("{% set form = '%Y' %}{{ strftime_now(form) }}" + PLAIN, prompt)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 3000000000 }}",
+        "{{ '%3000000000d' % 1 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}{{ s.x }}",
+        "{% if tools %}{{ 'a' * 3000000000 }}{% endif %}",
+        "{% if messages | length > 1 %}{{ 'a' * 3000000000 }}{% endif %}",
+    ],
+)
+def test_a_template_without_end_is_refused(template):
+    """In a child process: this one neither waits nor grows."""
+    turns = ({"role": "user", "content": "a"},)
+    with pytest.raises(Refusal, match="takes more than 2 s or 512 MB") as caught:
+        text(template, Prompt(messages=turns, columns={"tools": TOOLS}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_trial_of_a_template_knows_what_transformers_knows():
+    """Its tags and filters: where the trial failed for another reason, it would say nothing about time and memory."""
+    template = (
+        "{% for m in messages %}{% generation %}{{ m | tojson(indent=2) }}{% endgeneration %}{% break %}{% endfor %}"
+        "{{ strftime_now('%Y') }}{{ eos_token }}{{ raise_exception('no') if add_generation_prompt is undefined }}"
+    )
+    arguments = {"messages": [{"role": "user", "content": "\u00e9"}], "add_generation_prompt": True}
+    assert sandbox.score("template", template, [arguments])
+    assert not sandbox.score("template", template + "{{ 'a' * 3000000000 }}", [arguments])
 
 
 def stream(source: str, template: str = PLAIN, room: int = 60, **options) -> Prompts:

@@ -237,7 +237,7 @@ def test_probability_0_and_rounding_are_log_probs():
 
 
 def test_a_name_that_opd_serve_has_not():
-    identity = {"protocol": 1, "model": "big", "context": 512, "fingerprint": "f"}
+    identity = IDENTITY | {"model": "big", "context": 512}
     with scripted({"/opd/identity": lambda asked: (200, identity)}) as server:
         assert connect(server.url, QUICK).model == connect(server.url + "#big", QUICK).model == "big"
         with pytest.raises(opd.Refusal, match=r"--route x http.*it serves big; name one as .*#NAME"):
@@ -392,3 +392,56 @@ def test_no_proxy_is_asked(monkeypatch):
     with scripted({}) as server:
         there = Server(Client(server.url, QUICK), "big", 95, {})
         assert there.client.get("/v1/models", httpx.Response.json) == CARDS
+
+
+IDENTITY = {
+    "protocol": 1, "model": "m", "vocabulary": "v", "fingerprint": "f", "dtype": "float32", "rows": 9, "width": 4,
+    "context": 64, "scale": 1.0, "softcap": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/v1/models", b"[" * 100_000),
+        ("/v1/models", b'{"data": ' + b"[" * 500 + b"]" * 500 + b"}"),
+        ("/v1/models", b"\xff\xfe"),
+        ("/v1/models", b"null"),
+        ("/v1/models", {"data": None}),
+        ("/v1/models", {"data": {"id": 1}}),
+        ("/v1/models", {"data": [{"id": "m", "max_model_len": "long"}]}),
+        ("/v1/models", {"data": [{"id": ["m"]}]}),
+        ("/v1/models", b'{"data": [{"id": "m", "max_model_len": ' + b"9" * 5000 + b"}]}"),
+        ("/opd/identity", {"protocol": 1}),
+        ("/opd/identity", IDENTITY | {"dtype": "object"}),
+        ("/opd/identity", IDENTITY | {"rows": -1}),
+        ("/opd/identity", IDENTITY | {"width": "4"}),
+        ("/opd/identity", IDENTITY | {"context": None}),
+        ("/opd/identity", [IDENTITY]),
+    ],
+)
+def test_whatever_a_server_says_of_itself_is_a_line(path, answer):
+    with (
+        scripted({path: lambda asked: (200, answer)}) as server,
+        pytest.raises(opd.Refusal, match="malformed") as caught,
+    ):
+        connect(server.url, replace(QUICK, teacher_retries=0))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_an_answer_without_end_is_given_up():
+    with scripted({"/big": lambda asked: (200, b"x" * (2 << 20)), "/fine": lambda asked: (200, b"[1]")}) as server:
+        client = Client(server.url, replace(QUICK, teacher_retries=0))
+        with pytest.raises(opd.Refusal, match="more than 1 MB"):
+            client.get("/big", lambda response: response.text, limit=1 << 20)
+        assert client.get("/fine", lambda response: response.text) == "[1]"
+        assert client.traffic.received == 3 and client.traffic.requests == 1
+
+
+def test_an_error_of_a_server_does_not_reach_the_terminal(capsys):
+    said = {"error": {"message": "\x1b]0;title\x07 no\n" + "x" * 9000}}
+    with scripted({"/v1/models": lambda asked: (400, said)}) as server:
+        prompts = ["--student", "embedded:student", "--prompts", "embedded:ledger-short"]
+        assert main(["train", *prompts, "--teacher", server.url, "vopd"]) == 2
+    shown = capsys.readouterr().err
+    assert "HTTP 400" in shown and shown.count("\n") == 1 and "\x1b" not in shown and len(shown) < 700

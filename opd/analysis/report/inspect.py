@@ -7,15 +7,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.analysis.report.page import page_file, write
 from opd.config.commands import Inspect
-from opd.core.disk import reading
-from opd.core.errors import Refusal
-from opd.training.run_folder import load_json
-from opd.training.run_log import lines, saved_at
+from opd.training.run_files import SavedRollouts, read_rollouts
+from opd.training.run_log import saved_at
 
 TITLES: Mapping[str, str] = {  # columns for colouring tokens -> their titles
     "reverse_kl": "reverse KL",
@@ -32,23 +29,16 @@ def inspect(config: Inspect) -> Path:
     file = page_file("inspect", config, (config.run,))
     file.check()
     step, path = saved_at(config.run, config.step)
-    with reading(path.with_suffix(".safetensors")):
-        rows, columns = lines(path.with_suffix(".jsonl")), load_file(path.with_suffix(".safetensors"))
-    texts = path.with_suffix(".tokens.json")
-    if not texts.is_file():
-        raise Refusal(f"RUN {config.run}: {texts.name} is not there; the run was written by another version of opd")
-    write(file, "inspect", payload(config.run, step, rows, columns, load_json(texts)))
+    write(file, "inspect", payload(config.run, step, read_rollouts(path)))
     return config.out
 
 
-def payload(
-    run: Path, step: int, rows: list, columns: Mapping[str, Tensor], texts: Mapping[str, str]
-) -> dict[str, object]:
+def payload(run: Path, step: int, rollouts: SavedRollouts) -> dict[str, object]:
     """Return the rollouts and their columns, flat over response tokens; row b has those at [start[b], start[b + 1])."""
+    rows, columns, names = rollouts.rows, rollouts.columns, list(rollouts.texts)
     mask = columns["mask"]
     lengths = torch.tensor([row["tokens"] for row in rows])
     is_response = torch.arange(mask.shape[1]) < lengths[:, None]
-    names = [int(name) for name in texts]
     token_index = torch.zeros(1 + max(names), dtype=torch.long)
     token_index[torch.tensor(names)] = torch.arange(len(names))
     columns_by_title = {title: columns[name] for name, title in TITLES.items() if name in columns}
@@ -67,7 +57,7 @@ def payload(
         "step": step,
         "rollouts": rows,
         "start": [0, *lengths.cumsum(0).tolist()],
-        "tokens": list(texts.values()),
+        "tokens": list(rollouts.texts.values()),
         "names": names,
         "ids": packed(token_index[columns["ids"].long()][is_response].to(torch.int32)),
         "trained": packed(mask[is_response].to(torch.uint8)),

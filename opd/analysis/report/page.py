@@ -1,7 +1,10 @@
 """`opd report`: writes one HTML page about run folders that needs no network, `report(Report(...)) -> path`."""
 
+import base64
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -13,6 +16,11 @@ from opd.config.commands import Inspect, Report
 from opd.core.disk import OutputFile, has_mark
 from opd.core.errors import Refusal
 from opd.training.run_log import group_runs, read
+
+PLACE = re.compile(r"/\*(policy|style|data|program)\*/")  # in the templates; what fills one is not searched again
+BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # Unicode's controls of the direction of text
+VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\u2421"}
+VISIBLE |= {code: f"[U+{code:X}]" for code in BIDI}
 
 
 def report(config: Report) -> Path:
@@ -54,26 +62,40 @@ def picture_files(config: Report) -> dict[str, OutputFile]:
 
 
 def write(file: OutputFile, name: str, data: Mapping[str, object]) -> None:
-    """Write a page of ours with its style, its program and its data inside."""
+    """Write a page of ours with its style, its program and its data inside.
+
+    Its policy admits this style and this program and fetches nothing, so that a text which became markup would not run.
+    """
     pages = files("opd.analysis.report") / "pages"
-    text = (pages / f"{name}.html").read_text()
-    # The data may contain any text: escape "<" so that no tag in it can end the script element.
+    style = (pages / "page.css").read_text() + (pages / f"{name}.css").read_text()
+    program = (pages / "page.js").read_text() + (pages / f"{name}.js").read_text()
     parts = {
-        "style": (pages / "page.css").read_text() + (pages / f"{name}.css").read_text(),
-        "data": json.dumps(finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-        "program": (pages / "page.js").read_text() + (pages / f"{name}.js").read_text(),
+        "policy": f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(program)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        # The data may contain any text: escape "<" so that no tag in it can end the script element.
+        "data": json.dumps(presentable(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "program": program,
     }
-    for part, content in parts.items():
-        head, mark, tail = text.partition(f"/*{part}*/")
-        assert mark, f"{name}.html has no place for its {part}"
-        text = head + content + tail
-    file.write(text)
+    template = (pages / f"{name}.html").read_text()
+    file.write(PLACE.sub(lambda place: parts[place[1]], template))
 
 
-def finite(value: Any) -> Any:
-    """Prepare a value for json: replace nan and infinity by null, and round other floats to six digits."""
+def _digest(text: str) -> str:
+    """Return the source expression by which a Content-Security-Policy admits an inline style or script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def presentable(value: Any) -> Any:
+    """Prepare a value for the JSON of a page.
+
+    Floats are rounded to six digits; nan and infinity become null.  Characters that hide or reorder the text around
+    them become visible.
+    """
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.translate(VISIBLE)
     if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        return {presentable(str(k)): presentable(v) for k, v in value.items()}
+    return [presentable(v) for v in value] if isinstance(value, Sequence) else value

@@ -1,10 +1,11 @@
 """Conversations in a row, `parse_turns(value) -> turns`: chat messages and ShareGPT turns, with all their content."""
 
 import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from opd.core import json_text
 
 Turn = Mapping[str, Any]
 # Names of roles in ShareGPT data, with the role that chat templates know.
@@ -51,7 +52,7 @@ def parsed(text: str) -> Any:
     """Return the list or mapping that a text contains as JSON or as Python prints it; None for any other text."""
     if not (text.lstrip()[:1] in ("[", "{") and text.rstrip()[-1:] in ("]", "}")):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json_text.parse, ast.literal_eval):
         try:
             value = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):

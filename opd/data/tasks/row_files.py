@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from opd.core import json_text
 from opd.core.errors import Refusal
 
 Row = Mapping[str, Any]
@@ -79,7 +80,7 @@ Rows: TypeAlias = datasets.Dataset | JsonRows
 
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON; numbers keep their digits."""
-    return json.loads(text, parse_float=Number)
+    return json_text.parse(text, parse_float=Number)
 
 
 def file_kind(path: Path) -> str:

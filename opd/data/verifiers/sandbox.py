@@ -1,4 +1,4 @@
-"""Scorers that may hang or use much memory on a model's text, run in child processes with hard limits.
+"""Functions that may hang or use much memory on a foreign text, run in child processes with hard limits.
 
 `score(judge, *question) -> float` asks a child process.  This file, run as a script, is the child: it reads a pickled
 question per line (trusted, because it comes from the parent) and writes a number per line.  It imports only modules of
@@ -19,10 +19,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 CPU_LIMIT = 2.0  # CPU seconds per question; CPU time, so that other load on the machine does not change a score
 WALL_LIMIT = 30  # wall-clock seconds per question, in case the child sleeps
 MEMORY_LIMIT = 4 << 30  # bytes of address space
+TEMPLATE_MEMORY = 512 << 20  # bytes of address space in which a chat template is tried; Python takes 50 MB of it
+TEMPLATE_CHARACTERS = 10_000_000  # longest text of a small conversation
 CHILDREN = min(4, os.cpu_count() or 1)  # maximum child processes per judge; started when calls overlap
 
 
@@ -129,7 +132,54 @@ def _reasoning_gym() -> Callable[[str, str, str, dict], float]:
     return judge
 
 
-JUDGES: dict[str, Callable[[], Callable[..., float]]] = {"math": _math, "reasoning-gym": _reasoning_gym}
+def _template() -> Callable[[str, list[dict]], bool]:
+    """Return the function `(chat template, arguments of each conversation) -> does it stay within the limits?`."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag {% generation %} of transformers, whose content is rendered as it is."""
+
+        tags: set[str] = {"generation"}  # noqa: RUF012  # jinja declares it like this
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def fail(message: str) -> None:
+        raise ValueError(message)
+
+    # The environment in which transformers renders; importing it takes seconds.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: form}
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_MEMORY, MEMORY_LIMIT))
+
+    def judge(template: str, conversations: list[dict]) -> bool:
+        with _limits():
+            return all(_renders(environment, template, arguments) for arguments in conversations)
+
+    return judge
+
+
+def _renders(environment: Any, template: str, arguments: dict) -> bool:
+    """Return False for a template that needs too much memory; the caller meets any other error itself."""
+    try:
+        return len(environment.from_string(template).render(**arguments)) <= TEMPLATE_CHARACTERS
+    except MemoryError:
+        return False
+    except Exception:
+        return True
+
+
+JUDGES: dict[str, Callable[[], Callable[..., float]]] = {
+    "math": _math,
+    "reasoning-gym": _reasoning_gym,
+    "template": _template,
+}
 
 
 @contextlib.contextmanager

@@ -8,16 +8,19 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import httpx
 
 from opd.config.model_names import split_url
 from opd.config.servers import Remote, secret
+from opd.core import json_text
 from opd.core.errors import Refusal, one_line
 
 RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)}) - {501}  # HTTP status codes that are retried
 NO_STATUS: frozenset[int] = frozenset()
+ANSWER_BYTES = 256 << 20  # largest answer, after decompression: longer ones fill the memory of this process
 MAX_WAIT = 30.0  # seconds: the longest wait between two attempts
 T = TypeVar("T")
 Reader = Callable[[httpx.Response], T]
@@ -70,9 +73,9 @@ class Client:
         self.closed.set()
         self.http.close()
 
-    def get(self, path: str, read: Reader[T], *, fine: frozenset[int] = NO_STATUS) -> T:
-        """Send GET `path` and return what `read` makes of the response; see `post`."""
-        return self._ask("GET", path, None, read, fine, 0)
+    def get(self, path: str, read: Reader[T], *, fine: frozenset[int] = NO_STATUS, limit: int = ANSWER_BYTES) -> T:
+        """Send GET `path` and return what `read` makes of the response, which has at most `limit` bytes; see `post`."""
+        return self._ask(partial(self._send, "GET", path, None, limit), path, read, fine, 0)
 
     def post(self, path: str, body: object, read: Reader[T], *, fine: frozenset[int] = NO_STATUS, tries: int = 0) -> T:
         """Send POST `path` with a json body and return what `read` makes of the response.
@@ -80,13 +83,31 @@ class Client:
         A response whose status is in `fine` is passed to `read`, too.  `tries` is the number of attempts; 0 means
         --teacher-retries + 1.
         """
-        return self._ask("POST", path, body, read, fine, tries)
+        return self._ask(partial(self._send, "POST", path, body, ANSWER_BYTES), path, read, fine, tries)
 
     def has_path(self, path: str) -> bool:
         """Return whether the server has GET `path`: status 200 means yes, 404 and 405 no.  Retries while it is down."""
         return self.get(path, lambda response: response.status_code == 200, fine=frozenset({404, 405}))
 
-    def _ask(self, method: str, path: str, body: object, read: Reader[T], fine: frozenset[int], tries: int) -> T:
+    def _send(self, method: str, path: str, body: object, limit: int) -> httpx.Response:
+        """Send a request and return the response, read completely.  Raises Malformed above `limit` bytes."""
+        with self.http.stream(method, self.url + path, json=body) as response:
+            parts, size = [], 0
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise Malformed(f"more than {limit >> 20} MB")
+            with self.lock:
+                self.traffic.requests += 1
+                self.traffic.sent += len(response.request.content)
+                self.traffic.received += response.num_bytes_downloaded
+        headers = [(k, v) for k, v in response.headers.multi_items() if k.lower() != "content-encoding"]
+        return httpx.Response(response.status_code, headers=headers, content=b"".join(parts), request=response.request)
+
+    def _ask(
+        self, send: Callable[[], httpx.Response], path: str, read: Reader[T], fine: frozenset[int], tries: int
+    ) -> T:
         failure, tries = "", tries or self.settings.teacher_retries + 1
         for attempt in range(tries):
             if attempt:
@@ -96,11 +117,7 @@ class Client:
             if self.closed.is_set():
                 raise Refusal(f"{self.label}: {path} was given up, for the run ends")
             try:
-                response = self.http.request(method, self.url + path, json=body)
-                with self.lock:
-                    self.traffic.requests += 1
-                    self.traffic.sent += len(response.request.content)
-                    self.traffic.received += response.num_bytes_downloaded
+                response = send()
                 code = response.status_code
                 if code == 401:
                     keep = self.settings.keep(self.field)
@@ -133,8 +150,8 @@ def read_json(read: Callable[[dict], T]) -> Reader[T]:
             return read(content)
         except Refusal:
             raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise Malformed(f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # any exception: the content may be anything
+            raise Malformed(f"{type(error).__name__}: {one_line(error)}") from error
 
     return parse_response
 
@@ -142,7 +159,7 @@ def read_json(read: Callable[[dict], T]) -> Reader[T]:
 def payload(response: httpx.Response) -> dict:
     """Return the json object in a response.  Raises Malformed for any other content."""
     try:
-        content = response.json()
+        content = json_text.parse(response.text)
     except ValueError as error:
         raise Malformed(f"no json: {one_line(response.text)!r}") from error
     if not isinstance(content, dict):
@@ -153,7 +170,7 @@ def payload(response: httpx.Response) -> dict:
 def error_message(response: httpx.Response) -> str:
     """Return the server's error message in one line."""
     try:
-        error = response.json()["error"]
+        error = payload(response)["error"]
         return one_line(str(error["message"] if isinstance(error, dict) else error))
-    except (ValueError, KeyError, TypeError):
+    except (Malformed, KeyError):
         return one_line(response.text) or response.reason_phrase

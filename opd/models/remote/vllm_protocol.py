@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.config.servers import Remote
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, one_line
 from opd.core.types import MEASURED, STUDENT_COLUMNS
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.client import NO_STATUS, RETRIED_STATUS, Client, error_message, payload, read_json
@@ -29,6 +29,18 @@ HIGHEST = 1e-3  # nats: rounding makes no log-prob larger than this
 NUM_PROBED_IDS = 64  # ids whose text is probed on a server other than `opd serve`, in addition to the added tokens
 # HTTP status: no such route, or the runner cannot do it
 UNSUPPORTED_STATUS = frozenset(range(400, 500)) - RETRIED_STATUS - {401} | {500, 501}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IDENTITY = {  # what `opd serve` says of itself
+    "model": str,
+    "vocabulary": str,
+    "fingerprint": str,
+    "dtype": str,
+    "rows": int,
+    "width": int,
+    "context": int,
+    "scale": int | float,
+    "softcap": int | float,
+}
 OPD_SERVE_COLUMNS = MEASURED | {"vocabulary"}  # what `opd serve` provides
 OTHER_SERVER_COLUMNS = STUDENT_COLUMNS | {"teacher_logp", "teacher_top"}  # what any other server provides
 
@@ -129,7 +141,7 @@ def connect(url: str, settings: Remote, *, field: str = "teacher") -> Server:
     settings.check()
     client, identity = Client(url, settings, field=field), {}
     if client.has_path("/opd/identity"):
-        identity = client.get("/opd/identity", read_json(dict))
+        identity = client.get("/opd/identity", read_json(_identity))
         if identity.get("protocol") != wire.VERSION:
             raise Refusal(
                 f"{client.label}: it speaks version {identity.get('protocol')} of the protocol, this opd version "
@@ -137,7 +149,7 @@ def connect(url: str, settings: Remote, *, field: str = "teacher") -> Server:
             )
         cards = {identity["model"]: identity["context"]}
     else:
-        cards = client.get("/v1/models", read_json(lambda r: {c["id"]: c.get("max_model_len") for c in r["data"]}))
+        cards = client.get("/v1/models", read_json(_cards))
     model = client.model or next(iter(cards), "")
     if model not in cards or (len(cards) > 1 and not client.model):
         raise Refusal(f"{client.label}: it serves {', '.join(cards) or 'no model'}; name one as {client.url}#NAME")
@@ -145,6 +157,25 @@ def connect(url: str, settings: Remote, *, field: str = "teacher") -> Server:
         return Server(client, model, cards[model], identity)
     # vLLM generates at least one token after the prompt that it scores.
     return Server(client, model, (cards[model] or 1 << 30) - 1, {}, _scores_chosen_ids(client, model))
+
+
+def _identity(answer: dict) -> dict[str, Any]:
+    """Return what `opd serve` says of itself; that of another version of the protocol is not looked at."""
+    if answer.get("protocol") == wire.VERSION:
+        for name, types in IDENTITY.items():
+            if not isinstance(answer[name], types):
+                raise ValueError(f"{name} is {one_line(repr(answer[name]), 60)}")
+        if answer["dtype"] not in DTYPES or min(answer["rows"], answer["width"], answer["context"]) < 1:
+            raise ValueError("its dtype or its sizes are those of no model")
+    return answer
+
+
+def _cards(answer: dict) -> dict[str, int | None]:
+    """Return the context of each model that a server names; None if it does not say it."""
+    cards = {card["id"]: card.get("max_model_len") for card in answer["data"]}
+    if not all(isinstance(name, str) and isinstance(length, int | None) for name, length in cards.items()):
+        raise ValueError(f"models {one_line(cards)}")
+    return cards
 
 
 def _scores_chosen_ids(client: Client, model: str) -> bool:

@@ -18,6 +18,7 @@ from opd.teachers.text.text_models import Failure, TextRequest, TextSampling
 from opd.teachers.text.text_teacher import TextTeacher
 
 F = TypeVar("F", bound=BaseModel)
+ANSWER_CHARACTERS = 1_000_000  # longest answer that is parsed; forms have some thousands
 AGAIN = "That was not as asked ({why}). Return the one json object and nothing else."
 _TAG = re.compile(
     r"<(?=/|(reference|answer|stage)\s+number\b|(question|rubric|criteria|attempt|reflection)\b)", re.IGNORECASE
@@ -122,6 +123,8 @@ def parse(text: str, form: type[F], check: Callable[[F], str]) -> tuple[F | None
 
     Text and code fences around the json object are ignored, and so are commas before a closing bracket.
     """
+    if len(text) > ANSWER_CHARACTERS:
+        return None, f"{len(text)} characters"
     text = without_thinking(text)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:

@@ -28,7 +28,17 @@ class AnswerCache:
             if self.file is None and not self.path.is_file():
                 return None
             row = self._do("SELECT texts FROM answers WHERE key = ?", key).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else self._texts(row[0])
+
+    def _texts(self, saved: object) -> list[str]:
+        """Return the texts of an entry.  Raises Refusal for a damaged one."""
+        try:
+            texts = json.loads(saved) if isinstance(saved, str) else None
+        except (ValueError, RecursionError):
+            texts = None
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise Refusal(f"--teacher-cache {self.path}: an entry is damaged; remove the file, or name another one")
+        return texts
 
     def store(self, key: str, texts: Sequence[str]) -> None:
         """Store the texts of a key."""

@@ -138,7 +138,9 @@ class EndpointModel:
             ) from error
         except openai.NotFoundError as error:
             raise Refusal(f"--{self.field} {self.name}: {one_line(error)}: name a model that the server has") from error
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # malformed answers
+        except Refusal:
+            raise
+        except Exception as error:  # the libraries' own, and whatever a malformed answer leads to
             return Failure(f"{type(error).__name__}: {one_line(error)}")
         finally:
             counters.add(seconds=time.perf_counter() - start)

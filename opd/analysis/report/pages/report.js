@@ -83,8 +83,9 @@ function chart(into, curve) {
   }
   const tick = (t) => Math.abs(t) >= 1e4 ? `${+(t / 1000).toPrecision(3)}k` : String(+t.toPrecision(4)).replace("-", "−");
   const told = () => `${curve.title}: ` + lines.map((l) => `${label(l)} from ${show(l.mean[0])} to ${show(l.mean.at(-1))} ${curve.unit}`).join("; ");
-  const nearest = (at) => lines.flatMap((l) => l.x).reduce((a, b) => Math.abs(b - at) < Math.abs(a - at) ? b : a);
+  const nearest = (at) => lines.flatMap((l) => l.x).reduce((a, b) => a !== null && Math.abs(a - at) <= Math.abs(b - at) ? a : b, null); // null: every group is hidden
   function hover(x, px, py) {
+    if (x === null) return hide();
     last = x;
     if (curve.name) for (const c of charts) c.mark(x); else mark(x);
     const rows = lines.filter((l) => l.x.includes(x)).map((l) => {
