@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.config.train import Train
 from opd.core.sampling import Sampling
@@ -55,6 +56,25 @@ def tiny(
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id)
+    model.save_pretrained(folder)
+    text.save_pretrained(folder)
+    return folder
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def tiny_bytes(folder: Path, context: int = 2048) -> Path:
+    """A random Llama that knows all bytes, in a folder; llguidance knows its kind of tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>", "<pad>"])}, []))
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", pad_token="<pad>", chat_template=TURNS)
+    torch.manual_seed(0)
+    how = dict(vocab_size=len(text), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    how |= dict(max_position_embeddings=context, eos_token_id=256, initializer_range=0.3)
+    model = LlamaForCausalLM(LlamaConfig(**how))
+    model.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=257)
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder

@@ -185,16 +185,26 @@ class Serve:
     """Most sequences in one request."""
     max_logprobs: int = 20
     """Most log-probs per token that a request may ask for."""
+    max_connections: int = 1024
+    """Most connections at once.  Fewer where the system lets the process open fewer files (ulimit -n)."""
+    client_connections: int = 256
+    """Most connections from one address, at most half of all.  Raise it if all clients come through one proxy."""
+    drain_seconds: int = 25
+    """Seconds that requests in flight get to finish after SIGTERM or Ctrl-C.  Keep it below the time after which
+    Kubernetes kills (terminationGracePeriodSeconds, 30)."""
     decode_rows: int = 64
     """Responses decoded at once."""
     takes_weights: bool = False
-    """Let clients replace the weights by safetensors files that this machine can read: for `opd train --engine`."""
+    """Let clients replace the weights by safetensors files that this machine can read: for `opd train --engine`.
+    Needs --token-env, on this machine too."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
 
     def check(self) -> str:
         """Refuse impossible settings before anything loads; the token, empty where none is asked."""
         positive(self, "max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows")
+        positive(self, "max_connections", "client_connections")
+        at_least(self, drain_seconds=0)
         if not 0 <= self.port < 65536:
             raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
         token = secret(self.token_env)
@@ -202,19 +212,24 @@ class Serve:
             raise Refusal(
                 f"--token-env {self.token_env}: the variable is not set; export {self.token_env}=... to any secret"
             )
-        if not token and not _loopback(self.host):
+        if self.takes_weights and not token:
+            raise Refusal(
+                "--takes-weights: anyone who reaches the port could replace the weights, and no token is asked; put a "
+                "secret into a variable and name it by --token-env"
+            )
+        if not token and not self.on_loopback():
             raise Refusal(
                 f"--host {self.host}: reachable from other machines, and no token is asked; put a secret into a "
                 "variable and name it by --token-env, or listen on 127.0.0.1"
             )
         return token
 
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: who knows where it leads
-        return False
+    def on_loopback(self) -> bool:
+        """Return whether only programs of this machine can connect."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may lead anywhere
+            return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from pydantic import BaseModel, ConfigDict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import opd
 from opd.config import model_names
@@ -27,9 +26,9 @@ from opd.teachers.text.answer_cache import AnswerCache
 from opd.teachers.text.text_models import CONTINUE_REQUEST, EndpointModel, Failure, InProcessModel
 from opd.teachers.text.text_teacher import FailureLimit, TextTeacher
 from scripts.soak import serving
+from tests.tiny_models import tiny_bytes
 
 pytest.importorskip("llguidance")
-TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 class Closed(BaseModel):
@@ -57,18 +56,7 @@ SCHEMA = Sheet.model_json_schema()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model that knows all bytes."""
-    out = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    whole = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>", "<pad>"])}, []))
-    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", pad_token="<pad>", chat_template=TURNS)
-    torch.manual_seed(0)
-    how = dict(vocab_size=len(text), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    model = LlamaForCausalLM(LlamaConfig(**how, eos_token_id=256, initializer_range=0.3))
-    model.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=257)
-    model.save_pretrained(out)
-    text.save_pretrained(out)
-    return out
+    return tiny_bytes(tmp_path_factory.mktemp("bytes"))
 
 
 @pytest.fixture(scope="module")

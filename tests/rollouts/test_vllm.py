@@ -357,6 +357,15 @@ def test_a_server_that_takes_no_weights_is_refused(tmp_path):
 
 # A server that takes weights: `opd serve --takes-weights` has vLLM's routes for them
 
+TAKES_WEIGHTS = ("--takes-weights", "--token-env", "OPD_ENGINE_TOKEN")
+TOKEN = {"Authorization": "Bearer of-the-engine"}
+
+
+@pytest.fixture
+def engine_token(monkeypatch):
+    """The token of the server and of its client, both of which inherit it."""
+    monkeypatch.setenv("OPD_ENGINE_TOKEN", TOKEN["Authorization"].removeprefix("Bearer "))
+
 
 def ready(folder, url, **changes) -> tuple[torch.nn.Module, VLLMServer]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -373,10 +382,10 @@ def close(model, prompts, samples):
         torch.testing.assert_close(torch.tensor(one.logp), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
+def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path, engine_token):
     folder = tiny(tmp_path / "model", seed=0)
     prompts = [[5, 6, 7]] * 3 + [[8, 9, 10, 11]]
-    with serving(tiny(tmp_path / "other", seed=5), "--takes-weights") as (url, _):
+    with serving(tiny(tmp_path / "other", seed=5), *TAKES_WEIGHTS) as (url, _):
         model, engine = ready(folder, url)
         drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
         first = drawn()
@@ -396,7 +405,9 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
         )
         assert len({x.ids for x in cold[:3]}) == 1 and engine.processed()
         # Somebody else's weights: noticed by their name, and replaced.
-        httpx.post(f"{url}/update_weight_version", json={"new_version": "of another run"}).raise_for_status()
+        httpx.post(
+            f"{url}/update_weight_version", json={"new_version": "of another run"}, headers=TOKEN
+        ).raise_for_status()
         assert drawn() == after
         small = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "small", seed=0, width=16))
         how = Speaker(engine=url, engine_transfer="opd")
@@ -405,7 +416,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path):
             wrong.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
 
 
-def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_again_is_met_anew(tmp_path):
+def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_again_is_met_anew(tmp_path, engine_token):
     """A server with vLLM's refusals: an update in an update, one that nobody began, and no words while it is paused."""
     folder, prompts = tiny(tmp_path / "model", seed=0), [[5, 6, 7]] * 2
     state = {"met": True, "updating": True, "paused": True}
@@ -430,7 +441,7 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
                 return "500"
         return None
 
-    with serving(folder, "--takes-weights") as (url, _), Proxy(url, fault) as proxy:
+    with serving(folder, *TAKES_WEIGHTS) as (url, _), Proxy(url, fault) as proxy:
         model, engine = ready(folder, proxy.url)
         assert engine.processed()
         drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(2)))
@@ -439,7 +450,7 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
             for p in model.parameters():
                 p.add_(0.05 * torch.randn_like(p))
         state |= {"met": False, "updating": False, "paused": False}
-        httpx.post(f"{url}/update_weight_version", json={"new_version": "default"}).raise_for_status()
+        httpx.post(f"{url}/update_weight_version", json={"new_version": "default"}, headers=TOKEN).raise_for_status()
         engine.follow()
         close(model, prompts, drawn())
 
@@ -474,13 +485,13 @@ def run(root, url, out, sampling=FREE, **changes) -> list[dict]:
     return logged(folder)
 
 
-def test_training_on_a_servers_rollouts_through_its_death(tmp_path):
+def test_training_on_a_servers_rollouts_through_its_death(tmp_path, engine_token):
     """The weights of each step are sent: no gap.  One that is killed and comes back with old ones gets them again."""
     for i, name in enumerate(("student", "teacher")):
         tiny(tmp_path / name, seed=i)
     port, gone = free_port(), threading.Event()
     with contextlib.ExitStack() as stack:
-        serve = lambda: stack.enter_context(serving(tmp_path / "student", "--takes-weights", port=port))
+        serve = lambda: stack.enter_context(serving(tmp_path / "student", *TAKES_WEIGHTS, port=port))
         url, first = serve()
         calm = run(tmp_path, url, "calm")
         assert all(row["sampler_gap"] < 1e-3 and row["grad_norm"] > 0 for row in calm)

@@ -600,6 +600,9 @@ def test_a_token_is_asked_for_and_never_written_down(pair, tmp_path, monkeypatch
         (["--host", "some.name"], "no token is asked"),
         (["--token-env", "NOT_SET_ANYWHERE"], "the variable is not set"),
         (["--port", "70000"], "[0, 65535]"),
+        (["--takes-weights"], "--takes-weights: anyone who reaches the port"),
+        (["--client-connections", "0"], "above 0"),
+        (["--drain-seconds", "-1"], "at least 0"),
         (["--max-logprobs", "0"], "above 0"),
         (["--device", "nowhere"], "no such device"),
     ],
@@ -613,6 +616,7 @@ def test_what_cannot_be_served_is_one_line(pair, capsys, flags, told):
 def test_a_port_in_use_and_a_missing_extra_are_one_line(pair, server, capsys, monkeypatch):
     assert main(["serve", str(pair[1]), "--port", server.rpartition(":")[2]]) == 2
     assert "Address already in use" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "opd.teachers.serve.draining", raising=False)  # imported by an earlier test
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(pair[1]), "--port", "0"]) == 2
     assert "pip install 'opd[serve]'" in capsys.readouterr().err
@@ -844,7 +848,7 @@ def test_a_stopped_server_leaves_nothing(pair):
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
         assert not children.stdout.split()  # one process, threads inside
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130, -signal.SIGINT)
+        assert process.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
 

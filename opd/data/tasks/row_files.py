@@ -193,6 +193,7 @@ def _json_list(path: Path, text: str) -> JsonRows:
             if not isinstance(row, dict):
                 shown = text[position:end][:80]
                 raise Refusal(f"--prompts {path}: item {len(items)} is {shown!r}, not an object with columns")
+            json_text.check(row, text[position:end])
             items.append(text[position:end].encode())
             names.update(dict.fromkeys(row))
             position = skip(end)
@@ -203,8 +204,10 @@ def _json_list(path: Path, text: str) -> JsonRows:
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
         if skip(position + 1) < len(text):
             raise json.JSONDecodeError("Extra data behind the list", text, position + 1)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Refusal(f"--prompts {path} is not JSON ({error}): correct this place") from error
+    except Refusal:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"--prompts {path}: item {len(items)} is not JSON ({error}): correct this place") from error
     return JsonRows(items, list(names))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from opd.core.errors import Refusal, one_line
+from opd.core.errors import Refusal, foreign_errors, one_line
 
 COMPACT: Any = {"whitespace_flexible": False}  # without optional white space, which a model could generate for ever
 
@@ -42,14 +42,16 @@ class GrammarCompiler:
             raise Refusal(
                 f"response_format (--judge-schema): {type(tokenizer).__name__} is no fast tokenizer; schemas need one"
             )
-        return cls(llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(stop)))
+        with foreign_errors("response_format (--judge-schema): llguidance does not know this kind of tokenizer"):
+            return cls(llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(stop)))
 
     def grammar(self, schema: Mapping[str, object]) -> "Grammar":
         """Return the grammar of one response.  Raises Refusal for a schema that llguidance does not support."""
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
-        matcher = LLMatcher(self.tokens, grammar, log_level=0)
+        with foreign_errors("response_format"):
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
+            matcher = LLMatcher(self.tokens, grammar, log_level=0)
         if matcher.is_error():
             raise Refusal(f"response_format: {one_line(matcher.get_error())}")
         return Grammar(matcher)

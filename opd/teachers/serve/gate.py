@@ -1,52 +1,110 @@
-"""The checks before every request, token and body size, and the format of error responses."""
+"""The checks before every request: who sends it, to which host, how large; and the format of error responses."""
 
 import secrets
+from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLarge"}
+from opd.config.commands import Serve
+from opd.core.errors import one_line
+from opd.teachers.serve.metrics import Metrics
+
+KINDS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    413: "RequestTooLarge",
+    503: "ServiceUnavailableError",
+}
+PROBES = frozenset({"/health", "/ready"})  # Kubernetes and load balancers send no token
+LONGEST = 1000  # characters of an error message, which may quote the request
+
+
+def error_body(status: int, text: str) -> dict[str, object]:
+    """Return the json of an error response in vLLM's format."""
+    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in one_line(text, LONGEST))  # no terminal codes
+    return {"error": {"message": text, "type": kind, "param": None, "code": status}}
 
 
 def error(status: int, text: str) -> JSONResponse:
     """Return an error response in vLLM's format."""
-    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
-    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
+    return JSONResponse(error_body(status, text), status)
 
 
 class Gate:
-    """ASGI middleware that checks the bearer token (except of /health) and the body size of a request."""
+    """ASGI middleware that checks token, Host, Origin and body size of a request, and counts it.
 
-    def __init__(self, app: ASGIApp, *, token: str, max_bytes: int) -> None:
-        self.app, self.token, self.max_bytes = app, token, max_bytes
+    A web page can send requests to the loopback.  Its own name in Host (DNS rebinding) or Origin gives it away.
+    """
+
+    def __init__(self, app: ASGIApp, *, config: Serve, token: str, metrics: Metrics, guarded: frozenset[str]) -> None:
+        self.app, self.token, self.metrics = app, token, metrics
+        self.guarded = guarded  # paths that no web page may call
+        self.is_draining = False  # set by the server when it is asked to stop
+        self.max_bytes = config.max_request_mb << 20
+        self.hosts = {"localhost", "127.0.0.1", "::1", config.host.lower()} if config.on_loopback() else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, then pass it to the application."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        too_large = error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")
-        headers = dict(scope["headers"])
-        is_authorized = not self.token or secrets.compare_digest(
-            headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
-        )
-        if not is_authorized and scope["path"] != "/health":
-            refusal = error(401, "this server wants the header `Authorization: Bearer` with its token")
-            return await refusal(scope, receive, send)
+        with self.metrics.request(scope["path"]) as request:
+
+            async def answer(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    request.status = message["status"]
+                await send(message)
+
+            refusal = self._refusal(scope["path"], dict(scope["headers"]))
+            body = b"" if refusal or scope["method"] != "POST" else await self._body(receive)
+            if body is None:
+                return None
+            if len(body) > self.max_bytes:
+                refusal = self._too_large()
+            if refusal:
+                return await refusal(scope, receive, answer)
+            unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+            async def replay() -> Message:
+                return unread.pop() if unread else await receive()
+
+            return await self.app(scope, replay, answer)
+
+    def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        """Return the response to a request that its headers rule out."""
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        if self.hosts and b"host" in headers and _hostname(f"//{host}") not in self.hosts:
+            names = ", ".join(sorted(self.hosts))
+            remedy = "let a proxy send one of these, or use --host and --token-env"
+            return error(403, f"Host {host[:100]}: on the loopback this server answers to {names}; {remedy}")
+        if origin and (path in self.guarded or (self.hosts and _hostname(origin) not in self.hosts)):
+            return error(403, f"Origin {origin[:100]}: web pages may not send this request")
+        token = headers.get(b"authorization", b"")
+        if self.token and path not in PROBES and not secrets.compare_digest(token, b"Bearer " + self.token.encode()):
+            return error(401, "this server wants the header `Authorization: Bearer` with its token")
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.max_bytes:
-            return await too_large(scope, receive, send)
-        body, is_open = bytearray(), scope["method"] == "POST"
-        while is_open:  # count the bytes, because a body may come without a length
+        return None if length.isdigit() and int(length) <= self.max_bytes else self._too_large()
+
+    async def _body(self, receive: Receive) -> bytearray | None:
+        """Return the body, or a beginning of it beyond the limit; None if the client has gone."""
+        body, is_open = bytearray(), True
+        while is_open and len(body) <= self.max_bytes:  # count the bytes, because a body may come without a length
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                return await too_large(scope, receive, send)
             is_open = message.get("more_body", False)
-        unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        return body
 
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
+    def _too_large(self) -> JSONResponse:
+        return error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")
 
-        return await self.app(scope, replay, send)
+
+def _hostname(url: str) -> str:
+    """Return the host of an address in lower case, without port; empty if there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # a bracket without its partner
+        return ""

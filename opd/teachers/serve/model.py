@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.config.commands import Serve
-from opd.core.errors import Refusal
+from opd.core.errors import Refusal, one_line
 from opd.core.types import pad
+from opd.data.prompts import short
 from opd.head.inputs import Hidden
 from opd.head.token_scores import TokenScores, scores
 from opd.head.vocabulary import Vocabulary
@@ -54,6 +56,7 @@ class Served:
         self.lock = threading.Lock()
         self.fingerprint = wire.weights_hash(model)
         self.version = "as loaded"  # name of the weights, set by the client that sends them
+        self.is_taking = False  # True while new weights are read
 
     def identity(self) -> dict[str, object]:
         """Return what a client compares before it uses any number of this server."""
@@ -110,21 +113,34 @@ class Served:
 
     @torch.no_grad()
     def take(self, files: Sequence[str]) -> None:
-        """Replace the weights by those in files.  Raises Refusal unless names and shapes match the model's."""
+        """Replace the weights by those in files.  Raises Refusal unless they are finite, and the model's by name and
+        shape.
+        """
         with self.lock:
-            current = weights(self.model)
-            shared = {p.data_ptr() for p in self.model.parameters()}
+            self.is_taking = True
             try:
-                new = {name: x for file in files for name, x in load_file(file).items()}
-            except (OSError, SafetensorError) as error:
-                raise Refusal(f"files: {' '.join(str(error).split())[:200]}") from error
-            if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in current.items()}:
-                raise Refusal("files: they hold the weights of another model")
-            if any(x.data_ptr() not in shared for x in current.values()):
-                raise Refusal(f"{type(self.model).__name__}: its checkpoint has other tensors than the model: use vLLM")
-            for name, x in current.items():
-                x.copy_(new[name])
-            self.fingerprint = wire.weights_hash(self.model)
+                self._take(files)
+            finally:
+                self.is_taking = False
+
+    def _take(self, files: Sequence[str]) -> None:
+        current = weights(self.model)
+        shared = {p.data_ptr() for p in self.model.parameters()}
+        try:
+            if special := [file for file in files if not Path(file).is_file()]:  # reading a pipe would wait for ever
+                raise Refusal(f"files: {short(special[0])} is no file of this machine")
+            new = {name: x for file in files for name, x in load_file(file).items()}
+        except (OSError, SafetensorError) as error:
+            raise Refusal(f"files: {one_line(error)}") from error
+        if {k: x.shape for k, x in new.items()} != {k: x.shape for k, x in current.items()}:
+            raise Refusal("files: they hold the weights of another model")
+        if infinite := [name for name, x in new.items() if not x.isfinite().all()]:
+            raise Refusal(f"files: {infinite[0]} holds values that are not finite; the weights stay as they were")
+        if any(x.data_ptr() not in shared for x in current.values()):
+            raise Refusal(f"{type(self.model).__name__}: its checkpoint has other tensors than the model: use vLLM")
+        for name, x in current.items():
+            x.copy_(new[name])
+        self.fingerprint = wire.weights_hash(self.model)
 
     def _rows(self, sequences: Sequence[ScoredSequence]) -> Rows:
         device = self.model.device

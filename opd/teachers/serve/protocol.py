@@ -13,9 +13,9 @@ Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 class RequestBody(BaseModel):
-    """A request body that rejects unknown fields."""
+    """A request body that rejects unknown fields, and numbers too large for a float (1e400)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class SamplingFields(RequestBody):
@@ -149,7 +149,7 @@ class NewWeights(RequestBody):
 class Version(RequestBody):
     """The body of POST /update_weight_version."""
 
-    new_version: str
+    new_version: str = Field(max_length=200)  # it is in the answer to every rollout
 
 
 class HiddenRow(RequestBody):

@@ -16,9 +16,8 @@ def serve(config: Serve) -> None:
     """Serve requests until SIGINT or SIGTERM.  Raises Refusal for mistakes that the user can fix."""
     token = config.check()
     try:
-        import uvicorn
-
         from opd.teachers.serve.app import build
+        from opd.teachers.serve.draining import run
     except ImportError as error:
         raise Refusal(f"opd serve: {error.name} is not installed; pip install 'opd[serve]'") from error
     with _listen(config.host, config.port) as listening:
@@ -27,9 +26,7 @@ def serve(config: Serve) -> None:
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"serving {served.name} at http://{address}:{port}" + (" with a token" if token else ""), flush=True)
-        # uvicorn's access log would have a line for each request of a run.
-        options = uvicorn.Config(build(served, config, token=token), access_log=False, log_level="warning")
-        uvicorn.Server(options).run(sockets=[listening])
+        run(build(served, config, token=token), config, listening)
 
 
 def _open(config: Serve) -> Served:
