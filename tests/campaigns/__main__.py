@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-CAMPAIGNS = {  # module -> attempts of `make soak`, and of the short version
+CAMPAIGNS = {  # module -> attempts of `make soak`, and of the short version; 8640 is a day at a request every 10 s
     "kills": (300, 6),
     "two_trainers": (20, 2),
     "damaged_checkpoints": (300, 8),
@@ -20,7 +20,8 @@ CAMPAIGNS = {  # module -> attempts of `make soak`, and of the short version
     "prompt_files": (500, 30),
     "hostile_folders": (60, 4),
     "command_lines": (5000, 100),
-    "serve": (500, 60),
+    "serve": (500, 40),
+    "serve_replay": (8640, 200),
     "numbers": (200, 4),
 }
 

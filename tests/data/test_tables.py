@@ -342,7 +342,7 @@ def test_usual_files_of_rows(tmp_path, name, text, zipped):
         ('[{"question": "a"}', "Expecting ',' or ']'"),
         ('[{"question": "a"}]\n[{}]', "Extra data"),
         ("[" * 10**5, "is not JSON (maximum recursion depth"),
-        ('{"question": ' + "[" * 10**5, "line 1 is not JSON (maximum recursion depth"),
+        ('{"question": ' + "[" * 10**5, "line 1 is not JSON (it is nested more than 64 deep"),
         ('{"question": "\\ud800", "answer": "1"}', "row 0 of"),
     ],
 )

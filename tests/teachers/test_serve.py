@@ -1,7 +1,6 @@
 """`opd serve` among strangers: who may ask, how slowly and how often; its probes, its metrics and its end."""
 
 import asyncio
-import datetime
 import json
 import re
 import signal
@@ -22,18 +21,7 @@ from opd.teachers.serve.gate import Gate
 from opd.teachers.serve.metrics import Metrics
 from opd.teachers.serve.model import Served
 from opd.teachers.serve.server import _open
-from tests.campaigns import serve, serve_replay
 from tests.tiny_models import tiny_bytes
-
-TODAY = datetime.date.today().toordinal()  # another seed every day
-
-
-@pytest.mark.parametrize(("campaign", "count"), [(serve, 60), (serve_replay, 200)])
-def test_a_short_campaign_loses_nothing(tmp_path, campaign, count):
-    print(f"{campaign.__name__}: seed {TODAY}")
-    counts = campaign.run(tmp_path, count, TODAY)
-    assert counts.tried >= count and counts.survived > 10 and counts.refused > 10
-    assert counts.lost == 0, f"seed {TODAY}: {counts.details}"
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ class Served:
         }
 
     @torch.no_grad()
-    def states(self, sequences: Sequence[ScoredSequence]) -> list[Float[Tensor, "n H"]]:
+    def states(self, sequences: Sequence[ScoredSequence]) -> list[Float[Tensor, "_ H"]]:
         """Return the final hidden states that predict the requested tokens of each sequence, on the model's device."""
         out: dict[int, Tensor] = {}
         with self.lock:
@@ -88,7 +88,7 @@ class Served:
         return [out[i] for i in range(len(sequences))]
 
     def scores(
-        self, sequences: Sequence[ScoredSequence], candidates: Sequence[Int[Tensor, "n k"]], top: int
+        self, sequences: Sequence[ScoredSequence], candidates: Sequence[Int[Tensor, "_ k"]], top: int
     ) -> list[TokenScores]:
         """Return log-probs of the candidates (padded with -1) and of the `top` most probable tokens, in nats."""
         vocabulary = Vocabulary(self.rows)
