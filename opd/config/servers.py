@@ -44,6 +44,9 @@ class Remote:
     judge_schema: bool = False
     """Constrain a judge's answer to the JSON schema of its form.  Works with vLLM, SGLang, OpenAI, `opd serve` and
     local models.  Leave it off for a judge that reasons in its answer, because the schema leaves no room for that."""
+    judge_prompts: str = ""
+    """Folder with prompts of the judge that replace the embedded ones: rubric.txt and grade.txt for ropd; evolve.txt,
+    mark.txt and weigh.txt for rubricem."""
     judge_failures: float = 0.4
     """Largest share of failures, in [0, 1], above which the run stops.  It applies to the last questions to a text-only
     teacher or judge, and to the last groups or rollouts that need a judgement."""

@@ -39,26 +39,31 @@ def open_annotator(
         return ChunkAnnotator(prompt_stream, question, texts)
 
     import_extra("pydantic", f"{question}")  # an optional dependency, which the modules of the judges import
+    from opd.teachers.judges import rubric_judge as rubrics
+    from opd.teachers.judges import stage_judge as stages
+    from opd.teachers.judges.judge_prompts import read_prompts
     from opd.teachers.judges.judge_requests import FormModel
     from opd.teachers.judges.rubric_annotator import RubricAnnotator
-    from opd.teachers.judges.rubric_judge import ModelJudge
     from opd.teachers.judges.stage_annotator import StageAnnotator
-    from opd.teachers.judges.stage_judge import ModelStageJudge
     from opd.teachers.judges.verifier_judge import VerifierJudge, VerifierStageJudge
 
     task, remote, model = prompt_stream.task, config.remote, None
+    if remote.judge_prompts and isinstance(plan.judge, Verifier):
+        raise Refusal(f"--judge-prompts {remote.judge_prompts}: --judge verifier reads no prompts; leave it out")
     if not isinstance(plan.judge, Verifier):
+        embedded = rubrics.PROMPTS if isinstance(question, Grade) else stages.PROMPTS
+        own_prompts = read_prompts(remote.judge_prompts, embedded) if remote.judge_prompts else {}
         judge_model = open_judge(plan.judge) if plan.judge else text_teachers[""]
-        model = FormModel(judge_model, remote.judge_tokens, schemas=remote.judge_schema)
+        model = FormModel(judge_model, remote.judge_tokens, schemas=remote.judge_schema, prompts=own_prompts)
     elif not task.scored:
         raise Refusal(f"--judge verifier: nothing scores responses to {task.name}; name a model, or a --verifier")
     traffic = model.traffic if model and plan.judge else dict  # a judge that is also the teacher is counted there
     failure_limit = FailureLimit(f"judge {plan.judge or plan.teachers['']}", remote.judge_failures, "judgements")
     match question:
         case Grade():
-            judge = ModelJudge(model) if model else VerifierJudge(task.verify)
+            judge = rubrics.ModelJudge(model) if model else VerifierJudge(task.verify)
             return RubricAnnotator(prompt_stream, question, texts, judge, failure_limit, traffic=traffic)
         case Stages():
-            stage_judge = ModelStageJudge(model, question.tags) if model else VerifierStageJudge(task.verify)
+            stage_judge = stages.ModelStageJudge(model, question.tags) if model else VerifierStageJudge(task.verify)
             return StageAnnotator(prompt_stream, question, texts, stage_judge, failure_limit, traffic=traffic)
     raise AssertionError(f"no annotator for {question}")

@@ -6,7 +6,7 @@ A form is a pydantic class.  Its docstrings are part of the JSON schema that is 
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.core.sampling import Prompt
 from opd.data.verifiers.extract import without_thinking
+from opd.teachers.judges.judge_prompts import filled
 from opd.teachers.text.text_models import Failure, TextRequest, TextSampling
 from opd.teachers.text.text_teacher import TextTeacher
 
@@ -74,6 +75,11 @@ class FormModel:
     model: TextTeacher
     max_tokens: int
     schemas: bool = False  # whether decoding is constrained to the form's JSON schema
+    prompts: Mapping[str, str] = field(default_factory=dict)  # the user's, by name, in the place of embedded ones
+
+    def request(self, name: str, embedded: str, **values: object) -> str:
+        """Return a request: the user's prompt of that name, or the embedded one, with the values in their places."""
+        return filled(self.prompts[name], values) if name in self.prompts else embedded.format(**values)
 
     def fill(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from opd.core.sampling import Prompt
 from opd.teachers.judges.judge_requests import Bounds, FormModel, ListBounds, escaped, one_line, question_text, tagged
@@ -60,6 +60,9 @@ For each of the {count} answers, in their order, say for each of the {criteria} 
 met. Return one json object and nothing else: {{"answers": [{{"index": 1, "met": [true, false, ...]}}, ...]}}"""
 
 
+PROMPTS = {"rubric": RUBRIC, "grade": GRADE}
+
+
 class Criterion(BaseModel, frozen=True):
     """One thing that an answer does or does not."""
 
@@ -70,7 +73,8 @@ class Criterion(BaseModel, frozen=True):
 class Rubric(BaseModel, frozen=True):
     """What is asked of the answers to a question."""
 
-    criteria: tuple[Criterion, ...]
+    # The second names are those of the forms that the authors published.
+    criteria: Annotated[tuple[Criterion, ...], Field(validation_alias=AliasChoices("criteria", "rubrics"))]
 
     def score(self, met: Sequence[bool]) -> float:
         """Return the share of points earned, in [0, 1], from one boolean per criterion."""
@@ -81,8 +85,8 @@ class Rubric(BaseModel, frozen=True):
 class Checked(BaseModel, frozen=True):
     """One answer, checked."""
 
-    index: int
-    met: tuple[bool, ...]
+    index: Annotated[int, Field(validation_alias=AliasChoices("index", "answer_index"))]
+    met: Annotated[tuple[bool, ...], Field(validation_alias=AliasChoices("met", "judgement"))]
 
 
 class Sheet(BaseModel, frozen=True):
@@ -127,7 +131,9 @@ class ModelJudge:
             return "" if minimum <= n <= maximum else f"{n} criteria, not {minimum} to {maximum}"
 
         requests = [
-            RUBRIC.format(
+            self.model.request(
+                "rubric",
+                RUBRIC,
                 least=minimum,
                 most=maximum,
                 question=escaped(question_text(group.prompt)),
@@ -157,7 +163,9 @@ class ModelJudge:
             return {"answers": ListBounds(n, n, "index", tuple(range(1, n + 1))), "met": ListBounds(k, k)}
 
         requests = [
-            GRADE.format(
+            self.model.request(
+                "grade",
+                GRADE,
                 question=escaped(question_text(group.prompt)),
                 rubric="\n".join(
                     f"{i}. ({c.points}) {one_line(c.criterion)}" for i, c in enumerate(rubric.criteria, 1)
