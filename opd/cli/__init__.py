@@ -113,7 +113,7 @@ def _short_warnings() -> Iterator[None]:
             if not Path(filename).is_relative_to(Path(__file__).parents[1]):
                 show(message, category, filename, lineno, file, line)
             elif os.environ.get("RANK", "0") == "0":
-                print(f"warning: {message}", file=sys.stderr)
+                print(f"warning: {printable(message)}", file=sys.stderr)
 
         warnings.showwarning = show_short
         yield

@@ -45,7 +45,9 @@ def factory_of(name: str) -> Callable[..., Method]:
         raise Refusal(f"{name}: {error}; METHOD as module:factory needs a module on the Python path") from error
     except KeyError:
         raise Refusal(f"{name}: the module {module} has no {attribute}") from None
-    if inspect.signature(factory).return_annotation not in (Method, "Method", "opd.Method"):
+    except Exception as error:  # code of the user
+        raise Refusal(f"{name}: the module {module} cannot be imported: {error!r}; correct it") from error
+    if not callable(factory) or inspect.signature(factory).return_annotation not in (Method, "Method", "opd.Method"):
         raise Refusal(f"{name}: must be a function annotated to return an opd.Method")
     return factory
 

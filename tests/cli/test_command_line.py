@@ -87,6 +87,17 @@ def test_unknown_method(capsys, tmp_path):
     assert "no_such_module" in train(capsys, tmp_path, method=("no_such_module:f",))
     assert "has no nothing" in train(capsys, tmp_path, method=("opd.methods:nothing",))
     assert "return an opd.Method" in train(capsys, tmp_path, method=("opd.losses.rewards:LogRatio",))
+    assert "return an opd.Method" in train(capsys, tmp_path, method=("math:inf",))
+
+
+def test_code_of_the_user_that_cannot_be_used(capsys, tmp_path, monkeypatch, rows):
+    (tmp_path / "broken_code.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    file = ["--prompts", rows({"prompt": "1+1?", "answer": "2"})]
+    assert "broken_code cannot be imported: SyntaxError" in train(capsys, tmp_path, method=("broken_code:f",))
+    for verifier, says in (("broken_code:f", "cannot be imported: SyntaxError"), ("math:inf", "is a float")):
+        assert says in train(capsys, tmp_path, "--verifier", verifier, prompts=file)
+    assert "File name too long" in refused(capsys, "report", "x" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +398,10 @@ def test_version_usage_and_unknown_commands(capsys):
             ["eval", "--model", "x", "--prompts", "y", "--sampels", "3"],
             "--sampels: unknown flag (did you mean --samples",
         ),
-        (["eval", "--model", "x", "--prompts", "y", "z"], "z: belongs to no flag; `opd eval --help`"),
+        (
+            ["eval", "--model", "x", "--prompts", "y", "z"],
+            "z: belongs to no flag (--prompts takes one value); `opd eval --help`",
+        ),
         (["train", *MODELS, *LEDGER, "vopd", "--k", "3"], "--k: unknown flag; `opd train vopd --help`"),
         (["eval"], "--model and --prompts must be given; for example: opd eval --model "),
     ],

@@ -132,11 +132,16 @@ def find(name: str) -> Verifier:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # appended last, so that a file there shadows no installed module
     try:
-        return partial(_checked, vars(importlib.import_module(module))[function], name)
+        score = vars(importlib.import_module(module))[function]
     except ImportError as error:
         raise Refusal(f"--verifier {name}: {error}; give module:function, installed or from this folder") from error
     except KeyError as error:
         raise Refusal(f"--verifier {name}: the module {module} has no {function}; name one it has") from error
+    except Exception as error:  # code of the user
+        raise Refusal(f"--verifier {name}: the module {module} cannot be imported: {error!r}; correct it") from error
+    if not callable(score):
+        raise Refusal(f"--verifier {name}: is a {type(score).__name__}; name a function of a response and an answer")
+    return partial(_checked, score, name)
 
 
 def _checked(function: Verifier, name: str, response: str, answer: str) -> float:
