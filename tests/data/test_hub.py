@@ -188,6 +188,9 @@ def test_every_flag_takes_an_id(cache, tmp_path, monkeypatch, capsys, flag):
     text = FLAGS[flag].replace("MODEL", "Qwen/Qwen2.5-1.5B-Instruct@v1.0")
     name, *rest = text.split()
     prompts = [] if name in ("prune", "serve") else ["--prompts", "embedded:ledger-short"]
+    if "--route" in rest:
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "Jan: +1", "answer": "1", "teacher": "math"}\n' * 8)
+        prompts = ["--prompts", str(tmp_path / "rows.jsonl")]
     args = [name, *prompts, *more.get(name, "").split(), *rest]
     if flag == "doctor":
         assert cli.main(args) == 2

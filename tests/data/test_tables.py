@@ -343,7 +343,7 @@ def test_usual_files_of_rows(tmp_path, name, text, zipped):
         ('[{"question": "a"}]\n[{}]', "Extra data"),
         ("[" * 10**5, "is not JSON (maximum recursion depth"),
         ('{"question": ' + "[" * 10**5, "line 1 is not JSON (it is nested more than 64 deep"),
-        ('{"question": "\\ud800", "answer": "1"}', "row 0 of"),
+        ('{"question": "\\ud800", "answer": "1"}', "line 1 is not JSON (it has half of a pair of surrogates"),
     ],
 )
 def test_json_that_cannot_be_read_is_refused_with_the_place(tmp_path, text, words):

@@ -319,7 +319,7 @@ def test_splits(tmp_path):
     assert len(load(Data(source=str(tmp_path), split="test")).prompts) == 2
     assert "['train', 'test']" in refusal(source=str(tmp_path), split="dev")
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
-    assert "choose train" in refusal(source=str(tmp_path / "saved"), split="dev")
+    assert "which has train" in refusal(source=str(tmp_path / "saved"), split="dev")
 
 
 def test_csv_is_text(tmp_path):

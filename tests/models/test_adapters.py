@@ -219,12 +219,13 @@ def test_a_missing_base_is_named(run, tmp_path, capsys, monkeypatch, base):
 
 def test_an_adapter_is_every_frozen_role(run, pair, tmp_path):
     """Teacher, one of several, reference and judge: the numbers of its merged weights."""
-    plain = tmp_path / "plain"
+    plain, rows_of_x = tmp_path / "plain", tmp_path / "rows.jsonl"
     loaded(run).save_pretrained(plain)
     models.tokenizer(located(run), field="model").save_pretrained(plain)
+    rows_of_x.write_text('{"prompt": "Jan: +1", "answer": "1", "teacher": "x"}\n' * 8)
     roles = {
         "teacher": lambda m: {"teacher": str(m)},
-        "route": lambda m: {"route": (f"x={m}",)},
+        "route": lambda m: {"route": (f"x={m}",), "prompts": str(rows_of_x)},
         "reference": lambda m: {"reference": str(m), "method": METHODS["g-opd"]()},
         "text": lambda m: {"teacher": str(m), "method": METHODS["omniopd"]()},
     }

@@ -748,7 +748,7 @@ def test_training_without_stages_raises_an_alarm(tmp_path, capsys):
     for name, method in (("none", OTHERS), ("some", ["rubricem"])):
         assert cli.main(["train", *loud, "--out", str(tmp_path / name), *method]) == 0
         (row,), error = logged(tmp_path / name), capsys.readouterr().err
-        assert (row["unstaged"] == 1) == ("warning: no stages: step 1: 100%" in error) == (name == "none"), error
+        assert (row["unstaged"] == 1) == ("warning: no stages: step 1, 100%" in error) == (name == "none"), error
 
 
 @pytest.mark.parametrize(

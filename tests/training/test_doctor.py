@@ -207,10 +207,10 @@ FAULTS: dict[str, tuple[str, str, Callable]] = {
         "warning", "distance", lambda root, patch: {"teacher": copied(root, "teacher", weights(loud))},
     ),
     "teacher overflowed in fp16": (
-        "error", "finite", lambda root, patch: {"teacher": copied(root, "teacher", weights(overflow))},
+        "error", "opening", lambda root, patch: {"teacher": copied(root, "teacher", weights(overflow))},
     ),
     "student overflowed in fp16": (
-        "error", "finite", lambda root, patch: {"student": copied(root, "student", weights(overflow))},
+        "error", "opening", lambda root, patch: {"student": copied(root, "student", weights(overflow))},
     ),
     "student's weights in bf16": ("error", "precision", lambda root, patch: low(patch) or {}),
     "engine with stale weights": ("warning", "sampler", lambda root, patch: stale(patch) or {}),
