@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"opd: {printable(error.filename)}: no file has so long a name; name another one", file=sys.stderr)
+        print(f"opd: {printable(error.filename)}: {error.strerror}; name another path", file=sys.stderr)
         return 2
     return 0
 

@@ -45,10 +45,10 @@ def _names(folder: Path, stem: str) -> list[str]:
     if not index.is_file():
         return [f"{stem}.safetensors"]
     try:
-        names: Iterable[str] = json.loads(index.read_text())["weight_map"].values()
+        names: Iterable[str] = set(map(str, json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Missing(f"its {index.name} is no index of weights ({first_line(error)}); download it again") from error
-    return sorted(set(names))
+    return sorted(names)
 
 
 def _tensors_without_floats(file: Path) -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
+from accelerate.state import AcceleratorState
+
 import opd.cli
 
 for name in (  # what the commands import, before the forks
@@ -163,6 +165,7 @@ def _be_opd(arguments: Sequence[str], keyboard: int, output: int, before: Callab
         warnings.resetwarnings()
         warnings.simplefilter("ignore", DeprecationWarning)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent may have trained, in one process
         before()
         code = opd.cli.main(list(arguments))
     except SystemExit as end:

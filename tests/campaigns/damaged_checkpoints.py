@@ -18,7 +18,7 @@ VARIANTS = {
     "vopd": "vopd",
     "LoRA": "--lora-rank 4 vopd",
     "kat": "kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2",
-    "npd": "npd --pool 2",
+    "npd": "npd --pool 2 --no-filtered",
     "ema teacher": "--teacher ema:0.1 --context answer opd",
 }
 LAST, NEWEST = "checkpoints/step-000004", "checkpoints/step-000003"

@@ -39,7 +39,7 @@ VARIANTS = (
     Variant("evaluations", "--eval-prompts embedded:ledger-short --eval-limit 4 --eval-every 2 vopd", 2),
     Variant("LoRA", "--lora-rank 4 opd-zscore", 3),
     Variant("kat", "--schedule cosine kat --window 4 --floor 2 --ready 8 --buffer 20 --after 2", 3),
-    Variant("npd", "npd --pool 2", 2),
+    Variant("npd", "npd --pool 2 --no-filtered", 2),
     Variant("gkd", "gkd --share 0.5", 2),
     Variant("ema teacher", "--teacher ema:0.1 --context answer opd", 2),
     Variant("groups with a judge", "--judge verifier --preset embedded --steps 4 --batch 8 ropd", 1),

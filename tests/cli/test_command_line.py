@@ -300,8 +300,8 @@ def test_an_interrupted_run_is_resumed_unless_it_is_complete(capsys, tmp_path, m
 
     monkeypatch.setattr(trainer, "step", interrupted)
     words = ["train", *MODELS, *LEDGER, "--steps", steps, "--batch", 2, "--max-new-tokens", 4, "--no-doctor"]
-    assert main([str(word) for word in (*words, "--out", tmp_path / "run", "vopd")]) == 0
-    assert ("--resume goes on from there" in capsys.readouterr().err) == advice
+    assert main([str(word) for word in (*words, "--out", tmp_path / "run", "vopd")]) == (130 if advice else 0)
+    assert ("the same command with --resume continues" in capsys.readouterr().err) == advice
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
@@ -341,7 +341,10 @@ def test_a_folder_that_holds_a_run(capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
     line = refused(capsys, "train", *MODELS, *LEDGER, "--out", tmp_path / "run", "vopd")
-    assert "--resume" in line and (tmp_path / "run" / "metrics.jsonl").read_text() == "precious\n"
+    assert "not empty; name another folder" in line
+    (tmp_path / "run" / "config.json").write_text("{}")
+    line = refused(capsys, "train", *MODELS, *LEDGER, "--out", tmp_path / "run", "vopd")
+    assert "add --resume to go on" in line and (tmp_path / "run" / "metrics.jsonl").read_text() == "precious\n"
 
 
 def test_resuming_with_other_settings(capsys, tmp_path):

@@ -283,7 +283,7 @@ def test_ctrl_c_saves_the_queue_and_leaves_nobody(pair, tmp_path):
     wait_for(out / "rollouts" / "step-000003.jsonl", run)
     children = workers(run.pid)
     run.send_signal(signal.SIGINT)
-    assert run.wait(120) == 0 and gone(children) and not list(out.glob(".worker*"))
+    assert run.wait(120) == 130 and gone(children) and not list(out.glob(".worker*"))
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name[-6:])
     kept = load_state(saved).rollouts
@@ -350,7 +350,7 @@ def test_several_processes_have_a_worker_each(pair, tmp_path):
     wait_for(out / "rollouts" / "step-000003.jsonl", run)
     (second,) = (p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == "1")
     second.send_signal(signal.SIGINT)  # only one of them hears it, and both stop after the same step
-    assert run.wait(120) == 0, run.stderr.read()[-2000:]
+    assert run.wait(120) == 1, run.stderr.read()[-2000:]  # torchrun's code for processes that exit with 130
     last = logged(out)[-1]["step"]
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
     assert all(r["staleness_max"] <= 2 for r in logged(out))

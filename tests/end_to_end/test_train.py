@@ -21,6 +21,7 @@ from opd.head.sweep import ModelLogits
 from opd.methods import METHODS
 from opd.methods.constructors import constructors
 from opd.methods.method import Method
+from opd.models.checkpoints import seal
 from opd.training.run_folder import Run, plain
 from opd.training.train import FREE
 from opd.training.trainer import Trainer
@@ -190,6 +191,7 @@ def test_a_checkpoint_of_an_older_version_resumes(pair, tmp_path):
     for file in (old / "training_state").iterdir():
         file.rename(old / file.name)
     (old / "training_state").rmdir()
+    (old / "state.json").write_text('{"step": 2}')  # without digests
     opd.train(config(pair, tmp_path / "cut", method=method, resume=True))
     assert logged(tmp_path / "cut") == logged(whole)
     assert all(x.equal(weights(whole)[name]) for name, x in weights(tmp_path / "cut").items())
@@ -200,6 +202,7 @@ def test_a_checkpoint_without_some_optimizer_state_is_refused(pair, tmp_path):
     file = out / "checkpoints" / "step-000002" / "training_state/optimizer.safetensors"
     state = load_file(file)
     save_file({k: x for k, x in state.items() if "embed_tokens" not in k}, file)
+    seal(file.parents[1], {"step": 2})
     with pytest.raises(Refusal, match=r"lacks the state of 1 trained parameters, .*embed_tokens") as error:
         opd.train(config(pair, out, steps=2, resume=True))
     assert "\n" not in str(error.value)
@@ -236,7 +239,7 @@ def test_a_folder_is_empty_that_holds_what_a_refused_run_left(tmp_path):
 
 
 def test_saved_rollouts_appear_whole(pair, tmp_path, monkeypatch):
-    def killed(tensors, path):
+    def killed(tensors, path, metadata):
         save_file(dict(list(tensors.items())[:1]), path)
         raise KeyboardInterrupt
 

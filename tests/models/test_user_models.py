@@ -197,7 +197,7 @@ def test_a_reference_reads_prompts_within_its_context(tmp_path, capsys):
 
 def test_an_adapter_of_itself_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(Refusal, match=r"--student .*: its adapter_config\.json leads back to itself"):
+    with pytest.raises(Refusal, match=r"--student .*: it is its own base; correct base_model_name_or_path"):
         locate(str(tmp_path), field="student")
 
 

@@ -830,7 +830,7 @@ def test_a_server_whose_threads_all_wait_is_healthy():
 
     async def ask() -> int:
         whole = httpx.ASGITransport(build(Busy(), Serve(model="busy"), token=""))
-        async with httpx.AsyncClient(transport=whole, base_url="http://busy") as client:
+        async with httpx.AsyncClient(transport=whole, base_url="http://localhost") as client:
             others = [asyncio.create_task(client.get("/opd/identity")) for _ in range(60)]
             await asyncio.to_thread(lambda: [held.acquire(timeout=10) for _ in range(40)])
             try:

@@ -21,6 +21,7 @@ from opd.teachers.serve.gate import Gate
 from opd.teachers.serve.metrics import Metrics
 from opd.teachers.serve.model import Served
 from opd.teachers.serve.server import _open
+from tests.campaigns import serve
 from tests.tiny_models import tiny_bytes
 
 
