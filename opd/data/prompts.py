@@ -36,7 +36,7 @@ class Rendered:
 def stop_ids(eos: object, tokenizer: Tokenizer, fallback: object = None) -> tuple[int, ...]:
     """Return stop ids: `eos` of the generation config, else the tokenizer's EOS, else `fallback`; at least one."""
     own = tokenizer.eos_token_id if "eos_token" in tokenizer.special_tokens_map else None
-    ids = next(filter(None, (_ids(eos, tokenizer), _ids(own, tokenizer), _ids(fallback, tokenizer))), ())
+    ids = next((ids for value in (eos, own, fallback) if (ids := _ids(value, tokenizer))), ())
     if not ids:
         raise Refusal(
             f"eos_token_id: {model_name(tokenizer)} has none, in its generation config or its tokenizer, so it would "

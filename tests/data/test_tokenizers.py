@@ -222,6 +222,8 @@ def test_no_stop_at_all_is_refused():
 @pytest.mark.parametrize(("eos", "ids"), [(3, (3,)), (0, (0,)), ([5, 3, 5], (3, 5)), (None, ENDS), ([], ENDS)])
 def test_stop_ids_are_the_generation_configs_else_the_tokenizers(eos, ids):
     assert prompts.stop_ids(eos, byte_level(), 7) == ids
+    # A config.json may keep the stop ids of another vocabulary beside a generation config that is right.
+    assert prompts.stop_ids(eos, byte_level(), [10**6]) == ids
 
 
 def test_a_model_that_never_stops_is_refused():
