@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 CLOSE = 0.7  # lowest ratio of difflib at which a name counts as a misspelling of another
-
 LONGEST_WORD = 300  # characters between blanks: paths are shorter
 LONGEST_MESSAGE = 1500  # characters of a message: its beginning names the flag, and its end the remedy
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")

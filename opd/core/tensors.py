@@ -16,7 +16,7 @@ from torch import Tensor
 from opd.core.disk import follow_umask
 
 T = TypeVar("T")
-SEAL = "sha256"  # key of the digests in the metadata of a file: one, because safetensors writes keys in any order
+DIGESTS = "sha256"  # key of the digests in the metadata of a file: one, because safetensors writes keys in any order
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
@@ -45,7 +45,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, sealed: bool = Fa
     """
     part = path.with_name(f"{path.name}.part")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, part, {SEAL: json.dumps({name: _digest(x) for name, x in plain.items()})} if sealed else None)
+    save_file(plain, part, {DIGESTS: json.dumps({name: _digest(x) for name, x in plain.items()})} if sealed else None)
     follow_umask(part)
     os.replace(part, path)
 
@@ -57,7 +57,7 @@ def load_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """
     with safe_open(path, "pt") as file:
         saved = set(file.keys())
-        seals = json.loads((file.metadata() or {}).get(SEAL, "{}"))
+        seals = json.loads((file.metadata() or {}).get(DIGESTS, "{}"))
         tensors = {name: file.get_tensor(name) for name in (names or sorted(saved)) if name in saved}
     for name in (set(names) or saved | seals.keys()) & (saved | seals.keys()) if seals else ():
         if name not in tensors or _digest(tensors[name]) != seals.get(name):

@@ -17,7 +17,7 @@ OBSERVERS = frozenset({"/health", "/ready", "/metrics"})  # requests that look a
 
 @dataclass
 class RequestRecord:
-    """What is known of a request when it ends."""
+    """The numbers of a request that has ended."""
 
     status: int = CLIENT_GONE
 
