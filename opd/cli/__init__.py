@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_characters(args)
         match args:
             case [] | ["-h" | "--help"] | ["help"]:
                 print(USAGE)
@@ -117,6 +118,17 @@ def _short_warnings() -> Iterator[None]:
 
         warnings.showwarning = show_short
         yield
+
+
+def _check_characters(words: Sequence[str]) -> None:
+    """Refuse what no shell can pass, and no file name can hold: a null character, or half of a character."""
+    for word in words:
+        try:
+            strange = b"\0" in os.fsencode(word)
+        except UnicodeEncodeError:
+            strange = True
+        if strange:
+            raise Refusal(f"{ascii(word)}: a null character, or half of a character, is in it; remove that")
 
 
 def _check_processes(command: str) -> None:

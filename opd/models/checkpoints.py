@@ -97,6 +97,11 @@ def _history_damage(path: Path) -> str:
     return f"the lines of {path.name} up to its step are not those that were written"
 
 
+def sealed_history(checkpoint: Path) -> int | None:
+    """Return the bytes of the run's metrics.jsonl when the checkpoint was sealed, or None if its seal does not say."""
+    return seal_of(checkpoint).get("history", {}).get("bytes")
+
+
 def seal_of(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a seal; checkpoints of earlier versions have it in the model folder itself."""
     path = checkpoint / STATE / SEAL

@@ -114,8 +114,12 @@ class Run:
         method: str,
         step: int,
         asked: Mapping[str, object] = MappingProxyType({}),
+        history: int | None = None,
     ) -> None:
-        """Write settings, method and environment (with `asked`: preset and user flags), and cut the logs to `step`."""
+        """Write settings, method and environment (with `asked`: preset and user flags), and cut the logs to `step`.
+
+        `history` is the length of metrics.jsonl at that step, in bytes, as far as the checkpoint knows it.
+        """
         with disk(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(settings, indent=2))
@@ -123,7 +127,8 @@ class Run:
             self._write("environment.json", json.dumps({**environment(), **asked}, indent=2))
             for name in ("metrics.jsonl", "perf.jsonl"):
                 path = self.folder / name
-                lines = path.read_bytes().splitlines(keepends=True) if path.is_file() and step > 0 else []
+                content = path.read_bytes() if path.is_file() and step > 0 else b""
+                lines = content[: history if name == "metrics.jsonl" else None].splitlines(keepends=True)
                 self._write(name, "".join(line.decode() for line in lines if 0 <= _step_of(line) <= step))
 
     def log(self, name: str, row: Mapping[str, object]) -> None:

@@ -15,7 +15,7 @@ from opd.config.train import Train
 from opd.core.disk import check_place
 from opd.core.errors import Refusal, Stopped, foreign_errors
 from opd.models import lora
-from opd.models.checkpoints import checkpoints, newest_checkpoint
+from opd.models.checkpoints import checkpoints, newest_checkpoint, sealed_history
 from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load
@@ -84,7 +84,9 @@ def _train(
     findings = examine_run(trainer) if config.doctor and checkpoint is None else static_findings(session)
     _refuse(errors(findings))
     if accelerator.is_main_process:
-        run.start(written, repr(plan.method), state.step, {"processes": accelerator.num_processes, **asked})
+        history = sealed_history(checkpoint) if checkpoint is not None else None
+        asked = {"processes": accelerator.num_processes, **asked}
+        run.start(written, repr(plan.method), state.step, asked, history)
     if checkpoint is None:
         lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:

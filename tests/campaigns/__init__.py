@@ -12,3 +12,14 @@ class Counts:
     refused: int = 0  # it refused in the way it promises
     lost: int = 0  # anything else: a crash, a hang, a wrong result
     details: list[str] = field(default_factory=list)  # a line for each lost attempt
+
+    def add(self, attempt: str, fault: str, *, refused: bool) -> None:
+        """Count an attempt: as lost if it has a fault, otherwise as refused or survived."""
+        self.tried += 1
+        if fault:
+            self.lost += 1
+            self.details.append(f"{attempt}: {fault}"[:1000])
+        elif refused:
+            self.refused += 1
+        else:
+            self.survived += 1

@@ -16,13 +16,14 @@ CAMPAIGNS = {  # module -> attempts of `make soak`, and of the short version; 86
     "two_trainers": (20, 2),
     "damaged_checkpoints": (300, 8),
     "damaged_reads": (300, 30),
+    "damaged_answers": (300, 36),
     "full_disks": (60, 3),
     "prompt_files": (500, 30),
     "hostile_folders": (60, 4),
     "command_lines": (5000, 100),
     "serve": (500, 40),
     "serve_replay": (8640, 200),
-    "numbers": (200, 4),
+    "numbers": (400, 6),
 }
 
 

@@ -94,12 +94,7 @@ def run(folder: Path, count: int, seed: int) -> Counts:
             wanted, found = _results(folder / "ends" / bases[name].name), _results(case)
             if changed := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
                 fault = f"other results: {', '.join(changed[:3])}"
-        counts.tried += 1
-        counts.survived += not fault and outcome.code == 0
-        counts.refused += not fault and outcome.code == 2
-        if fault:
-            counts.lost += 1
-            counts.details.append(f"{name}, {what}: {fault}: {outcome.last_line()}")
+        counts.add(f"{name}, {what}: {outcome.last_line()}", fault, refused=outcome.code == 2)
     return counts
 
 

@@ -138,16 +138,9 @@ def run(folder: Path, count: int, seed: int) -> Counts:
     whole = {name: _read(name, source, case) for name in COMMANDS}
     for file, damage, command in itertools.islice(itertools.cycle(attempts), count):
         code, fault, output = _read(command, source, case, partial(DAMAGES[damage], case / file, draw))
-        counts.tried += 1
         if not fault and code == 0 and output != whole[command][2] and not looks_whole(file, damage):
             fault = "another output without a word"
-        if fault:
-            counts.lost += 1
-            counts.details.append(f"{command}, {file}, {damage}: {fault}: {output[-300:]}")
-        elif code:
-            counts.refused += 1
-        else:
-            counts.survived += 1
+        counts.add(f"{command}, {file}, {damage}: {output[-300:]}", fault, refused=code == 2)
     return counts
 
 

@@ -57,14 +57,7 @@ def run(folder: Path, count: int, seed: int) -> Counts:
         faults = [_fault(outcome)]
         if outcome.code:
             faults.append(_fault(run_command(arguments, LIMIT)))
-        counts.tried += 1
-        if any(faults):
-            counts.lost += 1
-            counts.details.append(f"{what}: {'; then '.join(filter(None, faults))}")
-        elif outcome.code:
-            counts.refused += 1
-        else:
-            counts.survived += 1
+        counts.add(what, "; then ".join(filter(None, faults)), refused=outcome.code == 2)
         shutil.rmtree(place)
     return counts
 

@@ -221,14 +221,7 @@ def run(folder: Path, count: int, seed: int) -> Counts:
         model, prompts = (STUDENT, path) if name.startswith("data") else (path, "embedded:ledger-short")
         flags = f"--prompts {prompts} --limit 2 --max-new-tokens 4 --split {'train' if model is STUDENT else 'test'}"
         outcome = run_command(["eval", "--model", str(model), *flags.split()], typed=b"y\n" * 20)
-        counts.tried += 1
         fault = "its code ran" if smith.flag.exists() else outcome.fault()
-        if fault:
-            smith.flag.unlink(missing_ok=True)
-            counts.lost += 1
-            counts.details.append(f"{name}: {fault}: {outcome.output[-600:]}")
-        elif outcome.code:
-            counts.refused += 1
-        else:
-            counts.survived += 1
+        smith.flag.unlink(missing_ok=True)
+        counts.add(f"{name}: {outcome.output[-600:]}", fault, refused=outcome.code == 2)
     return counts

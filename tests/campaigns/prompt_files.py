@@ -194,14 +194,7 @@ def run(folder: Path, count: int, seed: int) -> Counts:
         sizes = ["--limit", "2", "--max-new-tokens", "1"]
         outcome = run_command(["eval", "--model", "embedded:student", "--prompts", str(path), *sizes], SECONDS)
         path.unlink()
-        counts.tried += 1
         fault = "its code ran" if flag.exists() else outcome.fault()
-        if fault:
-            flag.unlink(missing_ok=True)
-            counts.lost += 1
-            counts.details.append(f"{name}, {raw[:200]!r}: {fault}: {outcome.output[-600:]}")
-        elif outcome.code:
-            counts.refused += 1
-        else:
-            counts.survived += 1
+        flag.unlink(missing_ok=True)
+        counts.add(f"{name}, {raw[:200]!r}: {outcome.output[-600:]}", fault, refused=outcome.code == 2)
     return counts

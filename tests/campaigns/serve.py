@@ -294,9 +294,5 @@ def drained(server: Server) -> list[str]:
 
 
 def _note(counts: Counts, result: str, attempt: object) -> None:
-    counts.tried += 1
-    if result in ("survived", "refused"):
-        setattr(counts, result, getattr(counts, result) + 1)
-    else:
-        counts.lost += 1
-        counts.details.append(f"{result} | {attempt!r:.600}")
+    fault = "" if result in ("survived", "refused") else result
+    counts.add(f"{attempt!r:.600}", fault, refused=result == "refused")

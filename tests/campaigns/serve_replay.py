@@ -40,7 +40,7 @@ def content(answer: tuple[int, bytes]) -> tuple[int, object]:
 
 def run(folder: Path, count: int, seed: int) -> Counts:
     """Send `count` requests, in turn; `seed` is where they begin."""
-    counts = Counts(tried=count)
+    counts = Counts()
     with served(tiny_bytes(folder / "model", context=128)) as server:
         first = [content(server.exchange(raw)) for raw in REQUESTS]
         for i in range(count):
@@ -48,17 +48,11 @@ def run(folder: Path, count: int, seed: int) -> Counts:
                 memory = _memory(server)
             place = (seed + i) % len(REQUESTS)
             answer = content(server.exchange(REQUESTS[place]))
-            if answer != first[place] or not 200 <= answer[0] < 500:
-                counts.lost += 1
-                counts.details.append(f"{first[place]} | {answer}"[:500])
-            elif answer[0] < 300:
-                counts.survived += 1
-            else:
-                counts.refused += 1
+            fault = "" if answer == first[place] and 200 <= answer[0] < 500 else f"at first {first[place]}"[:400]
+            counts.add(f"{answer}"[:400], fault, refused=answer[0] >= 300)
         grown = _memory(server) - memory
-    if grown > GROWTH:
-        counts.lost += 1
-        counts.details.append(f"{grown / 2**20:.0f} MB more memory after {count - int(SETTLED * count)} requests")
+    fault = f"grown by {grown / 2**20:.0f} MB" if grown > GROWTH else ""
+    counts.add(f"memory over {count - int(SETTLED * count)} requests", fault, refused=False)
     return counts
 
 

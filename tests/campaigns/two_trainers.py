@@ -35,11 +35,8 @@ def run(folder: Path, count: int, seed: int) -> Counts:
             faults.append(f"the logged steps are {steps}")
         if 0 not in [end.code for end in ends]:
             faults.append("no trainer ended its run")
-        counts.tried += 1
-        counts.survived += not faults
-        if faults:
-            counts.lost += 1
-            counts.details.append(f"{' and '.join(flags)}: {'; '.join(faults)}: {[end.last_line() for end in ends]}")
+        attempt = f"{' and '.join(flags)}: {[end.last_line() for end in ends]}"
+        counts.add(attempt, "; ".join(faults), refused=False)
         shutil.rmtree(out)
     return counts
 

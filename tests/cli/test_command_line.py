@@ -81,6 +81,12 @@ def test_differing_vocabularies(capsys, tmp_path):
     assert "tokens" in line and repr(a)[1:-1] in line
 
 
+@pytest.mark.parametrize("command", ["report x --out", "inspect", "train", "prune --out", "nosuch"])
+@pytest.mark.parametrize("word", ["a\0b", "\ud800"])
+def test_characters_that_no_shell_passes(capsys, command, word):
+    assert refused(capsys, *command.split(), word).startswith(f"opd: {ascii(word)}: ")
+
+
 def test_unknown_method(capsys, tmp_path):
     assert "did you mean vopd-topk?" in train(capsys, tmp_path, method=("vopd-tokp",))
     assert "METHOD (`opd methods` lists them) must be given" in train(capsys, tmp_path, method=())

@@ -12,6 +12,7 @@ import datasets
 import pandas as pd
 import pyarrow
 import pytest
+from PIL import Image
 
 from opd.config.data import Data
 from opd.core.errors import Refusal
@@ -103,6 +104,12 @@ def test_any_path_is_read(tmp_path, folder, suffix):
         (frame.to_csv if suffix == "csv" else frame.to_parquet)(path)
     assert question(tasked(path).prompts[0]) == "2+2?"
     assert question(tasked(path.parent).prompts[0]) == "2+2?"
+
+
+def test_pictures_in_a_folder_with_brackets_are_refused(tmp_path):
+    (tmp_path / "runs[1]").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "runs[1]" / "train.png")
+    assert "rename it, or convert the files" in refusal(tmp_path / "runs[1]")
 
 
 def test_pandas_csv_comes_back_as_it_was(tmp_path):

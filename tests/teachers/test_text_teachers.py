@@ -1,8 +1,10 @@
 """Teachers and judges that only write: numbers by hand, real server processes, and what happens when they fail."""
 
+import contextlib
 import json
 import math
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -229,9 +231,31 @@ def test_answers_are_asked_once(server, tmp_path):
     again = endpoint("http://127.0.0.1:9", tmp_path)  # nobody is there, and nobody is asked
     assert again.continuations(asked, 2, 8, 0) == first[:-1]
     assert again.traffic() == {**dict.fromkeys(spent, 0.0), "teacher_cached": 5.0}
-    with pytest.raises(Refusal, match="teacher-cache"):
-        (tmp_path / "broken.sqlite").write_text("this is no database, and says so at some length " * 50)
-        AnswerCache(tmp_path / "broken.sqlite").find("x")
+
+
+def test_damage_of_a_cache_is_no_other_answer(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    AnswerCache(path).store("x", ["the sum is 5"])
+    assert AnswerCache(path).find("x") == ["the sum is 5"]
+
+    def changed(expression):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+            file.execute(f"UPDATE answers SET texts = {expression}")
+
+    changed("substr(texts, 18)")  # as versions without digests wrote it
+    assert AnswerCache(path).find("x") == ["the sum is 5"]
+    AnswerCache(path).store("x", ["the sum is 5"])
+    for expression in ("replace(texts, '5', '7')", "'null'", "7", "x'ff'", "NULL"):
+        changed(expression)
+        with pytest.raises(Refusal, match=r"teacher-cache .*an entry is damaged; remove the file"):
+            AnswerCache(path).find("x")
+    changed("CAST(x'5b22ff225d' AS TEXT)")  # not UTF-8
+    with pytest.raises(Refusal, match=r"teacher-cache .*UTF-8"):
+        AnswerCache(path).find("x")
+    broken = tmp_path / "broken.sqlite"
+    broken.write_text("this is no database, and says so at some length " * 50)
+    with pytest.raises(Refusal, match=r"teacher-cache .*not a database"):
+        AnswerCache(broken).find("x")
 
 
 @pytest.mark.parametrize("fault", ["500", "malformed", "drop", "other"])

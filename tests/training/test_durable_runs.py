@@ -126,11 +126,11 @@ def test_a_history_that_was_changed_is_not_continued(pair, finished, run, damage
             opd.train(config(pair, run, resume=True))
 
 
-def test_torn_lines_after_the_checkpoint_do_not_matter(pair, finished, run):
+def test_lines_after_the_checkpoint_do_not_matter(pair, finished, run):
     shutil.rmtree(run / "checkpoints/step-000003")
     for name in ("metrics.jsonl", "perf.jsonl"):
         with (run / name).open("ab") as file:
-            file.write(b'\x00\x00\x00\nnull\n{"step": "x"}\n[3]\n{"step": 9')
+            file.write(b'\x00\x00\x00\nnull\n{"step": "x"}\n[3]\n{"step": 1, "loss": 0.0}\n{"step": 9')
     opd.train(config(pair, run, resume=True))
     assert files_of(run) == files_of(finished)
 

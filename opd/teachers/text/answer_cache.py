@@ -27,13 +27,16 @@ class AnswerCache:
         with self.lock:
             if self.file is None and not self.path.is_file():
                 return None
-            row = self._do("SELECT texts FROM answers WHERE key = ?", key).fetchone()
-        return None if row is None else self._texts(row[0])
+            rows = self._do("SELECT texts FROM answers WHERE key = ?", key)
+        return self._texts(key, rows[0][0]) if rows else None
 
-    def _texts(self, saved: object) -> list[str]:
+    def _texts(self, key: str, saved: object) -> list[str]:
         """Return the texts of an entry.  Raises Refusal for a damaged one."""
+        digest, _, text = saved.partition(" ") if isinstance(saved, str) else ("", "", "")
+        if isinstance(saved, str) and saved.startswith("["):  # an entry of before there were digests
+            digest, text = _digest(key, saved), saved
         try:
-            texts = json.loads(saved) if isinstance(saved, str) else None
+            texts = json.loads(text) if digest == _digest(key, text) else None
         except (ValueError, RecursionError):
             texts = None
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -42,8 +45,9 @@ class AnswerCache:
 
     def store(self, key: str, texts: Sequence[str]) -> None:
         """Store the texts of a key."""
+        text = json.dumps(list(texts))
         with self.lock:
-            self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(list(texts)))
+            self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, f"{_digest(key, text)} {text}")
 
     def drop(self, keys: Sequence[str]) -> None:
         """Delete the entries of the keys."""
@@ -51,7 +55,8 @@ class AnswerCache:
             for key in keys if self.file is not None or self.path.is_file() else ():
                 self._do("DELETE FROM answers WHERE key = ?", key)
 
-    def _do(self, statement: str, *values: str) -> sqlite3.Cursor:
+    def _do(self, statement: str, *values: str) -> list[tuple[object, ...]]:
+        """Execute a statement; return its rows."""
         try:
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +65,13 @@ class AnswerCache:
                 self.file.execute("PRAGMA journal_mode=WAL")
                 self.file.execute("PRAGMA synchronous=NORMAL")
                 self.file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, texts TEXT) WITHOUT ROWID")
-            return self.file.execute(statement, values)
+            return self.file.execute(statement, values).fetchall()
         except (sqlite3.Error, OSError) as error:
             raise Refusal(
                 f"--teacher-cache {self.path}: {error}; name a folder that can be written, or remove a broken file"
             ) from error
+
+
+def _digest(key: str, text: str) -> str:
+    """Return the digest of an entry, so that damage on the disk is no other answer."""
+    return hashlib.sha256(f"{key} {text}".encode()).hexdigest()[:16]
