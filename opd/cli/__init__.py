@@ -128,7 +128,7 @@ def _check_characters(words: Sequence[str]) -> None:
         except UnicodeEncodeError:
             strange = True
         if strange:
-            raise Refusal(f"{ascii(word)}: a null character, or half of a character, is in it; remove that")
+            raise Refusal(f"{word!a}: a null character, or half of a character, is in it; remove that")
 
 
 def _check_processes(command: str) -> None:

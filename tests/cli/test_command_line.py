@@ -84,7 +84,7 @@ def test_differing_vocabularies(capsys, tmp_path):
 @pytest.mark.parametrize("command", ["report x --out", "inspect", "train", "prune --out", "nosuch"])
 @pytest.mark.parametrize("word", ["a\0b", "\ud800"])
 def test_characters_that_no_shell_passes(capsys, command, word):
-    assert refused(capsys, *command.split(), word).startswith(f"opd: {ascii(word)}: ")
+    assert refused(capsys, *command.split(), word).startswith(f"opd: {word!a}: ")
 
 
 def test_unknown_method(capsys, tmp_path):

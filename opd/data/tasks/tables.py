@@ -126,8 +126,8 @@ def _data_files(folder: Path, data: Data, links: Mapping[Path, Path]) -> Rows:
     if not names or any(file_kind(name) not in SUFFIXES for name in names):
         if links and names:  # rows of such files may be read only when they are used, and the links are gone by then
             raise Refusal(
-                f"--prompts {data.source}, --split {data.split}: a folder with * ? [ ] or :: in the names may hold files "
-                f"of the kinds {', '.join(SUFFIXES)} only; rename it, or convert the files"
+                f"--prompts {data.source}, --split {data.split}: a folder with * ? [ ] or :: in its names may hold "
+                f"files of the kinds {', '.join(SUFFIXES)} only; rename it, or convert the files"
             )
         return datasets.load_dataset(str(folder), data.subset or None, split=data.split)
     kinds = {file_kind(name) for name in names}
