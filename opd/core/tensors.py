@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -43,11 +44,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, sealed: bool = Fa
 
     A `sealed` file holds the digest of each tensor, which `load_tensors` compares.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".part-{path.name}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, part, {DIGESTS: json.dumps({name: _digest(x) for name, x in plain.items()})} if sealed else None)
-    follow_umask(part)
-    os.replace(part, path)
+    metadata = {DIGESTS: json.dumps({name: _digest(x) for name, x in plain.items()})} if sealed else None
+    shutil.rmtree(part, ignore_errors=True)  # a killed writer's
+    part.mkdir()
+    try:  # in a folder, because save_file itself writes to a file with a random name beside its target
+        save_file(plain, part / path.name, metadata)
+        follow_umask(part / path.name)
+        os.replace(part / path.name, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def load_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:

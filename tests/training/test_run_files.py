@@ -1,6 +1,9 @@
 """Readers of a run folder: every refusal is a line that names the file, the place and the remedy."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,3 +133,15 @@ COLUMNS = {"mask": torch.ones(1, 3, dtype=torch.bool), "ids": torch.arange(3)[No
 
 def _rewrite(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values) + "\n")
+
+
+def test_nothing_of_a_killed_writer_stays(tmp_path):
+    path = tmp_path / "s.safetensors"
+    code = "import os, signal, sys, pathlib, opd.core.tensors as t, torch\n"
+    code += "t.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += f"t.save_tensors({{'x': torch.ones(3)}}, pathlib.Path({str(path)!r}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (left / ".tmpA1b2C3").write_text("the temporary file of safetensors")
+    save_tensors(COLUMNS, path)
+    assert [*tmp_path.iterdir()] == [path]
