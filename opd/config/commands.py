@@ -181,6 +181,8 @@ class Serve:
     """Padded tokens that go through the model at once."""
     max_request_mb: int = 64
     """Largest request, MB."""
+    open_requests_mb: int = 1024
+    """Most MB of all open requests; a further one gets status 503, after which clients send it again."""
     max_sequences: int = 1024
     """Most sequences in one request."""
     max_logprobs: int = 20
@@ -204,7 +206,7 @@ class Serve:
         """Refuse impossible settings before anything loads; the token, empty where none is asked."""
         positive(self, "max_batch_tokens", "max_request_mb", "max_sequences", "max_logprobs", "decode_rows")
         positive(self, "max_connections", "client_connections")
-        at_least(self, drain_seconds=0)
+        at_least(self, drain_seconds=0, open_requests_mb=self.max_request_mb)
         if not 0 <= self.port < 65536:
             raise Refusal(f"--port {self.port}: must lie in [0, 65535]")
         token = secret(self.token_env)

@@ -302,6 +302,35 @@ def test_an_address_has_a_share_of_the_connections():
     assert metrics.connections == 0 and metrics.requests["connection", 503] == 1
 
 
+def test_open_requests_have_a_share_of_the_memory():
+    gate = build(Served.__new__(Served), Serve(model="x", max_request_mb=1, open_requests_mb=1), token="")
+    gate.app.post("/probe")(lambda: "here")
+    body = bytes(600 << 10)
+
+    async def exchange() -> list[int]:
+        arrived, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly():
+            yield body
+            arrived.set()
+            await go_on.wait()
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+            first = asyncio.create_task(client.post("/probe", content=slowly()))
+            await arrived.wait()
+            refused = await client.post("/probe", content=body)
+            assert "--open-requests-mb" in refused.json()["error"]["message"]
+            go_on.set()
+            answers = [await first, refused, await client.post("/probe", content=body)]
+            answers.append(await client.post("/probe", content=body * 2))
+        return [answer.status_code for answer in answers]
+
+    assert asyncio.run(exchange()) == [200, 503, 200, 413]
+    assert gate.held == 0
+    with pytest.raises(opd.Refusal, match="--open-requests-mb 1: must be at least 64"):
+        Serve(model="x", open_requests_mb=1).check()
+
+
 # The end
 
 

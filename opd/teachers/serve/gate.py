@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opd.config.commands import Serve
@@ -45,7 +46,8 @@ class Gate:
         self.app, self.token, self.metrics = app, token, metrics
         self.guarded = guarded  # paths that no web page may call
         self.is_draining = False  # set by the server when it is asked to stop
-        self.max_bytes = config.max_request_mb << 20
+        self.max_bytes, self.max_held = config.max_request_mb << 20, config.open_requests_mb << 20
+        self.held = 0  # bytes of the bodies of all open requests
         self.hosts = {"localhost", "127.0.0.1", "::1", config.host.lower()} if config.on_loopback() else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,20 +59,22 @@ class Gate:
                     request.status = message["status"]
                 await send(message)
 
-            refusal = self._refusal(scope["path"], dict(scope["headers"]))
-            body = b"" if refusal or scope["method"] != "POST" else await self._body(receive)
-            if body is None:
-                return None
-            if len(body) > self.max_bytes:
-                refusal = self._too_large()
-            if refusal:
-                return await refusal(scope, receive, answer)
-            unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            refusal, body = self._refusal(scope["path"], dict(scope["headers"])), bytearray()
+            try:
+                if not refusal and scope["method"] == "POST":
+                    refusal = await self._receive_body(receive, body)
+                if refusal:
+                    return await refusal(scope, receive, answer)
+                unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-            async def replay() -> Message:
-                return unread.pop() if unread else await receive()
+                async def replay() -> Message:
+                    return unread.pop() if unread else await receive()
 
-            return await self.app(scope, replay, answer)
+                await self.app(scope, replay, answer)
+            except ClientDisconnect:
+                return
+            finally:
+                self.held -= len(body)
 
     def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
         """Return the response to a request that its headers rule out."""
@@ -87,16 +91,24 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         return None if length.isdigit() and int(length) <= self.max_bytes else self._too_large()
 
-    async def _body(self, receive: Receive) -> bytearray | None:
-        """Return the body, or a beginning of it beyond the limit; None if the client has gone."""
-        body, is_open = bytearray(), True
-        while is_open and len(body) <= self.max_bytes:  # count the bytes, because a body may come without a length
+    async def _receive_body(self, receive: Receive, body: bytearray) -> JSONResponse | None:
+        """Append the body of a request to `body`; return the response to one that is too large for now or ever.
+
+        The bytes that arrive are counted, because a body may come without a length.  Raises ClientDisconnect.
+        """
+        is_open = True
+        while is_open:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                raise ClientDisconnect
+            body += (piece := message.get("body", b""))
+            self.held += len(piece)
+            if len(body) > self.max_bytes:
+                return self._too_large()
+            if self.held > self.max_held:
+                return error(503, f"requests of {self.max_held >> 20} MB are open, the most (--open-requests-mb)")
             is_open = message.get("more_body", False)
-        return body
+        return None
 
     def _too_large(self) -> JSONResponse:
         return error(413, f"the request is larger than {self.max_bytes >> 20} MB: send fewer sequences at once")
