@@ -155,10 +155,12 @@ def evaluate(config: Evaluate) -> EvaluationScores:
         )
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + config.sampling.max_new_tokens > context.tokens:
+        fits = len(ids[longest]) < context.tokens
+        remedy = "lower --max-new-tokens" if fits else "shorten or remove the row"
         raise Refusal(
             f"--prompts {config.prompts}: row {longest} ({prompts.short(task.prompts[longest].question())}) has "
             f"{len(ids[longest])} tokens; with --max-new-tokens "
-            f"{config.sampling.max_new_tokens} it passes the model's context of {context}; lower --max-new-tokens"
+            f"{config.sampling.max_new_tokens} it passes the model's context of {context}; {remedy}"
         )
     engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)
     prompt_rows = [i for i in ids for _ in range(config.samples)]

@@ -20,6 +20,7 @@ from opd.data.verifiers import sandbox
 # Chat templates that write the date get this one, that of Llama 3.1's template, so that a resumed run renders the
 # prompts of the first run.
 DATE = datetime(2024, 7, 26)
+TRIED_CHARACTERS = 10_000  # of a turn, as a template is tried: a long prompt is no fault of the template
 _TRIED: set[str] = set()  # chat templates that stay within the limits of time and memory
 
 
@@ -250,7 +251,8 @@ def _check_limits(
         return
     common = {**tokenizer.special_tokens_map, **arguments, "add_generation_prompt": True}
     question = {"role": "user", "content": "What is 2 + 3?"}
-    conversations = (turns, [question], [question, {"role": "assistant", "content": "5"}, question])
+    asked = [turn | {"content": turn["content"][:TRIED_CHARACTERS]} for turn in turns]
+    conversations = (asked, [question], [question, {"role": "assistant", "content": "5"}, question])
     if not sandbox.score("template", template, [common | {"messages": messages} for messages in conversations]):
         raise Refusal(
             f"messages: the chat template of {model_name(tokenizer)} takes more than {sandbox.CPU_LIMIT:g} s or "
@@ -270,7 +272,8 @@ def _dated(template: str) -> str:
 
 def _token_ids(tokenizer: Tokenizer, text: str, *, add_special: bool) -> tuple[int, ...]:
     """Tokenize a text; with `add_special`, the tokenizer adds its leading special tokens."""
-    ids, text_ids = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (add_special, False))
+    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"] if add_special else list(text_ids)
     if not text_ids:
         raise Refusal("prompt: neither messages nor text that gives a token: name the column of the question")
     named = tokenizer.special_tokens_map

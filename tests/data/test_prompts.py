@@ -14,7 +14,7 @@ from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.data.prompt_stream import Prompts
-from opd.data.prompts import loses_text, render
+from opd.data.prompts import _template_text, loses_text, render
 from opd.data.tasks.load import load
 from opd.data.verifiers import sandbox
 from tests.data.test_tables import CHAT, TOOLS, write
@@ -85,6 +85,11 @@ def test_a_template_without_end_is_refused(template):
     with pytest.raises(Refusal, match="takes more than 2 s or 512 MB") as caught:
         text(template, Prompt(messages=turns, columns={"tools": TOOLS}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_prompt_is_no_fault_of_the_template():
+    tokenizer, question = byte_level(chat_template=PLAIN + "long"), "a" * (2 * sandbox.TEMPLATE_CHARACTERS)
+    assert _template_text(tokenizer, [{"role": "user", "content": question}], [], {}) == f"user:{question};long"
 
 
 def test_the_trial_of_a_template_knows_what_transformers_knows():
