@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.disk import follow_umask
 from opd.core.errors import one_line
+from opd.core.tensors import all_finite
 from opd.data.hub import Missing
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -27,6 +28,8 @@ def apply(folder: Path, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
         saved = [file.get_slice(name).get_shape() for name in names if name.endswith("embed_tokens.weight")]
+        if broken := [name for name in names if not all_finite(file.get_tensor(name))]:
+            raise Missing(f"{broken[0]} holds numbers that are not finite; name a copy of the adapter without damage")
     if any(shape[0] != rows for shape in saved):
         raise Missing(
             f"the adapter has {saved[0][0]} rows of embeddings and its base {rows}; save the merged model by peft's "

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from opd.core.errors import Refusal, foreign_errors
-from opd.core.tensors import save_tensors
+from opd.core.tensors import all_finite, save_tensors
 from opd.methods.rollout_policies.base import Memory
 from opd.models.checkpoints import STATE, seal, seal_of
 from opd.rollouts import buffer
@@ -88,6 +88,8 @@ def _load(folder: Path, numbers: Mapping[str, Any], num_teachers: int) -> Traini
     """Return the training state in a folder; `numbers` are those of the seal."""
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "optimizer.safetensors").items():
+        if not all_finite(x):  # of a checkpoint without digests, or of one that an earlier version saved
+            raise ValueError(f"{key} of optimizer.safetensors holds numbers that are not finite")
         name, field = key.rsplit("/", 1)
         optimizer.setdefault(name, {})[field] = x
     return TrainingState(

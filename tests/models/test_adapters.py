@@ -1,6 +1,7 @@
 """Adapters wherever a model is named: merged into their base, trained further, saved to load from anywhere."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -311,6 +312,17 @@ def test_what_cannot_be_merged_is_refused(pair, tmp_path):
     (other / "adapter_model.safetensors").rename(other / "adapter_model.bin")
     with pytest.raises(Refusal, match=r"a pickle \(adapter_model\.bin\)"):
         loaded(other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named(pair, tmp_path, value):
+    folder = adapter(tmp_path / "a", pair[0], target_modules=["q_proj"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = sorted(weights)[-1]
+    weights[name][0, 0] = value
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(Refusal, match=f"{re.escape(name)} holds numbers that are not finite"):
+        loaded(folder)
 
 
 def test_more_rows_of_embeddings_than_the_base_has_are_refused(pair, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,11 +164,27 @@ def test_models_are_not_read_from_damaged_weights(run, capsys):
         assert main(["eval", "--model", str(run), *flags]) == 0
 
 
-def test_checkpoints_of_an_earlier_version_are_continued(pair, finished, run):
+def without_digests(run: Path) -> None:
+    """Make the last step of a run one to do, and its checkpoints those of an earlier version."""
     for folder in checkpoints(run).values():
         state = folder / "training_state/state.json"
         state.write_text(json.dumps({"step": json.loads(state.read_text())["step"]}))
     shutil.rmtree(run / "checkpoints/step-000003")
+
+
+def test_an_optimizer_that_is_not_finite_is_not_continued(pair, run):
+    without_digests(run)
+    path = run / "checkpoints/step-000002/training_state/optimizer.safetensors"
+    state = load_file(path)
+    name = sorted(state)[3]
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, path)
+    with pytest.raises(Refusal, match=f"{re.escape(name)} of optimizer.safetensors holds numbers.*not finite"):
+        opd.train(config(pair, run, resume=True))
+
+
+def test_checkpoints_of_an_earlier_version_are_continued(pair, finished, run):
+    without_digests(run)
     opd.train(config(pair, run, resume=True))
     last = "checkpoints/step-000003/model.safetensors"
     assert files_of(run)[last] == files_of(finished)[last]
