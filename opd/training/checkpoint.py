@@ -48,6 +48,7 @@ class TrainingState:
     rollouts: buffer.Batches = field(default_factory=dict)  # by batch number, without prompts
     bridge: Mapping[str, Tensor] = field(default_factory=dict)
     teachers: Sequence[TeacherState] = ()  # in the order of --teacher and the --routes
+    refused: bool = False  # the step was refused, so the checkpoints before it stay
 
 
 def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> None:
@@ -70,7 +71,8 @@ def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> Non
             save_tensors(teacher.tensors, place / "teacher.safetensors")
         if teacher.server_weights:
             (place / "teacher.json").write_text(json.dumps({"weights": teacher.server_weights}))
-    seal(checkpoint, {"step": state.step, "without_state": list(state.without_state)}, run)
+    numbers = {"step": state.step, "without_state": list(state.without_state), "refused": state.refused}
+    seal(checkpoint, numbers, run)
 
 
 def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
@@ -100,6 +102,7 @@ def _load(folder: Path, numbers: Mapping[str, Any], num_teachers: int) -> Traini
         rollouts=buffer.from_tensors(_tensors(folder / "draws.safetensors")),
         bridge=_tensors(folder / "bridge.safetensors"),
         teachers=[_teacher(_place(folder, k)) for k in range(num_teachers)],
+        refused=numbers.get("refused", True),  # earlier versions do not say it
     )
 
 

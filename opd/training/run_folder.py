@@ -211,18 +211,25 @@ class Run:
                 flush_to_disk(root)
         finally:
             self.clean()
-        finished = [folder for saved, folder in checkpoints(self.folder).items() if saved <= step]
-        for old in finished[:-keep] if keep else ():
-            shutil.rmtree(old)
+        self.remove_old(step, keep)
+
+    def remove_old(self, step: int, keep: int | None) -> None:
+        """Remove the checkpoints up to a step but for the newest `keep`, and what a killed process left of others."""
+        self.clean()
+        finished = [(saved, folder) for saved, folder in checkpoints(self.folder).items() if saved <= step]
+        for saved, folder in finished[:-keep] if keep else ():
+            # Part of a checkpoint must not have the name of one.
+            removed = folder.rename(folder.with_name(f".removed-{saved:06d}"))
+            shutil.rmtree(removed)
 
     def clean(self) -> None:
-        """Remove what a killed process left of a checkpoint that it was writing, and restore one being replaced."""
+        """Remove what a killed process left of checkpoints being written or removed, and restore one being replaced."""
         root = self.folder / "checkpoints"
         for replaced in root.glob(".replaced-*"):
             final = root / f"step-{replaced.name.removeprefix('.replaced-')}"
             replaced.rename(final) if not final.exists() else shutil.rmtree(replaced, ignore_errors=True)
-        for part in root.glob(".part-*"):
-            shutil.rmtree(part, ignore_errors=True)
+        for left in (*root.glob(".part-*"), *root.glob(".removed-*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name

@@ -87,6 +87,8 @@ def _train(
         history = sealed_history(checkpoint) if checkpoint is not None else None
         asked = {"processes": accelerator.num_processes, **asked}
         run.start(written, repr(plan.method), state.step, asked, history)
+        if checkpoint is not None:  # the process before may have been killed before it did so
+            run.remove_old(state.step, None if state.refused else config.keep)
     if checkpoint is None:
         lora.save_base(config, session.student, session.collector.tokenizer, accelerator)
     if config.trackers:

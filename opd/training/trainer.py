@@ -88,6 +88,7 @@ class Trainer:
                 rollouts=rollouts,
                 bridge=projections,
                 teachers=teachers,
+                refused=bool(self.guards.refused),
             )
             checkpoint.save(state, folder, self.run.folder)
 

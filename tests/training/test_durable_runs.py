@@ -253,6 +253,37 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch)
     assert (root / "step-000001/x").read_text() == "old" and [p.name for p in root.iterdir()] == ["step-000001"]
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_kill_while_old_checkpoints_are_removed_leaves_none(pair, tmp_path, monkeypatch, when):
+    """The resumed run has nothing left to do but that."""
+    calm = opd.train(config(pair, tmp_path / "calm", keep=1))
+    remove, removed = shutil.rmtree, []
+
+    def killed(path, **options):
+        if Path(path).name != ".removed-000002":
+            return remove(path, **options)
+        removed.append(path)
+        (path / "model.safetensors").unlink()
+        if when == "before":
+            path.rename(path.with_name("step-000002"))
+        raise KeyboardInterrupt
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        opd.train(config(pair, out, keep=1))
+    assert removed and len([*(out / "checkpoints").iterdir()]) == 2
+    opd.train(config(pair, out, keep=1, resume=True))
+    assert files_of(out) == files_of(calm) and len([*(out / "checkpoints").iterdir()]) == 1
+
+
+@pytest.mark.parametrize(("refused", "left"), [(True, [1, 2, 3]), (False, [3])])
+def test_a_resumed_run_keeps_what_a_refused_step_kept(pair, run, refused, left):
+    seal(run / "checkpoints/step-000003", {"step": 3, "without_state": [], "refused": refused}, run)
+    opd.train(config(pair, run, keep=1, resume=True))
+    assert list(checkpoints(run)) == left
+
+
 def test_divergence_leaves_the_checkpoints_before_it(pair, tmp_path):
     """An update of 1e30 makes all later steps refused; none of them removes a checkpoint."""
     with pytest.raises(Refusal, match="gradient was not finite 5 steps in a row") as refusal:
