@@ -34,6 +34,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
     return result
 
 
+def placed(device: torch.device | str) -> torch.device:
+    """Return a device as the tensors on it name it: "cpu" for "cpu:0", "cuda:0" for "cuda"."""
+    return torch.empty(0, device=device).device
+
+
 def all_finite(x: Tensor) -> bool:
     """Return whether a tensor has only finite numbers, without a second tensor of its size."""
     return not x.is_floating_point() or not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())

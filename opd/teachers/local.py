@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from opd.core.tensors import placed
 from opd.core.types import MEASURED, Rollout
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Head
@@ -36,10 +38,18 @@ class LocalTeacher(BaseTeacher):
     ) -> None:
         self.model, self.to, self.low, self.own_prompt = model, to, low, own_prompt
         self.body: Body | None = None  # the compiled layers, if any
-        lm_head = head(model)
-        bias = None if lm_head.bias is None else lm_head.bias.to(to)
-        # The head pass runs on the student's device: the head is copied there once, the states of each batch follow.
-        self.head = Head(lm_head.weight.to(to), bias, lm_head.scale, lm_head.softcap)
+        # The head pass runs on the student's device: a head from elsewhere is copied there once, the states of each
+        # batch follow.  A teacher whose weights change is on that device, and its head is never copied.
+        self.copied_head: Head | None = None
+        own = head(model)
+        if own.weight.device != placed(to):
+            bias = None if own.bias is None else own.bias.to(to)
+            self.copied_head = replace(own, weight=own.weight.to(to), bias=bias)
+
+    @property
+    def head(self) -> Head:
+        """Return the head as its weights are now, on the student's device."""
+        return head(self.model) if self.copied_head is None else self.copied_head
 
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:

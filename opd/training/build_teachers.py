@@ -14,6 +14,7 @@ from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
+from opd.core.tensors import placed
 from opd.data import prompts
 from opd.data.prompt_stream import Prompts
 from opd.head.vocabulary import Vocabulary
@@ -140,7 +141,7 @@ class ModelBuilder:
         """Return a teacher in this process, with its own weights or the student's."""
         config, student, to = self.plan.config, self.student, self.accelerator.device
         low = dtype_of(config.precision)
-        if isinstance(model, model_names.StudentItself) and self.on != to:
+        if isinstance(model, model_names.StudentItself) and placed(self.on) != placed(to):
             raise Refusal(f"--teacher-device {config.teacher_device}: --{field} {model} lives where the student does")
         if isinstance(model, model_names.CurrentStudent):
             return LocalTeacher(student, to=to, low=low)

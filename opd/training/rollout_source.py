@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
+from opd.core.tensors import placed
 from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
@@ -224,7 +225,7 @@ class RolloutSource:
         """Return the first message to the worker, and give half of this process's cores to it if it needs them."""
         config, session = self.session.config, self.session
         accelerator, engine = session.accelerator, session.collector.student
-        device = str(accelerator.device)
+        device = str(placed(accelerator.device))
         if config.worker_device != "same":
             device = str(models.device(config.worker_device, field="worker-device"))
         if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:

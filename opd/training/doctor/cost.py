@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch.autograd.graph import saved_tensors_hooks
 
 from opd.config.precision import dtype_of
+from opd.core.tensors import placed
 from opd.models import load as models
 from opd.models.load import backbone, base
 from opd.teachers.local import LocalTeacher
@@ -149,7 +150,7 @@ def memory(session: Session) -> Iterator[Finding]:
     is_error, largest = needed > OVER * free, items[:2]
     names = " and ".join(f"{p.name} ({bytes_text(p.bytes)})" for p in largest)
     local = [t for t in session.teachers.values() if isinstance(t, LocalTeacher)]
-    elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == device for t in local) else ()
+    elsewhere = ("--teacher-device for the teacher",) if any(t.model.device == placed(device) for t in local) else ()
     yield (error if is_error else warning)(
         what=f"{line}: {names}",
         why=f"the run {'will' if is_error else 'may'} end out of memory, in its first step or at its longest responses",
