@@ -6,6 +6,7 @@ from typing import Any
 
 from opd.config.model_names import AveragedStudent, ChatEndpoint, CurrentStudent, ScoringServer
 from opd.config.plan import Plan, teacher_flag
+from opd.config.train import Train
 from opd.core.errors import Refusal, check_seed, finite, positive
 from opd.core.sampling import Sampling
 from opd.losses.terms import PolicyGradient
@@ -18,6 +19,7 @@ def check(plan: Plan) -> None:
     _check_teachers(plan)
     _check_worker(plan)
     _check_engine(plan)
+    _check_shard(config)
     positive(config, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")
@@ -73,6 +75,20 @@ def _check_worker(plan: Plan) -> None:
         raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
     if config.worker_device != "same" and not apart:
         raise Refusal(f"--worker-device {config.worker_device}: there is no worker; add --staleness 1, or --worker")
+
+
+def _check_shard(config: Train) -> None:
+    """Refuse what a sharded student cannot do, and an export without shards."""
+    if not config.shard and config.export != "every":
+        raise Refusal(f"--export {config.export}: without --shard every checkpoint is a model folder; leave it out")
+    if config.shard and (config.worker or config.staleness):
+        raise Refusal("--shard: a worker process reads whole weights; take --staleness 0 without --worker")
+    if config.shard and config.compile:
+        raise Refusal("--shard: --compile compiles whole layers; leave one of them out")
+    if config.shard and config.teacher_device != "same":
+        raise Refusal(
+            f"--shard: --teacher-device {config.teacher_device}: shards lie on the training devices; leave one out"
+        )
 
 
 def _check_engine(plan: Plan) -> None:

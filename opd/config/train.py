@@ -144,6 +144,12 @@ class Train:
     """Responses to generate at the same time with --engine hf.  Lower it when memory runs out."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass.  Needs less memory and more time."""
+    shard: bool = False
+    """Shard student, optimizer, teacher and reference over the processes (FSDP2): each holds 1/N of every layer.  With
+    one process nothing changes."""
+    export: Literal["every", "last", "never"] = "every"
+    """Checkpoints of a sharded run that also hold a model folder, which transformers, vLLM and `opd eval` read.  To
+    gather it takes time, and memory in the main process.  `opd export` writes one from the shards at any time."""
     compile: bool = False
     """Compile the forward passes of training and scoring with torch.compile.  Costs half a minute at the start.  Use it
     on GPUs; a CPU gains nothing."""

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from opd.core.disk import follow_umask
 
@@ -39,8 +40,19 @@ def placed(device: torch.device | str) -> torch.device:
     return torch.empty(0, device=device).device
 
 
+def full(x: Tensor) -> Tensor:
+    """Return a tensor as it is on one device: that of all processes if it is sharded, by a collective operation."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def all_finite(x: Tensor) -> bool:
-    """Return whether a tensor has only finite numbers, without a second tensor of its size."""
+    """Return whether a tensor, or this process's part of it, has only finite numbers; needs no second tensor."""
+    x = local(x)
     return not x.is_floating_point() or not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
 
 

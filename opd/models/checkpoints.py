@@ -45,6 +45,11 @@ def seal(checkpoint: Path, numbers: Mapping[str, Any], run: Path | None = None) 
     (folder / SEAL).write_text(json.dumps(content | {"digest": _own_digest(content)}))
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights; a checkpoint of a sharded run may hold only the shards."""
+    return any(folder.glob(WEIGHTS))
+
+
 def newest_checkpoint(run: Path, *, history: bool = False) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint of a run, or None if the run has none, and a line for each damaged newer one.
 

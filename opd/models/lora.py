@@ -14,6 +14,7 @@ from opd.core.disk import disk
 from opd.core.errors import Refusal
 from opd.models import adapters
 from opd.models import load as models
+from opd.models.sharding import whole_weights
 from opd.models.source import ModelSource, locate
 
 
@@ -81,7 +82,7 @@ def save_base(config: Train, student: torch.nn.Module, tokenizer: Tokenizer, acc
     model = accelerator.unwrap_model(student).model
     if not isinstance(model, PeftModel) or adapters.base_name(model) != str(_base_folder(config)):
         return
-    weights = accelerator.get_state_dict(student)
+    weights = whole_weights(accelerator.unwrap_model(student), main=accelerator.is_main_process)
     if accelerator.is_main_process:
         named = {name.removeprefix("model."): x for name, x in weights.items()}
         with disk(f"writing {_base_folder(config)}"):

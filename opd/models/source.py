@@ -19,7 +19,7 @@ from opd.core.errors import Refusal, first_line
 from opd.data import hub
 from opd.data.hub import Missing
 from opd.models.adapters import ADAPTER_CONFIG, BASE_FOLDER
-from opd.models.checkpoints import damage_of, newest_checkpoint
+from opd.models.checkpoints import damage_of, has_weights, newest_checkpoint
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -91,6 +91,10 @@ def _checked_weights(path: Path) -> Path:
         warnings.warn(f"{line}; {newest} is used", stacklevel=2)
     if newest is None and (damage := damage_of(path, weights_only=True)):
         raise Missing(f"it is damaged: {damage}; name an earlier checkpoint, or restore it from a copy")
+    if newest is not None and not has_weights(newest):
+        raise Missing(
+            f"{newest} holds shards alone; write a model folder by `opd export {path} --out FOLDER`, name that"
+        )
     return newest or path
 
 

@@ -5,6 +5,7 @@ import copy
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from opd.teachers.base import TeacherState
@@ -28,6 +29,8 @@ class Average(LocalTeacher):
     @torch.no_grad()
     def follow(self) -> None:
         for average, current in self._pairs().values():
+            if isinstance(current, DTensor) and not isinstance(average, DTensor):
+                current = current.full_tensor()  # embeddings and head, which stay whole beside sharded layers
             average.lerp_(current, self.rate)
 
     def state(self) -> TeacherState:

@@ -16,6 +16,8 @@ from opd.losses.hidden_states import Lens
 from opd.models.batching import rows
 from opd.models.forward import Body, states
 from opd.models.load import head
+from opd.models.sharding import gather_root, shard_frozen
+from opd.models.student import Student
 from opd.teachers.base import BaseTeacher
 
 
@@ -38,6 +40,7 @@ class LocalTeacher(BaseTeacher):
     ) -> None:
         self.model, self.to, self.low, self.own_prompt = model, to, low, own_prompt
         self.body: Body | None = None  # the compiled layers, if any
+        self.root: Student | None = None  # the sharded student, if the weights are its own
         # The head pass runs on the student's device: a head from elsewhere is copied there once, the states of each
         # batch follow.  A teacher whose weights change is on that device, and its head is never copied.
         self.copied_head: Head | None = None
@@ -51,12 +54,20 @@ class LocalTeacher(BaseTeacher):
         """Return the head as its weights are now, on the student's device."""
         return head(self.model) if self.copied_head is None else self.copied_head
 
+    def shard(self, student: Student) -> None:
+        """Shard the model, unless its weights are those of the student, which is sharded already."""
+        if self.model is not student.model:
+            return shard_frozen(self.model)
+        self.root = student
+
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], lens: Lens | None = None) -> Hidden:
         """Return the final hidden states [N, H] at the N trained tokens, and a lens' views of the layers.
 
         The context of a token is the prompt that `own_prompt` selects and the response before the token.
         """
+        if self.root is not None:
+            gather_root(self.root)
         device = self.model.device
         with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
             batch = rows(rollouts, masks, teacher=self.own_prompt, device=device)

@@ -14,8 +14,10 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, LoggerType, set_seed
 
+from opd.config import model_names
 from opd.config.checks import check_vocabulary
 from opd.config.plan import Plan
+from opd.config.precision import dtype_of
 from opd.config.train import Train
 from opd.core.errors import Refusal, renamed
 from opd.data import tokenizers as tokens
@@ -27,6 +29,7 @@ from opd.models import lora
 from opd.models.context import context_of
 from opd.models.forward import compiled
 from opd.models.remote.vllm_protocol import Server
+from opd.models.sharding import is_sharded, shard_student
 from opd.models.source import ModelSource, locate
 from opd.models.student import Student
 from opd.models.verify import verify_finite, verify_head
@@ -38,7 +41,7 @@ from opd.teachers.local import LocalTeacher
 from opd.training import build_teachers as opening
 from opd.training import hidden_bridge as bridge
 from opd.training.launch import check_connected, check_launch, needs_cpu_backend
-from opd.training.session import Session
+from opd.training.session import AnyTeacher, Session
 
 ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process asks a judge hundreds of questions a step
 
@@ -73,19 +76,21 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     verify_head(student.model, field="student")
     if config.speaker.engine == "hf":
         verify_cache(student.model, field="student")
-    builder = opening.ModelBuilder(plan, source, student.model, vocabulary, stop, accelerator, on)
-    teachers = {name: builder.teacher(name, m, sources[name], prompts) for name, m in plan.teachers.items()}
-    local = {opening.flag(name): t for name, t in teachers.items() if isinstance(t, LocalTeacher)}
-    reference = builder.reference()
-    frozen = local | ({} if reference is None else {"reference": reference})
-    for field, model in {"student": student.model, **{name: t.model for name, t in frozen.items()}}.items():
-        verify_finite(model, student_info.tokenizer, ids=vocabulary.size, field=field)
-    models.small_threads(student.model, *(t.model for t in local.values()))
+    verify_finite(student.model, student_info.tokenizer, ids=vocabulary.size, field="student")
+    builder = opening.ModelBuilder(
+        plan, source, student.model, student_info.tokenizer, vocabulary, stop, accelerator, on
+    )
+    teachers, reference = _teachers(builder, student, sources, prompts)
+    local = [t for t in teachers.values() if isinstance(t, LocalTeacher)]
+    models.small_threads(student.model, *(t.model for t in local))
     if config.compile:
-        _compile(student, frozen.values(), device)
+        _compile(student, local if reference is None else [*local, reference], device)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
+    if is_sharded(student):
+        wrapped, wrapped_optimizer = student, accelerator.prepare(optimizer)
+    else:
+        wrapped, wrapped_optimizer = accelerator.prepare(student, optimizer)
     writers = {name: builder.writer(teacher) for name, teacher in teachers.items()}
     speaker = builder.speaker()
     open_judge = lambda model: opening.text_teacher(model, plan, on, field="judge", main=main)
@@ -104,6 +109,34 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         agreements=agreements,
         lenses=lenses,
     )
+
+
+def _teachers(
+    builder: opening.ModelBuilder,
+    student: Student,
+    sources: Mapping[str, ModelSource | Server | None],
+    prompts: Prompts,
+) -> tuple[dict[str, AnyTeacher], LocalTeacher | None]:
+    """Return the teachers by route name, and the reference; with --shard, shard the student and all models here.
+
+    A teacher with the student's weights comes first, because a sharded student cannot be copied.  The student is
+    sharded before other models are loaded, and each of them before the next, so that a device never holds two whole
+    ones.
+    """
+    plan, shards = builder.plan, builder.plan.config.shard and builder.accelerator.num_processes > 1
+    build = lambda name: builder.teacher(name, plan.teachers[name], sources[name], prompts)
+    own = [name for name, model in plan.teachers.items() if isinstance(model, model_names.StudentItself)]
+    teachers: dict[str, AnyTeacher] = {name: build(name) for name in own}
+    if shards:
+        shard_student(student, student.model, dtype_of(plan.config.precision))
+    for name in (*own, *(name for name in plan.teachers if name not in own)):
+        teacher = teachers[name] = teachers.get(name) or build(name)
+        if shards and isinstance(teacher, LocalTeacher):
+            teacher.shard(student)
+    reference = builder.reference()
+    if shards and reference is not None:
+        reference.shard(student)
+    return {name: teachers[name] for name in plan.teachers}, reference
 
 
 def _check_trackers(config: Train) -> None:

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.config import model_names
 from opd.config.model_names import ModelName
@@ -116,6 +117,7 @@ class ModelBuilder:
     plan: Plan
     source: ModelSource  # of the student
     student: PreTrainedModel | PeftModel
+    tokenizer: Tokenizer  # of the student
     vocabulary: Vocabulary
     stop: tuple[int, ...]  # ids that end a response
     accelerator: Accelerator  # its device is that of the student, and of all teachers' outputs
@@ -181,6 +183,7 @@ class ModelBuilder:
         """Return a teacher whose weights are loaded and never trained."""
         weights = models.load(source, field=field, dtype=dtype_of(self.plan.config.teacher_precision), device=self.on)
         verify_head(weights, field=field)
+        verify_finite(weights, self.tokenizer, ids=self.vocabulary.size, field=field)
         return LocalTeacher(weights.requires_grad_(False), to=self.accelerator.device, own_prompt=own_prompt)
 
     def speaker(self) -> Engine:

@@ -5,6 +5,8 @@ A checkpoint is a model folder that transformers, peft and vLLM load.  The train
     state.json                     the seal: the step, the trained parameters that never had a gradient, and the size
                                    and digest of every other file
     optimizer.safetensors          AdamW's state, by parameter name
+    shards/                        in place of it, in a sharded run: weights, AdamW's state and changing teachers, by
+                                   torch.distributed.checkpoint
     memory.safetensors             tensors that the method carries from step to step, if any
     draws.safetensors              rollouts that are generated and not yet trained on, if any
     bridge.safetensors             projections between the hidden states of student and teacher, if any
@@ -17,22 +19,32 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from opd.core.errors import Refusal, foreign_errors
 from opd.core.tensors import all_finite, save_tensors
 from opd.methods.rollout_policies.base import Memory
 from opd.models.checkpoints import STATE, seal, seal_of
 from opd.rollouts import buffer
-from opd.teachers.base import TeacherState
+from opd.teachers.base import BaseTeacher, TeacherState
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]  # by parameter, then by AdamW's name: step, exp_avg, exp_avg_sq
+ShardedState = dict[str, dict[str, Any]]  # model, optimizer and teachers, with parts of tensors
+SHARDS = "shards"
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are those of --student
 ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the whole state, on the main process only
 ON_EVERY = StateDictOptions(full_state_dict=True)  # the whole state, on every process
 
@@ -49,6 +61,7 @@ class TrainingState:
     bridge: Mapping[str, Tensor] = field(default_factory=dict)
     teachers: Sequence[TeacherState] = ()  # in the order of --teacher and the --routes
     refused: bool = False  # the step was refused, so the checkpoints before it stay
+    sharded: bool = False  # weights, optimizer and tensors of teachers are in the shards, and not here
 
 
 def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> None:
@@ -59,7 +72,8 @@ def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> Non
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
     named = {f"{name}/{key}": x for name, row in state.optimizer.items() for key, x in row.items()}
-    save_tensors(named, folder / "optimizer.safetensors")
+    if not state.sharded:
+        save_tensors(named, folder / "optimizer.safetensors")
     parts = {"memory": state.memory, "draws": buffer.to_tensors(state.rollouts), "bridge": state.bridge}
     for name, tensors in parts.items():
         if tensors:
@@ -67,7 +81,7 @@ def save(state: TrainingState, checkpoint: Path, run: Path | None = None) -> Non
     for k, teacher in enumerate(state.teachers):
         place = _place(folder, k)
         place.mkdir(exist_ok=True)
-        if teacher.tensors:
+        if teacher.tensors and not state.sharded:
             save_tensors(teacher.tensors, place / "teacher.safetensors")
         if teacher.server_weights:
             (place / "teacher.json").write_text(json.dumps({"weights": teacher.server_weights}))
@@ -89,7 +103,8 @@ def load(checkpoint: Path, num_teachers: int = 1) -> TrainingState:
 def _load(folder: Path, numbers: Mapping[str, Any], num_teachers: int) -> TrainingState:
     """Return the training state in a folder; `numbers` are those of the seal."""
     optimizer: dict[str, dict[str, Tensor]] = {}
-    for key, x in load_file(folder / "optimizer.safetensors").items():
+    sharded = (folder / SHARDS).is_dir()
+    for key, x in load_file(folder / "optimizer.safetensors").items() if not sharded else ():
         if not all_finite(x):  # of a checkpoint without digests, or of one that an earlier version saved
             raise ValueError(f"{key} of optimizer.safetensors holds numbers that are not finite")
         name, field = key.rsplit("/", 1)
@@ -103,6 +118,7 @@ def _load(folder: Path, numbers: Mapping[str, Any], num_teachers: int) -> Traini
         bridge=_tensors(folder / "bridge.safetensors"),
         teachers=[_teacher(_place(folder, k)) for k in range(num_teachers)],
         refused=numbers.get("refused", True),  # earlier versions do not say it
+        sharded=sharded,
     )
 
 
@@ -147,7 +163,51 @@ def restore_optimizer(
         )
     current["state"] |= saved.optimizer
     set_optimizer_state_dict(student, optimizer.optimizer, current, options=ON_EVERY)
-    # torch gives every parameter a state.  AdamW must start that of the others at their first gradient.
+    _drop_state(student, optimizer, saved.without_state)
+
+
+def save_shards(state: ShardedState, checkpoint: Path) -> None:
+    """Write a sharded state: every process its own part.  A collective operation; the folder must exist."""
+    dcp.save(dict(state), checkpoint_id=str(checkpoint / STATE / SHARDS))
+
+
+def sharded_state(
+    student: torch.nn.Module, optimizer: AcceleratedOptimizer, teachers: Sequence[TeacherState]
+) -> tuple[ShardedState, tuple[str, ...]]:
+    """Return what the shards of a checkpoint hold, as parts of tensors, and the parameters without optimizer state."""
+    weights, saved = cast(
+        tuple[dict[str, Any], dict[str, Any]], get_state_dict(student, optimizer.optimizer, options=TRAINED)
+    )
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    tensors = {str(k): dict(teacher.tensors) for k, teacher in enumerate(teachers) if teacher.tensors}
+    without_state = tuple(name for name in names if name not in saved["state"])
+    return {"model": weights, "optimizer": saved, "teachers": tensors}, without_state
+
+
+def restore_shards(
+    student: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    teachers: Sequence[BaseTeacher],
+    saved: TrainingState,
+    checkpoint: Path,
+) -> None:
+    """Load weights, optimizer and teachers from shards that any number of processes wrote.  A collective operation."""
+    state, _ = sharded_state(student, optimizer, [teacher.state() for teacher in teachers])
+    for name in saved.without_state:
+        del state["optimizer"]["state"][name]
+    with foreign_errors(
+        f"checkpoint {checkpoint}: its shards cannot be read", "remove it to go on from the one before"
+    ):
+        dcp.load(state, checkpoint_id=str(checkpoint / STATE / SHARDS))
+    model, of_optimizer = state["model"], state["optimizer"]
+    set_state_dict(student, optimizer.optimizer, model_state_dict=model, optim_state_dict=of_optimizer, options=TRAINED)
+    _drop_state(student, optimizer, saved.without_state)
+    for k, (teacher, other) in enumerate(zip(teachers, saved.teachers, strict=True)):
+        teacher.restore(TeacherState(state["teachers"].get(str(k), {}), other.server_weights))
+
+
+def _drop_state(student: torch.nn.Module, optimizer: AcceleratedOptimizer, names: Sequence[str]) -> None:
+    """Remove the state that torch gives to every parameter: AdamW must start these at their first gradient."""
     for name, parameter in student.named_parameters():
-        if name.removeprefix("module.") in saved.without_state:
+        if name.removeprefix("module.") in names:
             optimizer.optimizer.state.pop(parameter, None)

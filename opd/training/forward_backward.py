@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,24 +34,43 @@ class Passes:
     session: Session
     cached_outputs: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # by the indices of the rollouts
 
-    def micro_batches(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return this process's rows (every n-th) that have a trained token, split into micro-batches."""
-        accelerator, micro = self.session.accelerator, []
+    def micro_batches(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[tuple[str, list[int]]]:
+        """Return this process's rows (every n-th) that have a trained token, as micro-batches of one teacher each."""
+        accelerator, micro = self.session.accelerator, dict[str, list[list[int]]]()
         trained = batch.mask.any(1).tolist()
         mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
-        for name in self.session.teachers:  # all rows of a micro-batch have the same teacher
+        for name in self.session.teachers:
             widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
-            micro += micro_batches(widths, self.session.config.micro_batch_tokens)
-        # All processes must run the same number of micro-batches, because DDP and FSDP synchronize in forward.  Empty
-        # micro-batches fill the gap.
-        return micro + [[]] * (max(1, *gather_object([len(micro)])) - len(micro))
+            micro[name] = micro_batches(widths, self.session.config.micro_batch_tokens)
+        return self._padded(micro)
+
+    def _padded(self, micro: Mapping[str, list[list[int]]]) -> list[tuple[str, list[int]]]:
+        """Return micro-batches by teacher as a list, with empty ones, so that all processes run equally many.
+
+        DDP and FSDP synchronize in forward.  If the models are sharded, all processes also run the same teacher at the
+        same time.
+        """
+        parts = [(name, indices) for name, group in micro.items() for indices in group]
+        counts = gather_object([[len(group) for group in micro.values()]])
+        if not self.session.is_sharded:
+            return parts + [(next(iter(micro)), [])] * (max(1, *map(sum, counts)) - len(parts))
+        sizes = dict(zip(micro, map(max, zip(*counts, strict=True)), strict=True))
+        padded = [
+            (name, group[i] if i < len(group) else []) for name, group in micro.items() for i in range(sizes[name])
+        ]
+        return padded or [(next(iter(micro)), [])]
+
+    def _on_all(self, condition: bool) -> bool:
+        """Return whether a condition holds: on all processes, if models are sharded and all must run them alike."""
+        return all(gather_object([condition])) if self.session.is_sharded else condition
 
     def alternatives(self, batch: Batch, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         """Return both models' top tokens, [B, T, A] with A up to 2 LIKELIEST; call it before the batch's update."""
         parts = []
-        for indices in self.micro_batches(batch, rollouts):
-            part = _part(batch, rollouts, indices)
-            parts.append((indices, map_tensors(Tensor.cpu, self._tops(part, self._frozen_outputs(part), LIKELIEST))))
+        for teacher, indices in self.micro_batches(batch, rollouts):
+            part = _part(batch, rollouts, teacher, indices)
+            outputs = self._outputs_of_rows(batch, rollouts, indices, part)
+            parts.append((indices, map_tensors(Tensor.cpu, self._tops(part, outputs, LIKELIEST))))
         columns: dict[str, Tensor] = {}
         for indices, tops in gather_object(parts):
             at = torch.tensor(indices, dtype=torch.long)
@@ -70,12 +89,12 @@ class Passes:
         session, accelerator = self.session, self.session.accelerator
         reduced, has_weight = self._reduced_method(targets), self._rows_with_weight(targets)
         micro = [
-            (indices, [i for i in indices if has_weight is None or has_weight[i]])
-            for indices in self.micro_batches(batch, rollouts)
+            (teacher, indices, [i for i in indices if has_weight is None or has_weight[i]])
+            for teacher, indices in self.micro_batches(batch, rollouts)
         ]
         results: list[tuple[list[int], HeadColumns, Tensor]] = []
-        for k, (indices, weighted) in enumerate(micro):
-            part = _part(batch, rollouts, weighted)
+        for k, (teacher, indices, weighted) in enumerate(micro):
+            part = _part(batch, rollouts, teacher, weighted)
             token_targets = targets and tuple(
                 map_tensors(lambda x: x.to(accelerator.device), t[part.at][part.batch.mask]) for t in targets
             )
@@ -83,7 +102,9 @@ class Passes:
             is_last = k + 1 == len(micro)
             if not is_last and not reduced:
                 self._prefetch(batch, rollouts, *micro[k + 1])
-            sync = contextlib.nullcontext() if is_last else accelerator.no_sync(session.student)
+            # FSDP reduces the gradients of every micro-batch, so that no process holds whole ones.
+            reduces = is_last or session.is_sharded
+            sync = contextlib.nullcontext() if reduces else accelerator.no_sync(session.student)
             with torch.set_grad_enabled(targets is not None), sync:
                 inputs, method = part.inputs(accelerator.device), reduced or session.method
                 loss, columns = session.student(inputs, outputs, method, token_targets, session.vocabulary)
@@ -114,36 +135,36 @@ class Passes:
         return torch.stack([t.weight != 0 for t in targets]).any(0).any(1).tolist()
 
     def _prefetch(
-        self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], weighted: Sequence[int]
+        self, batch: Batch, rollouts: Sequence[Rollout], teacher: str, indices: Sequence[int], weighted: Sequence[int]
     ) -> None:
         """Request the next micro-batch's scores from a teacher server while the student runs the current one."""
         scored = batch.teacher_top is not None or tuple(rollouts[i].index for i in indices) in self.cached_outputs
         if scored or not weighted:
             return
-        part = _part(batch, rollouts, weighted)
-        teacher = self.session.teachers[part.rollouts[0].teacher]
+        part, model = _part(batch, rollouts, teacher, weighted), self.session.teachers[teacher]
         # A teacher that scores tokens chosen by the student cannot start before the student's forward pass.
-        if not (isinstance(teacher, LogpTeacher) and (teacher.likeliest or teacher.drawn)):
-            teacher.ahead(part.rollouts, part.masks)
+        if not (isinstance(model, LogpTeacher) and (model.likeliest or model.drawn)):
+            model.ahead(part.rollouts, part.masks)
 
     def _outputs_of_rows(
         self, batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int], part: "_Part"
     ) -> FrozenOutputs:
         """Return the frozen models' outputs for `part`, some rows of `indices`, from their cache if it has them."""
-        key = tuple(rollouts[i].index for i in indices)
-        if len(part.rollouts) < len(indices) and key in self.cached_outputs:
-            at = torch.tensor(indices)
-            selected, mask = torch.isin(at, part.at), batch.mask[at]
-            return self.cached_outputs[key][selected[:, None].expand_as(mask)[mask]]
-        return self._frozen_outputs(part)
+        cache, key = self.cached_outputs, tuple(rollouts[i].index for i in indices)
+        own = tuple(r.index for r in part.rollouts)
+        if not self._on_all(own in cache or key in cache):
+            return self._frozen_outputs(part)
+        if own in cache:
+            return cache[own]
+        at = torch.tensor(indices)
+        selected, mask = torch.isin(at, part.at), batch.mask[at]
+        return cache[key][selected[:, None].expand_as(mask)[mask]]
 
     def _frozen_outputs(self, part: "_Part") -> FrozenOutputs:
-        """Return the outputs of teacher and reference, cached for methods that run a measuring and a training pass."""
+        """Return the outputs of teacher and reference; cache them for methods with a measuring and a training pass."""
         session, rollouts, trained, cache = self.session, part.rollouts, part.masks, self.cached_outputs
         key, lenses = tuple(r.index for r in rollouts), session.lenses
-        if key in cache:
-            return cache[key]
-        teacher = session.teachers[rollouts[0].teacher if rollouts else next(iter(session.teachers))]
+        teacher = session.teachers[part.teacher]
         output: Hidden | TeacherLogps | None
         if part.batch.teacher_top is not None:
             output = self._kept_scores(part.batch)
@@ -190,7 +211,8 @@ class Passes:
         for name, teacher in self.session.teachers.items():
             unscored = [i for i, r in enumerate(prompted) if r.teacher == name and "teacher_alone" not in r.notes]
             widths = {i: len(prompted[i].ids) for i in unscored}
-            for indices in micro_batches(widths, self.session.config.micro_batch_tokens):
+            groups = {name: micro_batches(widths, self.session.config.micro_batch_tokens)}
+            for indices in [i for _, i in self._padded(groups)] if self.session.is_sharded else groups[name]:
                 chosen = [prompted[i] for i in indices]
                 output = teacher.hidden(*unprompted(chosen))
                 assert output is not None, "a method that reads log q has a teacher that scores"
@@ -209,9 +231,9 @@ class Passes:
         session, method, config = self.session, self.session.method, self.session.config
         whole = collate(rollouts, stop_token="train", truncated="train", seed=config.seed, step=number)
         k, parts = method.supports().get("teacher", 0), list[tuple[int, Others]]()
-        for indices in self.micro_batches(whole, rollouts):
-            part = _part(whole, rollouts, indices)
-            output = session.teachers[part.rollouts[0].teacher if indices else ""].hidden(part.rollouts, part.masks)
+        for teacher, indices in self.micro_batches(whole, rollouts):
+            part = _part(whole, rollouts, teacher, indices)
+            output = session.teachers[teacher].hidden(part.rollouts, part.masks)
             assert output is not None, "a method that reads log q has a teacher that scores"
             ids, logp = token_logps(output, part.batch.ids[part.batch.mask], session.vocabulary, k)
             lengths = [len(r.ids) for r in part.rollouts]
@@ -240,6 +262,7 @@ def _packed(kind: str, x: Tensor) -> array:
 class _Part:
     """Some rows of a batch."""
 
+    teacher: str  # the one of all rows
     at: Int[Tensor, " n"]  # their positions in the batch
     rollouts: list[Rollout]
     batch: Batch
@@ -250,10 +273,10 @@ class _Part:
         return rows(self.rollouts, self.masks, teacher=False, device=device)
 
 
-def _part(batch: Batch, rollouts: Sequence[Rollout], indices: Sequence[int]) -> _Part:
+def _part(batch: Batch, rollouts: Sequence[Rollout], teacher: str, indices: Sequence[int]) -> _Part:
     at = torch.tensor(indices, dtype=torch.long)
     chosen, rows_of_batch = [rollouts[i] for i in indices], batch[at]
-    return _Part(at, chosen, rows_of_batch, masks(rows_of_batch, chosen))
+    return _Part(teacher, at, chosen, rows_of_batch, masks(rows_of_batch, chosen))
 
 
 def width(rollout: Rollout) -> int:

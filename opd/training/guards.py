@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -56,10 +57,16 @@ class Guards:
         return "all responses are empty, or the method's filters drop them; look at the saved rollouts (`opd inspect`)"
 
     def check_saved(self, step: int, weights: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
-        """Refuse to save weights or a state of the optimizer that are infinite or no numbers."""
+        """Refuse to save weights or a state of the optimizer that are infinite or no numbers.
+
+        If they are sharded, every process must call it, with its part of them.
+        """
         states = {f"{name}/{key}": x for name, row in optimizer.items() for key, x in row.items()}
         for what, tensors in (("weights of the student", weights), ("state of the optimizer", states)):
-            if bad := [name for name, x in tensors.items() if not all_finite(x)]:
+            bad = [name for name, x in tensors.items() if not all_finite(x)]
+            if self.session.is_sharded:
+                bad = sorted({*gather_object(bad)})
+            if bad:
                 others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
                 raise Refusal(
                     f"step {step}: the {what} are not finite ({bad[0]}{others}), and were not saved; {self._remedy()}"

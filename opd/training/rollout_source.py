@@ -24,11 +24,15 @@ from opd.methods.method import Method
 from opd.methods.rollout_policies.base import NOTHING, Memory, RolloutPolicy
 from opd.models import adapters
 from opd.models import load as models
+from opd.models.load import backbone
+from opd.models.sharding import whole
 from opd.rollouts import buffer
 from opd.rollouts.buffer import Batches, InProcessBuffer, RolloutBuffer, share
 from opd.rollouts.collector import RolloutRequest
-from opd.rollouts.worker.client import UNSHARDED, WorkerBuffer
+from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.worker.client import WorkerBuffer
 from opd.rollouts.worker.messages import Job, WorkerSetup
+from opd.teachers.local import LocalTeacher
 from opd.training.forward_backward import Passes
 from opd.training.session import Session
 
@@ -181,8 +185,17 @@ class RolloutSource:
 
     def _generate(self, request: RolloutRequest, task: Task) -> list[Rollout]:
         """Generate and verify the rollouts of a request in this process."""
-        with self.session.accelerator.autocast():
+        with self.session.accelerator.autocast(), whole(*self._generating(request.policy)):
             return self.session.collector.collect(request, task.verify)
+
+    def _generating(self, policy: RolloutPolicy) -> list[torch.nn.Module]:
+        """Return the modules here that generate or read along: their processes take different numbers of steps."""
+        session, modules = self.session, list[torch.nn.Module]()
+        if isinstance(session.collector.student, HFEngine) or not policy.on_policy:
+            modules.append(session.student)
+        if not policy.on_policy:
+            modules += [backbone(t.model) for t in session.teachers.values() if isinstance(t, LocalTeacher)]
+        return modules
 
     def _prompts(self, step: int, memory: Memory) -> list[Rendered]:
         """Return the prompts of a step, to which the annotator may add notes."""
@@ -198,14 +211,9 @@ class RolloutSource:
         return {number: rollouts for number, rollouts in shares.items() if len(rollouts) == len(wanted)}
 
     def _start_worker(self, batches: Batches, say: Callable[[str], object]) -> WorkerBuffer:
-        """Start a worker for this process; refuse sharded weights and verifiers that cannot be pickled."""
-        config, session, policy = self.session.config, self.session, self.session.method.rollouts
-        accelerator, task = session.accelerator, session.prompts.task
-        if accelerator.distributed_type not in UNSHARDED:
-            raise Refusal(
-                f"--staleness {config.staleness}: a worker reads whole weights, and {accelerator.distributed_type} "
-                "shards them; train in one process or with DDP, or take --staleness 0"
-            )
+        """Start a worker for this process; refuse a verifier that cannot be pickled."""
+        session, policy = self.session, self.session.method.rollouts
+        task = session.prompts.task
         try:
             pickle.dumps(task.verify)
         except (pickle.PicklingError, AttributeError, TypeError) as error:

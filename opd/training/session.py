@@ -13,6 +13,7 @@ from opd.data.prompt_stream import Prompts
 from opd.head.vocabulary import Vocabulary
 from opd.losses.hidden_states import Lenses
 from opd.methods.method import Method
+from opd.models.sharding import is_sharded
 from opd.models.student import Student
 from opd.rollouts.collector import Collector
 from opd.teachers.judges.annotator import Annotator
@@ -48,6 +49,10 @@ class Session:
     @property
     def method(self) -> Method:
         return self.plan.method
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.student)
 
     def plain(self) -> Student:
         """Return the student without the wrappers of Accelerate."""

@@ -15,7 +15,7 @@ from opd.config.train import Train
 from opd.core.disk import check_place
 from opd.core.errors import Refusal, Stopped, foreign_errors
 from opd.models import lora
-from opd.models.checkpoints import checkpoints, newest_checkpoint, sealed_history
+from opd.models.checkpoints import checkpoints, has_weights, newest_checkpoint, sealed_history
 from opd.training.alarms import alarms
 from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load
@@ -31,7 +31,7 @@ from opd.training.trainer import Trainer
 
 FREE = frozenset(
     {"resume", "quiet", "doctor", "out", "keep", "trackers", "remote", "worker", "worker_device"}
-    | {"save_every", "save_minutes", "time_limit"}
+    | {"save_every", "save_minutes", "time_limit", "shard", "export"}
     | {f"speaker.{name}" for name in ("engine_transfer", "engine_sleep", "engine_concurrency", "engine_timeout")}
     | {"speaker.engine_token_env", "speaker.max_mismatch"}
 )  # settings that may change when a run resumes
@@ -76,7 +76,7 @@ def _train(
     checkpoint, damaged = _continued(run, config, written)
     check_place(run.folder / "config.json", "--out")
     with loading(*plan.names(), quiet=config.quiet):
-        session = open_session(plan, checkpoint)
+        session = open_session(plan, checkpoint if checkpoint is not None and has_weights(checkpoint) else None)
     accelerator, trainer, state = session.accelerator, Trainer(session, run, each), TrainingState()
     if checkpoint is not None:
         state = load(checkpoint, len(plan.teachers))

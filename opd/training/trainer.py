@@ -17,6 +17,7 @@ from opd.config.train import Train
 from opd.core.intervals import interval
 from opd.core.rng import NoiseStep
 from opd.core.sampling import Sampling
+from opd.core.tensors import full
 from opd.core.types import Batch, Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
@@ -27,6 +28,7 @@ from opd.methods.rollout_policies.base import Memory
 from opd.methods.rollout_policies.on_policy import OnPolicy
 from opd.models import adapters
 from opd.models.batching import micro_batches
+from opd.models.sharding import whole, whole_weights
 from opd.rollouts.batch import collate
 from opd.rollouts.engines.vllm import WeightSyncedEngine
 from opd.teachers.judges.annotator import TrainingStep
@@ -69,17 +71,28 @@ class Trainer:
         return self.session.method
 
     def save(self, step: int, memory: Memory, folder: Path) -> None:
-        """Write a checkpoint.  Every process must call it, to gather sharded values; only the main process writes."""
-        session = self.session
-        weights = session.accelerator.get_state_dict(session.student)
-        optimizer, without_state = checkpoint.optimizer_state(session.student, session.optimizer)
+        """Write a checkpoint.  Every process must call it; the main process writes all but the shards of the others."""
+        session, config = self.session, self.config
+        main = session.accelerator.is_main_process
+        teachers = [t.state() for t in session.teachers.values()] if main or session.is_sharded else []
         rollouts = self.rollout_source.buffered()
-        if session.accelerator.is_main_process:
-            self.guards.check_saved(step, weights, optimizer)
-            adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
+        optimizer: checkpoint.OptimizerState = {}
+        if session.is_sharded:
+            shards, without_state = checkpoint.sharded_state(session.student, session.optimizer, teachers)
+            self.guards.check_saved(step, shards["model"], shards["optimizer"]["state"])
+            session.accelerator.wait_for_everyone()  # the main process has made the folder
+            checkpoint.save_shards(shards, folder)
+        else:
+            optimizer, without_state = checkpoint.optimizer_state(session.student, session.optimizer)
+        exports = not session.is_sharded or config.export == "every" or (config.export, step) == ("last", config.steps)
+        weights = whole_weights(session.plain(), main=main) if exports else {}
+        if main:
+            if not session.is_sharded:
+                self.guards.check_saved(step, weights, optimizer)
+            if exports:
+                adapters.save(session.plain().model, folder, {n.removeprefix("model."): x for n, x in weights.items()})
             session.collector.tokenizer.save_pretrained(folder)
             projections = {} if session.lenses is None else bridge.tensors(session.lenses)
-            teachers = [teacher.state() for teacher in session.teachers.values()]
             state = TrainingState(
                 step=step,
                 optimizer=optimizer,
@@ -89,12 +102,18 @@ class Trainer:
                 bridge=projections,
                 teachers=teachers,
                 refused=bool(self.guards.refused),
+                sharded=session.is_sharded,
             )
             checkpoint.save(state, folder, self.run.folder)
 
     def restore(self, state: TrainingState, folder: Path) -> None:
-        """Set optimizer and teachers to the state of the checkpoint in `folder`; the weights are already loaded."""
+        """Set optimizer and teachers to the state of the checkpoint in `folder`.
+
+        The weights are already loaded, unless the checkpoint has shards.
+        """
         student, optimizer = self.session.student, self.session.optimizer
+        if state.sharded:
+            return checkpoint.restore_shards(student, optimizer, [*self.session.teachers.values()], state, folder)
         checkpoint.restore_optimizer(student, optimizer, state, folder)
         for teacher, saved in zip(self.session.teachers.values(), state.teachers, strict=True):
             teacher.restore(saved)
@@ -112,9 +131,10 @@ class Trainer:
             batch = self._collate(rollouts, NoiseStep.BRIDGE)
             micro = micro_batches({i: width(r) for i, r in enumerate(rollouts)}, config.micro_batch_tokens)
             student = session.plain()
-            lenses, cosine = bridge.fit_bridge(
-                settings, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
-            )
+            with whole(session.student):
+                lenses, cosine = bridge.fit_bridge(
+                    settings, session.lenses, student, teacher, batch, rollouts, micro=micro, seed=config.seed
+                )
             self._log("metrics", 0, {"bridge_cosine": cosine})
             (lenses,) = broadcast_object_list([lenses.to(torch.device("cpu"), torch.device("cpu"))])
         self.session = replace(session, lenses=lenses.to(device, teacher.model.device))
@@ -204,7 +224,8 @@ class Trainer:
         check_teacher(batch, self.method, session.collector.tokenizer)
         if (update - 1) % self.method.rollouts.updates == 0:  # the engine still has the student's current weights
             self.guards.check_engine(batch)
-        norm = torch.as_tensor(session.accelerator.clip_grad_norm_(session.student.parameters(), config.max_grad_norm))
+        gradients = session.student.parameters()
+        norm = full(torch.as_tensor(session.accelerator.clip_grad_norm_(gradients, config.max_grad_norm)))
         lr = config.learning_rate(update, config.steps * self.method.rollouts.updates)
         finite = bool(norm.isfinite())
         if finite:

@@ -21,7 +21,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +32,6 @@ from opd.rollouts.buffer import Batches, RolloutBuffer, discard
 from opd.rollouts.worker.messages import NEWEST, Done, Job, Ready, WorkerFailure, WorkerSetup, snapshot
 
 DEATHS = 3  # the run ends after this many deaths of the worker in a row without a finished batch
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all weights
 POLL = 1.0  # seconds between checks that the worker lives, because a child of it may hold the pipe open
 
 

@@ -14,6 +14,7 @@ from opd.config.precision import dtype_of
 from opd.core.tensors import placed
 from opd.models import load as models
 from opd.models.load import backbone, base
+from opd.models.sharding import whole
 from opd.teachers.local import LocalTeacher
 from opd.training.doctor.findings import Finding, error, ok, warning
 from opd.training.doctor.rehearsal import RehearsedRun
@@ -63,6 +64,7 @@ def saved_bytes(session: Session, tokens: int) -> int:
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
     compute_dtype = dtype_of(session.config.precision)
     with (
+        whole(session.student),
         torch.enable_grad(),
         torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
         saved_tensors_hooks(pack, lambda x: x),
