@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 from opd.cli import main as opd
 from opd.cli.methods import argument_helps as arguments
 from opd.cli.parse import TRL_FLAGS
-from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Serve, Size, Variance
+from opd.config.commands import Demo, Export, Inspect, Prune, Report, Rescore, Serve, Size, Variance
 from opd.config.data import Data
 from opd.config.engine import Speaker
 from opd.config.evaluate import Evaluate
@@ -202,6 +202,7 @@ flags stand after its name, and in [methods](methods.md).
         ("opd rescore", Rescore, "`--method NAME:flag=value` repeats, none is all; `--json`: numbers for machines."),
         ("opd rock", Rock, "Writes what [`rock-freeze`](methods.md#rock-freeze) reads."),
         ("context filter of opd rock", Context, "Fields of `opd.config.rock.Context`; the paper gives no values."),
+        ("opd export", Export, "Writes the student of a checkpoint as a model folder."),
         ("opd prune", Prune, "Makes a smaller student of a model's own layers."),
         ("opd demo", Demo, "What `make demo` runs."),
         ("prompts (all commands)", Data, "Fields of `opd.Data`."),

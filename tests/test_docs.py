@@ -116,6 +116,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("teachers.serve.server", "serve"),
         ("cli.demo", "demo"),
         ("models.prune", "prune"),
+        ("training.export", "export"),
         ("training.doctor.command", "doctor"),
     ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)

@@ -25,6 +25,7 @@ USAGE = """usage: opd COMMAND ...
   opd report RUN [RUN...] [--out report.html] [--static DIR]
   opd inspect RUN [--step N] [--out inspect.html]
   opd rescore RUN --method NAME [--method NAME ...] [--step N] [--json]
+  opd export RUN --out DIR [--step N] [--merge]
   opd prune --model M --keep LAYERS --out DIR
   opd serve MODEL [flags]
   opd demo
@@ -43,6 +44,7 @@ COMMANDS = {  # command -> its module and function; imported when used, because 
     "report": ("opd.cli.tools", "report"),
     "inspect": ("opd.cli.tools", "inspect"),
     "rescore": ("opd.cli.analysis", "rescore"),
+    "export": ("opd.cli.tools", "export"),
     "prune": ("opd.cli.tools", "prune"),
     "serve": ("opd.cli.tools", "serve"),
     "demo": ("opd.cli.tools", "demo"),

@@ -1,4 +1,4 @@
-"""Commands that write files or start a server: rock, report, inspect, prune, serve, demo.
+"""Commands that write files or start a server: rock, report, inspect, export, prune, serve, demo.
 
 Each imports its implementation after parsing its flags, so that help and mistakes are reported at once.
 """
@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 
 from opd.cli.parse import parse_flags
-from opd.config.commands import Demo, Inspect, Prune, Report, Serve
+from opd.config.commands import Demo, Export, Inspect, Prune, Report, Serve
 from opd.config.rock import Rock
 
 
@@ -30,6 +30,7 @@ _PAIR = "--student embedded:student --teacher embedded:teacher"
 rock = partial(_run, Rock, "opd.analysis.rock_tokens", f"{_PAIR} --prompts embedded:ledger")
 report = partial(_run, Report, "opd.analysis.report.page", "outputs/opd")
 inspect = partial(_run, Inspect, "opd.analysis.report.inspect", "outputs/opd")
+export = partial(_run, Export, "opd.training.export", "outputs/opd --out outputs/model")
 prune = partial(_run, Prune, "opd.models.prune", "--model embedded:teacher --keep 0,2 --out outputs/pruned")
 serve = partial(_run, Serve, "opd.teachers.serve.server", "embedded:teacher")
 demo = partial(_run, Demo, "opd.cli.demo", "")

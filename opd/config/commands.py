@@ -52,6 +52,20 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """The student of a checkpoint as a model folder, which transformers, vLLM and `opd eval` read."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    out: Path
+    """Folder of the model; must not exist, or be empty."""
+    step: int = 0
+    """Step of the checkpoint.  0: the newest."""
+    merge: bool = False
+    """Add the adapter of a LoRA run to its base, for programs that read whole models only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Runs as one page: curves with bands over seeds, intervals, paired comparisons, alarms, configurations."""
 

@@ -26,12 +26,13 @@ import torch.distributed.checkpoint as dcp
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 
 from opd.core.errors import Refusal, foreign_errors
@@ -168,20 +169,31 @@ def restore_optimizer(
 
 def save_shards(state: ShardedState, checkpoint: Path) -> None:
     """Write a sharded state: every process its own part.  A collective operation; the folder must exist."""
-    dcp.save(dict(state), checkpoint_id=str(checkpoint / STATE / SHARDS))
+    writer = HuggingFaceStorageWriter(str(checkpoint / STATE / SHARDS), save_distributed=True)
+    dcp.save(dict(state), storage_writer=writer)
+
+
+def load_shards(state: ShardedState, checkpoint: Path) -> None:
+    """Fill the tensors of a state from shards that any number of processes wrote.  A collective operation."""
+    folder = checkpoint / STATE / SHARDS
+    with foreign_errors(
+        f"checkpoint {checkpoint}: its shards cannot be read", "remove it to go on from the one before"
+    ):
+        dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def sharded_state(
     student: torch.nn.Module, optimizer: AcceleratedOptimizer, teachers: Sequence[TeacherState]
 ) -> tuple[ShardedState, tuple[str, ...]]:
-    """Return what the shards of a checkpoint hold, as parts of tensors, and the parameters without optimizer state."""
-    weights, saved = cast(
-        tuple[dict[str, Any], dict[str, Any]], get_state_dict(student, optimizer.optimizer, options=TRAINED)
-    )
+    """Return what the shards of a checkpoint hold, as parts of tensors, and the parameters without optimizer state.
+
+    Weights that are not trained are those of --student, and not in it.
+    """
+    weights, saved = cast(tuple[Any, Any], get_state_dict(student, optimizer.optimizer, options=TRAINED))
     names = [name for group in saved["param_groups"] for name in group["params"]]
     tensors = {str(k): dict(teacher.tensors) for k, teacher in enumerate(teachers) if teacher.tensors}
     without_state = tuple(name for name in names if name not in saved["state"])
-    return {"model": weights, "optimizer": saved, "teachers": tensors}, without_state
+    return {"model": weights, "optimizer": saved["state"], "teachers": tensors}, without_state
 
 
 def restore_shards(
@@ -191,16 +203,14 @@ def restore_shards(
     saved: TrainingState,
     checkpoint: Path,
 ) -> None:
-    """Load weights, optimizer and teachers from shards that any number of processes wrote.  A collective operation."""
+    """Load weights, optimizer and teachers from the shards of a checkpoint.  A collective operation."""
     state, _ = sharded_state(student, optimizer, [teacher.state() for teacher in teachers])
     for name in saved.without_state:
-        del state["optimizer"]["state"][name]
-    with foreign_errors(
-        f"checkpoint {checkpoint}: its shards cannot be read", "remove it to go on from the one before"
-    ):
-        dcp.load(state, checkpoint_id=str(checkpoint / STATE / SHARDS))
-    model, of_optimizer = state["model"], state["optimizer"]
-    set_state_dict(student, optimizer.optimizer, model_state_dict=model, optim_state_dict=of_optimizer, options=TRAINED)
+        del state["optimizer"][name]
+    load_shards(state, checkpoint)
+    set_model_state_dict(student, state["model"], options=TRAINED)
+    current: dict[str, Any] = get_optimizer_state_dict(student, optimizer.optimizer)
+    set_optimizer_state_dict(student, optimizer.optimizer, current | {"state": current["state"] | state["optimizer"]})
     _drop_state(student, optimizer, saved.without_state)
     for k, (teacher, other) in enumerate(zip(teachers, saved.teachers, strict=True)):
         teacher.restore(TeacherState(state["teachers"].get(str(k), {}), other.server_weights))

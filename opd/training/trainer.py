@@ -79,7 +79,7 @@ class Trainer:
         optimizer: checkpoint.OptimizerState = {}
         if session.is_sharded:
             shards, without_state = checkpoint.sharded_state(session.student, session.optimizer, teachers)
-            self.guards.check_saved(step, shards["model"], shards["optimizer"]["state"])
+            self.guards.check_saved(step, shards["model"], shards["optimizer"])
             session.accelerator.wait_for_everyone()  # the main process has made the folder
             checkpoint.save_shards(shards, folder)
         else:

@@ -14,7 +14,7 @@ from opd import cli
 from opd.cli.method_sources import flag_names, listing
 from opd.cli.parse import TRL_FLAGS, flags_of, run_tyro, scan_words
 from opd.cli.train import DoctorFlags, TrainFlags
-from opd.config.commands import Demo, Inspect, Prune, Report, Rescore, Serve, Size, Variance
+from opd.config.commands import Demo, Export, Inspect, Prune, Report, Rescore, Serve, Size, Variance
 from opd.config.evaluate import Evaluate
 from opd.config.rock import Rock
 from opd.core.errors import Refusal
@@ -23,7 +23,21 @@ from tests.test_docs import parse
 
 MODELS = "--student embedded:student --teacher embedded:teacher"
 TRAIN = f"{MODELS} --prompts embedded:ledger-short"
-SETTINGS = (TrainFlags, DoctorFlags, Evaluate, Size, Variance, Rock, Report, Inspect, Rescore, Prune, Serve, Demo)
+SETTINGS = (
+    TrainFlags,
+    DoctorFlags,
+    Evaluate,
+    Size,
+    Variance,
+    Rock,
+    Report,
+    Inspect,
+    Rescore,
+    Export,
+    Prune,
+    Serve,
+    Demo,
+)
 
 
 def refused(capsys, words: str | list[str]) -> str:
@@ -61,6 +75,7 @@ COMPLETE = {  # command -> words that leave nothing out, and what stands beside 
     "variance": (shlex.split(TRAIN), ["--methods=opd,vopd"]),
     "rock": (shlex.split(TRAIN), ["--top", "3", "--context-filter"]),
     "prune": (["--model", "embedded:teacher", "--keep", "0,2", "--out", "pruned"], ["--trust-remote-code"]),
+    "export": (["RUN", "--out", "model"], ["--merge"]),
     "report": (["RUN"], ["--out=page.html"]),
     "inspect": (["RUN"], ["--step", "3"]),
     "rescore": (["RUN"], ["--method", "opd"]),

@@ -54,6 +54,7 @@ def assert_equal(run: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(case, tmp_path):
+def test_two_processes_are_one_and_sharded_they_are_the_same(case, tmp_path):
     one, two = (trained(tmp_path / str(n), CASES[case], n) for n in (1, 2))
     assert_equal(one, two, 1e-4)
+    assert_equal(two, trained(tmp_path / "sharded", f"--shard {CASES[case]}", 2), 1e-5)
