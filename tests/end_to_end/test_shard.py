@@ -29,13 +29,13 @@ STEPS = "--steps 4 --save-every 2 --keep 4"
 
 
 def files_of(run: Path) -> dict[str, object]:
-    """What a resumed run must reproduce: bytes, and of shards tensors and metadata, which have no order of their own."""
+    """What a resumed run must reproduce: bytes, and of shards the content, because their metadata have no order."""
     found: dict[str, object] = {"metrics.jsonl": (run / "metrics.jsonl").read_bytes()}
     for path in (run / "checkpoints").rglob("*"):
         name = str(path.relative_to(run))
         if path.parent.name == "shards":
             with safe_open(path, "pt") as file:
-                found[name] = file.metadata(), {key: file.get_tensor(key).tolist() for key in file.keys()}
+                found[name] = file.metadata(), [(key, file.get_tensor(key).tolist()) for key in sorted([*file.keys()])]
         elif path.is_file() and path.name != "state.json":  # it holds digests of the shards
             found[name] = path.read_bytes()
     return found
