@@ -28,7 +28,7 @@ def shard_student(student: nn.Module, model: PreTrainedModel | PeftModel, dtype:
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in _layers(model):
+    for layer in sharded_layers(model):
         fully_shard(layer, mp_policy=policy)
     # The backward pass of the head follows its forward pass at once: the root's weights stay gathered in between.
     fully_shard(student, mp_policy=policy, reshard_after_forward=False)
@@ -39,14 +39,14 @@ def shard_frozen(model: PreTrainedModel | PeftModel) -> None:
 
     Its embeddings and its LM head stay whole, because the head is read outside the model's forward pass.
     """
-    body, layers = backbone(model), _layers(model)
+    body, layers = backbone(model), sharded_layers(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     for layer in layers:
         fully_shard(layer)
     fully_shard(body, ignored_params={p for p in body.parameters() if id(p) not in inside})
 
 
-def _layers(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
+def sharded_layers(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
     """Return the layers of a model.  Raises Refusal if it has none, or if processes could train different parts of one.
 
     The gradients of a layer are reduced together.  Experts that are modules of their own have none if no token reaches

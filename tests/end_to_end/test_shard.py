@@ -24,6 +24,7 @@ from opd.training.export import export
 from tests.campaigns.commands import MODELS, start_ranks
 from tests.end_to_end.test_equal_processes import LIMIT, assert_equal, trained
 from tests.models.test_adapters import loaded, logits
+from tests.tiny_models import logged
 
 STEPS = "--steps 4 --save-every 2 --keep 4"
 
@@ -180,6 +181,16 @@ def test_the_adapter_of_a_run_is_merged_on_the_way_out(tmp_path):
 def test_what_shards_cannot_do_is_refused(capsys, tmp_path, words, why):
     assert main(["train", *MODELS, "--out", str(tmp_path / "run"), *words.split()]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_layers_compute_in_bf16_over_fp32_weights(tmp_path):
+    """With the doctor, whose estimates run sharded models too."""
+    run = trained(tmp_path / "run", "--shard --precision bf16 --teacher-precision bf16 --doctor vopd", 2)
+    exact = trained(tmp_path / "exact", "--shard vopd", 2)
+    weights = load_file(newest_checkpoint(run)[0] / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    assert any((x.bfloat16().float() != x).any() for x in weights.values())
+    assert logged(run)[0]["reverse_kl"] == pytest.approx(logged(exact)[0]["reverse_kl"], rel=0.1)
 
 
 def test_one_process_has_nothing_to_shard(tmp_path):

@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 from torch.autograd.graph import saved_tensors_hooks
 
 from opd.config.precision import dtype_of
-from opd.core.tensors import placed
+from opd.core.tensors import local, placed
 from opd.models import load as models
 from opd.models.load import backbone, base
-from opd.models.sharding import whole
+from opd.models.sharding import sharded_layers, whole
+from opd.rollouts.engines.hf import HFEngine
 from opd.teachers.local import LocalTeacher
 from opd.training.doctor.findings import Finding, error, ok, warning
 from opd.training.doctor.rehearsal import RehearsedRun
@@ -53,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 def saved_bytes(session: Session, tokens: int) -> int:
     """Return the bytes that a forward over one row of `tokens` tokens saves for its backward, without checkpointing."""
     model, sizes_by_storage = base(session.plain().model), {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights: set[int] = set()
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
@@ -69,6 +70,7 @@ def saved_bytes(session: Session, tokens: int) -> int:
         torch.autocast(model.device.type, compute_dtype, enabled=compute_dtype != torch.float32),
         saved_tensors_hooks(pack, lambda x: x),
     ):
+        weights |= {p.untyped_storage().data_ptr() for p in model.parameters()}
         out = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state  # keeps the graph alive
     assert out.requires_grad
     return sum(sizes_by_storage.values())
@@ -79,7 +81,7 @@ def memory_items(session: Session) -> list[MemoryItem]:
     config = session.config
     model = session.plain().model
     shape = model.config.get_text_config()
-    trained = sum(p.numel() for p in session.student.parameters() if p.requires_grad)
+    trained = sum(local(p).numel() for p in session.student.parameters() if p.requires_grad)
     itemsize, layers, width = dtype_of(config.precision).itemsize, shape.num_hidden_layers, shape.hidden_size
     longest = max(max(len(p.ids), len(p.teacher_ids)) for p in session.prompts.first(64))
     row = longest + config.sampling.max_new_tokens
@@ -103,7 +105,10 @@ def memory_items(session: Session) -> list[MemoryItem]:
     logits = min(2 * (config.chunk_mb << 20), 16 * tokens * session.vocabulary.size)
     smaller_batches = f"--micro-batch-tokens {max(row, tokens // 4)}"
     worker = sum(p.numel() * p.itemsize for p in model.parameters()) if _shared(session) else 0
+    gathered, whole_student = _gathered_bytes(session) if session.is_sharded else (0, 0)
     return [
+        MemoryItem("gathered layers", gathered, ("--precision bf16",)),
+        MemoryItem("whole student", whole_student, ("--engine with a server, which generates elsewhere",)),
         MemoryItem("worker's student", worker, ("--worker-device for the worker",)),
         MemoryItem("gradients", 4 * trained, ("--lora-rank 32",)),
         MemoryItem("AdamW", 8 * trained, ("--lora-rank 32",)),
@@ -124,10 +129,26 @@ def peak(needs: Sequence[MemoryItem]) -> int:
     """
     size = {p.name: p.bytes for p in needs}
     stays = size["gradients"] + size["AdamW"] + size["weights in the compute type"] + size["teacher states"]
-    trains = max(size["teacher at work"], size["activations"] + size["logits"])
+    trains = size["gathered layers"] + max(size["teacher at work"], size["activations"] + size["logits"])
     if size["worker's student"]:
         return stays + size["worker's student"] + size["KV cache"] + trains
-    return stays + max(size["KV cache"], trains)
+    return stays + max(size["whole student"] + size["KV cache"], trains)
+
+
+def _gathered_bytes(session: Session) -> tuple[int, int]:
+    """Return what a sharded run gathers at most: layers of the models in a training step, the student in a rollout.
+
+    While a layer works, the next one arrives.
+    """
+    itemsize, student = dtype_of(session.config.precision).itemsize, session.plain().model
+    frozen = [t.model for t in session.teachers.values() if isinstance(t, LocalTeacher)]
+    layers = lambda model: backbone(model).config.get_text_config().num_hidden_layers
+    inside = lambda model: sum(p.numel() for part in sharded_layers(model) for p in part.parameters())
+    total = sum(p.numel() for p in student.parameters())
+    layer = max(inside(m) / layers(m) * (itemsize if m is student else m.dtype.itemsize) for m in (student, *frozen))
+    root = (total - inside(student)) * itemsize
+    generates = isinstance(session.collector.student, HFEngine)
+    return int(root + 2 * layer), total * itemsize if generates else 0
 
 
 def _shared(session: Session) -> bool:
