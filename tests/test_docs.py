@@ -14,6 +14,7 @@ import pytest
 import opd
 from benchmarks.command import PARTS
 from opd import cli
+from opd.adapters import verl
 from opd.cli.parse import parse_flags
 from opd.config.commands import Serve, Size, Variance
 from opd.config.data import Data
@@ -158,6 +159,8 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
         case "python":
             if words[:2] == ["-m", "benchmarks"]:
                 parse_flags(PARTS[words[2]].settings(), words[3:], prog="python -m benchmarks", description="")
+            elif words[:2] == ["-m", "opd.adapters.verl"]:
+                assert verl.main(words[2:]) == 0
             else:
                 assert (ROOT / words[0]).is_file(), line
         case "vllm":
@@ -166,7 +169,9 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
                 takes = {*known["classes"]["EngineArgs"], *known["classes"]["FrontendArgs"]}
                 assert words[0] == "serve" and flags <= takes, line
         case other:
-            assert other in ("source", "pip", "pre-commit", "lm_eval"), f"{page}: {line}: no test knows how to check it"
+            assert other in ("source", "pip", "patch", "pre-commit", "lm_eval"), (
+                f"{page}: {line}: no test knows how to check it"
+            )
     assert "opd:" not in capsys.readouterr().err
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "training",
     "analysis",
     "cli",
+    "adapters",
 ]
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT]
 LIBRARIES = {"torch", "numpy", "jaxtyping"}  # all that the mathematics knows of the outside

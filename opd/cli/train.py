@@ -43,7 +43,7 @@ class DoctorFlags(TrainFlags):
 def train(args: list[str]) -> int:
     """Train, and print the run folder."""
     args = _without_auto(args)
-    flags = _run(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
+    flags = run_flags(args, TrainFlags, "opd train", "Distil a student from a teacher on the student's own samples:")
     from opd.training.train import train  # imported after parsing: help and mistakes are reported at once
 
     chosen_flags = {"preset": flags.preset, "set": sorted({a.partition("=")[0] for a in args if a.startswith("--")})}
@@ -67,7 +67,7 @@ def _without_auto(args: list[str]) -> list[str]:
 def doctor(args: list[str]) -> int:
     """Examine the settings of a run; nothing is written."""
     purpose = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
-    flags = _run(args, DoctorFlags, "opd doctor", purpose)
+    flags = run_flags(args, DoctorFlags, "opd doctor", purpose)
     from opd.training.doctor.command import doctor
     from opd.training.doctor.findings import errors, show
 
@@ -79,7 +79,7 @@ def doctor(args: list[str]) -> int:
     return 2 if errors(findings) else 0
 
 
-def _run(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> Any:
+def run_flags(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> Any:
     """Return the flags of a run and its METHOD, read as `kind`; a misspelt name is refused before torch is imported."""
     method_names = listing()
     named_method = next((a for a in args if a in method_names), None)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -235,9 +236,12 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
     """Return the output head as a value that shares storage with the model."""
     plain = base(model)
     linear = plain.get_output_embeddings()
-    if type(linear) not in (torch.nn.Linear, Linear):
+    kind = type(linear)
+    if isinstance(linear, FSDPModule):  # `fully_shard` makes a class of FSDPModule and the module's class
+        _, kind = kind.__bases__
+    if kind not in (torch.nn.Linear, Linear):
         raise Refusal(
-            f"{type(plain).__name__}: its output head is a {type(linear).__name__}; opd needs a plain Linear "
+            f"{type(plain).__name__}: its output head is a {kind.__name__}; opd needs a plain Linear "
             "(no adapter and no quantisation on lm_head)"
         )
     option = lambda name: getattr(plain.config.get_text_config(), name, None) or 0.0

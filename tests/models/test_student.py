@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from opd.core.errors import Refusal
@@ -132,3 +133,18 @@ def test_two_processes_make_the_run_of_one(tmp_path, method):
         found.append([eval(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*found, strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
+def test_the_head_of_a_sharded_model_is_a_head(folders, tmp_path):
+    """`fully_shard` gives a module a class made of FSDPModule and the module's; Accelerate shards the head, too."""
+    model = load(folders[0])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(model.lm_head)
+        assert type(model.lm_head).__name__ == "FSDPLinear"
+        assert head(model).weight is model.lm_head.weight
+    finally:
+        torch.distributed.destroy_process_group()
+    model.lm_head = torch.nn.Bilinear(1, 1, 1)
+    with pytest.raises(Refusal, match="its output head is a Bilinear; opd needs a plain Linear"):
+        head(model)
