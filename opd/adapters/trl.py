@@ -1,7 +1,6 @@
 """Token-local methods inside TRL's DistillationTrainer: TRL generates, shards, saves and logs; the loss is a method's.
 
-from opd.adapters.trl import MethodTrainer
-trainer = MethodTrainer(..., method=opd.vopd())  # in place of DistillationTrainer(...)
+`MethodTrainer(..., method=opd.vopd())` stands in place of `DistillationTrainer(...)`.
 """
 
 from collections.abc import Iterator, Mapping
