@@ -118,8 +118,8 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     )
     rollouts = session.collector.collect(request, lambda text, prompt: 0.0)
     means, measured = Means(), list[tuple[int, dict[str, RolloutSums], float]]()
-    shown = dict(console=Console(stderr=True), transient=True, disable=not is_main_process())
-    for rollout in track(rollouts, "rollouts", **shown):
+    console = Console(stderr=True, quiet=not is_main_process())
+    for rollout in track(rollouts, "rollouts", console=console, transient=True):
         mask = [[True] * len(rollout.ids)]
         response_rows = rows([rollout], mask, teacher=False, device=student.model.device)
         teacher = session.teachers[rollout.teacher].hidden([rollout], mask)

@@ -57,15 +57,11 @@ def check_connected(accelerator: Accelerator) -> None:
         )
 
 
-def engine_name(accelerator: Accelerator) -> str:
-    """Return the name of what trains the student: "ddp" with a full copy in each process, or "one process"."""
+def engine_name(accelerator: Accelerator, *, sharded: bool) -> str:
+    """Return the name of what trains the student: "fsdp2" shards it, "ddp" copies it, or "one process"."""
+    if sharded:
+        return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "one process"
-
-
-def described(accelerator: Accelerator) -> str:
-    """Return the number of processes and their engine, for people."""
-    engine = engine_name(accelerator)
-    return engine if engine == "one process" else f"{accelerator.num_processes} processes, {engine}"
 
 
 def keep_groups() -> None:

@@ -45,7 +45,7 @@ class Processes:
         return gather_object(list(part)) if self.count > 1 else list(part)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all processes of tensors of the same shape.  Every process must call it."""
+        """Replace a tensor by its sum over all processes, and return it.  Every process must call it."""
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
         return tensor

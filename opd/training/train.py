@@ -20,7 +20,7 @@ from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load
 from opd.training.doctor.command import examine_run, static_findings
 from opd.training.doctor.findings import Finding, alarming, errors
-from opd.training.launch import described, engine_name, keep_groups
+from opd.training.launch import engine_name, keep_groups
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
 from opd.training.run_lock import locked
@@ -74,6 +74,7 @@ def _train(
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint if checkpoint is not None and has_weights(checkpoint) else None)
     accelerator, trainer, state = session.accelerator, Trainer(session, run, each), TrainingState()
+    count, engine = accelerator.num_processes, engine_name(accelerator, sharded=session.is_sharded())
     if checkpoint is not None:
         state = load(checkpoint, len(plan.teachers))
         trainer.restore(state, checkpoint)
@@ -81,7 +82,7 @@ def _train(
     _refuse(errors(findings))
     if accelerator.is_main_process:
         history = sealed_history(checkpoint) if checkpoint is not None else None
-        asked = {"processes": accelerator.num_processes, "engine": engine_name(accelerator), **asked}
+        asked = {"processes": count, "engine": engine, **asked}
         run.start(written, repr(plan.method), state.step, asked, history)
         if checkpoint is not None:  # the process before may have been killed before it did so
             run.remove_old(state.step, None if state.refused else config.keep)
@@ -94,7 +95,7 @@ def _train(
 
     progress = Progress(config.steps, state.step, quiet=config.quiet or not accelerator.is_main_process)
     with progress, contextlib.closing(trainer.rollout_source):
-        progress.say(f"training in {described(accelerator)}")
+        progress.say(f"training in {engine if count == 1 else f'{count} processes, {engine}'}")
         for line in (*damaged, *dict.fromkeys(map(str, alarming(findings)))):
             progress.say(line)
         if (term := plan.method.hidden()) is not None and term.bridge is not None:
