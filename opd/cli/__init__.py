@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
@@ -127,10 +128,7 @@ def _short_warnings() -> Iterator[None]:
 @contextlib.contextmanager
 def _main_output() -> Iterator[None]:
     """Print to stdout in the main process only."""
-    if is_main_process():
-        yield
-        return
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+    with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
