@@ -74,7 +74,7 @@ def _train(
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint if checkpoint is not None and has_weights(checkpoint) else None)
     accelerator, trainer, state = session.accelerator, Trainer(session, run, each), TrainingState()
-    count, engine = accelerator.num_processes, engine_name(accelerator, sharded=session.is_sharded())
+    count, engine = accelerator.num_processes, engine_name(accelerator, sharded=session.is_sharded)
     if checkpoint is not None:
         state = load(checkpoint, len(plan.teachers))
         trainer.restore(state, checkpoint)
