@@ -30,7 +30,8 @@ def started(command: list[str], processes: int) -> subprocess.CompletedProcess:
     done = subprocess.run([*start, "-m", "opd", *command], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     out = command[command.index("--out") + 1]
-    assert done.stdout.count(out) == processes, done.stdout  # each says where the run is
+    assert done.stdout.count(out) == 1, done.stdout  # the main process says where the run is
+    assert json.loads((Path(out) / "environment.json").read_text())["processes"] == processes
     return done
 
 

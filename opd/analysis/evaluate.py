@@ -4,7 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from opd.data.verifiers.extract import final, plain, without_thinking
 from opd.models import load as models
 from opd.models.context import context_of
 from opd.models.source import locate
-from opd.rollouts.engines.base import GenerateRequest
+from opd.rollouts.engines.base import GenerateRequest, Sample
 from opd.rollouts.engines.hf import HFEngine
 from opd.rollouts.engines.verify_cache import verify_cache
 from opd.training.progress import loading
+from opd.training.prompt_shares import Processes
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -117,8 +119,11 @@ def compare_scores(a: tuple[str, EvaluationScores], b: tuple[str, EvaluationScor
     return {name: paired(np.array([x]), np.array([y]), (first_name, second_name)) for name, x, y in measures}
 
 
-def evaluate(config: Evaluate) -> EvaluationScores:
-    """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix."""
+def evaluate(config: Evaluate, processes: Processes = Processes()) -> EvaluationScores:
+    """Generate responses, verify them and return the scores.  Raises Refusal for errors that the user can fix.
+
+    Several `processes` share the prompts; all of them must call this function, and all get the whole scores.
+    """
     at_least(config, samples=0, decode_rows=1)
     config.sampling.check()
     check_seed(config.seed)
@@ -163,13 +168,22 @@ def evaluate(config: Evaluate) -> EvaluationScores:
             f"{config.sampling.max_new_tokens} it passes the model's context of {context}; {remedy}"
         )
     engine = HFEngine(model, len(tokenizer), stop, config.decode_rows)
-    prompt_rows = [i for i in ids for _ in range(config.samples)]
-    request = GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=range(len(prompt_rows)))
-    samples = engine.generate(request)
-    responses = tuple(response_text.decode(tokenizer, s.ids, config.data.think_end) for s in samples)
-    outcomes, majorities = [], []
-    for i, prompt in enumerate(task.prompts):
-        part = responses[i * config.samples : (i + 1) * config.samples]
+    part, k = processes.share(len(ids)), config.samples
+    prompt_rows = [ids[i] for i in part for _ in range(k)]
+    index = range(part.start * k, part.start * k + len(prompt_rows))
+    samples = engine.generate(GenerateRequest(prompt_rows, config.sampling, seed=config.seed, step=0, index=index))
+    texts = tuple(response_text.decode(tokenizer, s.ids, config.data.think_end) for s in samples)
+    return _joined(processes.gather([_scores(task, [task.prompts[i] for i in part], samples, texts)]))
+
+
+def _scores(
+    task: Task, answered: Sequence[Prompt], samples: Sequence[Sample], texts: tuple[str, ...]
+) -> EvaluationScores:
+    """Verify the responses to some prompts, as many `samples` with their `texts` for each of them."""
+    outcomes, majorities = list[tuple[float, ...]](), list[float]()
+    for i, prompt in enumerate(answered):
+        k = len(samples) // len(answered)
+        part = texts[i * k : (i + 1) * k]
         outcomes.append(tuple(task.verify(response, prompt) for response in part))
         majorities.append(majority_score(task, prompt, part, outcomes[-1]))
     return EvaluationScores(
@@ -177,9 +191,14 @@ def evaluate(config: Evaluate) -> EvaluationScores:
         tuple(len(s.ids) for s in samples),
         tuple(s.stopped for s in samples),
         tuple(majorities),
-        tuple(task.prompts),
-        responses,
+        tuple(answered),
+        texts,
     )
+
+
+def _joined(parts: Sequence[EvaluationScores]) -> EvaluationScores:
+    """Return the scores of all parts of the prompts as one."""
+    return EvaluationScores(*(tuple(chain(*(vars(part)[f.name] for part in parts))) for f in fields(EvaluationScores)))
 
 
 def output(config: Evaluate) -> OutputFile:

@@ -23,6 +23,7 @@ from opd.config.plan import resolved
 from opd.config.precision import dtype_of
 from opd.config.rock import Rock
 from opd.core.errors import Refusal
+from opd.core.processes import is_main_process, num_processes
 from opd.core.types import Batch, Rollout
 from opd.methods.method import Method
 from opd.models import load as models
@@ -33,6 +34,7 @@ from opd.models.student import Student
 from opd.rollouts.batch import collate, masks
 from opd.training.build import open_session
 from opd.training.progress import loading
+from opd.training.prompt_shares import Processes
 from opd.training.run_folder import Run
 from opd.training.trainer import Trainer
 
@@ -60,10 +62,15 @@ class Corpus:
 
 
 def rock(config: Rock) -> Path:
-    """Generate, measure, rank and write the lists; return the path of the first.  Raises Refusal for user errors."""
+    """Generate, measure, rank and write the lists; return the path of the first.
+
+    Several connected processes share the rollouts; all of them must call this function, and the main one writes.
+    Raises Refusal for errors that the user can fix.
+    """
     config.check()
     with loading(config.student, config.teacher, quiet=config.quiet):
-        session = open_session(resolved(replace(config.run(), method=Method())))
+        # A session needs a --batch that is a multiple of the number of processes, and nothing here reads it.
+        session = open_session(resolved(replace(config.run(), method=Method(), batch=num_processes())))
     trainer = Trainer(session, Run(config.out))
     rollouts, corpus = _measure_corpus(config, trainer)
     counts, sums = corpus.tally()
@@ -104,7 +111,7 @@ def _measure_corpus(config: Rock, trainer: Trainer) -> tuple[list[Rollout], Corp
             "are all the same; lower it, or sample at --temperature 1"
         )
     rollouts, kl = list[Rollout](), list[Tensor]()
-    quiet = config.quiet or not sys.stderr.isatty()
+    quiet = config.quiet or not (sys.stderr.isatty() and is_main_process())
     steps = range(1, -(-config.rollouts // config.decode_rows) + 1)
     for step in track(steps, "rollouts", console=Console(stderr=True), transient=True, disable=quiet):
         prompt_batch = prompts.batch(step, config.decode_rows)[: config.rollouts - len(rollouts)]
@@ -148,13 +155,14 @@ def _ratios(config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], corpus:
 def _contexts(
     config: Rock, trainer: Trainer, rollouts: Sequence[Rollout], batch: Batch, chosen: Bool[Tensor, " N"]
 ) -> Float[Tensor, "M H"]:
-    """Return the contexts [M, H] of the chosen occurrences.
+    """Return the contexts [M, H] of the chosen occurrences; each process computes those of its share of the rollouts.
 
     A context is the mean of the student's final states that predict the tokens up to `width` positions away.
     """
     session, width = trainer.session, config.consistency.width
+    processes = Processes.of(session.accelerator)
     parts = chosen.split([len(r.ids) for r in rollouts])
-    sizes = {i: len(r.prompt_ids) + len(r.ids) for i, r in enumerate(rollouts)}
+    sizes = {i: len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in processes.share(len(rollouts))}
     contexts: dict[int, Tensor] = {}
     for micro in micro_batches(sizes, config.micro_batch_tokens):
         rolls = [rollouts[i] for i in micro]
@@ -167,6 +175,7 @@ def _contexts(
             position = torch.arange(len(final))
             low, high = (position - width).clamp(min=0), (position + width + 1).clamp(max=len(final))
             contexts[i] = ((sums[high] - sums[low]) / (high - low)[:, None].to(final))[parts[i]].float().cpu()
+    contexts = dict(processes.gather(list(contexts.items())))
     return torch.cat([contexts[i] for i in range(len(rollouts))])
 
 

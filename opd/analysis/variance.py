@@ -39,6 +39,7 @@ from opd.config.plan import resolved
 from opd.config.train import Train
 from opd.core.errors import Refusal, renamed
 from opd.core.intervals import CONFIDENCE, Estimate
+from opd.core.processes import is_main_process, num_processes
 from opd.head.inputs import Hidden
 from opd.head.sweep import blocks
 from opd.head.vocabulary import Head, Vocabulary
@@ -53,6 +54,7 @@ from opd.models.load import head
 from opd.models.student import Student
 from opd.rollouts.collector import RolloutRequest
 from opd.training.build import open_session
+from opd.training.prompt_shares import Processes
 
 ROUNDING = 1e-4  # relative; two mean gradients in the logits that differ by less count as equal
 
@@ -84,7 +86,8 @@ class Variances:
 def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     """Generate rollouts and estimate the gradient variance of each method at their contexts.
 
-    `opd` and `opd-full` are always measured.  Raises Refusal for errors that the user can fix.
+    `opd` and `opd-full` are always measured.  Several connected processes share the rollouts; all of them must call
+    this function.  Raises Refusal for errors that the user can fix.
     """
     config.check()
     for name, method in methods.items():
@@ -102,11 +105,21 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
     if not trained:
         some = ", ".join(list(dict(student.named_parameters()))[:3])
         raise Refusal(f"--parameters {config.parameters}: no trained parameter has such a name; there are {some}, ...")
+    processes = Processes.of(session.accelerator)
+    part = processes.share(config.rollouts)
     prompts = session.prompts.batch(1, config.rollouts)
-    request = RolloutRequest(prompts=prompts, policy=OnPolicy(), sampling=config.sampling, seed=config.seed, step=1)
+    request = RolloutRequest(
+        prompts=[prompts[i] for i in part],
+        policy=OnPolicy(),
+        sampling=config.sampling,
+        seed=config.seed,
+        step=1,
+        first=part.start,
+    )
     rollouts = session.collector.collect(request, lambda text, prompt: 0.0)
-    means, all_sums, total_kl = Means(), [], 0.0
-    for rollout in track(rollouts, "rollouts", console=Console(stderr=True), transient=True):
+    means, measured = Means(), list[tuple[int, dict[str, RolloutSums], float]]()
+    console = Console(stderr=True, quiet=not is_main_process())
+    for rollout in track(rollouts, "rollouts", console=console, transient=True):
         mask = [[True] * len(rollout.ids)]
         response_rows = rows([rollout], mask, teacher=False, device=student.model.device)
         teacher = session.teachers[rollout.teacher].hidden([rollout], mask)
@@ -116,11 +129,12 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
             )
         signs, vocabulary = directions(trained, config, rollout.index), session.vocabulary
         sums, divergence = measure_rollout(student, response_rows, teacher, vocabulary, trained, signs, methods, means)
-        all_sums.append(sums)
-        total_kl += divergence
-    lengths = [float(len(rollout.ids)) for rollout in rollouts]
+        measured.append((len(rollout.ids), sums, divergence))
+    measured = processes.gather(measured)
+    means = means.whole(processes, trained)
+    lengths = [float(length) for length, _, _ in measured]
     count = sum(lengths)
-    column = lambda name, what: [getattr(sums[name], what) for sums in all_sums]
+    column = lambda name, what: [getattr(sums[name], what) for _, sums, _ in measured]
     out = {}
     for name in methods:
         norm2, cosine = means.compare(name)
@@ -135,10 +149,10 @@ def variance(config: Variance, methods: Mapping[str, Method]) -> Variances:
         )
     return Variances(
         out,
-        rollouts=len(rollouts),
+        rollouts=len(measured),
         contexts=int(count),
         parameters=sum(p.numel() for p in trained.values()),
-        reverse_kl=total_kl / count,
+        reverse_kl=sum(kl for _, _, kl in measured) / count,
         largest=max(column("opd", "variance")) / max(sum(column("opd", "variance")), torch.finfo().tiny),
     )
 
@@ -151,7 +165,7 @@ def _run(config: Variance) -> Train:
         prompts=config.prompts,
         data=replace(config.data, source=config.prompts, seed=config.seed),
         sampling=config.sampling,
-        batch=config.rollouts,
+        batch=num_processes(),  # nothing reads it; a session needs a multiple of the number of processes
         precision="fp32",
         teacher_precision="fp32",
         chunk_mb=config.chunk_mb,
@@ -173,21 +187,27 @@ class RolloutSums:
 class Means:
     """Mean gradients summed over contexts: that of `opd-full`, and each method's difference to it beyond rounding."""
 
-    full: dict[str, Tensor] = field(default_factory=dict)
-    differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # by method and parameter
 
     def add(self, method: str, gradients: Mapping[str, Tensor | None]) -> None:
         """Add the gradients of some contexts, keyed by parameter name."""
-        summed = self.full if method == "opd-full" else self.differences.setdefault(method, {})
         for name, x in gradients.items():
             if x is not None:
-                summed[name] = summed[name].add_(x) if name in summed else x.clone()
+                key = method, name
+                self.sums[key] = self.sums[key].add_(x) if key in self.sums else x.clone()
+
+    def whole(self, processes: Processes, trained: Mapping[str, Tensor]) -> "Means":
+        """Return the sums over all processes; a gradient that a process lacks is zero there."""
+        keys = sorted(set(processes.gather(list(self.sums))))
+        sums = {key: torch.zeros_like(trained[key[1]]) for key in keys} | self.sums
+        return Means({key: processes.add(sums[key]) for key in keys})
 
     def compare(self, method: str) -> tuple[float, float]:
         """Return the squared norm of a method's mean gradient, and its cosine with that of `opd-full`."""
         dot = lambda a, b: sum(float((a[n] * b[n]).sum(dtype=torch.float64)) for n in a.keys() & b.keys())
-        difference = self.differences.get(method, {})
-        full2, cross = dot(self.full, self.full), dot(self.full, difference)
+        gradient = lambda method: {name: x for (whose, name), x in self.sums.items() if whose == method}
+        full, difference = gradient("opd-full"), {} if method == "opd-full" else gradient(method)
+        full2, cross = dot(full, full), dot(full, difference)
         norm2 = full2 + 2 * cross + dot(difference, difference)
         return norm2, (full2 + cross) / math.sqrt(full2 * norm2) if full2 * norm2 > 0 else math.nan
 

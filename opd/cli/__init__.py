@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
@@ -11,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
+from opd.cli.refusals import refusing
 from opd.core.errors import Refusal, Stopped, printable, suggestion
+from opd.core.processes import is_main_process, num_processes
 
 USAGE = """usage: opd COMMAND ...
 
@@ -40,7 +43,7 @@ COMMANDS = {  # command -> its module and function; imported when used, because 
     "methods": ("opd.cli.methods", "methods"),
     "exact": ("opd.cli.analysis", "exact"),
     "variance": ("opd.cli.analysis", "variance"),
-    "rock": ("opd.cli.tools", "rock"),
+    "rock": ("opd.cli.analysis", "rock"),
     "report": ("opd.cli.tools", "report"),
     "inspect": ("opd.cli.tools", "inspect"),
     "rescore": ("opd.cli.analysis", "rescore"),
@@ -49,6 +52,7 @@ COMMANDS = {  # command -> its module and function; imported when used, because 
     "serve": ("opd.cli.tools", "serve"),
     "demo": ("opd.cli.tools", "demo"),
 }
+SHARED = {"train", "eval", "variance", "rock"}  # commands that several processes can run together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns 0 on success, 2 after printing a line about an error that the user can fix, and the code of a stopped run.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
+    refuse = refusing()
     try:
         _check_characters(args)
         match args:
@@ -71,15 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module, function = COMMANDS[name]
                 command: Callable[[list[str]], int] = vars(import_module(module))[function]
                 try:
-                    with _short_warnings():
+                    with _short_warnings(), _main_output():
                         return command(words)
                 finally:
                     sys.stdout.flush()  # here a closed pipe is still distinguishable from other errors
             case [name, *_]:
                 raise Refusal(f"{name}: unknown command{suggestion(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     except Refusal as error:
-        print(f"opd: {printable(error)}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     except Stopped as stop:
         return stop.code
     except KeyboardInterrupt:
@@ -92,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"opd: {printable(error.filename)}: {error.strerror}; name another path", file=sys.stderr)
-        return 2
+        return refuse(f"{error.filename}: {error.strerror}; name another path")
     return 0
 
 
@@ -115,10 +118,17 @@ def _short_warnings() -> Iterator[None]:
         ) -> None:
             if not Path(filename).is_relative_to(Path(__file__).parents[1]):
                 show(message, category, filename, lineno, file, line)
-            elif os.environ.get("RANK", "0") == "0":
+            elif is_main_process():
                 print(f"warning: {printable(message)}", file=sys.stderr)
 
         warnings.showwarning = show_short
+        yield
+
+
+@contextlib.contextmanager
+def _main_output() -> Iterator[None]:
+    """Print to stdout in the main process only."""
+    with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
@@ -135,14 +145,10 @@ def _check_characters(words: Sequence[str]) -> None:
 
 def _check_processes(command: str) -> None:
     """Refuse several processes of a launcher for a command that does not share its work among them."""
-    if command == "train" or "LOCAL_RANK" not in os.environ:
-        return
-    from opd.training.launch import num_processes  # imports torch, which takes seconds
-
-    if num_processes() > 1:
+    if num_processes() > 1 and command not in SHARED:
         raise Refusal(
             f"opd {command}: it runs in one process, and the launcher started {num_processes()}; run it without "
-            "torchrun or accelerate launch (only opd train shares its work among processes)"
+            f"torchrun or accelerate launch (only {', '.join(sorted(SHARED))} share their work among processes)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Commands that print a table: exact, variance, eval, rescore.
+"""Commands that print a table: exact, variance, rock, eval, rescore.
 
 Each imports its implementation after parsing its flags, so that mistakes are reported at once.
 """
@@ -17,7 +17,9 @@ from opd.cli.method_sources import check_flags, check_name
 from opd.cli.parse import asks_for_help, parse_flags, run_tyro, scan_words, unknown_flag
 from opd.config.commands import Rescore, Size, Variance
 from opd.config.evaluate import Evaluate
+from opd.config.rock import Rock
 from opd.core.errors import Refusal
+from opd.core.processes import is_main_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,11 @@ def variance(args: list[str]) -> int:
     )
     from opd.analysis.variance import variance
     from opd.cli.method_names import parse_methods
+    from opd.training.prompt_shares import connected
 
-    results = variance(flags.what, parse_methods(flags.methods))
+    methods = parse_methods(flags.methods)
+    with connected():
+        results = variance(flags.what, methods)
     if flags.json:
         print(dumps(asdict(results), indent=2))
         return 0
@@ -118,6 +123,23 @@ def variance(args: list[str]) -> int:
     )
     if results.largest > 0.2:
         print(f"one rollout holds {results.largest:.0%} of opd's variance: no interval is reliable; add --rollouts")
+    return 0
+
+
+def rock(args: list[str]) -> int:
+    """Find the frequent tokens with a large KL, and print the path of their list."""
+    config = parse_flags(
+        Rock,
+        args,
+        prog="opd rock",
+        description=Rock.__doc__ or "",
+        example="opd rock --student embedded:student --teacher embedded:teacher --prompts embedded:ledger",
+    )
+    from opd.analysis.rock_tokens import rock
+    from opd.training.prompt_shares import connected
+
+    with connected():
+        print(rock(config))
     return 0
 
 
@@ -139,6 +161,7 @@ def eval_(args: list[str]) -> int:
         example="opd eval --model embedded:teacher --prompts embedded:ledger",
     )
     from opd.analysis.evaluate import evaluate, output, save
+    from opd.training.prompt_shares import connected
 
     what = flags.what
     configs = {name: replace(what, model=name) for name in (what.model, what.against) if name}
@@ -146,12 +169,13 @@ def eval_(args: list[str]) -> int:
         raise Refusal(f"--against {what.against}: is --model itself; name another one")
     if what.out:
         output(what).check()
-    scores = {name: evaluate(config) for name, config in configs.items()}
-    try:
-        if what.out:
-            save(output(what), scores)
-    finally:  # prints the numbers even if the disk is full
-        _show_scores(what, scores, json=flags.json)
+    with connected() as processes:
+        scores = {name: evaluate(config, processes) for name, config in configs.items()}
+        try:
+            if what.out and is_main_process():
+                save(output(what), scores)
+        finally:  # prints the numbers even if the disk is full
+            _show_scores(what, scores, json=flags.json)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Commands that write files or start a server: rock, report, inspect, export, prune, serve, demo.
+"""Commands that write files or start a server: report, inspect, export, prune, serve, demo.
 
 Each imports its implementation after parsing its flags, so that help and mistakes are reported at once.
 """
@@ -8,7 +8,6 @@ from importlib import import_module
 
 from opd.cli.parse import parse_flags
 from opd.config.commands import Demo, Export, Inspect, Prune, Report, Serve
-from opd.config.rock import Rock
 
 
 def _run(settings: type, module: str, example: str, args: list[str]) -> int:
@@ -26,8 +25,6 @@ def _run(settings: type, module: str, example: str, args: list[str]) -> int:
     return 0
 
 
-_PAIR = "--student embedded:student --teacher embedded:teacher"
-rock = partial(_run, Rock, "opd.analysis.rock_tokens", f"{_PAIR} --prompts embedded:ledger")
 report = partial(_run, Report, "opd.analysis.report.page", "outputs/opd")
 inspect = partial(_run, Inspect, "opd.analysis.report.inspect", "outputs/opd")
 export = partial(_run, Export, "opd.training.export", "outputs/opd --out outputs/model")

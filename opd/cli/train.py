@@ -1,7 +1,6 @@
 """`opd train` and `opd doctor`, which run and examine the training that the flags describe."""
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from opd.cli.parse import asks_for_help, flag_name, refuse_missing, run_tyro, sc
 from opd.config.presets import arguments, run_arguments
 from opd.config.train import Train
 from opd.core.errors import Refusal
+from opd.core.processes import is_main_process
 
 EXAMPLE = "{} --student embedded:student --teacher embedded:teacher --prompts embedded:ledger --preset embedded vopd"
 
@@ -52,7 +52,7 @@ def train(args: list[str]) -> int:
     else:
         folder = train(flags.run, asked=chosen_flags)
         print(folder)
-        if not flags.run.quiet and not int(os.environ.get("RANK", 0)):
+        if not flags.run.quiet and is_main_process():
             name = shlex.quote(str(folder))
             print(f"next: `opd report {name}` draws the run, `opd inspect {name}` its rollouts", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""The number of processes of a run: a launcher that was asked for N of them gets N, or a refusal."""
+"""The processes of a run and its engine: a launcher that was asked for N processes gets N, or a refusal."""
 
 import os
 
@@ -7,22 +7,14 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from opd.core.errors import Refusal
+from opd.core.processes import num_processes
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }  # what `accelerate launch` sets for the engines that it is configured for
-
-
-def num_processes() -> int:
-    """Return the number of processes that torchrun, or a launcher like it, started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process that writes, known before Accelerate connects the processes."""
-    return num_processes() == 1 or int(os.environ.get("RANK", 0)) == 0
+_GROUPS: list[object] = []  # kept by `keep_groups`
 
 
 def needs_cpu_backend() -> bool:
@@ -35,9 +27,9 @@ def check_launch() -> None:
     for variable, engine in SHARDED.items():
         if parse_flag_from_env(variable):
             raise Refusal(
-                f"accelerate launch: its configuration asks for {engine}, which opd does not support; each process "
-                "trains a full copy of the student (DDP): run `accelerate config` again without it, or use "
-                "torchrun --nproc_per_node N -m opd train ..."
+                f"accelerate launch: its configuration asks for {engine}, which opd does not take from Accelerate; to "
+                "shard the student, use torchrun --nproc_per_node N -m opd train --shard ...; for a full copy of it in "
+                "each process (DDP), run `accelerate config` again without it"
             )
     # With one GPU or none, `accelerate launch --num_processes 2` starts one process, and of the two it sets only the
     # address of the main one.
@@ -63,3 +55,20 @@ def check_connected(accelerator: Accelerator) -> None:
             f"the launcher started {num_processes()} processes and Accelerate connected {accelerator.num_processes} of "
             "them; on a machine without GPUs set ACCELERATE_USE_CPU=true, else check `accelerate env`"
         )
+
+
+def engine_name(accelerator: Accelerator, *, sharded: bool) -> str:
+    """Return the name of what trains the student: "fsdp2" shards it, "ddp" copies it, or "one process"."""
+    if sharded:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "one process"
+
+
+def keep_groups() -> None:
+    """Keep the process groups until the interpreter ends; call it before they are destroyed.
+
+    They must live longer than the DDP-wrapped student.  If DDP's reducer were the last owner, it would wait for the
+    group's threads while it holds the GIL, which these threads may need: a deadlock.
+    """
+    if torch.distributed.is_initialized():
+        _GROUPS.append(torch.distributed.group.WORLD)

@@ -1,7 +1,6 @@
 """Progress output: a bar on a terminal, plain lines elsewhere.  It also notes signals that ask the run to stop."""
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from opd.core.errors import printable
+from opd.core.processes import is_main_process
 
 LINE_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 AT_ONCE = {signal.SIGINT, signal.SIGTERM}  # signals that stop the run at once if they are repeated
@@ -22,8 +22,8 @@ AGAIN = 1.0  # seconds
 
 @contextlib.contextmanager
 def loading(*names: str, quiet: bool) -> Iterator[None]:
-    """Show on a terminal which models are being loaded; print nothing elsewhere, or on ranks other than 0."""
-    console = Console(stderr=True, quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
+    """Show on a terminal which models are being loaded; print nothing elsewhere, or beside the main process."""
+    console = Console(stderr=True, quiet=quiet or not is_main_process())
     status = (
         console.status(Text(f"loading {printable(', '.join(names))}"))
         if console.is_terminal

@@ -7,13 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 from opd.config import checks
 from opd.config.plan import Plan, resolved
 from opd.config.train import Train
 from opd.core.disk import check_place
 from opd.core.errors import Refusal, Stopped, foreign_errors
+from opd.core.processes import is_main_process
 from opd.models import lora
 from opd.models.checkpoints import checkpoints, has_weights, newest_checkpoint, sealed_history
 from opd.training.alarms import alarms
@@ -21,7 +20,7 @@ from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load
 from opd.training.doctor.command import examine_run, static_findings
 from opd.training.doctor.findings import Finding, alarming, errors
-from opd.training.launch import is_main_process
+from opd.training.launch import engine_name, keep_groups
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
 from opd.training.run_lock import locked
@@ -35,9 +34,6 @@ FREE = frozenset(
     | {f"speaker.{name}" for name in ("engine_transfer", "engine_sleep", "engine_concurrency", "engine_timeout")}
     | {"speaker.engine_token_env", "speaker.max_mismatch"}
 )  # settings that may change when a run resumes
-# Keep process groups alive longer than the DDP-wrapped student.  If DDP's reducer were the last owner, it would wait
-# for the group's threads while it holds the GIL, which these threads may need: a deadlock.
-_GROUPS: list[object] = []
 LOOK_EVERY = 10  # steps between checks of the logs for alarms
 
 
@@ -78,6 +74,7 @@ def _train(
     with loading(*plan.names(), quiet=config.quiet):
         session = open_session(plan, checkpoint if checkpoint is not None and has_weights(checkpoint) else None)
     accelerator, trainer, state = session.accelerator, Trainer(session, run, each), TrainingState()
+    count, engine = accelerator.num_processes, engine_name(accelerator, sharded=session.is_sharded)
     if checkpoint is not None:
         state = load(checkpoint, len(plan.teachers))
         trainer.restore(state, checkpoint)
@@ -85,7 +82,7 @@ def _train(
     _refuse(errors(findings))
     if accelerator.is_main_process:
         history = sealed_history(checkpoint) if checkpoint is not None else None
-        asked = {"processes": accelerator.num_processes, **asked}
+        asked = {"processes": count, "engine": engine, **asked}
         run.start(written, repr(plan.method), state.step, asked, history)
         if checkpoint is not None:  # the process before may have been killed before it did so
             run.remove_old(state.step, None if state.refused else config.keep)
@@ -98,14 +95,14 @@ def _train(
 
     progress = Progress(config.steps, state.step, quiet=config.quiet or not accelerator.is_main_process)
     with progress, contextlib.closing(trainer.rollout_source):
+        progress.say(f"training in {engine if count == 1 else f'{count} processes, {engine}'}")
         for line in (*damaged, *dict.fromkeys(map(str, alarming(findings)))):
             progress.say(line)
         if (term := plan.method.hidden()) is not None and term.bridge is not None:
             trainer.set_bridge(term.bridge, state.bridge)
         trainer.rollout_source.open(state.step, state.memory, state.rollouts, progress.say)
         code = _run_steps(trainer, progress, state, Stops(config, lambda: progress.signal, started))
-    if accelerator.num_processes > 1:
-        _GROUPS.append(torch.distributed.group.WORLD)
+    keep_groups()
     accelerator.end_training()
     if code:
         raise Stopped(f"{run.folder}: stopped before the last step", code)

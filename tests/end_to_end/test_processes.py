@@ -1,5 +1,6 @@
 """Runs of several processes: they resume, on any number of processes, and N that were asked for are N or a refusal."""
 
+import json
 import os
 import signal
 import subprocess
@@ -60,9 +61,18 @@ def whole(pair, tmp_path_factory):
     folders = {count: tmp_path_factory.mktemp("whole") / str(count) for count in (1, 2)}
     for count, out in folders.items():
         printed = ended(launched(command(pair, out, "--quiet", "vopd"), processes(count)))
-        assert printed.count(str(out)) == count
-        assert f'"processes": {count}' in (out / "environment.json").read_text()
+        assert printed == f"{out}\n"  # of the main process
+        environment = json.loads((out / "environment.json").read_text())
+        assert (environment["processes"], environment["engine"]) == (count, "ddp" if count > 1 else "one process")
     return folders
+
+
+@pytest.mark.parametrize(("count", "line"), [(1, "training in one process"), (2, "training in 2 processes, ddp")])
+def test_the_first_line_of_a_run_names_its_processes_and_their_engine(pair, tmp_path, count, line):
+    run = launched(command(pair, tmp_path / "run", "--steps", "1", "--no-doctor", "vopd"), processes(count))
+    _, err = run.communicate(timeout=120)
+    printed = [x for x in err.splitlines() if x.startswith(("training", "step"))]
+    assert run.returncode == 0 and printed[0] == line and err.count("training in") == 1, err
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
@@ -83,7 +93,11 @@ def test_a_run_whose_rank_is_killed_resumes(pair, tmp_path, whole, before, after
 LOST = [
     (["--num_processes", "2"], {}, "accelerate launch: it was asked for several processes and started one"),
     (["--cpu", "--num_processes", "2"], {}, "accelerate launch: it was asked for several processes and started one"),
-    (["--num_processes", "1"], {"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, which opd does not support"),
+    (
+        ["--num_processes", "1"],
+        {"ACCELERATE_USE_FSDP": "true"},
+        "asks for FSDP, which opd does not take",
+    ),
 ]
 
 
@@ -96,14 +110,6 @@ def test_a_launcher_that_starts_one_process_of_two_is_refused(pair, tmp_path, fl
     assert run.returncode != 0 and not out.exists()
     (line,) = [line for line in err.splitlines() if line.startswith("opd: ")]
     assert why in line and "torchrun --nproc_per_node N" in line
-
-
-def test_a_command_that_cannot_share_its_work_is_refused_under_a_launcher(tmp_path):
-    arguments = [sys.executable, "-m", "opd", "eval", "--model", "embedded:student", "--prompts", "embedded:ledger"]
-    run = launched([*arguments, "--out", str(tmp_path / "problems.jsonl")], processes(2))
-    out, err = run.communicate(timeout=300)
-    assert run.returncode != 0 and not out and not list(tmp_path.iterdir())
-    assert "opd: opd eval: it runs in one process, and the launcher started 2; run it without torchrun" in err
 
 
 def test_one_process_under_accelerate_launch_trains(pair, tmp_path):
