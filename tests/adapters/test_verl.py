@@ -47,7 +47,7 @@ def test_rewards_of_sampled_tokens_are_the_methods_that_fit():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", set(METHODS) - {*FITTING})
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {*FITTING}))
 def test_other_methods_are_refused_with_the_reason(name, capsys):
     more = "" if METHODS[name]().teacher is None else "--teacher Qwen/Qwen3-32B "
     assert "opd: this method does not fit verl: " in refused(f"{more}{name}", capsys)
