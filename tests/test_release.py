@@ -33,6 +33,8 @@ def test_a_lock_holds_every_requirement_with_hashes(file, extras):
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if not line.startswith("#"):
             name, version = line.split("==")
+            if not extras and name not in locked:  # a package of development alone
+                continue
             assert locked[name].partition("+")[0] == version
     assert locked["torch"].endswith("+cpu")
 
