@@ -20,6 +20,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from opd.adapters.fit import refuse_misfit, surroundings
 from opd.core.errors import Refusal, renamed
+from opd.core.tensors import full
 from opd.core.types import reads
 from opd.head.head_pass import head_pass
 from opd.head.inputs import FrozenOutputs, Hidden
@@ -177,5 +178,4 @@ def targets(method: Method, ids: Int[Tensor, " N"], num_items: Tensor | int | No
 
 def gathered(frozen: Head) -> Head:
     """Return a head without gradient, whole on each rank; all ranks call this at the same time."""
-    whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
-    return replace(frozen, weight=whole(frozen.weight), bias=whole(frozen.bias))
+    return replace(frozen, weight=full(frozen.weight), bias=None if frozen.bias is None else full(frozen.bias))
