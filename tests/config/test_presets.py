@@ -7,7 +7,7 @@ import pytest
 
 from opd.cli import main
 from opd.cli.method_names import method_of
-from opd.cli.train import TrainFlags, _run
+from opd.cli.train import TrainFlags, run_flags
 from opd.config import checks
 from opd.config.plan import resolved
 from opd.config.presets import PAPER, SCAFFOLD, arguments, settings
@@ -112,6 +112,6 @@ def test_rubricem_tells_the_student_to_write_its_stages():
     assert all(f"{tag}...</{tag[1:]}" in SCAFFOLD for tag in tags)
     assert all(stage_tags.texts(SCAFFOLD, TAGS)) and not any(c.isdigit() for c in SCAFFOLD)
     words = ["--student", "s", "--teacher", "t", "--prompts", "p", "--preset", "paper"]
-    read = lambda *more: _run([*words, *more, "rubricem"], TrainFlags, "opd train", "").run
+    read = lambda *more: run_flags([*words, *more, "rubricem"], TrainFlags, "opd train", "").run
     assert read().data.system == SCAFFOLD == settings("paper", "rubricem")["data"].system
     assert read().sampling.max_new_tokens == 18_432 and read("--system", "Be brief.").data.system == "Be brief."

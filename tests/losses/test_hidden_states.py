@@ -479,7 +479,7 @@ REFUSED = {
 @pytest.mark.parametrize(("why", "method"), [(why, method) for why, method in REFUSED.items()], ids=REFUSED.values())
 def test_what_cannot_be_compared_is_refused_in_one_line(folders, tmp_path, capsys, why, method):
     flags = f"--student {folders['student']} --teacher {folders['wide']} --prompts embedded:ledger-short --batch 8"
-    flags += f" --max-new-tokens 1 --no-doctor --out {tmp_path / 'run'} {method}"
+    flags += f" --max-new-tokens 1 --no-doctor --quiet --out {tmp_path / 'run'} {method}"
     assert main(["train", *flags.split()]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(why, said), said

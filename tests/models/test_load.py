@@ -98,7 +98,8 @@ def test_a_terminal_says_what_is_loading(monkeypatch, capsys):
     assert "loading some/student, [red]teacher" in capsys.readouterr().err
     with progress.loading("some/student", quiet=True):
         pass
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     with progress.loading("some/student", quiet=False):
         pass
     assert "loading" not in capsys.readouterr().err
