@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import mul
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -50,11 +50,12 @@ class MethodTrainer(DistillationTrainer):
         if not isinstance(teacher_model, str):
             verify_loaded(teacher_model, "teacher_model")
         super().__init__(model, teacher_model, *arguments, **options)
-        check_settings(method, self.args)
+        student = cast(PreTrainedModel, self.model)
+        check_settings(method, cast(DistillationConfig, self.args))
         self._check_engine()
-        verify_loaded(self.model, "model")
+        verify_loaded(student, "model")
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        if isinstance(teacher_model, str) and teacher.config.model_type != self.model.config.model_type:
+        if isinstance(teacher_model, str) and teacher.config.model_type != student.config.model_type:
             raise Refusal(
                 f"teacher_model {teacher_model}: it is a {teacher.config.model_type}, whose LM head was not compared "
                 "with opd's; load it, and pass the model in place of its name"
@@ -79,7 +80,9 @@ class MethodTrainer(DistillationTrainer):
         """Return TRL's loss, and log the mean reverse KL of all processes, for which the loss may not stand."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total, tokens = self.accelerator.reduce(self._reverse_kl, "sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["reverse_kl"].append(total / max(tokens, 1))
+        self._metrics["train" if cast(PreTrainedModel, self.model).training else "eval"]["reverse_kl"].append(
+            total / max(tokens, 1)
+        )
         return loss
 
     def _compute_loss(
