@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from opd.core.errors import printable
-from opd.core.processes import is_main_process, num_processes
+from opd.core.processes import clean_up, is_main_process, num_processes
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -67,6 +67,7 @@ class _JointRefusal:
             except RuntimeError:
                 if not is_main_process():
                     _print(message)  # the main process may not have started
+            clean_up()
             os._exit(CODE)
 
 

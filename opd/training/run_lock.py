@@ -16,6 +16,7 @@ from pathlib import Path
 
 from opd.core.disk import disk
 from opd.core.errors import Refusal
+from opd.core.processes import cleaned_up
 
 NAME = ".lock"
 TOUCH_EVERY = 20.0  # seconds between signs of life in the lock file, for hosts that the file system does not lock out
@@ -44,6 +45,14 @@ def locked(folder: Path) -> Iterator[None]:
     hosts; there the holder's signs of life decide.  Raises Refusal that names the holder if another process has it.
     """
     created = not folder.exists()
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            (folder / NAME).unlink()
+        if created:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
     with disk(f"--out {folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         number = _acquire(folder / NAME, folder)
@@ -51,15 +60,11 @@ def locked(folder: Path) -> Iterator[None]:
     thread = threading.Thread(target=_touch, args=(folder / NAME, ended), daemon=True)
     try:
         thread.start()
-        yield
+        with cleaned_up(remove):
+            yield
     finally:
         ended.set()
-        with contextlib.suppress(OSError):
-            (folder / NAME).unlink()
         os.close(number)
-        if created:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 def _acquire(path: Path, folder: Path) -> int:

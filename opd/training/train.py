@@ -20,7 +20,7 @@ from opd.training.build import open_session
 from opd.training.checkpoint import TrainingState, load
 from opd.training.doctor.command import examine_run, static_findings
 from opd.training.doctor.findings import Finding, alarming, errors
-from opd.training.launch import engine_name, keep_groups
+from opd.training.launch import check_launch, engine_name, keep_groups
 from opd.training.progress import Progress, loading
 from opd.training.run_folder import Run, plain
 from opd.training.run_lock import locked
@@ -56,6 +56,7 @@ def train(
     started = time.monotonic()
     plan = resolved(config)
     checks.check(plan)
+    check_launch()
     run = Run(Path(plan.config.out))
     if run.folder.exists() and not run.folder.is_dir():
         raise Refusal(f"--out {run.folder}: is a file; name a folder")

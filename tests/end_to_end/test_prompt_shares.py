@@ -118,6 +118,13 @@ def test_what_one_process_refuses_ends_both_with_one_line(pair, tmp_path, comman
     assert not out and not contents(tmp_path)
 
 
+def test_a_run_that_one_process_refuses_before_its_first_step_leaves_no_folder(pair, tmp_path):
+    flags = f"train {PAIR} --steps 1 --out {tmp_path / 'run'} vopd".format(*pair).split()
+    run, out, err = two_processes(tmp_path, flags, "refuse")
+    assert refusal(run, err) == "opd: --model: the second process cannot generate"
+    assert not out and not (tmp_path / "run").exists()
+
+
 def test_what_both_processes_refuse_is_printed_once(pair, tmp_path):
     run, out, err = two_processes(tmp_path, [*words("eval", pair, tmp_path), "--temperature", "0"])
     assert refusal(run, err).startswith("opd: --samples 2: greedy samples are all the same") and not out
