@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.analysis.exact import dependence_reason, gradient_moments, slopes, source_shares, to_logits
-from opd.analysis.variance import Means, directions, measure_rollout, quantile, ratio, variance
+from opd.analysis.gradient_moments import Means, directions, measure_rollout
+from opd.analysis.variance import variance
 from opd.cli import main
 from opd.config.commands import Variance
+from opd.core.intervals import ratio, t_quantile
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Vocabulary
 from opd.losses.baselines import Optimal, TopKValue, Value
@@ -247,7 +249,7 @@ def test_ratio_by_hand():
 def test_quantiles_of_student():
     """Tables."""
     for freedom, want in ((5, 2.5706), (7, 2.3646), (15, 2.1314), (31, 2.0395), (1000, 1.9623)):
-        assert quantile(0.975, freedom) == pytest.approx(want, rel=3e-3)
+        assert t_quantile(0.975, freedom) == pytest.approx(want, rel=3e-3)
 
 
 # commands
