@@ -18,6 +18,7 @@ from opd.config.data import Data
 from opd.core.errors import Refusal
 from opd.core.sampling import Prompt
 from opd.data.tasks.load import load
+from opd.data.tasks.tables import table
 from opd.data.tasks.task import Task
 
 
@@ -106,10 +107,36 @@ def test_any_path_is_read(tmp_path, folder, suffix):
     assert question(tasked(path.parent).prompts[0]) == "2+2?"
 
 
-def test_pictures_in_a_folder_with_brackets_are_refused(tmp_path):
-    (tmp_path / "runs[1]").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "runs[1]" / "train.png")
-    assert "rename it, or convert the files" in refusal(tmp_path / "runs[1]")
+@pytest.mark.parametrize("folder", ["runs", "runs[1]"])
+def test_a_folder_of_pictures_is_refused(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / folder / "train.png")
+    assert "train.png has no rows that can be read" in refusal(tmp_path / folder)
+
+
+def test_a_split_that_a_folder_lacks_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", {"question": "a", "answer": "1"})
+    message = refusal(tmp_path, split="test")
+    assert message.startswith("--split test: no data file in --prompts") and "its splits are train" in message
+
+
+def test_pictures_that_are_gone_or_broken_are_not_opened(tmp_path):
+    gone, broken = {"path": str(tmp_path / "gone.png"), "bytes": None}, {"path": None, "bytes": b"no picture"}
+    rows = datasets.Dataset.from_dict(
+        {"question": ["2+2?"], "answer": ["4"], "image": [gone], "more": [[{"images": [broken]}]]},
+        features=datasets.Features(
+            {
+                "question": datasets.Value("string"),
+                "answer": datasets.Value("string"),
+                "image": datasets.Image(),
+                "more": datasets.List({"images": datasets.List(datasets.Image())}),
+            }
+        ),
+    )
+    with pytest.raises((FileNotFoundError, OSError)):
+        rows[0]
+    assert question(table(Data(), rows).prompts[0]) == "2+2?"
+    assert rows.features["image"].decode, "the caller's rows are as they were"
 
 
 def test_pandas_csv_comes_back_as_it_was(tmp_path):

@@ -317,7 +317,7 @@ def test_splits(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.jsonl", ROWS[:2])
     assert len(load(Data(source=str(tmp_path), split="test")).prompts) == 2
-    assert "['train', 'test']" in refusal(source=str(tmp_path), split="dev")
+    assert "its splits are train, test" in refusal(source=str(tmp_path), split="dev")
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
     assert "which has train" in refusal(source=str(tmp_path / "saved"), split="dev")
 

@@ -4,6 +4,7 @@ Readers that infer the type of a column rewrite its values: 2020-01-01 becomes a
 a missing value becomes 1.0.  Here a JSON value keeps its type, a JSON number keeps its digits, and a CSV field is text.
 """
 
+import copy
 import csv
 import gzip
 import io
@@ -118,6 +119,27 @@ def joined(parts: Sequence[Rows]) -> Rows:
     names = dict.fromkeys(name for part in parts for name in part.column_names)
     items = [item for part in parts for item in (part.items if isinstance(part, JsonRows) else part)]
     return JsonRows(items, list(names))
+
+
+def undecoded(rows: Rows) -> Rows:
+    """Return rows whose pictures and sounds stay bytes or paths: nothing reads them, and a file may be missing."""
+    if isinstance(rows, datasets.Dataset):
+        rows = copy.deepcopy(rows)  # of the columns' types; the table is shared
+        _stop_decoding(rows.info.features)
+    return rows
+
+
+def _stop_decoding(feature: Any) -> None:
+    """Switch the decoding of media off, in the type of a column and in all types inside it."""
+    if isinstance(feature, dict):
+        for inside in feature.values():
+            _stop_decoding(inside)
+    elif isinstance(feature, list):
+        _stop_decoding(feature[0])
+    elif hasattr(feature, "feature"):  # a list
+        _stop_decoding(feature.feature)
+    elif hasattr(feature, "decode"):
+        feature.decode = False
 
 
 def _dataset(table: pyarrow.Table) -> datasets.Dataset:

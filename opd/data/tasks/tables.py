@@ -18,7 +18,7 @@ from opd.core.sampling import Prompt
 from opd.data import hub
 from opd.data.tasks.answers import LETTERS, answer_texts, chosen, option_texts, value_text
 from opd.data.tasks.conversation import Unusable, parse_turns, parsed, split_reply, without_nulls
-from opd.data.tasks.row_files import SUFFIXES, Row, Rows, file_kind, joined, read_file
+from opd.data.tasks.row_files import SUFFIXES, Row, Rows, file_kind, joined, read_file, undecoded
 from opd.data.tasks.task import LazyPrompts, Task, by_answer, make_prompt
 from opd.data.verifiers.verify import VERIFIERS, find
 
@@ -43,7 +43,7 @@ def table(data: Data, dataset: Rows | None = None) -> Task:
     Each prompt is made when it is accessed.  Raises Refusal for a missing column, an empty prompt, or answers that are
     all missing or that the verifier cannot read.
     """
-    score, rows, scored = find(data.verifier), dataset or read(data), data.verifier != "none"
+    score, rows, scored = find(data.verifier), undecoded(dataset or read(data)), data.verifier != "none"
     needs_answers = scored and data.verifier in VERIFIERS
     columns = _select_columns(rows, data, needs_answers=needs_answers)
     row_numbers: Sequence[int] = range(len(rows))
@@ -123,13 +123,20 @@ def _data_files(folder: Path, data: Data, links: Mapping[Path, Path]) -> Rows:
     """Read the files of a split in a folder; `links` has the files behind links whose names are no patterns."""
     files = datasets.load_dataset_builder(str(folder), data.subset or None).config.data_files or {}
     names = [Path(name) for name in files.get(data.split, ())]
-    if not names or any(file_kind(name) not in SUFFIXES for name in names):
-        if links and names:  # rows of such files may be read only when they are used, and the links are gone by then
-            raise Refusal(
-                f"--prompts {data.source}, --split {data.split}: a folder with * ? [ ] or :: in its names may hold "
-                f"files of the kinds {', '.join(SUFFIXES)} only; rename it, or convert the files"
+    if not names:
+        raise Refusal(
+            f"--split {data.split}: no data file in --prompts {data.source} belongs to it"
+            + (
+                f"; its splits are {', '.join(map(str, files))}"
+                if files
+                else f"; files of rows are {', '.join(SUFFIXES)}"
             )
-        return datasets.load_dataset(str(folder), data.subset or None, split=data.split)
+        )
+    if other := [name.name for name in names if file_kind(name) not in SUFFIXES]:
+        raise Refusal(
+            f"--prompts {data.source}, --split {data.split}: {other[0]} has no rows that can be read; keep files of "
+            f"the kinds {', '.join(SUFFIXES)}"
+        )
     kinds = {file_kind(name) for name in names}
     others = sorted(file.name for file in folder.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
     if others := [name for name in others if not name.startswith((".", "_"))]:
