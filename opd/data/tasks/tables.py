@@ -138,9 +138,9 @@ def _data_files(folder: Path, data: Data, links: Mapping[Path, Path]) -> Rows:
             f"the kinds {', '.join(SUFFIXES)}"
         )
     kinds = {file_kind(name) for name in names}
-    others = sorted(file.name for file in folder.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
-    if others := [name for name in others if not name.startswith((".", "_"))]:
-        warnings.warn(f"{data.source}: only {', '.join(sorted(kinds))} files are read, not {others[0]}", stacklevel=2)
+    unread = sorted(file.name for file in folder.iterdir() if file_kind(file) in {*SUFFIXES} - kinds)
+    if unread := [name for name in unread if not name.startswith((".", "_"))]:
+        warnings.warn(f"{data.source}: only {', '.join(sorted(kinds))} files are read, not {unread[0]}", stacklevel=2)
     return joined([read_file(links.get(name, name)) for name in names])
 
 
