@@ -1,6 +1,6 @@
 """Rollouts as padded rows of token ids, in micro-batches of similar length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,12 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     return Rows(pad(ids, 0).to(device), pad(trained, False))
 
 
-def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
+def micro_batches(widths: Mapping[int, int], budget: int, ranks: int = 1) -> list[list[int]]:
     """Split rows into micro-batches of similar length, longest first, at minimal cost (dynamic programming).
 
-    A micro-batch costs its padded tokens, at most `budget`, plus budget / 64 for the overhead of its calls.  A row
-    longer than the budget is a micro-batch by itself.  `widths` has each row's length in tokens, by row number.
+    The rows of a micro-batch are shared by `ranks` processes.  It costs the padded tokens of the process with most
+    rows, at most `budget`, plus budget / 64 for the overhead of its calls.  A row longer than the budget is all that a
+    process has of a micro-batch.  `widths` has each row's length in tokens, by row number.
     """
     order = sorted(widths, key=lambda i: (-widths[i], i))
     # For the first `end` rows: the least cost, and the start of the last micro-batch at that cost.
@@ -43,9 +44,9 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
     for end in range(1, len(order) + 1):
         first = end - 1
         lowest_cost[end], last_start[end] = lowest_cost[first] + widths[order[first]], first
-        while first and (end - first + 1) * widths[order[first - 1]] <= budget:
+        while first and ((rows := -(-(end - first + 1) // ranks)) == 1 or rows * widths[order[first - 1]] <= budget):
             first -= 1
-            cost = lowest_cost[first] + (end - first) * widths[order[first]]
+            cost = lowest_cost[first] + rows * widths[order[first]]
             if cost < lowest_cost[end]:
                 lowest_cost[end], last_start[end] = cost, first
         lowest_cost[end] += budget // 64
@@ -54,3 +55,20 @@ def micro_batches(widths: dict[int, int], budget: int) -> list[list[int]]:
         out.append(order[last_start[end] : end])
         end = last_start[end]
     return out[::-1]
+
+
+def deal(groups: Sequence[Sequence[int]], widths: Mapping[int, int], loads: list[int]) -> list[list[list[int]]]:
+    """Return the part of each process in each micro-batch, with at most one row more than that of any other.
+
+    Longer rows go to processes with fewer tokens so far, `loads`, to which the rows' tokens are added.
+    """
+    dealt = []
+    for group in groups:
+        parts: list[list[int]] = [[] for _ in loads]
+        for start in range(0, len(group), len(loads)):
+            lightest_first = sorted(range(len(loads)), key=loads.__getitem__)
+            for rank, row in zip(lightest_first, group[start : start + len(loads)], strict=False):
+                parts[rank].append(row)
+                loads[rank] += widths[row]
+        dealt.append(parts)
+    return dealt

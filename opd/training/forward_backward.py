@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,7 @@ from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.outputs import Alternatives, HeadColumns
 from opd.losses.terms import Target
 from opd.methods.method import Method
-from opd.models.batching import Rows, micro_batches, rows
+from opd.models.batching import Rows, deal, micro_batches, rows
 from opd.models.forward import cross_entropies, token_logps, unprompted
 from opd.rollouts.batch import assemble, collate, masks
 from opd.teachers.remote import LogpTeacher
@@ -29,36 +29,30 @@ LIKELIEST = 5  # top-k tokens of each model that are saved with rollouts
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward passes over this process's share of a batch."""
+    """Forward and backward passes over this process's share of a batch, as many tokens as that of any other."""
 
     session: Session
     cached_outputs: dict[tuple[int, ...], FrozenOutputs] = field(default_factory=dict)  # by the indices of the rollouts
 
     def micro_batches(self, batch: Batch, rollouts: Sequence[Rollout]) -> list[tuple[str, list[int]]]:
-        """Return this process's rows (every n-th) that have a trained token, as micro-batches of one teacher each."""
-        accelerator, micro = self.session.accelerator, dict[str, list[list[int]]]()
-        trained = batch.mask.any(1).tolist()
-        mine = [i for i in range(accelerator.process_index, len(rollouts), accelerator.num_processes) if trained[i]]
-        for name in self.session.teachers:
-            widths = {i: width(rollouts[i]) for i in mine if rollouts[i].teacher == name}
-            micro[name] = micro_batches(widths, self.session.config.micro_batch_tokens)
-        return self._padded(micro)
+        """Return this process's part of the rows that have a trained token, as micro-batches of one teacher each."""
+        return self._shared([i for i, trained in enumerate(batch.mask.any(1).tolist()) if trained], rollouts, width)
 
-    def _padded(self, micro: Mapping[str, list[list[int]]]) -> list[tuple[str, list[int]]]:
-        """Return micro-batches by teacher as a list, with empty ones, so that all processes run equally many.
+    def _shared(
+        self, indices: Sequence[int], rollouts: Sequence[Rollout], width: Callable[[Rollout], int]
+    ) -> list[tuple[str, list[int]]]:
+        """Return this process's part of some of the rollouts, which are those of all processes, as micro-batches.
 
-        DDP and FSDP synchronize in forward.  If the models are sharded, all processes also run the same teacher at the
-        same time.
+        All processes have equally many, at least one, and run the same teacher at the same time: DDP and FSDP
+        synchronize in forward.  A part may be empty.
         """
-        parts = [(name, indices) for name, group in micro.items() for indices in group]
-        counts = gather_object([[len(group) for group in micro.values()]])
-        if not self.session.is_sharded:
-            return parts + [(next(iter(micro)), [])] * (max(1, *map(sum, counts)) - len(parts))
-        sizes = dict(zip(micro, map(max, zip(*counts, strict=True)), strict=True))
-        padded = [
-            (name, group[i] if i < len(group) else []) for name, group in micro.items() for i in range(sizes[name])
-        ]
-        return padded or [(next(iter(micro)), [])]
+        accelerator, budget = self.session.accelerator, self.session.config.micro_batch_tokens
+        loads, out = [0] * accelerator.num_processes, list[tuple[str, list[int]]]()
+        for name in self.session.teachers:
+            widths = {i: width(rollouts[i]) for i in indices if rollouts[i].teacher == name}
+            groups = micro_batches(widths, budget, len(loads))
+            out += [(name, parts[accelerator.process_index]) for parts in deal(groups, widths, loads)]
+        return out or [(next(iter(self.session.teachers)), [])]
 
     def _on_all(self, condition: bool) -> bool:
         """Return whether a condition holds: on all processes, if models are sharded and all must run them alike."""
@@ -83,7 +77,7 @@ class Passes:
     def run(self, batch: Batch, rollouts: Sequence[Rollout], targets: tuple[Target, ...] | None) -> tuple[Batch, float]:
         """Run the trained rows through student and teacher in micro-batches, with a backward pass if targets are given.
 
-        Each process takes every n-th row.  Returns the batch with the columns that all processes measured, and the
+        The processes share the rows.  Returns the batch with the columns that all processes measured, and the
         loss.  If this student already measured the batch, rows whose weights are all 0 are skipped.
         """
         session, accelerator = self.session, self.session.accelerator
@@ -205,21 +199,22 @@ class Passes:
     def with_teacher_alone(self, rollouts: Sequence[Rollout], prompted: Sequence[Rollout]) -> list[Rollout]:
         """Add the note `teacher_alone`: the teacher's cross entropy of the response without its prompt.
 
-        `prompted` are the rollouts with their prompts.  Those that already have the note are not scored again.
+        `prompted` are the rollouts with their prompts.  Those that already have the note are not scored again.  Every
+        process must call it, with its own rollouts; the processes share the work.
         """
-        values: dict[int, float] = {}
-        for name, teacher in self.session.teachers.items():
-            unscored = [i for i, r in enumerate(prompted) if r.teacher == name and "teacher_alone" not in r.notes]
-            widths = {i: len(prompted[i].ids) for i in unscored}
-            groups = {name: micro_batches(widths, self.session.config.micro_batch_tokens)}
-            for indices in [i for _, i in self._padded(groups)] if self.session.is_sharded else groups[name]:
-                chosen = [prompted[i] for i in indices]
-                output = teacher.hidden(*unprompted(chosen))
-                assert output is not None, "a method that reads log q has a teacher that scores"
-                values |= dict(zip(indices, cross_entropies(output, chosen, self.session.vocabulary), strict=True))
+        everyone = gather_object(list(prompted))
+        unscored = [i for i, r in enumerate(everyone) if "teacher_alone" not in r.notes]
+        scored: list[tuple[int, float]] = []
+        for name, indices in self._shared(unscored, everyone, lambda r: len(r.ids)):
+            chosen = [everyone[i] for i in indices]
+            output = self.session.teachers[name].hidden(*unprompted(chosen))
+            assert output is not None, "a method that reads log q has a teacher that scores"
+            found = cross_entropies(output, chosen, self.session.vocabulary)
+            scored += zip((r.index for r in chosen), found, strict=True)
+        values = dict(gather_object(scored))
         return [
-            replace(r, notes={**r.notes, "teacher_alone": values[i]}) if i in values else r
-            for i, r in enumerate(rollouts)
+            replace(r, notes={**r.notes, "teacher_alone": values[r.index]}) if r.index in values else r
+            for r in rollouts
         ]
 
     def admitted(self, rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
