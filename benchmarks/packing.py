@@ -1,9 +1,10 @@
 """Benchmark of length-sorted micro-batches against packing: forward and backward of the layers over a pool of rollouts.
 
-A packed row holds several sequences, chosen by first fit decreasing as in NPD, with a block-diagonal attention mask.
-Positions start at 0 in each sequence.
+A packed row holds several sequences, chosen by first fit decreasing as in NPD.  Positions start at 0 in each sequence.
+Its attention has a block-diagonal mask, or sees the sequences one by one (`opd train --packing`).
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from benchmarks.run import Trained, opened
 from opd.core.errors import positive
 from opd.core.types import pad
 from opd.methods.rollout_policies.on_policy import OnPolicy
-from opd.models.batching import micro_batches
+from opd.models.batching import Rows, micro_batches
 from opd.models.load import base
+from opd.models.packing import PackedRow
+from opd.models.verify import enable_packing
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def measured(settings: Packing) -> Result:
         rollouts = trainer.rollout_source.collect(prompts, OnPolicy(), sampling, 1, session.prompts.task)
         model = base(session.plain().model)
         device = model.device
+    packing_model = copy.deepcopy(model)
+    enable_packing(packing_model, torch.float32, field="student")
     texts = [torch.tensor((*r.prompt_ids, *r.ids), device=device) for r in rollouts]
     widths = {i: len(text) for i, text in enumerate(texts)}
     num_tokens = sum(widths.values())
@@ -90,6 +95,9 @@ def measured(settings: Packing) -> Result:
         first: Batching(_padded, ordered_groups, padded_tokens(ordered_groups)),
         "rows of like length": Batching(_padded, sorted_groups, padded_tokens(sorted_groups)),
         **{f"packed to {n}, block mask": Batching(_blocks, packed(widths, n), num_tokens) for n in settings.lengths},
+        f"packed to {settings.micro_batch_tokens}, --packing": Batching(
+            lambda _, texts: _rows_apart(packing_model, texts), packed(widths, settings.micro_batch_tokens), num_tokens
+        ),
     }
     with torch.no_grad():
         expected = batchings[first].states(model, texts)
@@ -98,7 +106,11 @@ def measured(settings: Packing) -> Result:
     arms: dict[str, Callable[[], object]] = {
         name: partial(batching.train, model, texts) for name, batching in batchings.items()
     }
-    clear = lambda: model.zero_grad(set_to_none=True)
+
+    def clear() -> None:
+        for trained in (model, packing_model):
+            trained.zero_grad(set_to_none=True)
+
     seconds = in_turn(arms, rounds=settings.rounds, clock=settings.clock, gpu=device.type == "cuda", clean_up=clear)
     rows = tuple(
         (
@@ -154,4 +166,12 @@ def _blocks(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N 
         attention_mask=mask[None, None],
         use_cache=False,
     )
+    return out.last_hidden_state[0]
+
+
+def _rows_apart(model: Any, texts: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "N H"]:
+    """Run all sequences as a single packed row, whose attention is computed sequence by sequence."""
+    ids = pad(list(texts), 0)
+    row = PackedRow.of(Rows(ids, torch.zeros(ids.shape, dtype=torch.bool), tuple(map(len, texts))))
+    out = model.base_model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.lengths, use_cache=False)
     return out.last_hidden_state[0]

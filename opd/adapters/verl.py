@@ -40,7 +40,7 @@ TRANSLATED = frozenset({
     "precision", "teacher_precision", "micro_batch_tokens", "gradient_checkpointing", "eval_prompts", "eval_every",
     "eval_limit", "eval_temperature", "save_every", "keep", "trackers", "seed", "trust_remote_code", "engine",
 })  # fmt: skip
-WITHOUT_EFFECT = frozenset({"method", "quiet", "doctor"})
+WITHOUT_EFFECT = frozenset({"method", "quiet", "doctor", "packing"})
 
 
 @dataclass(frozen=True, kw_only=True)

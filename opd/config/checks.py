@@ -20,6 +20,8 @@ def check(plan: Plan) -> None:
     _check_worker(plan)
     _check_engine(plan)
     _check_shard(config)
+    if config.packing and config.compile:
+        raise Refusal("--packing: --compile would compile attention for every set of lengths; leave one of them out")
     positive(config, "steps", "batch", "lr", "lora_alpha", "micro_batch_tokens", "chunk_mb", "decode_rows")
     positive(config, "eval_every", "eval_limit", "save_every", "keep", "rollouts_every")
     positive(config, "loss_temperature", "max_grad_norm")

@@ -135,6 +135,10 @@ class Train:
     remote: Remote = Remote()
     micro_batch_tokens: int = 8192
     """Tokens in a micro-batch, padding included.  Lower it when memory runs out."""
+    packing: bool = False
+    """Put the rows of a micro-batch behind one another, without padding, in all models that train and score (like
+    TRL's padding_free and verl's use_remove_padding).  The start compares packed rows with single ones, and refuses
+    models whose rows would see each other.  Use it for responses of very different lengths."""
     chunk_mb: int = field(default_factory=default_chunk_mb)
     """Memory for the logits in the LM head's pass, in MB.  The pass works on chunks of tokens that fit in it."""
     logit_precision: Precision = "fp32"

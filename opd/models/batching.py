@@ -1,5 +1,6 @@
-"""Rollouts as padded rows of token ids, in micro-batches of similar length."""
+"""Rollouts as rows of token ids, in micro-batches of similar length, or of as many tokens as fit if rows are packed."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ class Rows:
 
     ids: Int[Tensor, "B L"]
     trained: Bool[Tensor, "B L"]  # response tokens that train; stays in main memory
+    lengths: tuple[int, ...]  # in tokens, without padding
 
 
 def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teacher: bool, device: torch.device) -> Rows:
@@ -28,7 +30,7 @@ def rows(rollouts: Sequence[Rollout], masks: Sequence[Sequence[bool]], *, teache
     ids = [torch.tensor([*prompt, *r.ids]) for prompt, r, _ in pairs] or [torch.zeros(2, dtype=torch.long)]
     trained = [torch.tensor([False] * len(prompt) + list(mask)) for prompt, _, mask in pairs]
     trained = trained or [torch.zeros(2, dtype=torch.bool)]
-    return Rows(pad(ids, 0).to(device), pad(trained, False))
+    return Rows(pad(ids, 0).to(device), pad(trained, False), tuple(map(len, ids)))
 
 
 def micro_batches(widths: Mapping[int, int], budget: int, ranks: int = 1) -> list[list[int]]:
@@ -55,6 +57,32 @@ def micro_batches(widths: Mapping[int, int], budget: int, ranks: int = 1) -> lis
         out.append(order[last_start[end] : end])
         end = last_start[end]
     return out[::-1]
+
+
+def shares(widths: Mapping[int, int], budget: int, loads: list[int], *, packed: bool) -> list[list[list[int]]]:
+    """Return the part of each process in each micro-batch; `loads` is that of `deal`.
+
+    Packed rows have no padding, so a part need not have rows of similar length: the longest row that is left goes to
+    the part with fewest tokens.  The parts are as few as the budget allows.
+    """
+    if not packed:
+        return deal(micro_batches(widths, budget, len(loads)), widths, loads)
+    order = sorted(widths, key=lambda i: (-widths[i], i))
+    count = -(-sum(widths.values()) // (budget * len(loads)))  # micro-batches
+    while True:
+        parts: list[list[int]] = [[] for _ in range(count * len(loads))]
+        emptiest_first = [(0, k) for k in range(len(parts))]
+        for row in order:
+            tokens, k = emptiest_first[0]
+            parts[k].append(row)
+            heapq.heapreplace(emptiest_first, (tokens + widths[row], k))
+        if all(tokens <= budget or len(parts[k]) == 1 for tokens, k in emptiest_first):
+            break
+        count += 1
+    tokens_of = {k: tokens for tokens, k in emptiest_first}
+    fullest_first = sorted(tokens_of, key=lambda k: (-tokens_of[k], k))
+    groups = [fullest_first[i : i + len(loads)] for i in range(0, len(parts), len(loads))]
+    return [[parts[k] for (k,) in dealt] for dealt in deal(groups, tokens_of, loads)]
 
 
 def deal(groups: Sequence[Sequence[int]], widths: Mapping[int, int], loads: list[int]) -> list[list[list[int]]]:

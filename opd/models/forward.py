@@ -17,6 +17,7 @@ from opd.head.vocabulary import Vocabulary
 from opd.losses.hidden_states import Lens
 from opd.models.batching import Rows
 from opd.models.load import backbone
+from opd.models.packing import PackedRow, is_packing
 
 Body = Callable[..., Any]  # the forward function of a model's backbone, below the LM head
 
@@ -32,14 +33,20 @@ def states(
     """Return the final hidden states that predict the trained tokens, row by row, and a lens's views of other layers.
 
     Padding is on the right, where causal attention never looks.  No attention mask is needed, so attention uses its
-    fastest kernel.  `body` replaces the backbone, for example by its compiled version.
+    fastest kernel.  A model whose rows are packed gets them without padding.  `body` replaces the backbone, for example
+    by its compiled version.
     """
-    out = (body or backbone(model))(input_ids=rows.ids, use_cache=False, output_hidden_states=lens is not None)
-    final = predictors(out.last_hidden_state, rows.trained)
+    inputs, trained = {"input_ids": rows.ids}, rows.trained
+    if is_packing(model):
+        packed = PackedRow.of(rows)
+        inputs = {"input_ids": packed.ids, "position_ids": packed.positions, "attention_mask": packed.lengths}
+        trained = packed.trained
+    out = (body or backbone(model))(**inputs, use_cache=False, output_hidden_states=lens is not None)
+    final = predictors(out.last_hidden_state, trained)
     if lens is None:
         return final, ()
     with torch.autocast(final.device.type, enabled=False):
-        return final, lens([predictors(out.hidden_states[layer], rows.trained) for layer in lens.layers])
+        return final, lens([predictors(out.hidden_states[layer], trained) for layer in lens.layers])
 
 
 def final_states(model: PreTrainedModel | PeftModel, rows: Rows) -> Float[Tensor, "N H"]:

@@ -7,7 +7,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd.core.errors import Refusal, foreign_errors
 from opd.head.vocabulary import Vocabulary
+from opd.models.batching import Rows
+from opd.models.context import context_of
+from opd.models.forward import states
 from opd.models.load import backbone, base, head
+from opd.models.packing import PACKED, is_packing
 
 
 @torch.no_grad()
@@ -50,3 +54,35 @@ def verify_finite(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, *, i
             "vocabulary need finite logits; where the model masks the token, write a large finite number instead, such "
             "as -1e4"
         )
+
+
+@torch.no_grad()
+def enable_packing(model: PreTrainedModel | PeftModel, low: torch.dtype, *, field: str) -> None:
+    """Pack the rows of a model from now on.  Refuse a model whose rows then see each other, or that cannot do it.
+
+    Two rows are compared with their own forward passes, the first longer than any window of the attention.  `low` is
+    the autocast dtype of the model's passes.
+    """
+    plain, text = base(model), base(model).config.get_text_config()
+    refused, remedy = f"--packing: --{field}: {type(plain).__name__}", "leave --packing out"
+    if is_packing(model):
+        return
+    if (current := backbone(model).config._attn_implementation) != "sdpa":
+        raise Refusal(f"{refused} has attention of the kind {current}, and rows are packed for sdpa; {remedy}")
+    window = max(getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
+    lengths = (min(window + 9, context_of(text).tokens), 5)
+    ids = torch.arange(1, 1 + max(lengths), device=plain.device) % len(head(model).weight)
+    trained = torch.tensor([[0 < i < n for i in range(lengths[0])] for n in lengths])
+    rows = [Rows(ids[None, :n], line[None, :n], (n,)) for n, line in zip(lengths, trained, strict=True)]
+    together = Rows(ids.expand(2, -1), trained, lengths)
+    with (
+        foreign_errors(f"{refused} does not run on packed rows", remedy),
+        torch.autocast(plain.device.type, low, enabled=low != torch.float32),
+    ):
+        alone = torch.cat([states(model, row)[0] for row in rows]).float()
+        plain.set_attn_implementation(PACKED)
+        packed = states(model, together)[0].float()
+    gap = float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+    tolerance = 1e-3 if min(low.itemsize, plain.dtype.itemsize) >= 4 else 0.1
+    if not gap <= tolerance:
+        raise Refusal(f"{refused} lets packed rows see each other (states differ by {gap:.2g}); {remedy}")

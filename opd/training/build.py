@@ -32,7 +32,7 @@ from opd.models.remote.vllm_protocol import Server
 from opd.models.sharding import is_sharded, shard_student
 from opd.models.source import ModelSource, locate
 from opd.models.student import Student
-from opd.models.verify import verify_finite, verify_head
+from opd.models.verify import enable_packing, verify_finite, verify_head
 from opd.rollouts.collector import Collector
 from opd.rollouts.engines.verify_cache import verify_cache
 from opd.teachers import connect
@@ -77,6 +77,8 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     if config.speaker.engine == "hf":
         verify_cache(student.model, field="student")
     verify_finite(student.model, student_info.tokenizer, ids=vocabulary.size, field="student")
+    if config.packing:
+        enable_packing(student.model, dtype_of(config.precision), field="student")
     builder = opening.ModelBuilder(
         plan, source, student.model, student_info.tokenizer, vocabulary, stop, accelerator, on
     )

@@ -24,7 +24,7 @@ from opd.models.context import context_of
 from opd.models.remote import opd_protocol as wire
 from opd.models.remote.vllm_protocol import Server
 from opd.models.source import ModelSource, locate
-from opd.models.verify import verify_finite, verify_head
+from opd.models.verify import enable_packing, verify_finite, verify_head
 from opd.rollouts.engines.base import Engine, ResponseGenerator
 from opd.rollouts.engines.completions import ServerEngine
 from opd.rollouts.engines.hf import HFEngine
@@ -184,6 +184,8 @@ class ModelBuilder:
         weights = models.load(source, field=field, dtype=dtype_of(self.plan.config.teacher_precision), device=self.on)
         verify_head(weights, field=field)
         verify_finite(weights, self.tokenizer, ids=self.vocabulary.size, field=field)
+        if self.plan.config.packing:
+            enable_packing(weights, torch.float32, field=field)
         return LocalTeacher(weights.requires_grad_(False), to=self.accelerator.device, own_prompt=own_prompt)
 
     def speaker(self) -> Engine:

@@ -16,7 +16,7 @@ from opd.head.inputs import FrozenOutputs, Hidden, TeacherLogps
 from opd.head.outputs import Alternatives, HeadColumns
 from opd.losses.terms import Target
 from opd.methods.method import Method
-from opd.models.batching import Rows, deal, micro_batches, rows
+from opd.models.batching import Rows, rows, shares
 from opd.models.forward import cross_entropies, token_logps, unprompted
 from opd.rollouts.batch import assemble, collate, masks
 from opd.teachers.remote import LogpTeacher
@@ -46,12 +46,12 @@ class Passes:
         All processes have equally many, at least one, and run the same teacher at the same time: DDP and FSDP
         synchronize in forward.  A part may be empty.
         """
-        accelerator, budget = self.session.accelerator, self.session.config.micro_batch_tokens
+        accelerator, config = self.session.accelerator, self.session.config
         loads, out = [0] * accelerator.num_processes, list[tuple[str, list[int]]]()
         for name in self.session.teachers:
             widths = {i: width(rollouts[i]) for i in indices if rollouts[i].teacher == name}
-            groups = micro_batches(widths, budget, len(loads))
-            out += [(name, parts[accelerator.process_index]) for parts in deal(groups, widths, loads)]
+            parts = shares(widths, config.micro_batch_tokens, loads, packed=config.packing)
+            out += [(name, part[accelerator.process_index]) for part in parts]
         return out or [(next(iter(self.session.teachers)), [])]
 
     def _on_all(self, condition: bool) -> bool:

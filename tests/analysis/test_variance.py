@@ -94,7 +94,7 @@ class Pair:
         ids = torch.randint(0, size, (1, 9))
         ids[0, 2] = self.student.model.config.pad_token_id  # in a prompt: its embedding gets no gradient
         trained = torch.tensor([[False] * 5 + [True] * 4])
-        self.at = Rows(ids, trained)
+        self.at = Rows(ids, trained, (9,))
         self.teacher = Hidden(final_states(teacher, self.at).detach(), head(teacher))
         self.vocabulary = Vocabulary(size, stop=(3, 7))
         self.trained = dict(self.student.named_parameters())

@@ -120,7 +120,8 @@ def test_only_its_own_files_are_replaced(tmp_path, capsys):
 def test_packed_rows_beside_rows_of_like_length():
     """Every way has the states that each sequence has alone, which the part checks before it times."""
     found = packing.measured(packing.Packing(pool=6, max_new_tokens=40, lengths=(256,), rows=2, rounds=1))
-    assert [row[0] for row in found.rows][1:] == ["rows of like length", "packed to 256, block mask"]
+    names = ["rows of like length", "packed to 256, block mask", "packed to 8192, --packing"]
+    assert [row[0] for row in found.rows][1:] == names
     whole = found.numbers["tokens"]
     assert int(found.rows[2][1]) == whole <= int(found.rows[1][1]) <= int(found.rows[0][1])
 

@@ -26,6 +26,7 @@ CASES = {
     "teacher base under LoRA": "--lora-rank 4 --teacher base --context answer opd",
     "npd": "npd --pool 2 --no-filtered",
     "checkpointing": "--gradient-checkpointing --micro-batch-tokens 64 opd-full",
+    "packing": "--packing --micro-batch-tokens 200 --gradient-checkpointing vopd",
     "evaluations": "--eval-prompts embedded:ledger-short --eval-limit 4 --eval-every 2 topd",
     "a judge": "--judge verifier --per-prompt 4 ropd",
 }

@@ -111,6 +111,16 @@ def test_micro_batches_do_not_change_the_run(pair, tmp_path, method):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+def test_packed_rows_do_not_change_the_run(pair, tmp_path):
+    """Student, teacher and evaluations; `--compile` would not fit."""
+    settings = dict(method=METHODS["opd-zscore"](), micro_batch_tokens=100)
+    runs = [opd.train(config(pair, tmp_path / str(packs), **settings, packing=packs)) for packs in (False, True)]
+    for a, b in zip(*map(logged, runs), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    with pytest.raises(Refusal, match="--packing: --compile would compile"):
+        opd.train(config(pair, tmp_path / "compiled", packing=True, compile=True))
+
+
 def command(pair, out, *more: str) -> list[str]:
     student, teacher = pair
     flags = f"--student {student} --teacher {teacher} --prompts embedded:ledger-short --out {out} --steps 8 --batch 8"

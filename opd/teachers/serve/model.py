@@ -146,4 +146,4 @@ class Served:
         device = self.model.device
         ids = [torch.tensor(a.ids) for a in sequences]
         trained = [torch.isin(torch.arange(len(a.ids)), torch.tensor(a.positions, dtype=torch.long)) for a in sequences]
-        return Rows(pad(ids, 0).to(device), pad(trained, False).to(device))
+        return Rows(pad(ids, 0).to(device), pad(trained, False).to(device), tuple(map(len, ids)))
