@@ -7,7 +7,7 @@ over the whole row is built.
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,7 +87,7 @@ def varlen(
     last = -1 if window is None else window - 1
     longest = max(lengths)
     out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(last, 0), enable_gqa=True)
-    return out[None]
+    return cast(Tensor, out)[None]
 
 
 def is_packing(model: PreTrainedModel | PeftModel) -> bool:
