@@ -8,7 +8,9 @@ import contextlib
 import http.server
 import io
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -293,6 +295,30 @@ def test_a_run_that_ends_waits_for_no_more_tries():
         with pytest.raises(opd.Refusal, match="given up"):
             client.get("/x", lambda r: None)
         assert len(server.asked) == 1
+
+
+def test_a_run_that_ends_waits_for_no_answer():
+    """Nor does a thread that waits for a server which says nothing."""
+    failures: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(f"http://127.0.0.1:{silent.getsockname()[1]}", QUICK)
+
+        def ask() -> None:
+            try:
+                client.post("/x", {}, lambda r: None)
+            except opd.Refusal as error:
+                failures.append(str(error))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        connection, _ = silent.accept()
+        with connection:
+            while b"{}" not in connection.recv(1 << 16):
+                pass
+            time.sleep(0.2)  # now the thread waits for the answer
+            client.close()
+            thread.join(QUICK.teacher_timeout / 2)
+            assert len(failures) == 1 and "given up, for the run ends" in failures[0]
 
 
 # Keys

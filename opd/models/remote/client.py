@@ -4,12 +4,15 @@
 that blames the caller (most of 4xx) is not retried: the client raises Refusal at once.
 """
 
+import contextlib
 import random
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import httpx
 
@@ -57,6 +60,7 @@ class Client:
         self.settings = settings
         self.traffic = Traffic()
         self.lock, self.closed = threading.Lock(), threading.Event()
+        self.sockets: WeakSet[socket.socket] = WeakSet()  # all that are open
         token = secret(settings.teacher_token_env)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         limits = httpx.Limits(max_connections=settings.teacher_concurrency)
@@ -71,6 +75,9 @@ class Client:
     def close(self) -> None:
         """Stop all requests and retries: the process ends after its threads, and a silent server keeps them waiting."""
         self.closed.set()
+        for connection in list(self.sockets):
+            with contextlib.suppress(OSError):  # the server has closed it
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for an answer; closing does not
         self.http.close()
 
     def get(self, path: str, read: Reader[T], *, fine: frozenset[int] = NO_STATUS, limit: int = ANSWER_BYTES) -> T:
@@ -91,7 +98,7 @@ class Client:
 
     def _send(self, method: str, path: str, body: object, limit: int) -> httpx.Response:
         """Send a request and return the response, read completely.  Raises Malformed above `limit` bytes."""
-        with self.http.stream(method, self.url + path, json=body) as response:
+        with self.http.stream(method, self.url + path, json=body, extensions={"trace": self._trace}) as response:
             parts, size = [], 0
             for part in response.iter_bytes():
                 parts.append(part)
@@ -104,6 +111,11 @@ class Client:
                 self.traffic.received += response.num_bytes_downloaded
         headers = [(k, v) for k, v in response.headers.multi_items() if k.lower() != "content-encoding"]
         return httpx.Response(response.status_code, headers=headers, content=b"".join(parts), request=response.request)
+
+    def _trace(self, event: str, information: Mapping[str, Any]) -> None:
+        """Remember the sockets that httpcore opens."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self.sockets.add(information["return_value"].get_extra_info("socket"))
 
     def _ask(
         self, send: Callable[[], httpx.Response], path: str, read: Reader[T], fine: frozenset[int], tries: int
