@@ -75,16 +75,20 @@ def _check_worker(plan: Plan) -> None:
         raise Refusal(f"{apart}: the prompts of {question} hold what earlier steps reflected: leave it out")
     if config.exact_staleness and not config.staleness:
         raise Refusal("--exact-staleness: --staleness is 0, which is exact; set it, or leave the flag out")
-    if config.worker_device != "same" and not apart:
-        raise Refusal(f"--worker-device {config.worker_device}: there is no worker; add --staleness 1, or --worker")
+    if config.worker_device != "same" and not (apart and config.speaker.engine == "hf"):
+        remedy = "add --staleness 1, or --worker, with --engine hf"
+        raise Refusal(f"--worker-device {config.worker_device}: there is no worker; {remedy}")
 
 
 def _check_shard(config: Train) -> None:
     """Refuse what a sharded student cannot do, and an export without shards."""
     if not config.shard and config.export != "every":
         raise Refusal(f"--export {config.export}: without --shard every checkpoint is a model folder; leave it out")
-    if config.shard and (config.worker or config.staleness):
-        raise Refusal("--shard: a worker process reads whole weights; take --staleness 0 without --worker")
+    if config.shard and (config.worker or config.staleness) and config.speaker.engine == "hf":
+        raise Refusal(
+            "--shard: a worker process reads whole weights; take --staleness 0 without --worker, or let a server "
+            "generate (--engine http://host:port)"
+        )
     if config.shard and config.compile:
         raise Refusal("--shard: --compile compiles whole layers; leave one of them out")
     if config.shard and config.teacher_device != "same":
@@ -102,13 +106,19 @@ def _check_engine(plan: Plan) -> None:
         return
     if reason := policy.engine_refusal():
         raise Refusal(f"--engine {engine}: {policy} {reason}")
+    if not (config.worker or config.staleness):
+        return
+    if engine == "vllm":
+        raise Refusal(
+            "--engine vllm: shares the process and the GPU with training, so that the two take turns; --staleness and "
+            "--worker need a server (--engine http://host:port), or --engine hf"
+        )
     if "student_alone" in plan.method.rollout_columns():
         raise Refusal(
-            f"--engine {engine}: the method reads what the student says of a response without its prompt, and hf "
-            "alone tells: leave the flag out, or switch the filter off (npd --no-filtered)"
+            f"--engine {engine}: the filter compares log-probs of the weights behind each rollout, which the trainer "
+            "no longer has when a server answers ahead: leave out --staleness and --worker, or switch the filter off "
+            "(npd --no-filtered)"
         )
-    if config.worker or config.staleness:
-        raise Refusal(f"--engine {engine}: the worker process of --staleness and --worker has hf alone")
 
 
 def _check_teachers(plan: Plan) -> None:

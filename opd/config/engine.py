@@ -13,7 +13,8 @@ class Speaker:
 
     engine: str = "hf"
     """Select the engine that generates the student's rollouts: hf, transformers on the trained weights; vllm, vLLM in
-    this process; or the http://host:port of a vLLM server that accepts weights."""
+    this process; or the http://host:port of a vLLM server that accepts weights.  Several servers, separated by commas,
+    share the prompts."""
     engine_transfer: Literal["nccl", "ipc", "opd"] = "nccl"
     """Select how weights reach a vLLM server, by the backend that the server was started with: nccl, ipc (on the same
     GPU), or opd (files in the run folder; the server needs opd installed beside it)."""
@@ -30,10 +31,20 @@ class Speaker:
     max_mismatch: float = 0.2
     """Mean |log p trainer - log p engine| of a batch, in nats, above which the run stops."""
 
+    def urls(self) -> list[str]:
+        """Return the addresses of the servers in `engine`."""
+        return self.engine.split(",")
+
     def check(self) -> None:
         """Refuse impossible settings."""
-        if self.engine not in ("hf", "vllm") and not self.engine.startswith(("http://", "https://")):
-            raise Refusal(f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server")
+        urls = self.urls()
+        if self.engine not in ("hf", "vllm") and not all(url.startswith(("http://", "https://")) for url in urls):
+            raise Refusal(
+                f"--engine {self.engine}: choose hf, vllm, or the http://host:port of a vLLM server, of several with "
+                "commas between them"
+            )
+        if twice := [url for url in urls if urls.count(url) > 1]:
+            raise Refusal(f"--engine {self.engine}: names {twice[0]} twice; name each server once")
         positive(self, "engine_kv_gb", "engine_concurrency", "engine_timeout", "max_mismatch")
         finite(self, "engine_kv_gb")
         if self.engine.startswith("http") and self.engine_transfer != "opd" and not has_gpu():

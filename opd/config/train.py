@@ -75,12 +75,13 @@ class Train:
     """Optimizer steps per rollout batch.  0: the method's default."""
     staleness: int = 0
     """Maximum number of steps that the weights behind a rollout may be older than the trained weights.  Above 0, a
-    worker process generates rollouts while the student trains.  0: generation and training take turns."""
+    worker process, or the servers of --engine, generate rollouts while the student trains.  0: generation and training
+    take turns."""
     exact_staleness: bool = False
     """Make every rollout exactly --staleness steps old instead of at most that many.  The run is then reproducible,
     because results do not depend on timing."""
     worker: bool = False
-    """Generate rollouts in a worker process at --staleness 0, too."""
+    """Generate rollouts in a worker process, or ask the servers of --engine ahead, at --staleness 0, too."""
     worker_device: str = "same"
     """Device of the worker's copy of the student: same (as the student), cpu, cuda:1, ..."""
     importance_cap: float = 0.0

@@ -17,7 +17,8 @@ def async_opd(samples: int = 1) -> Method:
 
     Args:
         samples: Tokens sampled at each context by the generating weights, the response's token included.  The loss is
-            their mean, which has 1/samples of the variance at a context (4 and 64 in the paper).  If the teacher
+            their mean, which has 1/samples of the variance at a context (4 and 64 in the paper).  If vLLM generates,
+            the weights before the step sample all but the response's token, with their own p_old.  If the teacher
             provides logits, `opd-full` gives the limit of many samples at no extra cost; a teacher server must return
             this many log-probs per token.
     """

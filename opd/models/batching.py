@@ -10,6 +10,8 @@ from torch import Tensor
 
 from opd.core.types import Rollout, pad
 
+FORWARD_TOKENS = 8192  # padded tokens of a forward pass of the rollouts' side: the default of --micro-batch-tokens
+
 
 @dataclass(frozen=True)
 class Rows:

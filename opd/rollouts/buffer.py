@@ -51,6 +51,9 @@ class RolloutBuffer:
     def rest(self) -> None:
         """Wait until no batch is being generated."""
 
+    def free_engine(self) -> None:
+        """Wait until the engine may generate other rollouts, with the current weights; every process must call it."""
+
     def numbers(self) -> dict[str, float]:
         """Return the buffer's columns of perf.jsonl, measured since the last call."""
         return {}

@@ -15,7 +15,7 @@ from opd.data.verifiers import response_text
 from opd.head.inputs import Hidden
 from opd.head.vocabulary import Head, Vocabulary
 from opd.methods.rollout_policies.base import Memory, RolloutPolicy, RunState
-from opd.models.batching import rows
+from opd.models.batching import FORWARD_TOKENS, micro_batches, rows
 from opd.models.forward import cross_entropies, final_states, unprompted
 from opd.models.load import head
 from opd.rollouts.engines.base import Engine, GenerateRequest, ResponseGenerator, Sample, TeacherDecoding
@@ -45,6 +45,16 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True)
+class SampledResponse:
+    """A response before it is verified."""
+
+    prompt: Rendered
+    source: int  # a value of the `source` column
+    prefix: Prefix
+    sample: Sample
+
+
+@dataclass(frozen=True)
 class Collector:
     """A collector that turns prompts into finished rollouts, for a single process."""
 
@@ -57,15 +67,28 @@ class Collector:
 
     def collect(self, request: RolloutRequest, verify: Callable[[str, Prompt], float]) -> list[Rollout]:
         """Generate rollouts and score them with the verifier, (response, prompt) -> score from 0 to 1."""
+        return self.finish(request, self.sample(request), verify)
+
+    def sample(self, request: RolloutRequest) -> list[SampledResponse]:
+        """Generate responses.  A thread may call it while the student trains, if a server generates them."""
         policy, first = request.policy, request.first
         prompts = [prompt for prompt in request.prompts for _ in range(policy.per_prompt)]
         sources = [policy.source(request.step, first + i, request.seed) for i in range(len(prompts))]
         prefix_sampling = replace(request.sampling, max_new_tokens=policy.prefix_limit(request.run_state()))
         prefixes = self.prefix_cache.get(self.teachers, prompts, prefix_sampling, request.seed)
         samples = self._samples(request, prompts, sources, prefixes)
+        rows = zip(prompts, sources, prefixes, strict=True)
+        return [SampledResponse(*row, samples[i]) for i, row in enumerate(rows)]
+
+    def finish(
+        self, request: RolloutRequest, responses: Sequence[SampledResponse], verify: Callable[[str, Prompt], float]
+    ) -> list[Rollout]:
+        """Score the responses to a request with the verifier, and add what the student measures on them."""
+        policy, first = request.policy, request.first
         notes, rollouts = policy.notes(request.run_state()), list[Rollout]()
-        for i, (prompt, source, prefix) in enumerate(zip(prompts, sources, prefixes, strict=True)):
-            sample, ids = samples[i], (*prefix.ids, *samples[i].ids)
+        for i, response in enumerate(responses):
+            prompt, prefix, sample = response.prompt, response.prefix, response.sample
+            ids = (*prefix.ids, *sample.ids)
             rollouts.append(
                 Rollout(
                     prompt_ids=prompt.ids,
@@ -75,7 +98,8 @@ class Collector:
                     index=first + i,
                     group=first // policy.per_prompt + i // policy.per_prompt,
                     stopped=sample.stopped,
-                    source=source,
+                    source=response.source,
+                    version=sample.version,
                     outcome=verify(self.text(ids), prompt.prompt),
                     prefix=len(prefix.ids),
                     others=sample.others,
@@ -102,7 +126,10 @@ class Collector:
             if not places:
                 continue
             chosen, index = [prompts[i] for i in places], [request.first + i for i in places]
-            request_of = partial(GenerateRequest, sampling=sampling, seed=request.seed, step=request.step, index=index)
+            numbers = [i // request.policy.per_prompt for i in index]
+            request_of = partial(
+                GenerateRequest, sampling=sampling, seed=request.seed, step=request.step, index=index, groups=numbers
+            )
             if source == TEACHER:
                 generated = self.teachers[names[0]].generate(request_of([p.teacher_ids for p in chosen]))
             else:
@@ -113,7 +140,9 @@ class Collector:
                     teacher = TeacherDecoding(engine.model, [p.teacher_ids for p in chosen], hook)
                 prefix_ids = [prefixes[i].ids for i in places]
                 generate = request_of([p.ids for p in chosen], prefixes=prefix_ids, teacher=teacher)
-                generated = self.student.generate(replace(generate, samples=request.policy.samples))
+                if isinstance(self.student, HFEngine):  # with other engines, see `with_others`
+                    generate = replace(generate, samples=request.policy.samples)
+                generated = self.student.generate(generate)
             samples |= zip(places, generated, strict=True)
         for i, source in enumerate(sources):
             if source == DATA:
@@ -123,15 +152,13 @@ class Collector:
     @torch.no_grad()
     def _unprompted(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Add the note `student_alone`: the current student's cross entropy without the prompt, in nats per token."""
-        assert isinstance(self.student, HFEngine), "a run refuses other engines here"
-        model, out = self.student.model, list[Rollout]()
-        for start in range(0, len(rollouts), self.student.rows):
-            part = rollouts[start : start + self.student.rows]
+        model, values = self.student.model, dict[int, float]()
+        for indices in micro_batches({i: len(r.ids) for i, r in enumerate(rollouts)}, FORWARD_TOKENS):
+            part = [rollouts[i] for i in indices]
             plain, masks = unprompted(part)
             hidden = Hidden(final_states(model, rows(plain, masks, teacher=False, device=model.device)), head(model))
-            entropies = cross_entropies(hidden, part, self.vocabulary)
-            out += [replace(r, notes={**r.notes, "student_alone": x}) for r, x in zip(part, entropies, strict=True)]
-        return out
+            values |= zip(indices, cross_entropies(hidden, part, self.vocabulary), strict=True)
+        return [replace(r, notes={**r.notes, "student_alone": values[i]}) for i, r in enumerate(rollouts)]
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode a response to text, without special tokens except the marks of thinking."""

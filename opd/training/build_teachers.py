@@ -194,12 +194,12 @@ class ModelBuilder:
         how, dtype = config.speaker, dtype_of(config.precision)
         if how.engine == "hf":
             return self._engine(self.student)
-        if self.accelerator.num_processes > 1:
-            raise Refusal(f"--engine {how.engine}: one process trains beside it; start one, or take --engine hf")
         engine: VLLMEngine | VLLMServer
         if how.engine == "vllm":
-            rows = config.decode_rows
-            engine = VLLMEngine(self.student, self.source, size, self.stop, how, dtype=dtype, rows=rows)
+            rows, processes = config.decode_rows, self.accelerator.num_processes
+            engine = VLLMEngine(
+                self.student, self.source, size, self.stop, how, dtype=dtype, rows=rows, processes=processes
+            )
         else:
             folder, retries = Path(config.out), config.remote.teacher_retries
             engine = VLLMServer(self.student, size, self.stop, how, retries, folder=folder, dtype=dtype)

@@ -3,36 +3,29 @@
 The student's process or a worker process generates them.
 """
 
-import os
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
-from torch import Tensor
 
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
-from opd.core.tensors import placed
 from opd.core.types import Rollout
 from opd.data.prompts import Rendered
 from opd.data.tasks.task import Task
-from opd.methods.method import Method
 from opd.methods.rollout_policies.base import NOTHING, Memory, RolloutPolicy
-from opd.models import adapters
-from opd.models import load as models
 from opd.models.load import backbone
 from opd.models.sharding import whole
 from opd.rollouts import buffer
 from opd.rollouts.buffer import Batches, InProcessBuffer, RolloutBuffer, share
 from opd.rollouts.collector import RolloutRequest
 from opd.rollouts.engines.hf import HFEngine
-from opd.rollouts.worker.client import WorkerBuffer
-from opd.rollouts.worker.messages import Job, WorkerSetup
+from opd.rollouts.engines.vllm_server import VLLMServer
+from opd.rollouts.extra_samples import with_others
 from opd.teachers.local import LocalTeacher
+from opd.training.background_buffers import server_buffer, worker_buffer
 from opd.training.forward_backward import Passes
 from opd.training.session import Session
 
@@ -47,8 +40,12 @@ class RolloutSource:
     def open(self, step: int, memory: Memory, saved: Batches, say: Callable[[str], object]) -> RolloutBuffer:
         """Start to generate rollouts after `step`, here or in a worker; those of a checkpoint, `saved`, come first."""
         config, task, batches = self.session.config, self.session.prompts.task, self._restored(saved)
-        if config.staleness or config.worker:
-            self.source = self._start_worker(batches, say)
+        engine = self.session.collector.student
+        request = lambda number: self._batch_request(number, NOTHING)
+        if (config.staleness or config.worker) and isinstance(engine, VLLMServer):
+            self.source = server_buffer(self.session, engine, request, batches)
+        elif config.staleness or config.worker:
+            self.source = worker_buffer(self.session, request, batches, say)
         else:
             generate = lambda number, memory: self._generate(self._batch_request(number, memory), task)
             self.source = InProcessBuffer(self.session.method.rollouts, generate, config.steps, batches)
@@ -80,6 +77,7 @@ class RolloutSource:
         shares: dict[int, list[Rollout]] = {}
         places: list[tuple[int, int]] = []  # batch number and index of each admitted rollout
         for number, rollouts in source.take(step, memory):
+            rollouts = self._with_all_samples(rollouts, number, memory)
             shares[number] = self._scored(rollouts, number, memory, passes)
             if number in source.batches:
                 source.batches[number] = shares[number]
@@ -116,6 +114,18 @@ class RolloutSource:
         has_staleness = self.session.config.staleness or policy.frozen_sampler
         return buffer.with_staleness(out, step) if has_staleness else out
 
+    def _with_all_samples(self, rollouts: list[Rollout], number: int, memory: Memory) -> list[Rollout]:
+        """Return this process's share of a batch with the tokens that the engine did not sample at each position.
+
+        The weights before the step sample them, and no checkpoint holds them.
+        """
+        session, policy, engine = self.session, self.session.method.rollouts, self.session.collector.student
+        if policy.samples == 1 or isinstance(engine, HFEngine):
+            return rollouts
+        prompted = buffer.with_prompts(rollouts, self._prompts(policy.prompt_step(number), memory), policy.per_prompt)
+        with session.accelerator.autocast(), whole(session.student):
+            return with_others(prompted, engine, session.config.sampling, policy.samples, (session.config.seed, number))
+
     def _scored(self, rollouts: list[Rollout], number: int, memory: Memory, passes: Passes) -> list[Rollout]:
         """Return this process's share of a batch with all that the method needs of the teacher before a step.
 
@@ -150,6 +160,8 @@ class RolloutSource:
         first: int = 0,
     ) -> list[Rollout]:
         """Generate and verify rollouts, each process a share; return those of all processes, numbered from `first`."""
+        if self.source is not None:
+            self.source.free_engine()
         return gather_object(self._generate(self._request(prompts, policy, sampling, step, first=first), task))
 
     def _batch_request(self, number: int, memory: Memory) -> RolloutRequest:
@@ -184,16 +196,21 @@ class RolloutSource:
         )
 
     def _generate(self, request: RolloutRequest, task: Task) -> list[Rollout]:
-        """Generate and verify the rollouts of a request in this process."""
-        with self.session.accelerator.autocast(), whole(*self._generating(request.policy)):
-            return self.session.collector.collect(request, task.verify)
+        """Generate and verify the rollouts of a request in this process, while the others generate theirs."""
+        collector = self.session.collector
 
-    def _generating(self, policy: RolloutPolicy) -> list[torch.nn.Module]:
+        def generate() -> list[Rollout]:
+            with self.session.accelerator.autocast(), whole(*self._generating(request)):
+                return collector.collect(request, task.verify)
+
+        return collector.student.run(generate)
+
+    def _generating(self, request: RolloutRequest) -> list[torch.nn.Module]:
         """Return the modules here that generate or read along: their processes take different numbers of steps."""
         session, modules = self.session, list[torch.nn.Module]()
-        if isinstance(session.collector.student, HFEngine) or not policy.on_policy:
+        if isinstance(session.collector.student, HFEngine) or request.unprompted:
             modules.append(session.student)
-        if not policy.on_policy:
+        if not request.policy.on_policy:
             modules += [backbone(t.model) for t in session.teachers.values() if isinstance(t, LocalTeacher)]
         return modules
 
@@ -203,52 +220,13 @@ class RolloutSource:
         return self.session.annotator.prompts(step, count, memory)
 
     def _restored(self, saved: Batches) -> Batches:
-        """Return this process's share of a checkpoint's batches; a batch that lacks a part of it is generated again."""
+        """Return this process's share of a checkpoint's batches; a batch that lacks any part is generated again.
+
+        All processes agree on that, because they generate together where servers get the weights from all of them.
+        """
         accelerator, per_prompt = self.session.accelerator, self.session.method.rollouts.per_prompt
-        part = share(self.session.config.batch // per_prompt, accelerator.process_index, accelerator.num_processes)
+        batch = self.session.config.batch
+        part = share(batch // per_prompt, accelerator.process_index, accelerator.num_processes)
         wanted = range(part.start * per_prompt, part.stop * per_prompt)
-        shares = {number: [r for r in rollouts if r.index in wanted] for number, rollouts in saved.items()}
-        return {number: rollouts for number, rollouts in shares.items() if len(rollouts) == len(wanted)}
-
-    def _start_worker(self, batches: Batches, say: Callable[[str], object]) -> WorkerBuffer:
-        """Start a worker for this process; refuse a verifier that cannot be pickled."""
-        session, policy = self.session, self.session.method.rollouts
-        task = session.prompts.task
-        try:
-            pickle.dumps(task.verify)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise Refusal(
-                f"--verifier: {task.verify!r} cannot be sent to the worker process ({error}); name a function of a "
-                "module"
-            ) from error
-
-        def weights() -> dict[str, Tensor]:
-            return {name: p for name, p in session.plain().model.named_parameters() if p.requires_grad}
-
-        job = lambda number: Job(self._batch_request(number, NOTHING))
-        threads, setup = torch.get_num_threads(), self._worker_setup()
-        return WorkerBuffer(setup, policy, weights=weights, job=job, threads=threads, batches=batches, say=say)
-
-    def _worker_setup(self) -> WorkerSetup:
-        """Return the first message to the worker, and give half of this process's cores to it if it needs them."""
-        config, session = self.session.config, self.session
-        accelerator, engine = session.accelerator, session.collector.student
-        device = str(placed(accelerator.device))
-        if config.worker_device != "same":
-            device = str(models.device(config.worker_device, field="worker-device"))
-        if accelerator.device.type == "cpu" and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # each process has its own cores
-        model = session.plain().model
-        # The base that the checkpoints name: --student may be a run folder that has moved on since.
-        student = adapters.base_name(model) if isinstance(model, PeftModel) else config.student
-        return WorkerSetup(
-            config=replace(config, method=Method(), student=student),  # the worker may not have the user's own method
-            folder=config.out / f".worker-{accelerator.process_index}-{os.getpid()}",  # no other trainer has this path
-            size=engine.vocabulary,
-            stop=engine.stop,
-            vocabulary=session.collector.vocabulary,
-            teachers=tuple(session.teachers),
-            device=device,
-            threads=torch.get_num_threads(),
-            verify=session.prompts.task.verify,
-        )
+        complete = {number: rollouts for number, rollouts in saved.items() if len(rollouts) == batch}
+        return {number: [r for r in rollouts if r.index in wanted] for number, rollouts in complete.items()}

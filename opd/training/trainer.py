@@ -154,7 +154,7 @@ class Trainer:
                 rollouts = session.prompts.with_peers(rollouts, texts)
             rollouts += session.annotator.extra_rollouts(memory, len(rollouts))
             batch = self._collate(rollouts, step)
-        if isinstance(engine, WeightSyncedEngine):
+        if isinstance(engine, WeightSyncedEngine) and not has_worker:  # else the weights are sent in "snapshot"
             clock.split("rollout", "weights", engine.seconds - sync_seconds)
         self.passes.cached_outputs.clear()
         if not self.method.local():

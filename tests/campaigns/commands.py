@@ -140,16 +140,17 @@ def run_command(
     return start(arguments, before=before, typed=typed).outcome(seconds)
 
 
-def start_ranks(arguments: Sequence[str], processes: int) -> list[Running]:
-    """Start a training command in several connected processes, as torchrun does."""
+def start_ranks(arguments: Sequence[str], processes: int, before: Callable[[], object] = lambda: None) -> list[Running]:
+    """Start a training command in several connected processes, as torchrun does, after `before()` in each."""
     if processes == 1:
-        return [start(arguments)]
+        return [start(arguments, before=before)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    return [start(arguments, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [start(arguments, rank, before) for rank in ranks]
 
 
 def _be_opd(arguments: Sequence[str], keyboard: int, output: int, before: Callable[[], object]) -> None:

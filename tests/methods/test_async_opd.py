@@ -29,6 +29,7 @@ from opd.methods.rollout_policies.on_policy import Mixture, OnPolicy
 from opd.rollouts import buffer
 from opd.rollouts.engines.base import GenerateRequest
 from opd.rollouts.engines.hf import HFEngine
+from opd.rollouts.extra_samples import with_others
 from opd.training.checkpoint import load as load_state
 from tests.end_to_end.test_asynchronous_rollouts import alike, config
 from tests.tiny_models import interrupted_at
@@ -36,6 +37,26 @@ from tests.tiny_models import interrupted_at
 close = torch.testing.assert_close
 PROMPTS = [[1, 5, 9], [1, 7], [1, 5, 9], [1, 20, 30, 40, 50, 60], [1, 7], [1, 8, 8]]
 M = 4
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["plain", "truncated"])
+def test_tokens_drawn_beside_a_finished_response_are_those_of_an_engine_that_draws_them_at_once(model, sampling):
+    """The same noise at the same contexts, in any order and company of the rollouts."""
+    how, index = Sampling(max_new_tokens=24, **sampling), [4, 0, 9, 7, 3, 5]
+    engine = HFEngine(model, model.config.vocab_size, (2, 3), rows=4)
+    wanted = engine.generate(GenerateRequest(PROMPTS, how, seed=3, step=5, index=index, samples=M))
+    rollouts = [
+        Rollout(
+            prompt_ids=tuple(p), teacher_prompt_ids=(), ids=x.ids, sampler_logp=x.logp, index=i, group=i, stopped=True
+        )
+        for p, x, i in zip(PROMPTS, wanted, index, strict=True)
+    ]
+    empty = replace(rollouts[0], ids=(), sampler_logp=())
+    found = with_others([*rollouts, empty], engine, how, M, (3, 5))
+    for mine, x in zip(found, wanted, strict=False):
+        assert mine.others.ids == x.others.ids
+        assert list(mine.others.logp) == pytest.approx(list(x.others.logp), abs=1e-4)
+    assert len(found) == len(wanted) + 1 and not found[-1].others.ids
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +218,9 @@ def test_what_is_no_such_method(make, why):
 
 def test_who_cannot_draw_or_tell(pair, tmp_path):
     method = METHODS["async-opd"](samples=M)
-    with pytest.raises(opd.Refusal, match=r"--engine vllm: .*samples=4.* hf alone"):
-        checks.check(resolved(config(pair, tmp_path, method=method, speaker=opd.Speaker(engine="vllm"))))
+    ahead = config(pair, tmp_path, method=method, staleness=1, speaker=opd.Speaker(engine="vllm"))
+    with pytest.raises(opd.Refusal, match=r"--engine vllm: shares the process and the GPU .*--engine http"):
+        checks.check(resolved(ahead))
     assert method.supports() == {"drawn": M - 1} and method.needs_of_tokens() == {"teacher_logp", "chosen"}
     with_baseline = Method((PolicyGradient(estimator=Several(), baseline=TopKValue(3)),), rollouts=OnPolicy(samples=M))
     assert not with_baseline.supports() and "several tokens" in dependence_reason(with_baseline)

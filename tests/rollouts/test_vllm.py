@@ -13,6 +13,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -35,8 +36,10 @@ from opd.methods import METHODS
 from opd.methods.method import Method
 from opd.models.source import EMBEDDED, ModelSource
 from opd.rollouts.engines.base import GenerateRequest, Sample
-from opd.rollouts.engines.vllm import VLLMEngine, WeightSyncedEngine, grouped, parameters, sample
+from opd.rollouts.engines.vllm import VLLMEngine, WeightsLost, WeightSyncedEngine, grouped, parameters, sample
+from opd.rollouts.engines.vllm_connection import VLLMConnection
 from opd.rollouts.engines.vllm_server import VLLMServer
+from opd.rollouts.weight_sync.stream import WeightStream
 from opd.rollouts.weight_sync.vllm_plugin import Update, weights
 from opd.training.metrics import mismatch
 from scripts.soak import Proxy, free_port, serving
@@ -114,7 +117,7 @@ def test_sampling_parameters_are_vllms(contract):
 
 
 def test_what_is_sent_and_read_over_http_are_fields_of_the_protocol(contract):
-    source = (ROOT / "opd" / "rollouts" / "engines" / "vllm_server.py").read_text()
+    source = (ROOT / "opd" / "rollouts" / "engines" / "vllm_connection.py").read_text()
     classes, routes = contract["classes"], contract["routes"]
     assert {"model", "token_ids", "sampling_params"} <= set(classes["GenerateRequest"])
     assert {"index", "token_ids", "logprobs", "weight_versions"} <= set(classes["GenerateTokensChoice"])
@@ -174,6 +177,71 @@ def test_rollouts_of_a_prompt_are_one_request_and_seeds_do_not_depend_on_it():
     assert [x.n for x in apart] == [1, 1]  # the seeds of one request are neighbours
 
 
+class WrittenServer(VLLMConnection):
+    """A connection without a server: it answers with the name of the weights that it was sent last."""
+
+    def __init__(self, name, asked, sending=lambda: None):
+        self.name, self.asked, self.sending = name, asked, sending
+        self.client, self.link, self.versions = SimpleNamespace(url=name), None, [{"version": "default"}]
+
+    def reset(self):
+        pass
+
+    def wait(self):
+        pass
+
+    def send(self, weights, files, version):
+        self.sending()
+        self.link, self.versions = print, [{"version": version}]
+
+    def generate(self, ids, parameters, read):
+        self.asked.append((self.name, tuple(ids), parameters["n"]))
+        logprobs = {"content": [{"token_id": 2, "logprob": 0.0, "top_logprobs": []}]}
+        choice = {"token_ids": [2], "logprobs": logprobs, "weight_versions": self.versions}
+        return read({"choices": [choice | {"index": i} for i in range(parameters["n"])]})
+
+
+@pytest.fixture
+def two_servers(tmp_path, monkeypatch):
+    """An engine of two servers without processes, and the list of what they are asked: name, prompt, n."""
+    asked: list[tuple[str, tuple[int, ...], int]] = []
+    monkeypatch.setattr("opd.rollouts.engines.vllm_server.VLLMConnection", lambda url, *_: WrittenServer(url, asked))
+    model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "model", seed=0))
+    how = Speaker(engine="http://a,http://b", engine_concurrency=1)
+    return VLLMServer(model, 145, (2,), how, 0, folder=tmp_path, dtype=torch.float32), asked
+
+
+def test_the_server_of_a_prompt_depends_on_its_place_in_the_batch_alone(two_servers):
+    """On whichever process it is: prompts 0, 2, ... and 1, 3, ... of the batch, also where two of them are equal."""
+    engine, asked = two_servers
+    prompts, groups = [[5], [5], [5], [6], [7], [7]], [3, 3, 4, 5, 6, 6]
+    engine.generate(GenerateRequest(prompts, FREE, seed=0, step=1, index=range(6, 12), groups=groups))
+    assert sorted(asked) == [
+        ("http://a", (5,), 1),
+        ("http://a", (7,), 2),
+        ("http://b", (5,), 2),
+        ("http://b", (6,), 1),
+    ]
+
+
+def test_the_weights_behind_an_answer_are_known_while_they_are_on_their_way(two_servers):
+    """The first server may answer with new weights before the second has them, and the second with the old ones."""
+    engine, _ = two_servers
+    first, second = engine.connections
+    ask = lambda: engine.generate(GenerateRequest([[5], [5]], FREE, seed=0, step=1, index=[0, 1], groups=[0, 1]))
+    found = []
+    second.sending = lambda: found.append([x.version for x in ask()]) if engine.arrived else None
+    for step in (3, 4):
+        engine.step, engine.stale = step, True
+        engine.sync()
+    assert found == [[4, 3]] and [x.version for x in ask()] == [4, 4]
+    # Old weights of this run, those of another, and none that are named: all are lost.
+    for versions in ([{"version": f"{engine.prefix}-1"}], [{"version": "opd-0-9"}], [], None):
+        first.versions = versions
+        with pytest.raises(WeightsLost, match="--engine http://a: it has weights of somebody else"):
+            ask()
+
+
 def test_a_prefix_is_read_as_part_of_the_prompt_and_counts_as_written():
     asked = grouped(
         GenerateRequest([(1,), (1,), (1,)], FREE, seed=0, step=1, index=[0, 1, 2], prefixes=[(5, 6), (5, 6), ()])
@@ -210,7 +278,7 @@ def test_weights_are_those_that_a_checkpoint_has(tmp_path, tied):
 
     folder = tiny(tmp_path / "model", seed=0, tied=tied)
     model, kept = AutoModelForCausalLM.from_pretrained(folder), load_file(folder / "model.safetensors")
-    found = weights(model)
+    found = dict(weights(model))
     assert found.keys() == kept.keys() and ("lm_head.weight" in found) is not tied
     assert all(torch.equal(found[name], kept[name]) for name in kept)
 
@@ -225,11 +293,11 @@ def test_adapters_are_merged_in_copies(tmp_path):
         if "lora" in name:
             torch.nn.init.normal_(p.data, std=0.1)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = weights(model)
+    found = dict(weights(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert found.keys() == weights(plain).keys()
-    merged = weights(model.merge_and_unload())
-    assert any(not torch.equal(found[name], p) for name, p in weights(plain).items())
+    assert found.keys() == dict(weights(plain)).keys()
+    merged = dict(weights(model.merge_and_unload()))
+    assert any(not torch.equal(found[name], p) for name, p in weights(plain))
     for name, p in merged.items():
         torch.testing.assert_close(found[name], p, rtol=1e-6, atol=1e-6)
 
@@ -318,6 +386,8 @@ def test_mismatch_by_enumeration():
 
 # Refusals
 
+SERVER = Speaker(engine="http://127.0.0.1:1", engine_transfer="opd")
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -325,10 +395,14 @@ def test_mismatch_by_enumeration():
         ({"speaker": Speaker(engine="sglang")}, "choose hf, vllm, or"),
         ({"speaker": Speaker(engine="vllm", engine_kv_gb=0.0)}, "--engine-kv-gb 0.0: must be above 0"),
         ({"speaker": Speaker(engine="vllm", max_mismatch=0.0)}, "--max-mismatch 0.0: must be above 0"),
-        ({"speaker": Speaker(engine="vllm"), "method": METHODS["kat"]()}, "which hf alone does"),
+        ({"speaker": Speaker(engine="vllm"), "method": METHODS["kat"]()}, "which hf alone does: add --no-online after"),
         ({"speaker": Speaker(engine="vllm"), "method": METHODS["trb"]()}, "which hf alone does"),
-        ({"speaker": Speaker(engine="vllm"), "staleness": 1}, "has hf alone"),
+        ({"speaker": Speaker(engine="vllm"), "staleness": 1}, "--engine vllm: shares the process and the GPU"),
+        ({"speaker": SERVER, "worker": True, "method": METHODS["npd"]()}, "npd --no-filtered"),
+        ({"speaker": SERVER, "worker": True, "worker_device": "cpu"}, "there is no worker; add"),
         ({"speaker": Speaker(engine="hf", engine_sleep=True)}, "--engine-sleep"),
+        ({"speaker": Speaker(engine="http://a:1,hf", engine_transfer="opd")}, "of several with commas between them"),
+        ({"speaker": Speaker(engine="http://a:1,http://a:1", engine_transfer="opd")}, "names http://a:1 twice"),
         ({"speaker": Speaker(engine="http://127.0.0.1:1")}, "--engine-transfer nccl: sends from a GPU"),
     ],
 )
@@ -387,11 +461,12 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path, engine_toke
     prompts = [[5, 6, 7]] * 3 + [[8, 9, 10, 11]]
     with serving(tiny(tmp_path / "other", seed=5), *TAKES_WEIGHTS) as (url, _):
         model, engine = ready(folder, url)
-        drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
+        asked = lambda *rest, **how: engine.run(lambda: engine.generate(GenerateRequest(*rest, seed=1, step=2, **how)))
+        drawn = lambda: asked(prompts, FREE, index=range(4))
         first = drawn()
         close(model, prompts, first)
         assert first == drawn() and len({x.ids for x in first[:3]}) > 1
-        (alone,) = engine.generate(GenerateRequest(prompts[2:3], FREE, seed=1, step=2, index=[2]))
+        (alone,) = asked(prompts[2:3], FREE, index=[2])
         assert alone.ids == first[2].ids and alone.logp == pytest.approx(first[2].logp, abs=1e-5)
         with torch.no_grad():
             for p in model.parameters():
@@ -400,9 +475,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path, engine_toke
         after = drawn()
         close(model, prompts, after)
         assert after != first and not (tmp_path / "engine").exists()
-        cold = engine.generate(
-            GenerateRequest(prompts, Sampling(temperature=0.0, max_new_tokens=4), seed=1, step=2, index=range(4))
-        )
+        cold = asked(prompts, Sampling(temperature=0.0, max_new_tokens=4), index=range(4))
         assert len({x.ids for x in cold[:3]}) == 1 and engine.processed()
         # Somebody else's weights: noticed by their name, and replaced.
         httpx.post(
@@ -413,7 +486,7 @@ def test_a_server_writes_with_the_weights_that_it_was_sent(tmp_path, engine_toke
         how = Speaker(engine=url, engine_transfer="opd")
         wrong = VLLMServer(small, 145, (2,), how, 0, folder=tmp_path, dtype=torch.float32)
         with pytest.raises(opd.Refusal, match="the weights of another model"):
-            wrong.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(4)))
+            wrong.sync()
 
 
 def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_again_is_met_anew(tmp_path, engine_token):
@@ -444,7 +517,8 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
     with serving(folder, *TAKES_WEIGHTS) as (url, _), Proxy(url, fault) as proxy:
         model, engine = ready(folder, proxy.url)
         assert engine.processed()
-        drawn = lambda: engine.generate(GenerateRequest(prompts, FREE, seed=1, step=2, index=range(2)))
+        request = GenerateRequest(prompts, FREE, seed=1, step=2, index=range(2))
+        drawn = lambda: engine.run(lambda: engine.generate(request))
         close(model, prompts, drawn())
         with torch.no_grad():
             for p in model.parameters():
@@ -454,10 +528,10 @@ def test_what_a_killed_trainer_left_is_undone_and_a_server_that_was_started_agai
         engine.follow()
         close(model, prompts, drawn())
 
-        def link() -> None:
+        def link(files) -> None:
             raise RuntimeError("NCCL error:\nunhandled system error")
 
-        engine.link = link
+        engine.connections[0].link = link
         engine.follow()
         with pytest.raises(opd.Refusal, match="the weights did not get there: RuntimeError: NCCL error: unhandled"):
             drawn()
@@ -525,7 +599,7 @@ def test_the_source_of_a_sender_says_what_it_sends(tmp_path):
     from opd.rollouts.weight_sync.sender import ModuleSource, NamedWeights
 
     model = AutoModelForCausalLM.from_pretrained(tiny(tmp_path / "model", seed=0))
-    source = ModuleSource(NamedWeights(lambda: weights(model)))
+    source = ModuleSource(NamedWeights(WeightStream(model, torch.float32)))
     metadata, sent = source.metadata, list(source.iter_full() if hasattr(source, "iter_full") else source)  # 0.33, 0.32
     said = [(m.name, m.dtype, m.shape) for m in (metadata() if callable(metadata) else metadata)]
     assert said == [(name, x.dtype, tuple(x.shape)) for name, x in sent] and len(said) > 10
@@ -541,7 +615,10 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
 
     def drawn(sampling=FREE, **changes):
         asked = {"seed": 1, "step": 2, "index": range(6), **changes}
-        return engine.generate(GenerateRequest(prompts[: len(asked["index"])], sampling, **asked))
+        return generated(prompts[: len(asked["index"])], sampling, **asked)
+
+    def generated(*asked, **how):
+        return engine.run(lambda: engine.generate(GenerateRequest(*asked, **how)))
 
     def close(samples):
         for prompt, one in zip(prompts, samples, strict=True):
@@ -557,9 +634,7 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         first = drawn()
         close(first)
         assert first == drawn() and len({x.ids for x in first[:4]}) > 1
-        assert first[3:4] == engine.generate(
-            GenerateRequest(prompts[3:4], FREE, seed=1, step=2, index=[3])
-        )  # alone or in company
+        assert first[3:4] == generated(prompts[3:4], FREE, seed=1, step=2, index=[3])  # alone or in company
         assert first != drawn(step=3)
         with torch.no_grad():
             for p in model.parameters():
@@ -570,12 +645,10 @@ def test_the_engine_samples_from_the_student_before_and_after_a_step():
         assert after != first
         cold = drawn(Sampling(temperature=0.0, max_new_tokens=5))
         assert len({x.ids for x in cold[:4]}) == 1 and set(cold[0].logp) == {0.0}
-        prefixed = engine.generate(GenerateRequest(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10]))
+        prefixed = generated(prompts[:1], FREE, seed=1, step=2, index=[0], prefixes=[[7] * 10])
         assert len(prefixed[0].ids) <= 2
         many = torch.randint(10, 140, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
-        assert (
-            len(engine.generate(GenerateRequest(many, FREE, seed=1, step=2, index=range(60)))) == 60
-        )  # more than it reads at once
+        assert len(generated(many, FREE, seed=1, step=2, index=range(60))) == 60  # more than it reads at once
         engine.stop = tuple({x.ids[1] for x in after})  # a class of several, all drawn at the second token
         ended = drawn()
         assert all(x.stopped and len(x.ids) <= 2 for x in ended) and len({x.ids[-1] for x in ended}) > 1

@@ -20,6 +20,7 @@ from opd.teachers.serve.connections import Connections, LimitedConnection
 from opd.teachers.serve.gate import Gate
 from opd.teachers.serve.metrics import Metrics
 from opd.teachers.serve.model import Served
+from opd.teachers.serve.pause import Pause
 from opd.teachers.serve.server import _open
 from tests.campaigns import serve
 from tests.tiny_models import tiny_bytes
@@ -88,6 +89,35 @@ def test_weights_are_taken_only_with_a_token_and_from_no_page():
             assert ask(gate, method, path).status_code == 401
             assert ask(gate, method, path, headers=token | {"Origin": "http://localhost"}).status_code == 403
         assert ask(gate, "POST", "/pause", headers=token).status_code == 200
+
+
+def test_no_rollout_runs_during_a_pause():
+    """Rollouts that run are finished first, and others wait, also those that were just let go as a pause begins."""
+
+    async def run() -> None:
+        pause, log = Pause(), []
+
+        async def rollout(name: str) -> None:
+            async with pause.rollout():
+                log.append(f"{name} begins")
+                await asyncio.sleep(0)
+                log.append(f"{name} ends")
+
+        first = asyncio.create_task(rollout("first"))
+        await asyncio.sleep(0)
+        await pause.begin()
+        log.append("pause")
+        second = asyncio.create_task(rollout("second"))
+        await asyncio.sleep(0.01)
+        pause.end()
+        await pause.begin()
+        await asyncio.sleep(0.01)
+        log.append("second pause")
+        pause.end()
+        await asyncio.gather(first, second)
+        assert log == ["first begins", "first ends", "pause", "second pause", "second begins", "second ends"]
+
+    asyncio.run(run())
 
 
 def test_files_that_are_no_weights_of_the_model_change_nothing(model, tmp_path):

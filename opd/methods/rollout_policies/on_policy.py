@@ -28,11 +28,6 @@ class OnPolicy(RolloutPolicy):
     def worker_refusal(self) -> str:
         return ""  # a worker has the student, which is sufficient
 
-    def engine_refusal(self) -> str:
-        if self.samples == 1:
-            return ""
-        return "draws more tokens at each position, which hf alone does: take --engine hf, or leave --samples out"
-
 
 @dataclass(frozen=True)
 class Mixture(RolloutPolicy):

@@ -60,6 +60,10 @@ class StopOnAgreement(RolloutPolicy):
     def needs(self) -> frozenset[str]:
         return frozenset({"reverse_kl", "decoding"} if self.online else {"reverse_kl"})
 
+    def engine_refusal(self) -> str:
+        reason = super().engine_refusal()
+        return f"{reason}: add --no-online after kat, which cuts whole rollouts, or take --engine hf" if reason else ""
+
     def decode_hook(self, state: RunState, logp: LogProbs) -> DecodeHook | None:
         return AgreementHook(self, self.threshold(state.step, state.memory), logp) if self.online else None
 

@@ -1,8 +1,8 @@
 """The interface of engines: requests to generate responses, sampled responses, and the protocols of engines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -11,6 +11,8 @@ from opd.core.sampling import Sampling
 from opd.core.types import Others
 from opd.methods.rollout_policies.base import DecodeHook
 from opd.rollouts.engines.json_schema import Grammar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class GenerateRequest:
     seed: int
     step: int
     index: Sequence[int]
+    groups: Sequence[int] = ()  # the number of each prompt in the batch, over all processes; empty: 0 for all
     prefixes: Sequence[Sequence[int]] = ()  # one per prompt; empty: no prefixes
     teacher: TeacherDecoding | None = None
     samples: int = 1  # tokens sampled at each position; the first of them is the response's token
@@ -44,6 +47,10 @@ class GenerateRequest:
     def prefix_of_each(self) -> Sequence[Sequence[int]]:
         """Return a prefix for each prompt, empty by default."""
         return self.prefixes or ((),) * len(self.prompts)
+
+    def group_of_each(self) -> Sequence[int]:
+        """Return the number of each prompt in the batch."""
+        return self.groups or (0,) * len(self.prompts)
 
     def check_plain(self) -> None:
         """Assert that the request is one that every engine can serve."""
@@ -59,6 +66,7 @@ class Sample:
     stopped: bool
     notes: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)  # one number, or one per token
     others: Others | None = None
+    version: int = 0  # steps that the weights were trained, of engines that generate while the student trains
 
 
 @runtime_checkable
@@ -81,6 +89,10 @@ class Engine:
     def generate(self, request: GenerateRequest) -> list[Sample]:
         """Generate one response per prompt."""
         raise NotImplementedError
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Return `work()`, which calls `generate` with the student's current weights.  Every process must call it."""
+        return work()
 
     def follow(self) -> None:
         """Note that an optimizer step changed the student's weights."""

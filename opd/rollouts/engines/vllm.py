@@ -8,12 +8,13 @@ on how rollouts are grouped into requests.  Log-probs are those of the sampled d
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from opd.core.sampling import Sampling
 from opd.models.context import context_of
 from opd.models.load import base, head
 from opd.models.source import ModelSource
-from opd.rollouts.engines.base import Engine, GenerateRequest, Sample
+from opd.rollouts.engines.base import Engine, GenerateRequest, Sample, T
 from opd.rollouts.weight_sync.vllm_plugin import BACKEND, register, weights
 
 SEEDS = -4  # a key that no rollout has: its noise gives the first seed of a step
@@ -39,20 +40,22 @@ class VLLMRequest:
     first: int
     n: int
     seed: int
+    group: int = 0  # the number of the prompt in the batch
 
 
 def grouped(request: GenerateRequest) -> list[VLLMRequest]:
     """Group rollouts into requests to vLLM: adjacent rollouts of one prompt and prefix share a request."""
     first_seed = int(uniform(request.seed, request.step, SEEDS) * 2**52)
     out: list[VLLMRequest] = []
-    pairs = zip(request.prompts, request.prefix_of_each(), request.index, strict=True)
-    for i, (prompt, prefix, index) in enumerate(pairs):
+    rows = zip(request.prompts, request.prefix_of_each(), request.index, request.group_of_each(), strict=True)
+    for i, (prompt, prefix, index, group) in enumerate(rows):
         ids, room = (*prompt, *prefix), request.sampling.max_new_tokens - len(prefix)
         last = out[-1] if out else None
-        if last and (last.ids, last.room) == (ids, room) and first_seed + index == last.seed + last.n:
+        same = last and (last.ids, last.room, last.group) == (ids, room, group)
+        if last and same and first_seed + index == last.seed + last.n:
             out[-1] = replace(last, n=last.n + 1)
         else:
-            out.append(VLLMRequest(ids, room, i, 1, first_seed + index))
+            out.append(VLLMRequest(ids, room, i, 1, first_seed + index, group))
     return out
 
 
@@ -99,12 +102,20 @@ def sample(
     return Sample(tuple(ids), tuple(logp), stopped)
 
 
+class WeightsLost(Refusal):
+    """An answer of weights that this run did not send: the server was restarted, or has the weights of another run."""
+
+
 class WeightSyncedEngine(Engine):
-    """The common part of both vLLM engines: it sends requests, restores their order, and sends changed weights."""
+    """The common part of both vLLM engines: it sends requests, restores their order, and sends changed weights.
+
+    All processes send weights together, because each may hold only a shard.  Requests are sent by each on its own.
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: int, stop: tuple[int, ...], rows: int) -> None:
         self.model, self.vocabulary, self.stop, self.rows = model, vocabulary, stop, rows
         self.stale, self.seconds = True, 0.0  # seconds: time spent on sending weights so far
+        self.losses = 0  # processes that met other weights the last time
         self.allowed = range(vocabulary) if vocabulary < len(head(model).weight) else None
 
     def follow(self) -> None:
@@ -112,20 +123,51 @@ class WeightSyncedEngine(Engine):
         self.stale = True
 
     def sync(self) -> None:
-        """Send the weights to the engine if they have changed."""
+        """Send the weights to the engine if they have changed.  Every process must call it."""
         if self.stale:
             start = time.perf_counter()
             self._send()
             self.stale, self.seconds = False, self.seconds + time.perf_counter() - start
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Return `work()` under the current weights, repeated in all processes if one of them met other weights.
+
+        A Refusal in one process is raised in all of them.
+        """
+        while True:
+            self.sync()
+            failure: Refusal | None = None
+            try:
+                result = work()
+            except Refusal as error:
+                failure = error
+            if self.succeeded(failure):
+                return result
+            self.stale = True
+
+    def succeeded(self, failure: Refusal | None) -> bool:
+        """Return whether the work of all processes succeeded, or False if weights were lost and it must be repeated.
+
+        Every process must call it.  It raises a Refusal of any process in all of them, and WeightsLost if weights that
+        were just sent are lost again.
+        """
+        failures: list[Refusal] = [x for x in gather_object([failure]) if x is not None]
+        fatal = [x for x in failures if self.losses or not isinstance(x, WeightsLost)]
+        if fatal:
+            raise fatal[0]
+        self.losses = len(failures)
+        return not failures
+
     def generate(self, request: GenerateRequest) -> list[Sample]:
-        """Generate one response per prompt, after its prefix.  Each rollout `index[i]` has a different seed."""
+        """Generate one response per prompt, after its prefix.  Each rollout `index[i]` has a different seed.
+
+        Raises WeightsLost if this run did not send the weights behind an answer; call it inside `run`.
+        """
         request.check_plain()
         samples = {i: Sample((), (), False) for i in range(len(request.prompts))}
         requests = [x for x in grouped(request) if x.room > 0]
         answers: list[list[Sample]] = []
         if requests:
-            self.sync()
             answers = self._sample_all(requests, request.sampling)
         for x, answer in zip(requests, answers, strict=True):
             copies = answer * x.n if len(answer) < x.n else answer  # greedy: one sample serves all rollouts
@@ -140,7 +182,7 @@ class WeightSyncedEngine(Engine):
 
 
 class VLLMEngine(WeightSyncedEngine):
-    """An engine that runs vLLM in this process.  Weights are passed by reference."""
+    """An engine that runs vLLM in this process, and in each of several.  Weights are passed by reference."""
 
     def __init__(
         self,
@@ -152,8 +194,10 @@ class VLLMEngine(WeightSyncedEngine):
         *,
         dtype: torch.dtype,
         rows: int,
+        processes: int = 1,
     ) -> None:
         super().__init__(model, vocabulary, stop, rows)
+        self.processes = processes
         # The engine core runs in this process, so that tensors are passed by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer uses the cores, too
@@ -183,6 +227,8 @@ class VLLMEngine(WeightSyncedEngine):
                 # On a CPU, vLLM crashes on a seeded request with chunked prefill.
                 enable_chunked_prefill=None if torch.cuda.is_available() else False,
                 weight_transfer_config={"backend": BACKEND},
+                # Beside torchrun: on the GPU of this rank, in the process group that Accelerate has opened.
+                distributed_executor_backend="external_launcher" if processes > 1 else None,
             )
         except (ValueError, RuntimeError, OSError) as error:  # no such architecture, no memory
             raise Refusal(f"--engine vllm: it does not open {source}: {one_line(error, 300)}") from error
@@ -192,18 +238,29 @@ class VLLMEngine(WeightSyncedEngine):
         if self.sleeps:
             self.llm.wake_up(["weights"])
         self.llm.start_weight_update()
-        self.llm.update_weights({"update_info": {"weights": list(weights(self.model).items())}})
+        for named in weights(self.model):
+            self.llm.update_weights({"update_info": {"weights": [named]}})
         self.llm.finish_weight_update()
         if self.sleeps:
             self.llm.wake_up(["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys belong to the old weights
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Return `work()` under the current weights, then free the GPU memory of the engine if it sleeps."""
+        try:
+            return super().run(work)
+        finally:
+            if self.sleeps:
+                self.llm.sleep(2)
+                self.stale = True  # sleep level 2 discards the weights
+
     def close(self) -> None:
-        """Shut the engine down.  Another engine may be opened in this process."""
+        """Shut the engine down.  Another engine may be opened in this process, if it is the only one."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+        if self.processes == 1:  # it also destroys the process group, which the trainers still use
+            cleanup_dist_env_and_memory()
 
     def _sample_all(self, requests: Sequence[VLLMRequest], sampling: Sampling) -> list[list[Sample]]:
         prompts = [{"prompt_token_ids": list(x.ids)} for x in requests]
@@ -214,9 +271,6 @@ class VLLMEngine(WeightSyncedEngine):
             answers = self.llm.generate(prompts, settings, use_tqdm=False)
         except ValueError as error:  # a prompt does not fit into the KV cache
             raise Refusal(f"--engine vllm: {one_line(error, 300)}: raise --engine-kv-gb") from error
-        if self.sleeps:
-            self.llm.sleep(2)
-            self.stale = True  # sleep level 2 discards the weights
         return [
             [self._sample(output, sampling) for output in sorted(x.outputs, key=lambda o: o.index)] for x in answers
         ]

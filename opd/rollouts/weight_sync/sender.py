@@ -3,7 +3,7 @@
 `nccl(url, weights, ...)` and `ipc(url, weights)` return a function that sends the current weights to the server.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_ip, get_open_port
 
-Weights = Callable[[], Mapping[str, Tensor]]
+Weights = Iterable[tuple[str, Tensor]]  # each iteration yields the current weights
 
 
 class NamedWeights(torch.nn.Module):
@@ -30,7 +30,7 @@ class NamedWeights(torch.nn.Module):
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
         """Yield names and current tensors."""
-        yield from self.weights().items()
+        yield from self.weights
 
 
 def nccl(url: str, weights: Weights, workers: int) -> Callable[[], None]:

@@ -6,8 +6,10 @@ this package's entry point `vllm.general_plugins`, in servers too.  Start those 
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from peft import PeftModel
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from opd.core.tensors import full
 from opd.models.load import base
 
 BACKEND = "opd"
@@ -49,21 +52,35 @@ class Update:
 
 
 @torch.no_grad()
-def weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Return every weight under its checkpoint name.  Adapters are merged into copies; a tied weight occurs once."""
+def weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight under its checkpoint name.  Adapters are merged into copies; a tied weight occurs once.
+
+    A sharded weight is gathered as it is reached, so that all processes must iterate together, and the model is never
+    whole in the memory of one.  Weights are yielded layer by layer, because a checkpoint may split or join those of a
+    layer (experts, for example).
+    """
     plain = base(model)
-    if not isinstance(model, PeftModel):
-        return revert_weight_conversion(plain, {name: p.detach() for name, p in plain.named_parameters()})
-    merged: dict[str, Tensor] = {}
+    for _, layer in groupby(_merged(model), lambda named: _layer(named[0])):
+        yield from revert_weight_conversion(plain, {name: full(x) for name, x in layer}).items()
+
+
+def _layer(name: str) -> str:
+    """Return the name of a parameter up to the number of its layer; empty outside numbered layers."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
+
+
+def _merged(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of the model below adapters, which are added to copies of the weights."""
+    plain = base(model)
     adapted = {name: m for name, m in plain.named_modules() if isinstance(m, Adapted)}
     for name, p in plain.named_parameters():
         layer_name, _, parameter = name.rpartition(".base_layer.")
         if layer_name:
             layer, value = adapted[layer_name], p.detach()
             if parameter == "weight":
-                deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
-                value = (value.float() + torch.stack(deltas).sum(0).float()).to(p.dtype)
-            merged[f"{layer_name}.{parameter}"] = value
+                deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
+                value = sum(deltas, start=value.float()).to(p.dtype)
+            yield f"{layer_name}.{parameter}", value
         elif not any(name.startswith(f"{inside}.") for inside in adapted):
-            merged[name] = p.detach()
-    return revert_weight_conversion(plain, merged)
+            yield name, p.detach()

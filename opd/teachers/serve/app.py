@@ -10,18 +10,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from opd.config.commands import Serve
 from opd.core.errors import Refusal
 from opd.models.remote import opd_protocol as wire
+from opd.teachers.serve.answers import Json
 from opd.teachers.serve.gate import Gate, error
 from opd.teachers.serve.metrics import Metrics
 from opd.teachers.serve.model import Served
+from opd.teachers.serve.pause import Pause
+from opd.teachers.serve.protocol import Generate
 from opd.teachers.serve.routes import Routes
 
 # the POST routes that only vLLM needs before and after new weights
-IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update pause resume reset_prefix_cache"
+IDLE = "init_weight_transfer_engine start_weight_update finish_weight_update reset_prefix_cache"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # media type of Prometheus's text format
 
 
@@ -54,7 +58,7 @@ def build(served: Served, config: Serve, *, token: str) -> Gate:
     app = FastAPI(title="opd serve", openapi_url=None)
     app.router.route_class = StrictRoute
     metrics = Metrics()
-    routes = Routes(served, config, metrics)
+    routes, pause = Routes(served, config, metrics), Pause()
 
     @app.get("/health")
     async def health() -> Response:  # async: requests that wait for the model occupy every thread
@@ -73,7 +77,12 @@ def build(served: Served, config: Serve, *, token: str) -> Gate:
     app.get("/v1/models")(routes.models)
     app.post("/v1/completions")(routes.completions)
     app.post("/v1/chat/completions")(routes.chat)
-    app.post("/inference/v1/generate")(routes.generate)
+
+    @app.post("/inference/v1/generate")
+    async def generate(request: Generate) -> Any:  # async: requests that wait for new weights must occupy no thread
+        async with pause.rollout():
+            return await run_in_threadpool(routes.generate, request)
+
     app.post("/opd/hidden", response_model=None)(routes.hidden)
     app.get("/opd/head", response_model=None)(routes.head)
     app.get("/opd/identity")(served.identity)
@@ -81,6 +90,17 @@ def build(served: Served, config: Serve, *, token: str) -> Gate:
 
     readers = frozenset(route.path for route in app.routes if isinstance(route, APIRoute))
     if config.takes_weights:  # vLLM's routes for new weights, with the backend `opd`
+
+        @app.post("/pause")
+        async def begin_pause() -> Json:
+            await pause.begin()
+            return {"status": "paused"}
+
+        @app.post("/resume")
+        async def end_pause() -> Json:
+            pause.end()
+            return {"status": "resumed"}
+
         app.get("/get_world_size")(lambda: {"world_size": 1})
         app.post("/update_weights")(routes.take)
         app.post("/update_weight_version")(routes.rename)

@@ -124,7 +124,7 @@ class Served:
                 self.is_taking = False
 
     def _take(self, files: Sequence[str]) -> None:
-        current = weights(self.model)
+        current = dict(weights(self.model))
         shared = {p.data_ptr() for p in self.model.parameters()}
         try:
             if special := [file for file in files if not Path(file).is_file()]:  # reading a pipe would wait for ever

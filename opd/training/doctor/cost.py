@@ -154,7 +154,7 @@ def _gathered_bytes(session: Session) -> tuple[int, int]:
 def _shared(session: Session) -> bool:
     """Return True if a worker process keeps its copy of the student on the student's device."""
     config, device = session.config, session.accelerator.device
-    if not (config.staleness or config.worker):
+    if config.speaker.engine != "hf" or not (config.staleness or config.worker):
         return False
     worker = device if config.worker_device == "same" else models.device(config.worker_device, field="worker-device")
     return worker.type == device.type and worker.index in (None, device.index)
