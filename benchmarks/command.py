@@ -63,8 +63,11 @@ PARTS: dict[str, BenchmarkPart] = {
         "Architectures",
         "Two steps of every architecture of transformers beside a plain forward.",
     ),
+    "gpu": BenchmarkPart(
+        "benchmarks.gpu.check", "GPUCheck", "Checks of opd on the GPUs of this machine, in less than ten minutes."
+    ),
     "all": BenchmarkPart(
-        "benchmarks.command", "All", "Every part but architectures; its tables, numbers and plot in a folder."
+        "benchmarks.command", "All", "Every part but architectures and gpu; its tables, numbers and plot in a folder."
     ),
 }
 
@@ -72,6 +75,7 @@ PARTS: dict[str, BenchmarkPart] = {
 def run_part(settings: object) -> int:
     """Run the part whose settings these are, and show its table; return the exit code."""
     from benchmarks import architectures, growth, head, overlap, packing, rollouts, step
+    from benchmarks.gpu import check
 
     match settings:
         case head.Shape():
@@ -89,6 +93,10 @@ def run_part(settings: object) -> int:
             growth.measured(settings).show()
         case architectures.Architectures():
             return architectures.sweep(settings)
+        case check.GPUCheck():
+            result = check.measured(settings)
+            result.show()
+            return check.exit_code(result)
         case All():
             run_all(settings)
     return 0

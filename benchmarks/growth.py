@@ -9,19 +9,17 @@ from benchmarks.case import Case, Shape
 from benchmarks.head import peak_in_new_process
 from benchmarks.peers import naive, ours
 from benchmarks.result import Result, Timed, in_turn, spread, versions
-from opd.core.types import Rollout
+from benchmarks.update import ModelUpdate
 from opd.head.head_pass import head_pass
 from opd.head.inputs import FrozenOutputs, Hidden
 from opd.head.vocabulary import Head, Vocabulary
 from opd.losses.terms import Target
 from opd.methods import METHODS
 from opd.models import load as models
-from opd.models.batching import micro_batches, rows
 from opd.models.source import locate
 from opd.models.student import Student
 from opd.teachers.local import LocalTeacher
 
-PROMPT = 40  # tokens before each response
 ARM = {"N, head pass": "ours", "N, naive": "naive"}  # curves whose memory is measured, too -> arm
 
 
@@ -62,7 +60,7 @@ def measured(growth: Growth) -> Result:
         points["V, head pass", size] = _head(shape(n, size), ours)
     for k in growth.k:
         points["k, vopd-topk", k] = _topk(growth, n, v, k)
-    update = _Update.opened()
+    update = _embedded()
     for batch in growth.batch:
         points["batch, update", batch] = update.of(batch, growth.length[1])
     for length in growth.length:
@@ -98,54 +96,11 @@ def _topk(growth: Growth, n: int, v: int, k: int) -> tuple[Callable[[], object],
     return (lambda: head_pass(method, student, frozen, case.ids, target, vocabulary)[0].backward()), case.take_gradients
 
 
-@dataclass(frozen=True)
-class _Update:
-    """An update of the embedded pair: everything between rollouts and the optimizer."""
-
-    student: Student
-    teacher: LocalTeacher
-
-    @classmethod
-    def opened(cls) -> "_Update":
-        cpu = torch.device("cpu")
-        student, teacher = (
-            models.load(locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
-            for name in ("student", "teacher")
-        )
-        return cls(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu))
-
-    def of(self, batch: int, length: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        """Return functions that run forward and backward of `batch` responses and that clear the gradients.
-
-        Every second response has half the length.
-        """
-        g, cpu, method = torch.Generator().manual_seed(0), torch.device("cpu"), METHODS["vopd"]()
-        rollouts = []
-        for i in range(batch):
-            draw = lambda n: tuple(torch.randint(3, 100, (n,), generator=g).tolist())
-            prompt, ids = draw(PROMPT), draw(length // (1 + i % 2))
-            logp = (0.0,) * len(ids)
-            rollouts.append(
-                Rollout(
-                    prompt_ids=prompt,
-                    teacher_prompt_ids=prompt,
-                    ids=ids,
-                    sampler_logp=logp,
-                    index=i,
-                    group=i,
-                    stopped=True,
-                )
-            )
-        groups = micro_batches({i: PROMPT + len(r.ids) for i, r in enumerate(rollouts)}, 8192)
-        vocabulary = Vocabulary(100)
-
-        def run() -> None:
-            for group in groups:
-                part = [rollouts[i] for i in group]
-                masks = [[True] * len(r.ids) for r in part]
-                target = (Target(torch.ones(sum(map(len, masks))), None, None),)
-                batch_rows = rows(part, masks, teacher=False, device=cpu)
-                frozen = FrozenOutputs(self.teacher.hidden(part, masks))
-                self.student(batch_rows, frozen, method, target, vocabulary)[0].backward()
-
-        return run, self.student.zero_grad
+def _embedded() -> ModelUpdate:
+    """Return updates of the embedded pair."""
+    cpu = torch.device("cpu")
+    student, teacher = (
+        models.load(locate(f"embedded:{name}", field=name), field=name, dtype=torch.float32, device=cpu)
+        for name in ("student", "teacher")
+    )
+    return ModelUpdate(Student(student), LocalTeacher(teacher.requires_grad_(False), to=cpu), size=100, device=cpu)
