@@ -3,28 +3,36 @@
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 import opd
 from benchmarks.command import PARTS
 from opd import cli
 from opd.adapters import verl
+from opd.cli import refusals
 from opd.cli.parse import parse_flags
+from opd.config import checks
 from opd.config.commands import Serve, Size, Variance
 from opd.config.data import Data
 from opd.config.engine import Speaker
 from opd.config.evaluate import Evaluate
+from opd.config.plan import resolved
 from opd.config.rock import Context, Rock
 from opd.config.servers import Remote
 from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
+from opd.training import stops
 from tests.laws import test_method_laws
 from tests.laws.test_method_laws import given, ids, world  # noqa: F401
 
@@ -52,16 +60,54 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page, body) for page, text in TEXT.items() for kind, body in FENCE.findall(text) if kind == language]
 
 
+def texts(value: object) -> Iterator[str]:
+    """The shell scripts and commands of a YAML document: texts, and lists of words."""
+    if isinstance(value, dict):
+        for child in value.values():
+            yield from texts(child)
+    elif isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        yield shlex.join(value)
+    elif isinstance(value, list):
+        for child in value:
+            yield from texts(child)
+    elif isinstance(value, str):
+        yield value
+
+
+YAML = [(page, document) for page, body in blocks("yaml") for document in yaml.safe_load_all(body)]
+YAML_TEXTS = [(page, text) for page, document in YAML for text in texts(document)]
+SCRIPTS = [*blocks("bash"), *((page, text) for page, text in YAML_TEXTS if "\n" in text)]
+
+
+def run_by(script: str) -> Iterator[str]:
+    """The commands of ours, and of launchers and servers, that a script runs."""
+    for line in script.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True
+        command: list[str] = []
+        for word in lexer:
+            if command and word in ("&", "&&", "|", "||", ";"):
+                break
+            if command or word in ("opd", "torchrun", "accelerate", "vllm"):
+                command.append(word)
+        if command:
+            yield shlex.join(command)
+
+
 def commands() -> list[tuple[str, str]]:
-    """Every command of a shell block, and of a code span that names its prompts."""
+    """Every command of a shell block, a script, a YAML block, and of a code span that names its prompts."""
     out = []
     for page, body in blocks("sh"):
         lines = body.replace("\\\n", " ").splitlines()
         out += [(page, " ".join(line.partition("  #")[0].split())) for line in lines if line.strip()]
+    out += [(page, line) for page, script in blocks("bash") + YAML_TEXTS for line in run_by(script)]
     for page, text in TEXT.items():
         spans = re.findall(r"`(opd (?:train|eval|rock) --[^`]+)`", FENCE.sub("", text))
         out += [(page, " ".join(span.split())) for span in spans if "--prompts" in span]
     return [(page, line) for page, line in out if "METHOD" not in line]
+
+
+COMMANDS = commands()
 
 
 def test_generated_parts_are_fresh():
@@ -143,10 +189,10 @@ def example(tmp_path, monkeypatch):
     return load(tmp_path / "softsign.py", "opd.methods.softsign")
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_command_is_understood(page, line, monkeypatch, example, capsys):
     program, *words = shlex.split(line)
-    if "=" in program:  # a variable of its environment
+    while "=" in program:  # a variable of its environment
         program, *words = words
     if program in ("accelerate", "torchrun"):
         assert words[words.index("-m") + 1] == "opd", line
@@ -163,16 +209,92 @@ def test_command_is_understood(page, line, monkeypatch, example, capsys):
                 assert verl.main(words[2:]) == 0
             else:
                 assert (ROOT / words[0]).is_file(), line
+        case "bash":
+            assert words[0] == "scripts/gpu_check.sh" and os.access(ROOT / words[0], os.X_OK), line
+            parse_flags(PARTS["gpu"].settings(), words[1:], prog="gpu_check.sh", description="")
         case "vllm":
             flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
             for known in json.loads((ROOT / "tests/vllm_contract.json").read_text()).values():
                 takes = {*known["classes"]["EngineArgs"], *known["classes"]["FrontendArgs"]}
                 assert words[0] == "serve" and flags <= takes, line
         case other:
-            assert other in ("source", "pip", "patch", "pre-commit", "lm_eval"), (
+            assert other in ("source", "pip", "patch", "pre-commit", "lm_eval", "sbatch", "sky"), (
                 f"{page}: {line}: no test knows how to check it"
             )
     assert "opd:" not in capsys.readouterr().err
+
+
+def test_no_command_of_a_script_is_overlooked():
+    """Each `opd train` and the like, however it is started, is among the commands."""
+    kinds = "(train|serve|eval|doctor|rock|variance)"
+    for page in TEXT:
+        bodies = [body for language in ("sh", "bash", "yaml") for where, body in blocks(language) if where == page]
+        bodies = [re.sub(r"\s#.*|.*METHOD.*", "", body) for body in bodies]
+        written = sum(len(re.findall(rf"\bopd(?:\s+\\\n)?[\s,-]+{kinds}\b", body)) for body in bodies)
+        parsed = sum(bool(re.search(rf"\bopd {kinds}\b", line)) for where, line in COMMANDS if where == page)
+        assert written <= parsed, f"{page}: {written} commands, {parsed} of them parsed"
+
+
+RECIPES = [line for page, line in COMMANDS if page == "docs/clusters.md" and "opd train" in line]
+
+
+@pytest.mark.parametrize("line", RECIPES)
+def test_a_recipe_for_gpus_passes_the_checks_of_a_run(line, monkeypatch):
+    monkeypatch.setattr("opd.config.engine.has_gpu", lambda: True)
+    words = shlex.split(line)
+    run = parse(words[words.index("opd") + 1 :], monkeypatch)
+    checks.check(resolved(run))
+    assert checks.warnings(resolved(run)) == []
+
+
+@pytest.mark.parametrize(("page", "script"), SCRIPTS)
+def test_a_script_is_bash(page, script):
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"{page}: {done.stderr}"
+
+
+def documents(page: str) -> dict[str, dict]:
+    """The YAML documents of a page by their kind, or by their name if they have none."""
+    return {document.get("kind") or document.get("name"): document for where, document in YAML if where == page}
+
+
+def options(words: list[str]) -> dict[str, str]:
+    """The flags of torchrun that are written --name=value."""
+    launcher = words[: words.index("-m")]
+    return dict(word[2:].split("=", 1) for word in launcher if word.startswith("--"))
+
+
+def test_the_job_of_kubernetes_holds_together():
+    service, job = (documents("docs/clusters.md")[kind] for kind in ("Service", "Job"))
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    flags, name = options(container["command"]), job["metadata"]["name"]
+    assert (service["apiVersion"], job["apiVersion"]) == ("v1", "batch/v1")
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert pod["subdomain"] == service["metadata"]["name"] and spec["completionMode"] == "Indexed"
+    assert flags["rdzv_endpoint"].split(":")[0] == f"{name}-0.{pod['subdomain']}"
+    assert spec["completions"] == spec["parallelism"] == int(flags["nnodes"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(flags["nproc_per_node"])
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy allows no other
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert rule.keys() - {"action"} in ({"onExitCodes"}, {"onPodConditions"})
+        assert rule.get("onExitCodes", {}).get("containerName", container["name"]) == container["name"]
+    codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][1:]}
+    assert codes == {"Ignore": [stops.OUT_OF_TIME], "FailJob": [refusals.CODE]}
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_task_of_skypilot_has_what_it_needs():
+    task = documents("docs/clusters.md")["opd-8b"]
+    assert task.keys() <= {"name", "num_nodes", "resources", "file_mounts", "envs", "setup", "run"}  # of SkyPilot's
+    assert task["resources"].keys() <= {"accelerators", "use_spot", "disk_size", "job_recovery"}
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
+    (line,) = run_by(task["run"])
+    out = line.split(" --out ")[1].split()[0]
+    assert any(Path(out).is_relative_to(mount) for mount in task["file_mounts"]) and "--resume auto" in line
 
 
 def test_inline_commands_exist():
@@ -184,6 +306,11 @@ def test_inline_commands_exist():
             assert f"  opd {name}" in cli.USAGE, f"{page}: opd {name}"
 
 
+def slug(heading: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+
+
 def test_links_and_named_files_exist():
     for page, text in TEXT.items():
         for target, anchor in LINK.findall(text):
@@ -191,7 +318,8 @@ def test_links_and_named_files_exist():
                 continue
             path = (ROOT / page).parent / target
             assert path.exists(), f"{page}: {target}"
-            assert not anchor or f"## {anchor}\n" in path.read_text(), f"{page}: {target}#{anchor}"
+            headings = re.findall(r"^##+ (.*)", path.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(slug, headings), f"{page}: {target}#{anchor}"
         for name in re.findall(r"`((?:opd|tests|scripts|docs|runs)/[\w/.-]+)`", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
 
@@ -213,7 +341,7 @@ def test_the_tree_of_the_readme_is_the_package():
 def test_the_python_twin_is_the_command(monkeypatch):
     """The README's Train(...) equals what its command line makes."""
     (body,) = [body for page, body in blocks("python") if page == "README.md" and "opd.Train" in body]
-    (line,) = [line for page, line in commands() if page == "README.md" and "outputs/mine vopd-topk" in line]
+    (line,) = [line for page, line in COMMANDS if page == "README.md" and "outputs/mine vopd-topk" in line]
     run = parse(shlex.split(line)[1:], monkeypatch)
     seen = []
     monkeypatch.setattr("opd.training.train.train", seen.append)
@@ -236,7 +364,7 @@ def test_the_readmes_method_obeys_the_law(law, example, request, float64):
 
 
 def test_the_readmes_method_on_the_command_line(example, monkeypatch, capsys):
-    (line,) = [line for page, line in commands() if page == "README.md" and "softsign:softsign" in line]
+    (line,) = [line for page, line in COMMANDS if page == "README.md" and "softsign:softsign" in line]
     run = parse(shlex.split(line)[1:], monkeypatch)
     assert repr(run.method) == repr(example.softsign(2.0))
     assert cli.main([*shlex.split(line)[1:-1], "0"]) == 2
