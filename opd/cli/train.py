@@ -11,11 +11,13 @@ from rich.console import Console
 
 from opd.cli.method_sources import check_flags, check_name, flag_names, listing
 from opd.cli.parse import asks_for_help, flag_name, refuse_missing, run_tyro, scan_words, unknown_flag
+from opd.config.precision import assumed_gpu
 from opd.config.presets import arguments, run_arguments
 from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.processes import is_main_process
 
+UNREAD = "(not read)"  # --prompts of `opd doctor --estimate`
 EXAMPLE = "{} --student embedded:student --teacher embedded:teacher --prompts embedded:ledger --preset embedded vopd"
 
 
@@ -38,6 +40,12 @@ class DoctorFlags(TrainFlags):
 
     json: bool = False
     """Print as json."""
+    estimate: str = ""
+    """PROCESSESxGIB, such as 8x80 for eight GPUs with 80 GiB each: print the memory that each process needs there, and
+    the flags that make the run fit.  Nothing is loaded: the models' config.json files are enough, and --prompts is not
+    read.  Defaults are those of a machine with GPUs."""
+    prompt_tokens: int = 512
+    """Tokens of the longest prompt that --estimate assumes."""
 
 
 def train(args: list[str]) -> int:
@@ -67,6 +75,11 @@ def _without_auto(args: list[str]) -> list[str]:
 def doctor(args: list[str]) -> int:
     """Examine the settings of a run; nothing is written."""
     purpose = "What would go wrong in a run, before it: the flags are those of opd train, nothing is written."
+    words = [word.partition("=")[0] for word in args]
+    if "--estimate" in words:
+        args = args if "--prompts" in words else ["--prompts", UNREAD, *args]
+        with assumed_gpu():
+            return _estimate(run_flags(args, DoctorFlags, "opd doctor", purpose))
     flags = run_flags(args, DoctorFlags, "opd doctor", purpose)
     from opd.training.doctor.command import doctor
     from opd.training.doctor.findings import errors, show
@@ -77,6 +90,19 @@ def doctor(args: list[str]) -> int:
     else:
         show(findings, Console())
     return 2 if errors(findings) else 0
+
+
+def _estimate(flags: DoctorFlags) -> int:
+    """Print the memory of a run on other GPUs; the exit code is 2 if it does not fit."""
+    from opd.training.doctor.command import estimate_memory
+    from opd.training.doctor.fit import show
+
+    estimate = estimate_memory(flags.run, flags.estimate, flags.prompt_tokens)
+    if flags.json:
+        print(json.dumps(asdict(estimate), indent=2))
+    else:
+        show(estimate, Console())
+    return 0 if estimate.fits else 2
 
 
 def run_flags(args: list[str], kind: type[TrainFlags], prog: str, purpose: str) -> Any:

@@ -3,6 +3,9 @@
 torch is imported by the functions, not by the module: it takes longer than all else that reading flags needs.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -18,11 +21,24 @@ def dtype_of(precision: Precision) -> "torch.dtype":
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+_ASSUMED: ContextVar[bool] = ContextVar("assumed GPU", default=False)
+
+
+@contextlib.contextmanager
+def assumed_gpu() -> Iterator[None]:
+    """Take the defaults of a machine with a GPU in the block, for a run that is only planned here."""
+    token = _ASSUMED.set(True)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def has_gpu() -> bool:
-    """Return whether torch can compute on an NVIDIA or AMD GPU here."""
+    """Return whether torch can compute on an NVIDIA or AMD GPU here, or is assumed to."""
     import torch
 
-    return torch.cuda.is_available()
+    return _ASSUMED.get() or torch.cuda.is_available()
 
 
 def default_precision() -> Precision:

@@ -35,6 +35,8 @@ from opd.head.vocabulary import Head
 from opd.models import adapters, weight_files
 from opd.models.source import ModelSource
 
+Model = PreTrainedModel | PeftModel
+
 disable_progress_bar()  # loading bars drown the lines that matter
 
 
@@ -144,17 +146,17 @@ def _load_model(source: ModelSource, dtype: torch.dtype, field: str) -> PreTrain
     base_config = config(source, field=field)
     weight_files.require(source)
     options = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True, **source.options()}
-    auto_class: Any = _auto_class(base_config)
+    model_class: Any = auto_class(base_config)
     with _without_report():
-        model, report = auto_class.from_pretrained(source.folder, output_loading_info=True, **options)
+        model, report = model_class.from_pretrained(source.folder, output_loading_info=True, **options)
     _require_weights(report)
     _require_language_model(base_config)
     _require_finite(model)
-    _freeze_all_but_text(model)
+    freeze_all_but_text(model)
     return cast(PreTrainedModel, model)
 
 
-def _auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> type:
     """Return the class that loads a model: the multimodal one if the files hold it or transformers has no other."""
     multimodal: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     is_named = multimodal is not None and multimodal.__name__ in (config.architectures or ())
@@ -201,7 +203,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _freeze_all_but_text(model: PreTrainedModel) -> None:
+def freeze_all_but_text(model: PreTrainedModel) -> None:
     """Freeze the parameters of a multimodal model that text never reaches, such as those of its vision tower."""
     if model.config.get_text_config() is not model.config:
         modules = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())

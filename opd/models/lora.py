@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +27,7 @@ def trainable(
     A student that is an adapter itself is merged first.  Then no folder has the base of the new adapter, and
     `save_base` writes it into the run folder.
     """
-    frozen_base = config.lora_rank > 0 and config.precision == "bf16"
-    dtype = torch.bfloat16 if frozen_base else torch.float32  # trained weights are fp32: peft keeps adapters in fp32
-    start = source
+    start, dtype = source, weights_dtype(config)
     if checkpoint is not None:
         start = locate(str(checkpoint), field="student", trust_remote_code=config.trust_remote_code)
         if config.lora_rank and start.base is not None:
@@ -37,6 +36,12 @@ def trainable(
     model = models.load(start, field="student", dtype=dtype, device=device)
     if not config.lora_rank or checkpoint is not None:
         return model
+    adapted = with_adapter(model, config)
+    return _with_base(adapted, source if source.base is None else ModelSource(str(_base_folder(config))))
+
+
+def with_adapter(model: PreTrainedModel, config: Train) -> PeftModel:
+    """Add a new adapter to a model.  Raises Refusal if it has none of the layers."""
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # only divided by the rank: a float will do
@@ -46,10 +51,15 @@ def trainable(
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, adapter)
+        return cast(PeftModel, get_peft_model(model, adapter))
     except ValueError as error:
         raise Refusal(f"--lora-targets {config.lora_targets}: {error}") from error
-    return _with_base(adapted, source if source.base is None else ModelSource(str(_base_folder(config))))
+
+
+def weights_dtype(config: Train) -> torch.dtype:
+    """Return the dtype in which the student is loaded: trained weights are fp32, and peft keeps adapters in fp32."""
+    frozen_base = config.lora_rank > 0 and config.precision == "bf16"
+    return torch.bfloat16 if frozen_base else torch.float32
 
 
 def _outside_text(model: PreTrainedModel) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,8 +23,9 @@ from opd.models.load import backbone, base
 def shard_student(student: nn.Module, model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
     """Shard a student: each layer by itself, and embeddings, last norm and LM head with the module `student`.
 
-    The weights keep their dtype (fp32 where they are trained) and gradients are reduced in fp32; layers compute in
-    `dtype`.  Build the optimizer afterwards, because the parameters are replaced.
+    The weights may be in main memory: `fully_shard` moves one layer at a time to the device of this process, shards it
+    there, and frees the whole.  They keep their dtype (fp32 where they are trained) and gradients are reduced in fp32;
+    layers compute in `dtype`.  Build the optimizer afterwards, because the parameters are replaced.
     """
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
@@ -34,8 +36,8 @@ def shard_student(student: nn.Module, model: PreTrainedModel | PeftModel, dtype:
     fully_shard(student, mp_policy=policy, reshard_after_forward=False)
 
 
-def shard_frozen(model: PreTrainedModel | PeftModel) -> None:
-    """Shard the layers of a model that only scores.
+def shard_frozen(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+    """Shard the layers of a model that only scores, and move the remainder to the device of the shards.
 
     Its embeddings and its LM head stay whole, because the head is read outside the model's forward pass.
     """
@@ -44,6 +46,9 @@ def shard_frozen(model: PreTrainedModel | PeftModel) -> None:
     for layer in layers:
         fully_shard(layer)
     fully_shard(body, ignored_params={p for p in body.parameters() if id(p) not in inside})
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.to(device)
 
 
 def sharded_layers(model: PreTrainedModel | PeftModel) -> list[nn.Module]:

@@ -44,20 +44,22 @@ class LocalTeacher(BaseTeacher):
         # The head pass runs on the student's device: a head from elsewhere is copied there once, the states of each
         # batch follow.  A teacher whose weights change is on that device, and its head is never copied.
         self.copied_head: Head | None = None
-        own = head(model)
-        if own.weight.device != placed(to):
-            bias = None if own.bias is None else own.bias.to(to)
-            self.copied_head = replace(own, weight=own.weight.to(to), bias=bias)
 
     @property
     def head(self) -> Head:
         """Return the head as its weights are now, on the student's device."""
-        return head(self.model) if self.copied_head is None else self.copied_head
+        own = head(self.model)
+        if own.weight.device == placed(self.to):
+            return own
+        if self.copied_head is None:
+            bias = None if own.bias is None else own.bias.to(self.to)
+            self.copied_head = replace(own, weight=own.weight.to(self.to), bias=bias)
+        return self.copied_head
 
     def shard(self, student: Student) -> None:
         """Shard the model, unless its weights are those of the student, which is sharded already."""
         if self.model is not student.model:
-            return shard_frozen(self.model)
+            return shard_frozen(self.model, self.to)
         self.root = student
 
     @torch.no_grad()

@@ -40,9 +40,12 @@ from opd.teachers.judges.factory import open_annotator
 from opd.teachers.local import LocalTeacher
 from opd.training import build_teachers as opening
 from opd.training import hidden_bridge as bridge
+from opd.training.doctor.fit import require_room
 from opd.training.launch import check_connected, check_launch, needs_cpu_backend
 from opd.training.session import AnyTeacher, Session
+from opd.training.setup import Setup, planned
 
+LOOKED_AT = 64  # prompts whose lengths stand for those of all
 ANSWER_TIMEOUT = timedelta(days=1)  # of the process group: the main process asks a judge hundreds of questions a step
 
 
@@ -71,7 +74,9 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
     prompts, held_out = _prompts(plan, student_info, infos)
     accelerator = _accelerator(plan)
     device, main = accelerator.device, accelerator.is_main_process
-    student = Student(lora.trainable(config, source, checkpoint, device), checkpointing=config.gradient_checkpointing)
+    setup = _sized(plan, prompts, accelerator) if config.doctor else None
+    loading = torch.device("cpu") if opening.shards(config, accelerator.num_processes) else device
+    student = Student(lora.trainable(config, source, checkpoint, loading), checkpointing=config.gradient_checkpointing)
     on = device if config.teacher_device == "same" else models.device(config.teacher_device, field="teacher-device")
     verify_head(student.model, field="student")
     if config.speaker.engine == "hf":
@@ -110,7 +115,23 @@ def open_session(plan: Plan, checkpoint: Path | None = None) -> Session:
         held_out=held_out,
         agreements=agreements,
         lenses=lenses,
+        setup=setup,
     )
+
+
+def _sized(plan: Plan, prompts: Prompts, accelerator: Accelerator) -> Setup | None:
+    """Return what the run's memory depends on, and refuse models whose weights do not fit; None if that is not known.
+
+    Every process calls it.
+    """
+    longest = max(max(len(p.ids), len(p.teacher_ids)) for p in prompts.first(LOOKED_AT))
+    row = longest + plan.config.sampling.max_new_tokens
+    try:
+        setup = planned(plan, processes=accelerator.num_processes, device=accelerator.device, row=row)
+    except Refusal:  # a model that cannot be loaded, which has its message, or that is quantised
+        return None
+    require_room(setup, accelerator)
+    return setup
 
 
 def _teachers(
@@ -122,10 +143,10 @@ def _teachers(
     """Return the teachers by route name, and the reference; with --shard, shard the student and all models here.
 
     A teacher with the student's weights comes first, because a sharded student cannot be copied.  The student is
-    sharded before other models are loaded, and each of them before the next, so that a device never holds two whole
-    ones.
+    sharded before other models are loaded, and each of them before the next, so that main memory never holds two whole
+    ones.  No device holds one.
     """
-    plan, shards = builder.plan, builder.plan.config.shard and builder.accelerator.num_processes > 1
+    plan, shards = builder.plan, opening.shards(builder.plan.config, builder.accelerator.num_processes)
     build = lambda name: builder.teacher(name, plan.teachers[name], sources[name], prompts)
     own = [name for name, model in plan.teachers.items() if isinstance(model, model_names.StudentItself)]
     teachers: dict[str, AnyTeacher] = {name: build(name) for name in own}

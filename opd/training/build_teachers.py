@@ -13,6 +13,7 @@ from opd.config import model_names
 from opd.config.model_names import ModelName
 from opd.config.plan import Plan
 from opd.config.precision import dtype_of
+from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.core.sampling import Sampling
 from opd.core.tensors import placed
@@ -45,6 +46,11 @@ from opd.training.session import AnyTeacher
 def flag(teacher: str) -> str:
     """Return the flag that named a teacher, for messages."""
     return f"route {teacher}" if teacher else "teacher"
+
+
+def shards(config: Train, processes: int) -> bool:
+    """Return whether the models of a run are sharded: loaded in main memory, and moved to the device in shards."""
+    return config.shard and processes > 1
 
 
 def source_of(name: str, model: ModelName, student: ModelSource, plan: Plan) -> ModelSource | Server | None:
@@ -181,7 +187,9 @@ class ModelBuilder:
 
     def _frozen(self, source: ModelSource, field: str, *, own_prompt: bool = True) -> LocalTeacher:
         """Return a teacher whose weights are loaded and never trained."""
-        weights = models.load(source, field=field, dtype=dtype_of(self.plan.config.teacher_precision), device=self.on)
+        config = self.plan.config
+        on = torch.device("cpu") if shards(config, self.accelerator.num_processes) else self.on
+        weights = models.load(source, field=field, dtype=dtype_of(config.teacher_precision), device=on)
         verify_head(weights, field=field)
         verify_finite(weights, self.tokenizer, ids=self.vocabulary.size, field=field)
         if self.plan.config.packing:

@@ -20,6 +20,7 @@ from opd.teachers.judges.annotator import Annotator
 from opd.teachers.local import LocalTeacher
 from opd.teachers.remote import HiddenTeacher, LogpTeacher
 from opd.teachers.text.text_teacher import TextTeacher
+from opd.training.setup import Setup
 
 AnyTeacher = LocalTeacher | HiddenTeacher | LogpTeacher | TextTeacher
 
@@ -41,6 +42,7 @@ class Session:
     held_out: Prompts | None
     agreements: dict[str, tokens.TokenizerAgreement]  # tokenizer comparison with each teacher, by route name
     lenses: Lenses | None  # for methods that match hidden states
+    setup: Setup | None  # for estimates of memory; None with --no-doctor or if a config.json does not tell a size
 
     @property
     def config(self) -> Train:

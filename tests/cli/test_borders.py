@@ -69,7 +69,7 @@ ALLOWED = {
     "training/checkpoint.py:_teacher": CALLER,
     "training/checkpoint.py:_tensors": CALLER,
     "training/checkpoint.py:save": "under `Run.checkpoint`",
-    "training/doctor/cost.py:free_bytes": "/sys/fs/cgroup, if it is a file",
+    "training/doctor/memory.py:free_bytes": "/sys/fs/cgroup, if it is a file",
     "training/rollout_source.py:take": "`RolloutSource.open` is no file",
     "training/run_folder.py:_write": CALLER,
     "training/run_lock.py:_acquire": CALLER,

@@ -14,7 +14,7 @@ from opd.config.train import Train
 from opd.core.errors import Refusal
 from opd.methods.method import Method
 from opd.training.build import open_session
-from opd.training.doctor import cost, pair, settings, teacher
+from opd.training.doctor import duration, fit, pair, settings, teacher
 from opd.training.doctor.findings import Finding, error, errors
 from opd.training.doctor.rehearsal import RehearsedRun, rehearse_run
 from opd.training.progress import loading
@@ -41,7 +41,7 @@ BEFORE: Checks[Session] = {
     "length": settings.lengths,
     "verifier": settings.verifier,
     "head pass": settings.head_pass_backend,
-    "memory": cost.memory,
+    "memory": fit.memory,
 }
 AFTER: Checks[RehearsedRun] = {
     "distance": teacher.distance,
@@ -50,7 +50,7 @@ AFTER: Checks[RehearsedRun] = {
     "stops": settings.response_ends,
     "repetition": settings.repeats,
     "sampler": settings.sampler,
-    "time": cost.duration,
+    "time": duration.duration,
 }
 
 
@@ -63,6 +63,13 @@ def doctor(config: Train) -> list[Finding]:
             return examine_run(Trainer(open_session(plan), Run(Path(config.out))))
     except Refusal as refusal:
         return [error(check="opening", what=str(refusal))]
+
+
+def estimate_memory(config: Train, target: str, prompt_tokens: int) -> fit.Estimate:
+    """Return the memory of a run on the GPUs of `target`, such as 8x80, from the configurations of its models."""
+    plan = resolved(config)
+    checks.check(plan)
+    return fit.estimated(plan, target, prompt_tokens)
 
 
 def examine_run(trainer: Trainer) -> list[Finding]:
