@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from opd.cli import main as opd
 from opd.cli.methods import argument_helps as arguments
 from opd.cli.parse import TRL_FLAGS
+from opd.cli.train import DoctorFlags
 from opd.config.commands import Demo, Export, Inspect, Prune, Report, Rescore, Serve, Size, Variance
 from opd.config.data import Data
 from opd.config.engine import Speaker
@@ -52,6 +54,7 @@ def pages() -> dict[Path, str]:
         readme: between(readme.read_text(), "methods", table()),
         ROOT / "docs/methods.md": methods(),
         ROOT / "docs/flags.md": flags(),
+        (scaling := ROOT / "docs/scaling.md"): between(scaling.read_text(), "memory", memory()),
     }
 
 
@@ -62,6 +65,11 @@ def between(text: str, name: str, part: str) -> str:
     _, marker, tail = remainder.partition(end)
     assert marker, f"the markers {begin} and {end} are missing"
     return f"{head}{begin}\n{part}\n{end}{tail}"
+
+
+def memory() -> str:
+    """Return the table of memory in docs/scaling.md."""
+    return runpy.run_path(str(ROOT / "scripts/memory_table.py"))["table"]()
 
 
 def listing() -> list[dict[str, Any]]:
@@ -189,6 +197,7 @@ flags stand after its name, and in [methods](methods.md).
         ("opd train", Train, "`--preset` and `--also` come on top: see [running](running.md)."),
         ("opd train, another engine", Speaker, "Fields of `opd.Speaker`: see [servers](servers.md)."),
         ("opd train, teachers behind a server", Remote, "Fields of `opd.Remote`: see [servers](servers.md)."),
+        ("opd doctor", DoctorFlags, "Beside the flags of `opd train`: see [doctor](doctor.md)."),
         ("opd serve", Serve, "MODEL stands first: see [servers](servers.md)."),
         ("opd eval", Evaluate, "`--json` prints machine-readable numbers."),
         (

@@ -165,6 +165,7 @@ def parse(words: list[str], monkeypatch) -> object:
         ("models.prune", "prune"),
         ("training.export", "export"),
         ("training.doctor.command", "doctor"),
+        ("training.doctor.command", "estimate_memory"),
     ):
         monkeypatch.setattr(f"opd.{module}.{function}", stop)
     try:

@@ -11,7 +11,7 @@ from opd.config.model_names import ModelName
 from opd.config.plan import Plan
 from opd.config.precision import dtype_of
 from opd.config.train import Train
-from opd.core.errors import foreign_errors
+from opd.core.errors import Refusal, foreign_errors
 from opd.models import load as models
 from opd.models import lora
 from opd.models.load import Model
@@ -81,6 +81,15 @@ def student_outline(model: PretrainedConfig, config: Train) -> Model:
         return lora.with_adapter(student, config)
 
 
+def is_same_device(name: str, device: torch.device, *, field: str) -> bool:
+    """Return whether the device that a flag names is that of the student; it need not be on this machine."""
+    try:
+        other = device if name == "same" else torch.device(name)
+    except RuntimeError as error:
+        raise Refusal(f"--{field} {name}: is no device; use same, cpu, or cuda:0 ...") from error
+    return other.type == device.type and other.index in (None, device.index)
+
+
 def _student_kind(config: Train) -> tuple[torch.dtype, int, str]:
     """Return what decides about the parameters of a student's outline."""
     return lora.weights_dtype(config), config.lora_rank, config.lora_targets
@@ -89,7 +98,7 @@ def _student_kind(config: Train) -> tuple[torch.dtype, int, str]:
 def _frozen(plan: Plan, student: Model, device: torch.device) -> Iterator[Frozen]:
     """Yield the frozen models of a run."""
     config, scores = plan.config, plan.method.asks is None
-    is_here = config.teacher_device == "same" or torch.device(config.teacher_device) == device
+    is_here = is_same_device(config.teacher_device, device, field="teacher-device")
     outlines: dict[str, Model] = {}  # by the name of the model
 
     def sized(name: str, field: str) -> Model:

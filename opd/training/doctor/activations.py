@@ -29,18 +29,45 @@ class Activations:
 
 @lru_cache(maxsize=16)
 def activations(outline: Model, autocast: torch.dtype) -> Activations:
-    """Measure the activations of an outline; `autocast` is the dtype of its products, fp32 for that of its weights."""
+    """Measure the activations of an outline; `autocast` is the dtype of its products, fp32 for that of its weights.
+
+    Of a stack of equal layers, only two are measured.
+    """
     model = copy.deepcopy(outline)  # peft changes the parameters of experts in a forward pass
+    stack = _equal_layers(backbone(model))
+    count = len(stack)
+    del stack[2:]
+    sizes = _sizes(model, autocast)
+    if count > 2:
+        del stack[1:]
+        sizes = [one + (count - 1) * (two - one) for one, two in zip(_sizes(model, autocast), sizes, strict=True)]
+    short, short_inputs, long, long_inputs = sizes
+    token, inputs = ((x / (LONG - SHORT)) for x in (long - short, long_inputs - short_inputs))
+    return Activations(token, inputs, max(0, int(short - SHORT * token)))
+
+
+def _equal_layers(body: nn.Module) -> nn.ModuleList:
+    """Return the list of a model's layers if all have the same parts and parameters, else an empty one."""
+    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    stacks = [m for m in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in m)]
+    parameters = lambda layer: [(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()]
+    if len(stacks) != 1 or len({f"{layer} {parameters(layer)}" for layer in stacks[0]}) > 1:
+        return nn.ModuleList()
+    return stacks[0]
+
+
+def _sizes(model: Model, autocast: torch.dtype) -> list[int]:
+    """Return the results of `saved_bytes` for the short row and for the long one."""
     with fake_tensors(backbone(model)) as tensors:
-        short, long = (saved_bytes(model, tokens, autocast, tensors) for tokens in (SHORT, LONG))
-    token, inputs = ((b - a) / (LONG - SHORT) for a, b in zip(short, long, strict=True))
-    return Activations(token, inputs, max(0, int(short[0] - SHORT * token)))
+        return [size for tokens in (SHORT, LONG) for size in saved_bytes(model, tokens, autocast, tensors)]
 
 
 @lru_cache(maxsize=16)
 def computing(outline: Model, dtype: torch.dtype) -> Model:
     """Return an outline whose weights have the compute dtype, as sharded layers have while they are gathered."""
-    return copy.deepcopy(outline).to(dtype)
+    model = copy.deepcopy(outline)
+    nn.Module.to(model, dtype=dtype)
+    return model
 
 
 def saved_bytes(

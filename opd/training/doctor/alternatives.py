@@ -43,7 +43,7 @@ def changes(setup: Setup) -> dict[str, Change]:
     for name, least in (("chunk_mb", 16), ("decode_rows", 1)):
         value = max(least, getattr(config, name) // SHARE)
         if value < getattr(config, name):
-            out[f"--{name.replace('_', '-')} {value}"] = lambda x, name=name, value=value: x.changed(**{name: value})
+            out[f"--{name.replace('_', '-')} {value}"] = partial(Setup.changed, **{name: value})
     if (config.worker or config.staleness) and config.worker_device == "same" and setup.device.type != "cpu":
         out["--worker-device cpu"] = lambda x: x.changed(worker_device="cpu")
     return out

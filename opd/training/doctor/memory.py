@@ -15,7 +15,7 @@ from opd.core.processes import num_processes
 from opd.models.load import Model, base, head
 from opd.models.sharding import sharded_layers
 from opd.training.doctor.activations import Activations, activations, computing
-from opd.training.setup import Setup
+from opd.training.setup import Setup, is_same_device
 
 STATES = 2 << 30  # bytes; limit on the teacher's hidden states kept between measuring and training
 FP32 = 4  # bytes of a number
@@ -33,25 +33,25 @@ class Memory:
     loads: Mapping[str, int]  # while models are loaded, when only `weights` are there
     overlaps: bool = False  # a worker generates on the same device while the student trains
 
+    def busiest(self) -> dict[str, int]:
+        """Return what the phase that needs most has beside what stays."""
+        total = lambda x: sum(x.values())
+        step = max((self.trains, self.updates), key=total)
+        return {**self.generates, **step} if self.overlaps else dict(max((self.generates, step), key=total))
+
     def beside_weights(self) -> int:
         """Return the peak of everything that comes on top of the loaded models."""
-        generates, trains, updates = (sum(x.values()) for x in (self.generates, self.trains, self.updates))
-        works = generates + max(trains, updates) if self.overlaps else max(generates, trains, updates)
-        return sum(self.stays.values()) + works
-
-    def peak(self) -> int:
-        """Return the peak of the run."""
-        return sum(self.weights.values()) + max(self.beside_weights(), sum(self.loads.values()))
+        return sum(self.stays.values()) + sum(self.busiest().values())
 
     def at_peak(self) -> dict[str, int]:
         """Return the items that are there at the peak of the run, largest first."""
-        phases = sorted((self.generates, self.trains, self.updates), key=lambda x: -sum(x.values()))
-        items = {**self.weights, **self.stays, **phases[0]}
-        if self.overlaps:
-            items |= self.generates | max(self.trains, self.updates, key=lambda x: sum(x.values()))
-        if sum(self.loads.values()) > self.beside_weights():
-            items = {**self.weights, **self.loads}
+        is_loading = sum(self.loads.values()) > self.beside_weights()
+        items = {**self.weights, **(self.loads if is_loading else {**self.stays, **self.busiest()})}
         return {name: size for name, size in sorted(items.items(), key=lambda x: -x[1]) if size}
+
+    def peak(self) -> int:
+        """Return the peak of the run."""
+        return sum(self.at_peak().values())
 
 
 def estimate(setup: Setup) -> Memory:
@@ -207,11 +207,9 @@ def largest_micro_batch(setup: Setup) -> int:
 
 def _worker_is_here(setup: Setup) -> bool:
     """Return True if a worker process keeps its copy of the student on the student's device."""
-    config, device = setup.config, setup.device
-    if not (config.staleness or config.worker):
-        return False
-    worker = device if config.worker_device == "same" else torch.device(config.worker_device)
-    return worker.type == device.type and worker.index in (None, device.index)
+    config = setup.config
+    starts = config.speaker.engine == "hf" and (config.worker or config.staleness > 0)
+    return starts and is_same_device(config.worker_device, setup.device, field="worker-device")
 
 
 def free_bytes(device: torch.device) -> int:
