@@ -24,9 +24,9 @@ from opd.core.types import Batch, Rollout
 from opd.methods.rollout_policies.base import NOTHING
 from opd.models.load import backbone
 from opd.rollouts.batch import collate
-from opd.training.doctor.cost import bytes_text, memory_items
-from opd.training.doctor.cost import peak as estimated_peak
+from opd.training.doctor.memory import bytes_text, estimate
 from opd.training.run_log import lines
+from opd.training.setup import planned
 from opd.training.trainer import Trainer
 
 BF16_LOSS, BF16_GRADIENT = 0.02, 0.1  # relative differences from fp32
@@ -100,12 +100,17 @@ def compared(found: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[st
     square = lambda tensors: sum(float(x.double().square().sum()) for x in tensors)
     difference = square(gradients[name] - x for name, x in exact_gradients.items())
     error = (difference / square(exact_gradients.values())) ** 0.5
-    yield CheckRow.judged("bf16 gradient", f"{error:.1e}", f"< {BF16_GRADIENT}", what, fine=error < BF16_GRADIENT)
+    yield CheckRow.judged(
+        "bf16 gradient", f"{error:.1e}", f"< {BF16_GRADIENT}", "of all weights", fine=error < BF16_GRADIENT
+    )
 
 
 def memory(trainer: Trainer, size: CheckSize) -> CheckRow:
     """Measure the peak memory of two training steps beside the loaded models, and compare it with the estimate."""
-    guess = estimated_peak(memory_items(trainer.session))
+    session = trainer.session
+    row = max(len(p.ids) for p in session.prompts.first(size.batch)) + size.new_tokens
+    setup = planned(session.plan, processes=1, device=session.accelerator.device, row=row)
+    guess = estimate(setup).beside_weights()
 
     def steps() -> None:
         for number in (2, 3):  # the second of them has AdamW's states; step 1 also saves its rollouts
