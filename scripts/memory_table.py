@@ -23,6 +23,7 @@ from opd.training.setup import Setup, planned
 PROCESSES, GIB = 8, 80
 PROMPT, RESPONSE, BATCH = 512, 4096, 64
 QWEN3 = {
+    "1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
     "4B": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
     "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
     "14B": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 17408},
@@ -36,6 +37,8 @@ SHARED = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
+TIED = ("1.7B", "4B")  # models whose LM head is their embeddings
+STUDENTS = ("4B", "8B", "14B")
 SHARDED = {"shard": True, "gradient_checkpointing": True}
 COLUMNS = {
     "DDP": {},
@@ -54,25 +57,33 @@ COLUMNS = {
 def table() -> str:
     """Return a line for each way to run, and a column for each student."""
     with tempfile.TemporaryDirectory() as folder, assumed_gpu():
-        for name, shape in QWEN3.items():
-            (Path(folder) / name).mkdir()
-            config = SHARED | shape | {"tie_word_embeddings": name == "4B"}
-            (Path(folder) / name / "config.json").write_text(json.dumps(config))
-        students = [name for name in QWEN3 if name != "32B"]
-        setups = {name: _setup(Path(folder), name) for name in students}
+        write_models(Path(folder))
+        setups = {name: _setup(Path(folder), name) for name in STUDENTS}
         lora = {name: setup.changed(lora_rank=LORA_RANK) for name, setup in setups.items()}
-    lines = [f"| | {' | '.join(f'{name} student' for name in students)} |", "|---|" + "---|" * len(students)]
+    lines = [f"| | {' | '.join(f'{name} student' for name in STUDENTS)} |", "|---|" + "---|" * len(STUDENTS)]
     for title, settings in COLUMNS.items():
-        cells = [_cell(_with(lora[x] if "lora" in title else setups[x], title, settings)) for x in students]
+        cells = [_cell(_with(lora[x] if "lora" in title else setups[x], title, settings)) for x in STUDENTS]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_models(folder: Path) -> None:
+    """Write the config.json of each Qwen3 model into a folder of its name on the hub."""
+    for name, shape in QWEN3.items():
+        path = folder / f"Qwen/Qwen3-{name}" / "config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(SHARED | shape | {"tie_word_embeddings": name in TIED}))
 
 
 def _setup(folder: Path, student: str) -> Setup:
     """Return the setup of a student with the teacher of 32B."""
     sampling = Sampling(max_new_tokens=RESPONSE)
     config = Train(
-        student=str(folder / student), teacher=str(folder / "32B"), prompts="none", batch=BATCH, sampling=sampling
+        student=str(folder / f"Qwen/Qwen3-{student}"),
+        teacher=str(folder / "Qwen/Qwen3-32B"),
+        prompts="none",
+        batch=BATCH,
+        sampling=sampling,
     )
     return planned(resolved(config), processes=PROCESSES, device=torch.device("cuda"), row=PROMPT + RESPONSE)
 

@@ -27,12 +27,14 @@ from opd.config.data import Data
 from opd.config.engine import Speaker
 from opd.config.evaluate import Evaluate
 from opd.config.plan import resolved
+from opd.config.precision import assumed_gpu
 from opd.config.rock import Context, Rock
 from opd.config.servers import Remote
 from opd.config.train import Train
 from opd.core.sampling import Sampling
 from opd.methods import METHODS
 from opd.training import stops
+from opd.training.doctor import fit
 from tests.laws import test_method_laws
 from tests.laws.test_method_laws import given, ids, world  # noqa: F401
 
@@ -240,12 +242,17 @@ RECIPES = [line for page, line in COMMANDS if page == "docs/clusters.md" and "op
 
 
 @pytest.mark.parametrize("line", RECIPES)
-def test_a_recipe_for_gpus_passes_the_checks_of_a_run(line, monkeypatch):
-    monkeypatch.setattr("opd.config.engine.has_gpu", lambda: True)
-    words = shlex.split(line)
-    run = parse(words[words.index("opd") + 1 :], monkeypatch)
-    checks.check(resolved(run))
-    assert checks.warnings(resolved(run)) == []
+def test_a_recipe_passes_the_checks_of_a_run_and_fits_into_80_gib(line, monkeypatch, tmp_path):
+    words, processes = shlex.split(line), 1
+    load(ROOT / "scripts/memory_table.py", "memory_table").write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for count in re.findall(r"--(?:nproc_per_node|nnodes)[ =](\d+)", line):
+        processes *= int(count)
+    with assumed_gpu():
+        plan = resolved(parse(words[words.index("opd") + 1 :], monkeypatch))
+        checks.check(plan)
+        assert checks.warnings(plan) == []
+        assert fit.estimated(plan, f"{processes}x80", prompt_tokens=512).fits
 
 
 @pytest.mark.parametrize(("page", "script"), SCRIPTS)

@@ -94,15 +94,12 @@ def compared(found: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[st
     finite = math.isfinite(loss) and all(bool(x.isfinite().all()) for x in gradients.values())
     yield CheckRow.judged("bf16 step", f"{loss:.4f}", "finite", "loss in nats, and all gradients", fine=finite)
     error = abs(loss - exact_loss) / abs(exact_loss)
-    yield CheckRow.judged(
-        "bf16 loss", f"{error:.1e}", f"< {BF16_LOSS}", "from fp32's, relative", fine=error < BF16_LOSS
-    )
+    what = "from fp32's, relative"
+    yield CheckRow.judged("bf16 loss", f"{error:.1e}", f"< {BF16_LOSS}", what, fine=error < BF16_LOSS)
     square = lambda tensors: sum(float(x.double().square().sum()) for x in tensors)
     difference = square(gradients[name] - x for name, x in exact_gradients.items())
     error = (difference / square(exact_gradients.values())) ** 0.5
-    yield CheckRow.judged(
-        "bf16 gradient", f"{error:.1e}", f"< {BF16_GRADIENT}", "of all weights", fine=error < BF16_GRADIENT
-    )
+    yield CheckRow.judged("bf16 gradient", f"{error:.1e}", f"< {BF16_GRADIENT}", what, fine=error < BF16_GRADIENT)
 
 
 def memory(trainer: Trainer, size: CheckSize) -> CheckRow:

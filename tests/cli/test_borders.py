@@ -48,7 +48,6 @@ ALLOWED = {
     "core/disk.py:write": "`OutputFile.open`, which is a guard",
     "core/tensors.py:load_tensors": CALLER,
     "data/tasks/row_files.py:read_file": CALLER,
-    "data/tasks/tables.py:_data_files": CALLER,
     "data/tasks/tables.py:_folder": CALLER,
     "data/verifiers/sandbox.py:_serve": "/dev/null",
     "head/onednn.py:is_faster": "/proc/cpuinfo, if it is a file",
