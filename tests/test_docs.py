@@ -241,13 +241,16 @@ def test_no_command_of_a_script_is_overlooked():
 RECIPES = [line for page, line in COMMANDS if page == "docs/clusters.md" and "opd train" in line]
 
 
+VARIABLES = {"$SLURM_NNODES": 2, "$SKYPILOT_NUM_GPUS_PER_NODE": 8}  # of the jobs on that page
+
+
 @pytest.mark.parametrize("line", RECIPES)
 def test_a_recipe_passes_the_checks_of_a_run_and_fits_into_80_gib(line, monkeypatch, tmp_path):
     words, processes = shlex.split(line), 1
     load(ROOT / "scripts/memory_table.py", "memory_table").write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for count in re.findall(r"--(?:nproc_per_node|nnodes)[ =](\d+)", line):
-        processes *= int(count)
+    for count in re.findall(r"--(?:nproc_per_node|nnodes)[ =]'?([\w$]+)", line):
+        processes *= VARIABLES[count] if count in VARIABLES else int(count)
     with assumed_gpu():
         plan = resolved(parse(words[words.index("opd") + 1 :], monkeypatch))
         checks.check(plan)
