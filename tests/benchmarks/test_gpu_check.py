@@ -93,7 +93,8 @@ def forked(out, flags, launcher, environment):
     words = ["train", *processes.SHORT.split(), *flags, "--out", str(out), "opd-full"]
     assert not launcher or environment == {"ACCELERATE_USE_CPU": "true"}
     runs = start_ranks(words, 2) if launcher else [start(words, environment)]
-    assert [run.outcome(120).code for run in runs] == [0] * len(runs)
+    outcomes = [run.outcome(120) for run in runs]
+    assert not any(x.code for x in outcomes), outcomes
     return lines(out / "metrics.jsonl", "loss")
 
 
