@@ -20,7 +20,7 @@ from opd.models.source import locate
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenModel:
     """A model with weights that the run does not train."""
 
     field: str  # the flag that named it, as messages call it
@@ -35,7 +35,7 @@ class Setup:
 
     plan: Plan
     student: Model
-    frozen: tuple[Frozen, ...]
+    frozen: tuple[FrozenModel, ...]
     processes: int
     device: torch.device  # of the student
     row: int  # tokens of the longest prompt with its response
@@ -95,7 +95,7 @@ def _student_kind(config: Train) -> tuple[torch.dtype, int, str]:
     return lora.weights_dtype(config), config.lora_rank, config.lora_targets
 
 
-def _frozen(plan: Plan, student: Model, device: torch.device) -> Iterator[Frozen]:
+def _frozen(plan: Plan, student: Model, device: torch.device) -> Iterator[FrozenModel]:
     """Yield the frozen models of a run."""
     config, scores = plan.config, plan.method.asks is None
     is_here = is_same_device(config.teacher_device, device, field="teacher-device")
@@ -114,12 +114,12 @@ def _frozen(plan: Plan, student: Model, device: torch.device) -> Iterator[Frozen
     ]
     for field, model in named:
         if isinstance(model, model_names.AveragedStudent):
-            yield Frozen(field, student)
+            yield FrozenModel(field, student)
         elif isinstance(model, model_names.InitialStudent) and not config.lora_rank:
-            yield Frozen(field, sized(config.student, field), is_here)
+            yield FrozenModel(field, sized(config.student, field), is_here)
         elif isinstance(model, model_names.ScoringServer):  # its head comes here; it may be as large as the student's
-            yield Frozen(field, sized(config.student, field), is_here=False)
+            yield FrozenModel(field, sized(config.student, field), is_here=False)
         elif isinstance(model, model_names.ModelFiles):
-            yield Frozen(field, sized(model.name, field), is_here, scores and field != "judge")
+            yield FrozenModel(field, sized(model.name, field), is_here, scores and field != "judge")
     if "reference_logp" in plan.method.models() and (config.reference or not config.lora_rank):
-        yield Frozen("reference", sized(config.reference or config.student, "reference"), is_here)
+        yield FrozenModel("reference", sized(config.reference or config.student, "reference"), is_here)

@@ -65,7 +65,7 @@ def doctor(config: Train) -> list[Finding]:
         return [error(check="opening", what=str(refusal))]
 
 
-def estimate_memory(config: Train, target: str, prompt_tokens: int) -> fit.Estimate:
+def estimate_memory(config: Train, target: str, prompt_tokens: int) -> fit.MemoryEstimate:
     """Return the memory of a run on the GPUs of `target`, such as 8x80, from the configurations of its models."""
     plan = resolved(config)
     checks.check(plan)

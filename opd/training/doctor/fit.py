@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: before its models load, after that, and on GPUs that are not here."""
+"""Say whether a run fits into memory: before its models load, after that, and on GPUs that are not here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def require_room(setup: Setup, accelerator: Accelerator) -> None:
 
 
 def memory(session: Session) -> Iterator[Finding]:
-    """Estimate whether the run fits into the free memory of the student's device, beside the loaded models."""
+    """MemoryEstimate whether the run fits into the free memory of the student's device, beside the loaded models."""
     setup = session.setup
     if setup is None:
         yield note(what="not estimated: the config.json of a model does not tell its size")
@@ -67,7 +67,7 @@ def peak(setup: Setup) -> int:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Memory of a run on GPUs that are not here, in bytes."""
 
     processes: int
@@ -82,7 +82,7 @@ class Estimate:
     assumed: str
 
 
-def estimated(plan: Plan, target: str, prompt_tokens: int) -> Estimate:
+def estimated(plan: Plan, target: str, prompt_tokens: int) -> MemoryEstimate:
     """Return the estimate for the GPUs of `target`: 8x80 are eight processes with 80 GiB each.  Nothing is loaded."""
     processes, gib = parse_target(target)
     if prompt_tokens < 1:
@@ -93,14 +93,14 @@ def estimated(plan: Plan, target: str, prompt_tokens: int) -> Estimate:
     return evaluated(planned(plan, processes=processes, device=torch.device("cuda"), row=row), int(gib * 2**30))
 
 
-def evaluated(setup: Setup, available: int) -> Estimate:
+def evaluated(setup: Setup, available: int) -> MemoryEstimate:
     """Return the estimate of a setup beside the memory that each process has."""
     needs, usable, new = estimate(setup), int(TIGHT * available), setup.config.sampling.max_new_tokens
     fits = needs.peak() <= usable
     options = {} if fits else changes(setup)
     peaks = {flags: peak(change(setup)) for flags, change in options.items()}
     lower = {flags: size for flags, size in peaks.items() if size < needs.peak()}
-    return Estimate(
+    return MemoryEstimate(
         processes=setup.processes,
         available=available,
         usable=usable,
@@ -127,7 +127,7 @@ def parse_target(text: str) -> tuple[int, float]:
     return processes, gib
 
 
-def show(x: Estimate, console: Console) -> None:
+def show(x: MemoryEstimate, console: Console) -> None:
     """Print an estimate for people."""
     many = "1 process" if x.processes == 1 else f"{x.processes} processes, each"
     verdict = "fits" if x.fits else "does not fit"
